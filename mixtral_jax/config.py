@@ -1,0 +1,328 @@
+"""Every setting of a run, as frozen and validated dataclasses; `build` makes them from a mapping.
+
+Knows no jax, so that reading or checking a config starts no back end. What depends on the devices
+(does the mesh fit them?) is checked by `parallel.mesh`, what depends on the data by `data`.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+Built = TypeVar("Built")
+
+
+class ConfigError(ValueError):
+    """The command, the config or the data it names is wrong: one clear line, exit code 2."""
+
+
+def require(condition: object, message: str) -> None:
+    """Raises `ConfigError(message)` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a Mixtral decoder and the dtypes it computes in.
+
+    `head_dim` is free: it need not be hidden_size / num_heads. `remat` names what the backward pass
+    recomputes in each layer: `full` keeps the layer's input alone, `dots` also keeps the results of
+    the dense projections, `none` keeps everything.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_experts: int
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["full", "dots", "none"] = "full"
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
+        require(self.num_experts >= 1, f"model.num_experts={self.num_experts} must be at least 1")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads={self.num_heads} must be a multiple of model.num_kv_heads={self.num_kv_heads}",
+        )
+        require(
+            self.head_dim >= 2 and self.head_dim % 2 == 0,
+            f"model.head_dim={self.head_dim} must be even: rotary embeddings turn pairs of numbers",
+        )
+        require(self.rope_theta > 1, f"model.rope_theta={self.rope_theta} must be over 1 (Mixtral: 1e6)")
+        require(self.norm_eps > 0, f"model.norm_eps={self.norm_eps} must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadBalanceConfig:
+    """The auxiliary loss that keeps routing even.
+
+    `normalization="switch"` is the loss of each layer, averaged, 1 at perfect balance (Switch
+    Transformer eq. 4 with the load divided by k); `"hf"` is transformers' value, pooled over the
+    layers, k at perfect balance. `scope` is the set of tokens that should be balanced: all those of
+    a micro-batch, over every device.
+    """
+
+    weight: float = 0.01
+    normalization: Literal["switch", "hf"] = "switch"
+    scope: Literal["micro"] = "micro"
+
+    def __post_init__(self):
+        require(self.weight >= 0, f"router.load_balance.weight={self.weight} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How tokens choose experts, and the losses on that choice."""
+
+    num_experts_per_token: int = 2
+    load_balance: LoadBalanceConfig = LoadBalanceConfig()
+    z_loss_weight: float = 0.001
+
+    def __post_init__(self):
+        require(
+            self.num_experts_per_token >= 1,
+            f"router.num_experts_per_token={self.num_experts_per_token} must be at least 1",
+        )
+        require(self.z_loss_weight >= 0, f"router.z_loss_weight={self.z_loss_weight} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DispatchConfig:
+    """How rows travel to their experts, and which kernel multiplies them there.
+
+    `capacity_factor=None` drops nothing; a number drops a sequence's routes over
+    ceil(capacity_factor * k * n / E) an expert, those of lowest weight first. `grouped_matmul`:
+    `blocks` (loops over blocks of rows), `ragged_dot` (XLA's), or `auto`, the better one here.
+    """
+
+    transport: Literal["all_gather"] = "all_gather"
+    capacity_factor: float | None = None
+    grouped_matmul: Literal["auto", "blocks", "ragged_dot"] = "auto"
+
+    def __post_init__(self):
+        require(
+            self.capacity_factor is None or self.capacity_factor > 0,
+            f"dispatch.capacity_factor={self.capacity_factor} must be positive, or None to drop nothing",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes. One may be -1: the devices that are left.
+
+    Left at None, `expert` is gcd(num_experts, devices left) and `data` takes the rest.
+    `cpu_devices`: how many virtual devices each process pretends to have where there is only a CPU.
+    """
+
+    data: int | None = None
+    fsdp: int = 1
+    expert: int | None = None
+    context: int = 1
+    tensor: int = 1
+    cpu_devices: int = 1
+
+    def __post_init__(self):
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "expert", "context", "tensor")}
+        for name, size in sizes.items():
+            require(size is None or size == -1 or size >= 1, f"mesh.{name}={size} must be at least 1, or -1 (the rest)")
+        rest = [name for name, size in sizes.items() if size == -1]
+        require(len(rest) <= 1, f"only one mesh axis may be -1 (the rest of the devices), not {' and '.join(rest)}")
+        require(self.context == 1, f"mesh.context={self.context}: sharding the sequence is not built yet; set it to 1")
+        require(self.cpu_devices >= 1, f"mesh.cpu_devices={self.cpu_devices} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on. `path` and `tokenizer` take the forms listed in docs/data.md.
+
+    `held_out_fraction` of the documents is never trained on; a run ends when more than
+    `max_bad_fraction` of the rows cannot be read.
+    """
+
+    path: str = "python-stdlib"
+    tokenizer: str = "train:4096"
+    text_field: str = "text"
+    held_out_fraction: float = 0.02
+    max_bad_fraction: float = 0.01
+
+    def __post_init__(self):
+        require(self.path, "data.path must name a file, a folder, a glob, hub:NAME, or python-stdlib")
+        require(
+            0 < self.held_out_fraction < 1, f"data.held_out_fraction={self.held_out_fraction} must lie between 0 and 1"
+        )
+        require(
+            0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction} must lie between 0 and 1"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay; weight decay falls on matrices only.
+
+    The schedule is in fractions of the run, so that `train.num_steps` alone shortens it.
+    """
+
+    learning_rate: float = 3e-4
+    final_learning_rate_fraction: float = 0.1
+    warmup_fraction: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self):
+        require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive")
+        for name in ("final_learning_rate_fraction", "warmup_fraction"):
+            require(0 <= getattr(self, name) <= 1, f"optimizer.{name}={getattr(self, name)} must lie in [0, 1]")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must lie in [0, 1)")
+        for name in ("epsilon", "max_grad_norm"):
+            require(getattr(self, name) > 0, f"optimizer.{name}={getattr(self, name)} must be positive")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The length and the shape of a run.
+
+    `batch_size`: sequences of `sequence_length` tokens per optimizer step over all devices, computed
+    in `gradient_accumulation` equal micro-batches. `eval_every=None`: ten times a run.
+    """
+
+    num_steps: int
+    batch_size: int
+    sequence_length: int
+    gradient_accumulation: int = 1
+    seed: int = 0
+    eval_every: int | None = None
+    eval_sequences: int = 64
+    log_every: int = 10
+
+    def __post_init__(self):
+        for name in ("num_steps", "batch_size", "gradient_accumulation", "log_every", "eval_sequences"):
+            require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
+        require(self.sequence_length >= 2, f"train.sequence_length={self.sequence_length} must be at least 2")
+        require(self.seed >= 0, f"train.seed={self.seed} must not be negative")
+        require(
+            self.eval_every is None or self.eval_every >= 1,
+            f"train.eval_every={self.eval_every} must be at least 1, or None for ten times a run",
+        )
+        require(
+            self.batch_size % self.gradient_accumulation == 0,
+            f"train.batch_size={self.batch_size} must be a multiple of "
+            f"train.gradient_accumulation={self.gradient_accumulation}",
+        )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences in one micro-batch, over all devices."""
+        return self.batch_size // self.gradient_accumulation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save (`every=None`: four times a run; the end is always saved) and how many to keep."""
+
+    every: int | None = None
+    keep: int = 2
+
+    def __post_init__(self):
+        require(self.every is None or self.every >= 1, f"checkpoint.every={self.every} must be at least 1, or None")
+        require(self.keep >= 1, f"checkpoint.keep={self.keep} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where figures go besides the console and metrics.jsonl."""
+
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig
+    router: RouterConfig = RouterConfig()
+    dispatch: DispatchConfig = DispatchConfig()
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self):
+        chosen, experts = self.router.num_experts_per_token, self.model.num_experts
+        require(
+            chosen <= experts,
+            f"router.num_experts_per_token={chosen} must be at most model.num_experts={experts}",
+        )
+
+
+def build(cls: type[Built], mapping: Mapping[str, Any], prefix: str = "") -> Built:
+    """Makes the dataclass `cls` from nested mappings; values may be text, as on a command line.
+
+    Raises:
+        ConfigError: names the unknown, missing or mistyped key, its value, and what would be valid.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in mapping:
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f" (did you mean {prefix}{close[0]}?)" if close else ""
+            raise ConfigError(f"unknown config key {prefix}{key}{hint}; valid here: {', '.join(fields)}")
+    no_default = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+    missing = [prefix + name for name in no_default if name not in mapping]
+    require(not missing, f"the config lacks {', '.join(missing)}: set it in the config file or as --config.KEY=VALUE")
+    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in mapping.items()})
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    """`value` as the type `hint`; text is read as that type, so that the command line needs no quotes."""
+    if dataclasses.is_dataclass(hint):
+        require(isinstance(value, Mapping), f"config key {key} is a section, not a value: set {key}.NAME instead")
+        return build(typing.cast(type, hint), value, key + ".")
+    options = typing.get_args(hint)
+    if types.NoneType in options:
+        (hint,) = (option for option in options if option is not types.NoneType)
+        return None if value in (None, "None", "none") else _convert(value, hint, key)
+    if typing.get_origin(hint) is Literal:
+        require(value in options, f"config key {key}={value!r} must be one of {', '.join(map(repr, options))}")
+        return value
+    try:
+        converted = _parse(value, hint)
+    except (ValueError, TypeError, OverflowError):
+        raise ConfigError(f"config key {key}={value!r} must be of type {hint.__name__}") from None
+    return converted
+
+
+def _parse(value: Any, kind: type) -> Any:
+    if kind is bool and isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.lower(), value)
+    if kind is int and isinstance(value, str):
+        return int(value)
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError
+        return number
+    if type(value) is not kind:
+        raise TypeError
+    return value
