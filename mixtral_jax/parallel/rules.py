@@ -41,3 +41,7 @@ class AxisRules:
         if len(used) != len(set(used)):
             raise ValueError(f"logical axes {axes} use a mesh axis twice: {mesh_axes}")
         return P(*mesh_axes)
+
+    def gathered(self, *axes: str | None) -> P:
+        """Layout of a weight in use: as `spec`, with its FSDP shards gathered."""
+        return self.spec(*(None if axis == "embed" else axis for axis in axes))

@@ -1,0 +1,62 @@
+"""The small parts of a block: projection, norm, rotary embedding."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import P
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.parallel.rules import AxisRules
+
+
+class Projection(nnx.Module):
+    """An einsum with one weight, sharded at birth: how dense parts of the model multiply by a parameter.
+
+    `axes` are the logical axes of the weight. Its FSDP shards are gathered, in the compute dtype,
+    right before use; the transpose of that gather scatters the gradient.
+    """
+
+    def __init__(self, equation: str, shape: tuple[int, ...], axes: tuple[str | None, ...], *,
+                 config: ModelConfig, rules: AxisRules, rngs: nnx.Rngs, dtype: str | None = None):  # fmt: skip
+        self.equation = equation
+        self.axes = axes
+        self.rules = rules
+        self.dtype = dtype or config.dtype
+        init = nnx.initializers.normal(config.initializer_range)
+        weight = init(rngs.params(), shape, config.param_dtype, out_sharding=rules.spec(*axes))
+        self.weight = nnx.Param(weight)
+
+    def __call__(self, x: jax.Array, out_sharding: P) -> jax.Array:
+        weight = jax.reshard(self.weight[...].astype(self.dtype), self.rules.gathered(*self.axes))
+        # A float32 projection in a bfloat16 model (the router) must not be computed in bfloat16 passes.
+        precision = "highest" if self.dtype == "float32" else None
+        return jnp.einsum(self.equation, x, weight, precision=precision, out_sharding=out_sharding)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm: in float32, cast, and only then scaled, as Mixtral does (arXiv 1910.07467)."""
+
+    def __init__(self, config: ModelConfig):
+        self.epsilon = config.norm_eps
+        self.dtype = config.dtype
+        self.scale = nnx.Param(jnp.ones(config.hidden_size, config.param_dtype))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x_BTD = x_BTD.astype(jnp.float32)
+        mean_square_BT1 = jnp.mean(jnp.square(x_BTD), axis=-1, keepdims=True)
+        normed_BTD = x_BTD * jax.lax.rsqrt(mean_square_BT1 + self.epsilon)
+        return normed_BTD.astype(self.dtype) * self.scale[...].astype(self.dtype)[None, None]
+
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding, in float32: pairs are (h, h + H/2), as in Hugging Face checkpoints.
+
+    Source: RoFormer (arXiv 2104.09864), eq. 34, with base `theta`.
+    """
+    H = x_BTNH.shape[-1]
+    frequency_h = theta ** -(jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+    angle_BTh = positions_BT[..., None].astype(jnp.float32) * frequency_h[None, None]
+    sin_BT1h, cos_BT1h = jnp.sin(angle_BTh)[:, :, None], jnp.cos(angle_BTh)[:, :, None]
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    rotated = (first * cos_BT1h - second * sin_BT1h, second * cos_BT1h + first * sin_BT1h)
+    return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
