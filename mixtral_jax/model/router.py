@@ -1,6 +1,7 @@
 """The router: which experts a token visits, and how much each one counts."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +46,12 @@ class Router(nnx.Module):
         weights_BTA = jax.nn.softmax(chosen_BTA)
         is_kept_BTA = jnp.broadcast_to(is_real_BT[..., None], experts_BTA.shape)
         if self.capacity_factor is not None:
-            is_kept_BTA &= fits_capacity(
-                experts_BTA, weights_BTA, is_real_BT, logits_BTE.shape[-1], self.capacity_factor
+            fits = functools.partial(
+                fits_capacity, num_experts=logits_BTE.shape[-1], capacity_factor=self.capacity_factor
             )
+            # Per device, since no sequence needs another: gathers and sorts would ask for their sharding.
+            per_device = jax.shard_map(fits, out_specs=self.rules.spec("batch", None, None))
+            is_kept_BTA &= per_device(experts_BTA, jax.lax.stop_gradient(weights_BTA), is_real_BT)
         sums = sum_routing(logits_BTE, experts_BTA, is_kept_BTA, is_real_BT)
         return Routing(logits_BTE, experts_BTA, weights_BTA, is_kept_BTA, sums)
 
@@ -78,6 +82,5 @@ def fits_capacity(
         _, rank_R = jax.lax.sort((order_R, index_R - start_R), num_keys=1)
         return rank_R.reshape(T, A)
 
-    weights_BTA = jax.lax.stop_gradient(weights_BTA)
     rank_BTA = jax.vmap(rank_in_expert)(experts_BTA, weights_BTA, is_real_BT)
     return rank_BTA < capacity_B1[..., None]

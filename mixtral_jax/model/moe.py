@@ -1,0 +1,71 @@
+"""The mixture of experts: route, dispatch, compute, combine."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mixtral_jax.config import DispatchConfig, ModelConfig, RouterConfig
+from mixtral_jax.kernels.grouped_matmul import Kernel, grouped_matmul, grouped_swiglu
+from mixtral_jax.model.dispatch import dispatch
+from mixtral_jax.model.router import Router, Routing
+from mixtral_jax.parallel.rules import AxisRules
+
+
+class ExpertProjection(nnx.Module):
+    """One matrix per expert; multiplies rows that are sorted by expert."""
+
+    def __init__(self, shape: tuple[int, int, int], axes: tuple[str, str, str], kernel: Kernel, *,
+                 config: ModelConfig, rules: AxisRules, rngs: nnx.Rngs):  # fmt: skip
+        self.kernel = kernel
+        init = nnx.initializers.normal(config.initializer_range)
+        self.weight = nnx.Param(init(rngs.params(), shape, config.param_dtype, out_sharding=rules.spec(*axes)))
+
+    def __call__(self, x_RD: jax.Array, rows_per_expert_E: jax.Array) -> jax.Array:
+        return grouped_matmul(x_RD, self.weight[...], rows_per_expert_E, self.kernel)
+
+
+class Experts(nnx.Module):
+    """SwiGLU experts (arXiv 2002.05202) on contiguous rows; knows nothing of routing.
+
+    Each projection may be replaced by another callable on (x_RD, rows_per_expert_E): the fused kernel
+    runs when all three are plain.
+    """
+
+    def __init__(self, config: ModelConfig, kernel: Kernel, rules: AxisRules, rngs: nnx.Rngs):
+        D, F, E = config.hidden_size, config.intermediate_size, config.num_experts
+        shared = {"config": config, "rules": rules, "rngs": rngs}
+        self.kernel = kernel
+        self.gate = ExpertProjection((E, D, F), ("expert", "embed", "mlp"), kernel, **shared)
+        self.up = ExpertProjection((E, D, F), ("expert", "embed", "mlp"), kernel, **shared)
+        self.down = ExpertProjection((E, F, D), ("expert", "mlp", "embed"), kernel, **shared)
+
+    def __call__(self, x_RD: jax.Array, rows_per_expert_E: jax.Array) -> jax.Array:
+        projections = (self.gate, self.up, self.down)
+        if all(type(projection) is ExpertProjection for projection in projections):
+            weights = (projection.weight[...] for projection in projections)
+            return grouped_swiglu(x_RD, *weights, rows_per_expert_E, self.kernel)
+        hidden_RF = jax.nn.silu(self.gate(x_RD, rows_per_expert_E)) * self.up(x_RD, rows_per_expert_E)
+        return self.down(hidden_RF, rows_per_expert_E)
+
+
+class MoE(nnx.Module):
+    """Sparse mixture of experts (Mixtral, arXiv 2401.04088, section 2.1)."""
+
+    def __init__(
+        self, config: ModelConfig, router: RouterConfig, dispatch: DispatchConfig, kernel: Kernel,
+        rules: AxisRules, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.num_experts = config.num_experts
+        self.dtype = config.dtype
+        self.rules = rules
+        self.router = Router(config, router, dispatch.capacity_factor, rules, rngs)
+        self.experts = Experts(config, kernel, rules, rngs)
+
+    def __call__(self, x_BTD: jax.Array, is_real_BT: jax.Array) -> tuple[jax.Array, Routing]:
+        routing = self.router(x_BTD, is_real_BT)
+        # Cast before the gather: weights travel in the compute dtype.
+        experts = jax.tree.map(lambda weight: weight.astype(jnp.dtype(self.dtype)), self.experts)
+        y_BTD = dispatch(
+            experts, self.num_experts, x_BTD, routing.experts_BTA, routing.weights_BTA, routing.is_kept_BTA, self.rules
+        )
+        return y_BTD, routing

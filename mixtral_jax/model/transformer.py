@@ -1,0 +1,122 @@
+"""The whole decoder: embedding, a scanned stack of blocks, unembedding; and how many parameters it has."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mixtral_jax.config import DispatchConfig, ModelConfig, RouterConfig
+from mixtral_jax.kernels.grouped_matmul import Kernel
+from mixtral_jax.model.attention import Attention
+from mixtral_jax.model.layers import Projection, RMSNorm
+from mixtral_jax.model.moe import MoE
+from mixtral_jax.model.router import Routing
+from mixtral_jax.parallel.rules import AxisRules
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": jax.checkpoint_policies.everything_saveable,
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelOutput:
+    """Next-token logits, in the compute dtype, and every layer's routing, stacked to a leading L."""
+
+    logits_BTV: jax.Array
+    routing: Routing
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and mixture of experts, each with a residual."""
+
+    def __init__(
+        self, config: ModelConfig, router: RouterConfig, dispatch: DispatchConfig, kernel: Kernel,
+        rules: AxisRules, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.attention_norm = RMSNorm(config)
+        self.attention = Attention(config, rules, rngs)
+        self.moe_norm = RMSNorm(config)
+        self.moe = MoE(config, router, dispatch, kernel, rules, rngs)
+
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+    ) -> tuple[jax.Array, Routing]:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT)
+        y_BTD, routing = self.moe(self.moe_norm(x_BTD), segment_ids_BT > 0)
+        return x_BTD + y_BTD, routing
+
+
+class Transformer(nnx.Module):
+    """Mixtral: decoder-only, every block sparse. Blocks are stacked on a leading layer axis.
+
+    Built and called under `jax.set_mesh`, best inside `jax.jit`, so that parameters are born sharded.
+    """
+
+    def __init__(
+        self, config: ModelConfig, router: RouterConfig, dispatch: DispatchConfig, kernel: Kernel, *,
+        rules: AxisRules, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.config = config
+        self.rules = rules
+        init = nnx.initializers.normal(config.initializer_range)
+        shape = (config.vocab_size, config.hidden_size)
+        table = init(rngs.params(), shape, config.param_dtype, out_sharding=rules.spec(None, "embedding"))
+        self.embedding_VD = nnx.Param(table)
+        self.blocks = jax.vmap(lambda rngs: Block(config, router, dispatch, kernel, rules, rngs))(
+            rngs.split(config.num_layers)
+        )
+        self.norm = RMSNorm(config)
+        self.unembed = Projection(
+            "BTD,DV->BTV", (config.hidden_size, config.vocab_size), ("embed", "vocab"),
+            config=config, rules=rules, rngs=rngs,
+        )  # fmt: skip
+
+    def __call__(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None, segment_ids_BT: jax.Array | None = None
+    ) -> ModelOutput:
+        """Runs the decoder on int32 [B, T] tokens, B a multiple of the devices that hold tokens.
+
+        `segment_ids_BT` numbers the documents of a row from 1 and is 0 at padding, which is neither
+        attended to, routed nor counted; `positions_BT` restart in each. By default a row is one document.
+        """
+        rows = self.rules.spec("batch", None)
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape, out_sharding=rows)
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.ones_like(tokens_BT)
+
+        def apply_block(x_BTD, block):
+            return block(x_BTD, positions_BT, segment_ids_BT)
+
+        policy = REMAT_POLICIES[self.config.remat]
+        x_BTD, routing = jax.lax.scan(jax.checkpoint(apply_block, policy=policy), self._embed(tokens_BT), self.blocks)
+        logits_BTV = self.unembed(self.norm(x_BTD), self.rules.spec("batch", None, "act_vocab"))
+        return ModelOutput(logits_BTV, routing)
+
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+        table_VD = jax.reshard(self.embedding_VD[...].astype(self.config.dtype), self.rules.spec(None, None))
+        return table_VD.at[tokens_BT].get(out_sharding=self.rules.spec("batch", None, None))
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model, and those that work on one token (both embeddings counted)."""
+
+    total: int
+    active: int
+
+
+def count_parameters(config: ModelConfig, num_experts_per_token: int) -> ParameterCount:
+    """Counts by tracing the initialiser, without allocating; call under `jax.set_mesh`."""
+    router = RouterConfig(num_experts_per_token=num_experts_per_token)
+    model = jax.eval_shape(
+        lambda: Transformer(config, router, DispatchConfig(), "blocks", rules=AxisRules(), rngs=nnx.Rngs(0))
+    )
+    total = sum(leaf.size for leaf in jax.tree.leaves(model))
+    in_experts = sum(leaf.size for leaf in jax.tree.leaves(model.blocks.moe.experts))
+    idle = in_experts * (config.num_experts - num_experts_per_token) // config.num_experts
+    return ParameterCount(total, total - idle)
