@@ -1,0 +1,1 @@
+"""Loss, optimizer, state, step and the one loop that pretraining and fine-tuning share."""

@@ -1,0 +1,58 @@
+"""Everything that a step changes and a checkpoint holds."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import P
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Parameters, split into those that learn and the rest, and the optimizer's state for the first.
+
+    `frozen` is empty in pretraining.
+    """
+
+    step: jax.Array
+    trained: nnx.State
+    frozen: nnx.State
+    opt_state: optax.OptState
+    graphdef: nnx.GraphDef = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def create(
+        cls, model: nnx.Module, optimizer: optax.GradientTransformation, trainable: type = nnx.Param
+    ) -> "TrainState":
+        """The state before the first step; variables of type `trainable` will learn."""
+        graphdef, trained, frozen = nnx.split(model, trainable, ...)
+        return cls(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained), graphdef)
+
+    def model(self) -> nnx.Module:
+        """The model with its current parameters."""
+        return nnx.merge(self.graphdef, self.trained, self.frozen)
+
+
+def init_state(
+    make_model: Callable[[], nnx.Module], optimizer: optax.GradientTransformation, trainable: type = nnx.Param
+) -> TrainState:
+    """A fresh state whose arrays are born sharded on the mesh in force; none is ever whole on a host."""
+    return jax.jit(lambda: TrainState.create(make_model(), optimizer, trainable))()
+
+
+def abstract_state(
+    make_model: Callable[[], nnx.Module], optimizer: optax.GradientTransformation, trainable: type = nnx.Param
+) -> TrainState:
+    """Shapes, dtypes and shardings of `init_state`, without allocating: what a restore fills."""
+    mesh = jax.sharding.get_mesh()
+
+    def with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = leaf.sharding.spec if leaf.sharding else P()  # Scalars carry none.
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    shapes = jax.eval_shape(lambda: TrainState.create(make_model(), optimizer, trainable))
+    return jax.tree.map(with_sharding, shapes)

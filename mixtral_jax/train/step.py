@@ -1,0 +1,74 @@
+"""One optimizer step over several micro-batches, and the loss of a batch without one."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mixtral_jax.config import RouterConfig
+from mixtral_jax.model.balance import router_metrics
+from mixtral_jax.parallel.batch import Batch
+from mixtral_jax.train.loss import LossParts, StepTotals, cross_entropy, sum_losses
+from mixtral_jax.train.state import TrainState
+
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(optimizer: optax.GradientTransformation, router: RouterConfig, schedule: optax.Schedule) -> TrainStep:
+    """The compiled step; it gives up its state's buffers to the new one.
+
+    Gradients of micro-batches are summed in the parameters' dtype, one micro-batch at a time.
+    """
+
+    @functools.partial(jax.jit, donate_argnames="state")
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        totals = StepTotals(
+            supervised=jnp.maximum(jnp.sum(batch.loss_mask), 1).astype(jnp.float32),
+            real=jnp.maximum(jnp.sum(batch.segment_ids > 0), 1).astype(jnp.float32),
+        )
+        compute = functools.partial(_value_and_grad, state, totals, router)
+        micro_shapes = jax.tree.map(lambda rows: rows[0], batch)
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x), jax.eval_shape(compute, micro_shapes))
+
+        def accumulate(summed, micro):
+            return jax.tree.map(jnp.add, summed, compute(micro)), None
+
+        (parts, grads), _ = jax.lax.scan(accumulate, zeros, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+        metrics = step_metrics(parts) | {
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step)),
+            "tokens": jnp.sum(batch.segment_ids > 0),
+        }
+        trained = optax.apply_updates(state.trained, updates)
+        return TrainState(state.step + 1, trained, state.frozen, opt_state, state.graphdef), metrics
+
+    return train_step
+
+
+def _value_and_grad(state: TrainState, totals: StepTotals, router: RouterConfig, micro: Batch):
+    def loss_of(trained):
+        model = TrainState(state.step, trained, state.frozen, state.opt_state, state.graphdef).model()
+        output = model(micro.tokens, micro.positions, micro.segment_ids)
+        parts = sum_losses(output, micro.targets, micro.loss_mask, totals, router)
+        return parts.total_loss, parts
+
+    (_, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
+    return parts, grads
+
+
+def step_metrics(parts: LossParts) -> Metrics:
+    """Named figures of a step; router metrics as means over layers and, under `router/layer_NN/`, each."""
+    metrics = {
+        "loss": parts.loss,
+        "total_loss": parts.total_loss,
+        "load_balance_loss": parts.load_balance_loss,
+        "router_z_loss": parts.router_z_loss,
+    }
+    for name, value_L in router_metrics(parts.routing).items():
+        metrics[f"router/{name}"] = jnp.mean(value_L)
+        metrics |= {f"router/layer_{layer:02d}/{name}": value_L[layer] for layer in range(value_L.shape[0])}
+    return metrics
