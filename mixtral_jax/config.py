@@ -275,6 +275,25 @@ class Config:
         )
 
 
+# What may change between the starts of one run: none of it alters the batches or the parameters' shapes.
+RESUMABLE_KEYS = ("train.num_steps", "train.eval_every", "train.eval_sequences", "train.log_every",
+                  "mesh", "dispatch.transport", "dispatch.grouped_matmul", "log", "checkpoint")  # fmt: skip
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names, with both values, of what differs between two configs and may not on resume."""
+    changed = []
+    for name in sorted(old.keys() | new.keys()):
+        key, before, after = prefix + name, old.get(name), new.get(name)
+        if key in RESUMABLE_KEYS or before == after:
+            continue
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changed += changed_keys(before, after, key + ".")
+        else:
+            changed.append(f"{key} ({before!r} -> {after!r})")
+    return changed
+
+
 def build(cls: type[Built], mapping: Mapping[str, Any], prefix: str = "") -> Built:
     """Makes the dataclass `cls` from nested mappings; values may be text, as on a command line.
 

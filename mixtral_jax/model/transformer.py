@@ -1,13 +1,14 @@
 """The whole decoder: embedding, a scanned stack of blocks, unembedding; and how many parameters it has."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mixtral_jax.config import DispatchConfig, ModelConfig, RouterConfig
-from mixtral_jax.kernels.grouped_matmul import Kernel
+from mixtral_jax.config import Config, DispatchConfig, ModelConfig, RouterConfig
+from mixtral_jax.kernels.grouped_matmul import Kernel, choose_kernel
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.layers import Projection, RMSNorm
 from mixtral_jax.model.moe import MoE
@@ -61,6 +62,7 @@ class Transformer(nnx.Module):
         rules: AxisRules, rngs: nnx.Rngs,
     ):  # fmt: skip
         self.config = config
+        self.num_experts_per_token = router.num_experts_per_token
         self.rules = rules
         init = nnx.initializers.normal(config.initializer_range)
         shape = (config.vocab_size, config.hidden_size)
@@ -110,13 +112,17 @@ class ParameterCount:
     active: int
 
 
-def count_parameters(config: ModelConfig, num_experts_per_token: int) -> ParameterCount:
-    """Counts by tracing the initialiser, without allocating; call under `jax.set_mesh`."""
-    router = RouterConfig(num_experts_per_token=num_experts_per_token)
-    model = jax.eval_shape(
-        lambda: Transformer(config, router, DispatchConfig(), "blocks", rules=AxisRules(), rngs=nnx.Rngs(0))
-    )
+def count_parameters(model: Transformer) -> ParameterCount:
+    """Counts a model, or the shapes of one (`jax.eval_shape` of its maker): nothing need be allocated."""
     total = sum(leaf.size for leaf in jax.tree.leaves(model))
     in_experts = sum(leaf.size for leaf in jax.tree.leaves(model.blocks.moe.experts))
-    idle = in_experts * (config.num_experts - num_experts_per_token) // config.num_experts
-    return ParameterCount(total, total - idle)
+    E = model.config.num_experts
+    return ParameterCount(total, total - in_experts * (E - model.num_experts_per_token) // E)
+
+
+def model_maker(config: Config, platform: str, rules: AxisRules = AxisRules()) -> Callable[[], Transformer]:
+    """A function that initialises the model of a run, for devices of `platform`, from the run's seed."""
+    kernel = choose_kernel(config.dispatch.grouped_matmul, platform)
+    return lambda: Transformer(
+        config.model, config.router, config.dispatch, kernel, rules=rules, rngs=nnx.Rngs(config.train.seed)
+    )

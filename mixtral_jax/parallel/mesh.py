@@ -15,6 +15,14 @@ def use_virtual_cpu_devices(count: int) -> None:
     jax.config.update("jax_num_cpu_devices", count)
 
 
+def start_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Joins the other processes of the run, if the flags name them; otherwise this one is alone."""
+    given = [value is not None for value in (coordinator, num_processes, process_id)]
+    require(all(given) or not any(given), "--coordinator, --num_processes and --process_id are given together")
+    if coordinator is not None:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
 def resolve_mesh(config: Config, num_devices: int) -> Config:
     """The same config with every mesh axis as a number that fits `num_devices` and the model.
 

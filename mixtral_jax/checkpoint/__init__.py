@@ -1,0 +1,1 @@
+"""State on disk: the checkpoints of a run, and weights in other programs' layouts."""

@@ -1,0 +1,1 @@
+"""The command line: flags, process start-up, and one small file per verb."""

@@ -1,0 +1,82 @@
+"""Flags of a run, shared by the scripts and the verbs: `--config=FILE`, `--config.KEY=VALUE`, `--workdir=DIR`."""
+
+import argparse
+import dataclasses
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mixtral_jax.config import Config, ConfigError, build, require
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFlags:
+    """What the command line said; `config` is validated, but its mesh not yet fitted to the devices."""
+
+    config: Config
+    config_path: Path
+    workdir: Path | None
+    coordinator: str | None
+    num_processes: int | None
+    process_id: int | None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (--help lists the flags)")
+
+
+def run_command(command: Callable[[list[str]], int]) -> NoReturn:
+    """Exits with what `command(arguments)` returns, or with 2 and one line if the user was wrong."""
+    try:
+        code = command(sys.argv[1:])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+def parse_run_flags(arguments: Sequence[str], *, description: str, default_config: Path) -> RunFlags:
+    """Reads the flags, loads the config file and applies the overrides in order."""
+    parser = _Parser(description=description, epilog="--config.KEY=VALUE sets any key, as --config.train.num_steps=100")
+    parser.add_argument("--config", type=Path, default=default_config, help="a .py file with get_config()")
+    parser.add_argument("--workdir", type=Path, help="where everything is written; the same one again resumes")
+    parser.add_argument("--coordinator", help="HOST:PORT of process 0, where jax cannot find it itself")
+    parser.add_argument("--num_processes", type=int)
+    parser.add_argument("--process_id", type=int)
+    flags, rest = parser.parse_known_args(arguments)
+    mapping = load_config_file(flags.config)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        require(name.startswith("--config."), f"unknown flag {argument!r}; config keys are set as --config.KEY=VALUE")
+        require(equals, f"{name} needs a value: {name}=VALUE")
+        _override(mapping, name.removeprefix("--config.").split("."), value)
+    return RunFlags(
+        build(Config, mapping), flags.config, flags.workdir, flags.coordinator, flags.num_processes, flags.process_id
+    )
+
+
+def load_config_file(path: Path) -> dict[str, Any]:
+    """The nested mapping that `get_config()` of a config file returns. The file runs as Python."""
+    if not path.is_file():
+        raise ConfigError(f"--config={path}: there is no such file; shipped ones are under configs/")
+    # Config files import their parents from the `configs` folder that they live in.
+    roots = [str(folder.parent) for folder in path.resolve().parents if folder.name == "configs"]
+    sys.path[:0] = [root for root in roots[:1] if root not in sys.path]
+    try:
+        return runpy.run_path(str(path))["get_config"]().to_dict()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"--config={path} does not run: {type(error).__name__}: {error}") from error
+
+
+def _override(mapping: dict[str, Any], keys: list[str], value: str) -> None:
+    *sections, last = keys
+    for depth, section in enumerate(sections):
+        mapping = mapping.setdefault(section, {})
+        require(isinstance(mapping, dict), f"config key {'.'.join(keys[: depth + 1])} is a value, not a section")
+    require(not isinstance(mapping.get(last), dict), f"config key {'.'.join(keys)} is a section: set a key in it")
+    mapping[last] = value

@@ -1,0 +1,63 @@
+"""From a config to packed batches of text on the mesh, telling people what was found."""
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+
+from mixtral_jax.cli.start import Run
+from mixtral_jax.config import ConfigError
+from mixtral_jax.data.batches import TrainBatches, held_out_batches
+from mixtral_jax.data.packing import plan_rows
+from mixtral_jax.data.text import prepare_text
+from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.evaluate.ngram import measure_ngrams
+from mixtral_jax.parallel.batch import Batch
+from mixtral_jax.parallel.rules import AxisRules
+
+
+@dataclasses.dataclass(frozen=True)
+class TextData:
+    """What a pretraining run reads: rows to train on, a fixed held-out sample, and what made them."""
+
+    train_batches: TrainBatches
+    held_out_batches: list[Batch]
+    tokenizer: Tokenizer
+    fingerprint: str  # of the text, the tokens and the packing together
+
+    def require_same(self, fingerprint: str) -> None:
+        """Raises ConfigError unless a checkpoint with this fingerprint saw the very same rows."""
+        if fingerprint != self.fingerprint:
+            raise ConfigError(
+                "the text, the tokenizer or the packing differs from what this workdir was trained on "
+                f"({fingerprint[:12]} -> {self.fingerprint[:12]}): restore the data, or use another --workdir"
+            )
+
+
+def open_text(run: Run) -> TextData:
+    """Reads, tokenises and packs the text that the config names; prints its size and its n-gram baselines."""
+    config, say = run.config, run.console.print
+    say(f"reading {config.data.path} (the first time, this trains the tokenizer and tokenises everything) ...")
+    start = time.monotonic()
+    text = prepare_text(config.data, config.model.vocab_size, run.workdir / "tokenizer.model")
+    plan = plan_rows(text.train, config.train.sequence_length)
+    layout = {"mesh": run.mesh, "rules": AxisRules()}
+    train_batches = TrainBatches(
+        text.train, plan, batch_size=config.train.batch_size,
+        gradient_accumulation=config.train.gradient_accumulation, seed=config.train.seed, **layout,
+    )  # fmt: skip
+    held_out = held_out_batches(
+        text.held_out, plan_rows(text.held_out, config.train.sequence_length),
+        num_sequences=config.train.eval_sequences, batch_size=config.train.micro_batch_size, **layout,
+    )  # fmt: skip
+    num_tokens, epochs = len(text.train.tokens), config.train.num_steps * config.train.batch_size / plan.num_rows
+    say(
+        f"[bold]text[/]        {num_tokens:,} tokens to train on in {plan.num_rows:,} rows ({epochs:.2f} epochs), "
+        f"{len(text.held_out.tokens):,} held out; read in {time.monotonic() - start:.0f} s"
+    )
+    if jax.process_count() == 1:  # The baselines need every held-out row on this host.
+        bytes_per_token, bos_id = text.tokenizer.bytes_per_token, text.tokenizer.bos_id
+        ngrams = measure_ngrams(np.asarray(text.train.tokens), held_out, bytes_per_token, bos_id)
+        say(f"[bold]to beat[/]     unigram {ngrams.unigram:.3f}, bigram {ngrams.bigram:.3f} bits/byte, same tokens")
+    return TextData(train_batches, held_out, text.tokenizer, plan.fingerprint)

@@ -1,0 +1,54 @@
+"""Unigram and bigram models of the training tokens: what a neural model has to beat."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from mixtral_jax.parallel.batch import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class NgramBaselines:
+    """Bits per byte on the held-out tokens."""
+
+    unigram: float
+    bigram: float
+
+
+def measure_ngrams(
+    train_tokens: np.ndarray, batches: Sequence[Batch], bytes_per_token: np.ndarray, bos_id: int
+) -> NgramBaselines:
+    """Fits both on `train_tokens` and scores the very tokens that `make_evaluator` scores.
+
+    The unigram is smoothed with one count a token; the bigram backs off to it with Witten-Bell
+    weights (a history seen with many successors trusts them less). Needs every row on this host.
+    """
+    V = len(bytes_per_token)
+    history, target = _supervised_pairs(batches)
+    num_bytes = int(bytes_per_token[target].sum() - np.sum(history == bos_id))
+    counts = np.bincount(train_tokens, minlength=V) + 1.0
+    unigram = counts / counts.sum()
+
+    pairs, pair_counts = np.unique(train_tokens[:-1].astype(np.int64) * V + train_tokens[1:], return_counts=True)
+    history_counts = np.bincount(pairs // V, weights=pair_counts, minlength=V)
+    successors = np.bincount(pairs // V, minlength=V)
+    wanted = history.astype(np.int64) * V + target
+    at = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+    seen = np.where(pairs[at] == wanted, pair_counts[at], 0)
+    backoff = successors[history] * unigram[target]
+    total = history_counts[history] + successors[history]
+    bigram = np.where(total > 0, (seen + backoff) / np.maximum(total, 1), unigram[target])
+
+    def bits_per_byte(probability: np.ndarray) -> float:
+        return float(-np.log(probability).sum() / math.log(2) / max(num_bytes, 1))
+
+    return NgramBaselines(bits_per_byte(unigram[target]), bits_per_byte(bigram))
+
+
+def _supervised_pairs(batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
+    masks = [np.asarray(batch.loss_mask) > 0 for batch in batches]
+    tokens = [np.asarray(batch.tokens)[mask] for batch, mask in zip(batches, masks, strict=True)]
+    targets = [np.asarray(batch.targets)[mask] for batch, mask in zip(batches, masks, strict=True)]
+    return np.concatenate(tokens), np.concatenate(targets)

@@ -1,0 +1,60 @@
+"""Held-out loss, perplexity and bits per byte of a model."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixtral_jax.model.balance import RoutingSums, router_metrics
+from mixtral_jax.parallel.batch import Batch
+from mixtral_jax.train.loss import cross_entropy
+from mixtral_jax.train.state import TrainState
+
+Evaluator = Callable[[TrainState], dict[str, float]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _EvalSums:
+    nats: jax.Array
+    tokens: jax.Array
+    bytes: jax.Array
+    routing: RoutingSums
+
+
+def make_evaluator(batches: Sequence[Batch], bytes_per_token: np.ndarray, bos_id: int) -> Evaluator:
+    """A function from a state to `eval/` figures over all of `batches`.
+
+    Bits per byte divides by the UTF-8 bytes that the predicted tokens stand for, [V] `bytes_per_token`;
+    the space that the tokenizer puts before a document is not counted.
+    """
+    bytes_per_token = bytes_per_token.astype(np.int32)
+
+    @jax.jit
+    def sum_batch(state: TrainState, batch: Batch) -> _EvalSums:
+        micro = jax.tree.map(lambda rows: rows[0], batch)
+        output = state.model()(micro.tokens, micro.positions, micro.segment_ids)
+        losses_BT = cross_entropy(output.logits_BTV, micro.targets) * micro.loss_mask.astype(jnp.float32)
+        sharding = jax.typeof(micro.targets).sharding
+        bytes_BT = jnp.asarray(bytes_per_token).at[micro.targets].get(out_sharding=sharding)
+        bytes_BT = (bytes_BT - (micro.tokens == bos_id)) * micro.loss_mask
+        return _EvalSums(jnp.sum(losses_BT), jnp.sum(micro.loss_mask), jnp.sum(bytes_BT), output.routing.sums)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        sums = functools.reduce(functools.partial(jax.tree.map, jnp.add), (sum_batch(state, b) for b in batches))
+        nats, tokens, num_bytes = float(sums.nats), int(sums.tokens), int(sums.bytes)
+        loss = nats / tokens
+        routing = {f"eval/router/{name}": float(jnp.mean(value)) for name, value in router_metrics(sums.routing).items()}
+        return {
+            "eval/loss": loss,
+            "eval/perplexity": math.exp(min(loss, 700.0)),
+            "eval/bits_per_byte": nats / math.log(2) / max(num_bytes, 1),
+            "eval/tokens": tokens,
+            **routing,
+        }
+
+    return evaluate

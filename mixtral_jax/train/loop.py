@@ -1,0 +1,143 @@
+"""The one train loop. It composes what it is given, and imports neither data nor evaluation."""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+from rich.console import Console
+
+from mixtral_jax.checkpoint.run import RunCheckpoints
+from mixtral_jax.config import CheckpointConfig, TrainConfig
+from mixtral_jax.parallel.batch import Batch
+from mixtral_jax.train.console import RunProgress
+from mixtral_jax.train.metrics import MetricLog, Record, check_finite
+from mixtral_jax.train.state import TrainState
+from mixtral_jax.train.step import TrainStep
+
+Outcome = Literal["finished", "stopped"]
+EXIT_CODES: dict[Outcome, int] = {"finished": 0, "stopped": 75}  # 75: EX_TEMPFAIL, run the same command again
+
+
+@dataclasses.dataclass
+class TrainLoop:
+    """Everything a run needs besides its state.
+
+    `batches` yields, from the first step not yet done, a batch and its hash; `evaluate` gives `eval/`
+    figures; `record` is saved with every checkpoint, and holds the tokens seen so far.
+    """
+
+    config: TrainConfig
+    checkpoint: CheckpointConfig
+    train_step: TrainStep
+    batches: Iterator[tuple[Batch, str]]
+    evaluate: Callable[[TrainState], dict[str, float]]
+    checkpoints: RunCheckpoints
+    log: MetricLog
+    console: Console
+    record: dict[str, Any]
+
+    def run(self, state: TrainState) -> Outcome:
+        """Trains to `num_steps`, or until told to stop; either way the last step is on disk on return."""
+        first_step, num_steps = int(state.step), self.config.num_steps
+        if first_step >= num_steps:
+            self.console.print(f"nothing to do: step {first_step} of {num_steps} is already saved")
+            return "finished"
+        eval_every = self.config.eval_every or max(1, num_steps // 10)
+        save_every = self.checkpoint.every or max(1, num_steps // 4)
+        batch, batch_hash = next(self.batches)
+        train_step = self._compile(state, batch)
+        meter = _TokenMeter(self.record["tokens"])
+        is_stopping = False
+        with StopSignal() as stop, RunProgress(self.console, first_step, num_steps) as progress:
+            for step in range(first_step + 1, num_steps + 1):
+                state, metrics = train_step(state, batch)
+                meter.add(metrics["tokens"])
+                is_last = step == num_steps
+                is_stopping = not is_last and self._should_stop(stop, step)
+                is_evaluating = is_last or step % eval_every == 0
+                is_logging = is_evaluating or step % self.config.log_every == 0
+                is_saving = is_last or is_stopping or step % save_every == 0
+                if is_logging or is_saving:
+                    record = {"step": step, **_to_host(metrics), **meter.read(), "batch_hash": batch_hash}
+                    check_finite(record)
+                    if is_evaluating:
+                        record |= self.evaluate(state)
+                    if is_logging:
+                        self.log.write(record)
+                        progress.report(record)
+                    if is_saving:
+                        self.checkpoints.save(step, state, self.record | {"tokens": record["tokens"]})
+                    meter.restart()
+                if is_stopping:
+                    break
+                if not is_last:
+                    batch, batch_hash = next(self.batches)
+        self.checkpoints.wait()
+        return "stopped" if is_stopping else "finished"
+
+    def _compile(self, state: TrainState, batch: Batch) -> TrainStep:
+        self.console.print("compiling the train step ...")
+        start = time.monotonic()
+        compiled = self.train_step.lower(state, batch).compile()
+        peak = compiled.memory_analysis().peak_memory_in_bytes / 2**20
+        self.console.print(f"compiled in {time.monotonic() - start:.0f} s; {peak:,.0f} MiB a device at its peak")
+        return compiled
+
+    def _should_stop(self, stop: "StopSignal", step: int) -> bool:
+        # Several processes must stop at the same step: jax agrees on it, one process decides by itself.
+        return self.checkpoints.reached_preemption(step) if jax.process_count() > 1 else stop.is_set
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGINT, so that the step under way can end; a second one ends the process at once.
+
+    With several processes jax listens instead (see `TrainLoop`), and this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: Any) -> None:
+        self.is_set = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+class _TokenMeter:
+    """Counts tokens, on the devices until they are asked for, and the time that training itself took."""
+
+    def __init__(self, tokens: int):
+        self._tokens = tokens
+        self._pending: list[jax.Array] = []
+        self._since = time.monotonic()
+
+    def add(self, tokens: jax.Array) -> None:
+        self._pending.append(tokens)
+
+    def read(self) -> dict[str, float]:
+        """Tokens since the run began, and a second of the interval since `restart`."""
+        new = sum(int(tokens) for tokens in self._pending)
+        return {"tokens": self._tokens + new, "tokens_per_second": new / (time.monotonic() - self._since)}
+
+    def restart(self) -> None:
+        """Starts a new interval, so that evaluating and saving do not count as training."""
+        self._tokens += sum(int(tokens) for tokens in self._pending)
+        self._pending = []
+        self._since = time.monotonic()
+
+
+def _to_host(metrics: dict[str, jax.Array]) -> Record:
+    return {name: value.item() for name, value in jax.device_get(metrics).items()}
