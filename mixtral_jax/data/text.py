@@ -1,0 +1,239 @@
+"""Documents as two token stores, train and held-out, tokenised once and cached on disk.
+
+How rows are cut from the stores is for `packing`; how the documents are read, for `sources`.
+"""
+
+import array
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mixtral_jax.config import DataConfig, require
+from mixtral_jax.data.sources import BadRow, Document, fingerprint_source, read_documents
+from mixtral_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+_CACHE_FORMAT = 1  # Raise it when the same files and config would give other stores.
+_NAMED_BAD_ROWS = 20
+_CHARACTERS_AT_ONCE = 4_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStore:
+    """Tokenised documents, end to end: each is BOS, its ids, EOS.
+
+    Attributes:
+        tokens: uint16 or uint32 [num_tokens], read from disk as needed.
+        offsets: int64 [num_documents + 1]; document d is `tokens[offsets[d]:offsets[d + 1]]`.
+        fingerprint: sha256, in hex, of the tokens and the lengths.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedText:
+    """What a run reads: two stores without a common document, their tokenizer, the number of bad rows."""
+
+    train: TokenStore
+    held_out: TokenStore
+    tokenizer: Tokenizer
+    num_bad: int
+
+
+def prepare_text(
+    config: DataConfig, vocab_size: int, tokenizer_path: Path, cache_dir: Path | None = None
+) -> PreparedText:
+    """Reads, splits and tokenises the text of a run, or opens the cache of an earlier one.
+
+    The side of a document follows from its text alone, so that new files move no old document. Two
+    exceptions: a side left empty gets the document nearest to it, and the tail of a single document
+    is held out, from the start of a line.
+
+    Args:
+        vocab_size: of the model; the tokenizer must fit in it.
+        tokenizer_path: where the run keeps its tokenizer.
+        cache_dir: by default `mixtral_jax` under $XDG_CACHE_HOME, or under ~/.cache.
+
+    Raises:
+        ConfigError: nothing to read, too many bad rows, or no fitting tokenizer.
+    """
+    cache_dir = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mixtral_jax"
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    key = _fingerprint_data(config)
+    corpus = _Corpus(config)
+    saved = tokenizer_path
+    if config.tokenizer.startswith("train:") and not saved.exists():
+        saved = cache_dir / f"{key}.model"  # Runs on the same text share the training.
+    tokenizer = load_tokenizer(config.tokenizer, corpus.train_texts, saved)
+    check_vocabulary(tokenizer, vocab_size)
+    if saved != tokenizer_path:
+        tokenizer.save(tokenizer_path)
+    folder = cache_dir / f"{key}-{tokenizer.fingerprint[:16]}"
+    if not folder.exists():
+        _write_cache(folder, corpus, tokenizer)
+    num_bad = json.loads((folder / "summary.json").read_text())["num_bad"]
+    if num_bad:
+        log.warning("data.path=%s: %d bad rows are left out", config.path, num_bad)
+    return PreparedText(_open_store(folder / "train"), _open_store(folder / "held_out"), tokenizer, num_bad)
+
+
+class _Corpus:
+    """The documents of a config and the side of each; every pass streams the files anew."""
+
+    def __init__(self, config: DataConfig):
+        self._config = config
+
+    def documents(self) -> Iterator[tuple[str, bool]]:
+        """Texts, and whether each is held out."""
+        held_out, _ = self._survey
+        rows = read_documents(self._config.path, self._config.text_field)
+        texts = (row.text for row in rows if isinstance(row, Document))
+        if len(held_out) == 1:
+            return self._cut_tail(next(texts))
+        return zip(texts, held_out.tolist(), strict=True)
+
+    def train_texts(self) -> Iterator[str]:
+        return (text for text, held_out in self.documents() if not held_out)
+
+    @property
+    def num_bad(self) -> int:
+        return self._survey[1]
+
+    @functools.cached_property
+    def _survey(self) -> tuple[np.ndarray, int]:
+        """Which documents are held out, bool [num_documents], and how many rows are bad."""
+        places = array.array("d")
+        first_bad, num_bad = None, 0
+        for row in read_documents(self._config.path, self._config.text_field):
+            if isinstance(row, Document):
+                places.append(_place(row.text))
+                continue
+            first_bad = first_bad or row
+            num_bad += 1
+            if num_bad <= _NAMED_BAD_ROWS:
+                log.warning("bad row %s: %s", row.origin, row.reason)
+        if num_bad > _NAMED_BAD_ROWS:
+            log.warning("... and %d more bad rows", num_bad - _NAMED_BAD_ROWS)
+        self._check(len(places), num_bad, first_bad)
+        return _choose_held_out(np.array(places), self._config.held_out_fraction), num_bad
+
+    def _check(self, num_good: int, num_bad: int, first_bad: BadRow | None) -> None:
+        config, total = self._config, num_good + num_bad
+        first = first_bad and f"{first_bad.origin}: {first_bad.reason}"
+        require(
+            num_bad <= config.max_bad_fraction * total,
+            f"data.path={config.path}: {num_bad} of {total} rows are bad ({num_bad / max(total, 1):.1%}), over "
+            f"data.max_bad_fraction={config.max_bad_fraction}; first: {first}",
+        )
+        require(num_good, f"data.path={config.path} holds no document ({total} rows): name files that hold text")
+
+    def _cut_tail(self, text: str) -> Iterator[tuple[str, bool]]:
+        require(len(text) > 1, f"data.path={self._config.path} holds a single character: give more text")
+        wanted = round(len(text) * (1 - self._config.held_out_fraction))
+        wanted = min(max(wanted, 1), len(text) - 1)
+        cut = text.rfind("\n", 0, wanted) + 1 or wanted
+        yield text[:cut], False
+        yield text[cut:], True
+
+
+def _place(text: str) -> float:
+    """Where in [0, 1) a text lies: even over texts, and the same on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
+
+
+def _choose_held_out(places: np.ndarray, fraction: float) -> np.ndarray:
+    held_out = places < fraction
+    if not held_out.any():
+        held_out[places.argmin()] = True
+    elif held_out.all():
+        held_out[places.argmax()] = False
+    return held_out
+
+
+def _fingerprint_data(config: DataConfig) -> str:
+    described = [_CACHE_FORMAT, dataclasses.asdict(config), fingerprint_source(config.path)]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+
+
+def _write_cache(folder: Path, corpus: _Corpus, tokenizer: Tokenizer) -> None:
+    """Writes elsewhere and renames, so that `folder` is whole whenever it exists."""
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        _write_stores(temporary, corpus, tokenizer)
+        (temporary / "summary.json").write_text(json.dumps({"num_bad": corpus.num_bad}))
+        temporary.rename(folder)
+    except OSError:
+        if not folder.exists():  # If it does, another process wrote the same first.
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_stores(folder: Path, corpus: _Corpus, tokenizer: Tokenizer) -> None:
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    with _StoreWriter(folder / "train", dtype) as train, _StoreWriter(folder / "held_out", dtype) as held_out:
+        for group in _group(corpus.documents()):
+            encoded = tokenizer.encode_all([text for text, _ in group])
+            for ids, (_, is_held_out) in zip(encoded, group, strict=True):
+                writer = held_out if is_held_out else train
+                writer.add([tokenizer.bos_id, *ids, tokenizer.eos_id])
+
+
+def _group(documents: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Enough documents at once to keep every core at work, few enough to hold in memory."""
+    group, characters = [], 0
+    for document in documents:
+        group.append(document)
+        characters += len(document[0])
+        if characters >= _CHARACTERS_AT_ONCE:
+            yield group
+            group, characters = [], 0
+    yield group
+
+
+class _StoreWriter:
+    """Writes a token store, document by document; leaving the context completes it."""
+
+    def __init__(self, folder: Path, dtype: np.dtype):
+        folder.mkdir()
+        self._folder = folder
+        self._dtype = dtype
+        self._file = (folder / "tokens").open("wb")
+        self._lengths = array.array("q")
+        self._digest = hashlib.sha256()
+
+    def __enter__(self) -> "_StoreWriter":
+        return self
+
+    def add(self, ids: list[int]) -> None:
+        tokens = np.array(ids, self._dtype).tobytes()
+        self._file.write(tokens)
+        self._digest.update(tokens)
+        self._lengths.append(len(ids))
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+        lengths = np.array(self._lengths, np.int64)
+        self._digest.update(lengths.tobytes())
+        np.save(self._folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
+        summary = {"dtype": self._dtype.name, "fingerprint": self._digest.hexdigest()}
+        (self._folder / "summary.json").write_text(json.dumps(summary))
+
+
+def _open_store(folder: Path) -> TokenStore:
+    summary = json.loads((folder / "summary.json").read_text())
+    tokens = np.memmap(folder / "tokens", summary["dtype"], mode="r")
+    return TokenStore(tokens, np.load(folder / "offsets.npy"), summary["fingerprint"])

@@ -1,0 +1,195 @@
+"""Text to ids and back, through a SentencePiece model: one given, Mixtral's own, or one trained here.
+
+Which text to train on, and where documents begin and end, is for `text` to say.
+"""
+
+import hashlib
+import importlib.util
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from mixtral_jax.config import ConfigError, require
+
+_MISTRAL_FILES = {"mixtral": "tokenizer.model.v1", "mixtral-v3": "mistral_instruct_tokenizer_240323.model.v3"}
+
+# SentencePiece leaves out what is longer than 4192 bytes: 1000 characters are at most 4000.
+_CHUNK_CHARACTERS = 1000
+_SAMPLE_CHARACTERS = 10_000_000
+
+
+class Tokenizer:
+    """A SentencePiece model.
+
+    Attributes:
+        fingerprint: sha256, in hex, of the model's bytes.
+        bytes_per_token: int64 [vocab_size], the bytes of UTF-8 text each piece stands for.
+
+    Raises:
+        ValueError: the bytes are no SentencePiece model with a beginning and an end of text.
+    """
+
+    def __init__(self, model: bytes):
+        self._model = model
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise ValueError("not a SentencePiece model") from error
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        self.vocab_size: int = self._processor.vocab_size()
+        self.bos_id: int = self._processor.bos_id()
+        self.eos_id: int = self._processor.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise ValueError("the SentencePiece model lacks a beginning (bos) or an end (eos) of text")
+        self.bytes_per_token = np.array([self._count_bytes(token) for token in range(self.vocab_size)], np.int64)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, without BOS and EOS; `<s>` written in it stays text."""
+        return self._processor.encode(text)
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each, on every core."""
+        return self._processor.encode(texts, num_threads=os.cpu_count() or 1)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids below `vocab_size`; control ids stand for none."""
+        return self._processor.decode([int(token) for token in ids])
+
+    def save(self, path: Path) -> None:
+        """Writes the model; whoever reads `path` meanwhile sees the old file or the new, whole."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_bytes(self._model)
+        temporary.replace(path)
+
+    def _count_bytes(self, token: int) -> int:
+        processor = self._processor
+        if processor.is_byte(token):
+            return 1
+        if processor.is_control(token) or processor.is_unknown(token):
+            return 0
+        return len(processor.id_to_piece(token).replace("\u2581", " ").encode())  # \u2581 stands for a space.
+
+
+def load_tokenizer(spec: str, texts: Callable[[], Iterable[str]], saved: Path) -> Tokenizer:
+    """The tokenizer that `spec`, a value of `data.tokenizer`, names; a copy goes to `saved`.
+
+    Args:
+        spec: a `.model` file, `mixtral`, `mixtral-v3`, or `train:N` for one of N pieces made from `texts`.
+        texts: gives the same texts at every call; called for `train:N` only, unless `saved` exists:
+            a run that goes on keeps the tokenizer it began with.
+        saved: where a run keeps its tokenizer.
+
+    Raises:
+        ConfigError: it cannot be had or trained, or `saved` is another one.
+    """
+    old = _read_model(saved, f"{saved}") if saved.exists() else None
+    kind, _, size = spec.partition(":")
+    if kind == "train":
+        num_pieces = _parse_num_pieces(spec, size)
+        tokenizer = old or _train(num_pieces, texts)
+        same = tokenizer.vocab_size == num_pieces
+    else:
+        file = _find_mistral(spec) if spec in _MISTRAL_FILES else Path(spec).expanduser()
+        tokenizer = _read_model(file, f"data.tokenizer={spec}")
+        same = old is None or old.fingerprint == tokenizer.fingerprint
+    require(same, f"{saved} is another tokenizer than data.tokenizer={spec}: use a new workdir, or delete that file")
+    if old is None:
+        tokenizer.save(saved)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Makes sure the model has a row for every piece; more rows than pieces are fine.
+
+    Raises:
+        ConfigError: names both sizes and the fix.
+    """
+    pieces = tokenizer.vocab_size
+    require(
+        pieces <= vocab_size,
+        f"the tokenizer has {pieces} pieces but model.vocab_size={vocab_size}: set --config.model.vocab_size={pieces}",
+    )
+
+
+def _read_model(file: Path, name: str) -> Tokenizer:
+    require(
+        file.is_file(),
+        f"{name}: no such file; give a SentencePiece .model file, {', '.join(_MISTRAL_FILES)}, or train:N",
+    )
+    try:
+        return Tokenizer(file.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}; give another .model file, or train:N to train one") from error
+
+
+def _find_mistral(spec: str) -> Path:
+    package = importlib.util.find_spec("mistral_common")
+    folders = package.submodule_search_locations if package else None
+    files = [Path(folder) / "data" / _MISTRAL_FILES[spec] for folder in folders or ()]
+    require(
+        any(file.is_file() for file in files),
+        f"data.tokenizer={spec} needs the package mistral-common: pip install 'mixtral_jax[mistral]', or use train:N",
+    )
+    return next(file for file in files if file.is_file())
+
+
+def _parse_num_pieces(spec: str, size: str) -> int:
+    require(
+        size.isascii() and size.isdigit(), f"data.tokenizer={spec}: train:N needs a whole number, such as train:4096"
+    )
+    return int(size)
+
+
+def _train(num_pieces: int, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sample_chunks(texts),
+            model_writer=model,
+            vocab_size=num_pieces,
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=True,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OverflowError) as error:
+        reason = str(error).rpartition("] ")[2].partition(" Increase")[0]
+        raise ConfigError(
+            f"data.tokenizer=train:{num_pieces}: {num_pieces} pieces are too few or too many for this text "
+            f"({reason}); choose another N, such as train:4096 for megabytes of text or train:512 for a few pages"
+        ) from error
+    return Tokenizer(model.getvalue())
+
+
+def _sample_chunks(texts: Callable[[], Iterable[str]]) -> Iterator[str]:
+    """Chunks of the text, newlines included so that pieces may hold them, spread evenly if there are many."""
+    share = min(1.0, _SAMPLE_CHARACTERS / max(1, sum(map(len, texts()))))
+    chunks = (chunk for text in texts() for chunk in _cut_chunks(text))
+    for number, chunk in enumerate(chunks):
+        if int((number + 1) * share) > int(number * share):
+            yield chunk
+
+
+def _cut_chunks(text: str) -> Iterator[str]:
+    """Cuts at the ends of lines where it can."""
+    start = 0
+    while start < len(text):
+        end = start + _CHUNK_CHARACTERS
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        yield text[start:end]
+        start = end
