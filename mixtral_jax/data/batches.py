@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import grain
@@ -60,7 +60,7 @@ class TrainBatches:
         self._order = grain.MapDataset.range(plan.num_rows).seed(seed).shuffle().repeat()
         self._place = functools.partial(_place_rows, store, plan, mesh=mesh, rules=rules)
 
-    def iterate(self, start: int) -> Iterator[tuple[Batch, str]]:
+    def iterate(self, start: int) -> Generator[tuple[Batch, str], None, None]:
         """Batch `start` and all that follow, made ahead in a thread that ends with the iterator.
 
         Yields:

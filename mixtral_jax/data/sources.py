@@ -82,7 +82,7 @@ def _list_files(path: str) -> list[Path]:
         require(place.suffix in _READERS, f"data.path={path} is none of {forms}: convert it, or rename it")
         return [place]
     if place.is_dir():
-        found = place.rglob("*")
+        found = (file for file in place.rglob("*") if not _is_hidden(file.relative_to(place)))
     else:
         found = map(Path, glob.glob(str(place), recursive=True))
         require(
@@ -92,6 +92,10 @@ def _list_files(path: str) -> list[Path]:
     files = [file for file in files if file.name not in _BOOKKEEPING]
     require(files, f"data.path={path} holds no readable file: it must hold at least one of {forms}")
     return files
+
+
+def _is_hidden(file: Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)
 
 
 def _list_stdlib() -> list[Path]:
@@ -166,7 +170,7 @@ def _read_json_lines(file: Path, text_field: str) -> Iterator[Document | BadRow]
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield _judge_json(line, text_field, f"{file}:{number}")
+                yield _judge_json(line.rstrip(b"\r\n"), text_field, f"{file}:{number}")
 
 
 def _read_json(file: Path, text_field: str) -> Iterator[Document | BadRow]:

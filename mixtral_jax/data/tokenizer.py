@@ -141,7 +141,8 @@ def _find_mistral(spec: str) -> Path:
 
 def _parse_num_pieces(spec: str, size: str) -> int:
     require(
-        size.isascii() and size.isdigit(), f"data.tokenizer={spec}: train:N needs a whole number, such as train:4096"
+        size.isascii() and size.isdigit() and len(size) <= 9,  # SentencePiece counts in 32 bits.
+        f"data.tokenizer={spec}: train:N needs a whole number of at most 9 digits, such as train:4096",
     )
     return int(size)
 
@@ -166,7 +167,7 @@ def _train(num_pieces: int, texts: Callable[[], Iterable[str]]) -> Tokenizer:
             pad_id=-1,
             minloglevel=2,
         )
-    except (RuntimeError, OverflowError) as error:
+    except RuntimeError as error:
         reason = str(error).rpartition("] ")[2].partition(" Increase")[0]
         raise ConfigError(
             f"data.tokenizer=train:{num_pieces}: {num_pieces} pieces are too few or too many for this text "

@@ -1,0 +1,201 @@
+"""Every form of `data.path`, and what becomes of rows that cannot be read."""
+
+import json
+import sys
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from mixtral_jax.config import ConfigError
+from mixtral_jax.data.sources import BadRow, Document, fingerprint_source, read_documents
+
+
+def texts(path):
+    return [row.text for row in read_documents(str(path), "text") if isinstance(row, Document)]
+
+
+def bad_rows(path):
+    """Reasons by the end of the origin: the file's name and the line."""
+    rows = [row for row in read_documents(str(path), "text") if isinstance(row, BadRow)]
+    return {row.origin.rpartition("/")[2]: row.reason for row in rows}
+
+
+def write_file(path, rows):
+    """The rows in the form that the file's suffix names."""
+    table = pyarrow.table({"id": list(range(len(rows))), "text": rows})
+    if path.suffix == ".txt":
+        path.write_text(*rows)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps([{"text": row} for row in rows]))
+    elif path.suffix == ".csv":
+        path.write_text("id,text\n" + "".join(f'{i},"{row}"\n' for i, row in enumerate(rows)))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".arrow"])
+def test_every_form_gives_the_same_documents(tmp_path, suffix):
+    rows = ["one, line", "two\nlines 😀", "x" * 200_000]
+    write_file(tmp_path / f"a{suffix}", rows)
+    assert texts(tmp_path / f"a{suffix}") == rows
+
+
+def test_arrow_files_of_both_forms_are_read(tmp_path):
+    table = pyarrow.table({"text": ["a", "b"]})
+    with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    assert texts(tmp_path / "a.arrow") == ["a", "b"]
+
+
+def test_a_folder_is_read_recursively_in_sorted_order(tmp_path):
+    (tmp_path / "inner").mkdir()
+    write_file(tmp_path / "inner" / "b.txt", ["second"])
+    write_file(tmp_path / "a.jsonl", ["first"])
+    write_file(tmp_path / "z.txt", ["third"])
+    (tmp_path / "notes.md").write_text("not read")
+    (tmp_path / ".hidden").mkdir()
+    write_file(tmp_path / ".hidden" / "a.txt", ["not read"])
+    assert texts(tmp_path) == ["first", "second", "third"]
+
+
+def test_a_glob_picks_files(tmp_path):
+    for name in ("a1.txt", "a2.txt", "b.txt"):
+        write_file(tmp_path / name, [name])
+    assert texts(tmp_path / "a*.txt") == ["a1.txt", "a2.txt"]
+
+
+def test_a_saved_dataset_is_read_without_its_bookkeeping(tmp_path):
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved")
+    assert texts(tmp_path / "saved") == ["a", "b"]
+
+
+def test_a_text_file_is_one_document_without_its_byte_order_mark(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfwhole\n\nfile")
+    assert texts(tmp_path / "a.txt") == ["whole\n\nfile"]
+
+
+def test_bad_lines_of_jsonl_are_named_and_good_ones_kept(tmp_path):
+    lines = [
+        b'{"text": "good"}',
+        b'{"text": "broken',
+        b'{"text": "\xff"}',
+        b"",
+        b"[1, 2]",
+        b'{"title": "t"}',
+        b'{"text": 5}',
+        b'{"text": "  "}',
+        b'{"text": "\\ud800"}',
+        b"[" * 100_000,
+        b'{"text": "last"}',
+    ]
+    (tmp_path / "f.jsonl").write_bytes(b"\n".join(lines))
+    good = [row for row in read_documents(str(tmp_path), "text") if isinstance(row, Document)]
+    assert [row.text for row in good] == ["good", "last"]
+    assert good[1].origin.endswith("f.jsonl:11")
+    reasons = bad_rows(tmp_path)
+    expected = {
+        2: "invalid JSON: Unterminated string",
+        3: "invalid UTF-8 at byte 10",
+        5: "a row must be an object with the field 'text', not list",
+        6: "no field 'text'; it has title",
+        7: "field 'text' must be text, not int",
+        8: "empty text",
+        9: "invalid UTF-8 at character 0",
+        10: "invalid JSON",
+    }
+    assert set(reasons) == {f"f.jsonl:{line}" for line in expected}
+    assert all(reasons[f"f.jsonl:{line}"].startswith(reason) for line, reason in expected.items())
+
+
+def test_bad_rows_of_csv_are_named_by_their_first_line(tmp_path):
+    (tmp_path / "f.csv").write_bytes(b'id,text\n1,"two\nlines"\n2\n3,\xff\n4,good\n')
+    assert bad_rows(tmp_path) == {
+        "f.csv:4": "field 'text' must be text, not NoneType",
+        "f.csv:5": "invalid UTF-8 at character 0",
+    }
+
+
+def test_bad_rows_of_columns_are_named_by_number(tmp_path):
+    write_file(tmp_path / "a.parquet", ["good", None, ""])
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "b.parquet")
+    assert bad_rows(tmp_path) == {
+        "a.parquet:2": "field 'text' must be text, not NoneType",
+        "a.parquet:3": "empty text",
+        "b.parquet:1": "no field 'text'; it has body (data.text_field names the field)",
+    }
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet", ".arrow", ".txt"])
+def test_a_file_that_cannot_be_read_is_one_bad_row(tmp_path, suffix):
+    (tmp_path / f"a{suffix}").write_bytes(b"\xff\xfe{ no such format")
+    assert list(bad_rows(tmp_path)) == [f"a{suffix}"]
+
+
+def test_the_standard_library_is_code_without_tests_or_packages():
+    rows = list(read_documents("python-stdlib", "text"))
+    assert all(isinstance(row, Document) for row in rows)
+    origins = [row.origin for row in rows]
+    assert origins == sorted(origins, key=lambda origin: origin.split("/"))
+    assert any(origin.endswith("/argparse.py") for origin in origins)
+    assert not any("/test/" in origin or "-packages/" in origin for origin in origins)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent.txt", "does not exist: name a file"),
+        ("absent*.txt", "holds no readable file"),
+        ("empty", "holds no readable file: it must hold at least one of .txt"),
+        ("notes.md", "is none of .txt"),
+    ],
+)
+def test_a_path_without_documents_is_a_config_error_at_once(tmp_path, name, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.md").write_text("x")
+    with pytest.raises(ConfigError, match=message) as error:
+        read_documents(str(tmp_path / name), "text")
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_hub_dataset_is_read_by_name_and_split(monkeypatch):
+    def load_dataset(name, split):
+        return datasets.Dataset.from_dict({"text": [name, split, None]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = list(read_documents("hub:some/name:test", "text"))
+    assert rows[:2] == [Document("some/name", "hub:some/name:test:1"), Document("test", "hub:some/name:test:2")]
+    assert isinstance(rows[2], BadRow)
+    assert fingerprint_source("hub:some/name") == fingerprint_source("hub:some/name")
+    assert texts("hub:name") == ["name", "train"]
+
+
+def test_a_hub_dataset_that_cannot_be_had_is_a_config_error(monkeypatch):
+    def load_dataset(name, split):
+        raise ConnectionError("no network\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ConfigError, match=r"data.path=hub:a/b cannot be had \(no network\): check NAME and SPLIT"):
+        read_documents("hub:a/b", "text")
+
+
+def test_the_fingerprint_changes_with_the_files(tmp_path):
+    write_file(tmp_path / "a.txt", ["one"])
+    before = fingerprint_source(str(tmp_path))
+    assert before == fingerprint_source(str(tmp_path))
+    write_file(tmp_path / "a.txt", ["other"])
+    changed = fingerprint_source(str(tmp_path))
+    write_file(tmp_path / "b.txt", ["new"])
+    assert len({before, changed, fingerprint_source(str(tmp_path))}) == 3
+
+
+def test_the_fingerprint_of_the_standard_library_follows_the_python(monkeypatch):
+    before = fingerprint_source("python-stdlib")
+    monkeypatch.setattr("platform.python_version", lambda: f"{sys.version_info.major}.99")
+    assert fingerprint_source("python-stdlib") != before

@@ -1,0 +1,177 @@
+"""Token stores: the split by document, the limit on bad rows, and the cache."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mixtral_jax.config import ConfigError, DataConfig
+from mixtral_jax.data.text import prepare_text
+from mixtral_jax.data.tokenizer import Tokenizer
+
+NUM_DOCUMENTS = 60
+
+
+def write_corpus(folder, numbers=range(NUM_DOCUMENTS)):
+    folder.mkdir(exist_ok=True)
+    for number in numbers:
+        (folder / f"{number:03}.txt").write_text(f"Document {number} says: {'many words ' * (number % 7)}.\n")
+    return folder
+
+
+def prepare(path, tmp_path, workdir="run", **settings):
+    config = DataConfig(**{"path": str(path), "tokenizer": "train:290", "held_out_fraction": 0.2, **settings})
+    return prepare_text(config, 512, tmp_path / workdir / "tokenizer.model", tmp_path / "cache")
+
+
+def read_texts(store, tokenizer):
+    """The documents of a store as text; each lies between BOS and EOS."""
+    documents = [store.tokens[a:b] for a, b in zip(store.offsets, store.offsets[1:], strict=False)]
+    assert all(ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id for ids in documents)
+    return [tokenizer.decode(ids[1:-1]) for ids in documents]
+
+
+def test_every_document_is_on_one_side_and_comes_back(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    prepared = prepare(corpus, tmp_path)
+    train = read_texts(prepared.train, prepared.tokenizer)
+    held_out = read_texts(prepared.held_out, prepared.tokenizer)
+    assert sorted(train + held_out) == sorted(file.read_text() for file in corpus.iterdir())
+    assert 1 <= len(held_out) <= NUM_DOCUMENTS // 2
+    assert prepared.train.tokens.dtype == np.uint16 and prepared.train.offsets.dtype == np.int64
+    assert len(prepared.train.tokens) == prepared.train.offsets[-1]
+
+
+def test_new_documents_move_no_old_one(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", range(0, NUM_DOCUMENTS, 2))
+    before = prepare(corpus, tmp_path)
+    write_corpus(corpus)
+    after = prepare(corpus, tmp_path)
+    for side in ("train", "held_out"):
+        old = read_texts(getattr(before, side), before.tokenizer)
+        assert set(old) < set(read_texts(getattr(after, side), after.tokenizer))
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_each_side_has_a_document(tmp_path, fraction):
+    prepared = prepare(write_corpus(tmp_path / "corpus"), tmp_path, held_out_fraction=fraction)
+    sizes = sorted(len(store.offsets) - 1 for store in (prepared.train, prepared.held_out))
+    assert sizes == [1, NUM_DOCUMENTS - 1]
+
+
+def test_the_tail_of_a_single_document_is_held_out_from_a_line(tmp_path):
+    text = "".join(f"line {number} of the play\n" for number in range(200))
+    (tmp_path / "play.txt").write_text(text)
+    prepared = prepare(tmp_path / "play.txt", tmp_path)
+    (train,) = read_texts(prepared.train, prepared.tokenizer)
+    (held_out,) = read_texts(prepared.held_out, prepared.tokenizer)
+    assert train + held_out == text and train.endswith("\n")
+    assert len(held_out) == pytest.approx(0.2 * len(text), abs=30)
+
+
+def write_rows(file, *, good, bad):
+    lines = [json.dumps({"text": f"row number {number} is a good one"}) for number in range(good)]
+    file.write_text("\n".join([*lines[:3], *["{broken"] * bad, *lines[3:]]))
+
+
+def test_bad_rows_within_the_limit_are_left_out_and_counted(tmp_path, caplog):
+    write_rows(tmp_path / "f.jsonl", good=75, bad=25)
+    prepared = prepare(tmp_path / "f.jsonl", tmp_path, max_bad_fraction=0.25)
+    assert prepared.num_bad == 25
+    assert len(prepared.train.offsets) + len(prepared.held_out.offsets) - 2 == 75
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert sum("invalid JSON" in message for message in warnings) == 20
+    assert "f.jsonl:4: invalid JSON" in warnings[0] and "5 more bad rows" in warnings[20]
+    assert prepare(tmp_path / "f.jsonl", tmp_path, max_bad_fraction=0.25).num_bad == 25
+
+
+def test_bad_rows_over_the_limit_end_the_run(tmp_path):
+    write_rows(tmp_path / "f.jsonl", good=33, bad=7)
+    expected = r"7 of 40 rows are bad \(17.5%\), over data.max_bad_fraction=0.01; first: .*f.jsonl:4: invalid JSON: "
+    with pytest.raises(ConfigError, match=expected):
+        prepare(tmp_path / "f.jsonl", tmp_path)
+
+
+def test_no_document_at_all_is_a_config_error(tmp_path):
+    (tmp_path / "f.jsonl").write_text("\n")
+    with pytest.raises(ConfigError, match=r"holds no document \(0 rows\)"):
+        prepare(tmp_path / "f.jsonl", tmp_path)
+
+
+def test_a_tokenizer_too_large_for_the_model_is_a_config_error(tmp_path):
+    config = DataConfig(path=str(write_corpus(tmp_path / "corpus")), tokenizer="train:290")
+    with pytest.raises(ConfigError, match=r"--config.model.vocab_size=290"):
+        prepare_text(config, 200, tmp_path / "run" / "tokenizer.model", tmp_path / "cache")
+    assert not (tmp_path / "run").exists()
+
+
+def test_text_is_tokenised_once_over_all_runs(tmp_path, monkeypatch):
+    corpus = write_corpus(tmp_path / "corpus")
+    first = prepare(corpus, tmp_path)
+    monkeypatch.setattr(Tokenizer, "encode_all", lambda self, texts: pytest.fail("tokenised again"))
+    second = prepare(corpus, tmp_path, workdir="other")
+    assert second.train.fingerprint == first.train.fingerprint
+    assert (tmp_path / "run/tokenizer.model").read_bytes() == (tmp_path / "other/tokenizer.model").read_bytes()
+
+
+def test_changed_files_are_read_again(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    before = prepare(corpus, tmp_path)
+    (corpus / "000.txt").write_text("Something else altogether.\n")
+    after = prepare(corpus, tmp_path)
+    assert before.tokenizer.fingerprint == after.tokenizer.fingerprint  # The run keeps the one it has.
+    assert before.train.fingerprint != after.train.fingerprint
+
+
+def test_the_cache_is_found_by_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    config = DataConfig(path=str(write_corpus(tmp_path / "corpus")), tokenizer="train:290")
+    prepare_text(config, 512, tmp_path / "tokenizer.model")
+    assert any((tmp_path / "caches" / "mixtral_jax").iterdir())
+
+
+def test_a_process_killed_while_writing_leaves_no_half_cache(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    killed = f"""
+import os
+from pathlib import Path
+from mixtral_jax.config import DataConfig
+from mixtral_jax.data import text
+text._StoreWriter.__exit__ = lambda *error: os._exit(9)
+config = DataConfig(path={str(corpus)!r}, tokenizer="train:290", held_out_fraction=0.2)
+text.prepare_text(config, 512, Path({str(tmp_path / "run" / "tokenizer.model")!r}), Path({str(tmp_path / "cache")!r}))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", killed], env=environment, check=False).returncode == 9
+    prepared = prepare(corpus, tmp_path)
+    assert len(prepared.train.offsets) + len(prepared.held_out.offsets) - 2 == NUM_DOCUMENTS
+
+
+def test_an_interrupted_write_cleans_up(tmp_path, monkeypatch):
+    def interrupt(self, texts):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Tokenizer, "encode_all", interrupt)
+        prepare(write_corpus(tmp_path / "corpus"), tmp_path)
+    assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
+
+
+def test_a_process_that_comes_second_uses_what_the_first_wrote(tmp_path, monkeypatch):
+    corpus = write_corpus(tmp_path / "corpus")
+    prepare(corpus, tmp_path)
+    (folder,) = (entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir())
+    encode_all = Tokenizer.encode_all
+
+    def encode_while_another_finishes(self, texts):
+        folder.with_name("elsewhere").rename(folder)
+        return encode_all(self, texts)
+
+    folder.rename(folder.with_name("elsewhere"))
+    monkeypatch.setattr(Tokenizer, "encode_all", encode_while_another_finishes)
+    assert len(prepare(corpus, tmp_path).train.tokens)
+    assert [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()] == [folder]
