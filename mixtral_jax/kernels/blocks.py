@@ -2,9 +2,8 @@
 
 An expert's rows are cut into blocks of `BLOCK`. How many blocks there are is known only at run time,
 so the cost is that of the rows that are there, rounded up to a block an expert, however skewed the
-routing. The last block of an expert spills into the rows of the next, which overwrites them when its
-turn comes. The whole SwiGLU of a block runs in one loop body: on a CPU the block stays in cache
-between the three matmuls.
+routing. A block may hold rows of a neighbour too; only an expert's own are written. The whole SwiGLU
+of a block runs in one loop body: on a CPU the block stays in cache between the three matmuls.
 """
 
 import dataclasses
@@ -24,8 +23,7 @@ def grouped_matmul(x_RD: jax.Array, weight_EDF: jax.Array, rows_per_expert_E: ja
     def multiply(e, block, y_RF):
         return block.write(y_RF, block.read(x_RD) @ weight_EDF[e])
 
-    x_RD, R = _pad(x_RD), x_RD.shape[0]
-    return _for_each_block(rows_per_expert_E, multiply, _zeros(x_RD, weight_EDF.shape[-1]))[:R]
+    return _for_each_block(len(x_RD), rows_per_expert_E, multiply, _zeros(x_RD, weight_EDF.shape[-1]))
 
 
 def _matmul_forward(x_RD, weight_EDF, rows_per_expert_E):
@@ -34,16 +32,14 @@ def _matmul_forward(x_RD, weight_EDF, rows_per_expert_E):
 
 def _matmul_backward(residuals, dy_RF):
     x_RD, weight_EDF, rows_per_expert_E = residuals
-    x_RD, dy_RF, R = _pad(x_RD), _pad(dy_RF), x_RD.shape[0]
 
     def differentiate(e, block, gradients):
         dx_RD, dweight_EDF = gradients
         dy_bF = block.read_own(dy_RF)
         return block.write(dx_RD, dy_bF @ weight_EDF[e].T), dweight_EDF.at[e].add(block.read(x_RD).T @ dy_bF)
 
-    zeros = (_zeros(x_RD, x_RD.shape[-1]), jnp.zeros_like(weight_EDF))
-    dx_RD, dweight_EDF = _for_each_block(rows_per_expert_E, differentiate, zeros)
-    return dx_RD[:R], dweight_EDF, None
+    zeros = (jnp.zeros_like(x_RD), jnp.zeros_like(weight_EDF))
+    return *_for_each_block(len(x_RD), rows_per_expert_E, differentiate, zeros), None
 
 
 grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -60,8 +56,7 @@ def grouped_swiglu(
         hidden_bF = jax.nn.silu(x_bD @ gate_EDF[e]) * (x_bD @ up_EDF[e])
         return block.write(y_RD, hidden_bF @ down_EFD[e])
 
-    x_RD, R = _pad(x_RD), x_RD.shape[0]
-    return _for_each_block(rows_per_expert_E, apply, _zeros(x_RD, x_RD.shape[-1]))[:R]
+    return _for_each_block(len(x_RD), rows_per_expert_E, apply, jnp.zeros_like(x_RD))
 
 
 def _swiglu_forward(x_RD, gate_EDF, up_EDF, down_EFD, rows_per_expert_E):
@@ -72,16 +67,14 @@ def _swiglu_forward(x_RD, gate_EDF, up_EDF, down_EFD, rows_per_expert_E):
         y_bD = (jax.nn.silu(gated_bF) * upped_bF) @ down_EFD[e]
         return block.write(y_RD, y_bD), block.write(gated_RF, gated_bF), block.write(upped_RF, upped_bF)
 
-    x_RD, R = _pad(x_RD), x_RD.shape[0]
-    D, F = gate_EDF.shape[1:]
-    zeros = (_zeros(x_RD, D), _zeros(x_RD, F), _zeros(x_RD, F))
-    y_RD, gated_RF, upped_RF = _for_each_block(rows_per_expert_E, apply, zeros)
-    return y_RD[:R], (x_RD, gated_RF, upped_RF, gate_EDF, up_EDF, down_EFD, rows_per_expert_E)
+    F = gate_EDF.shape[-1]
+    zeros = (jnp.zeros_like(x_RD), _zeros(x_RD, F), _zeros(x_RD, F))
+    y_RD, gated_RF, upped_RF = _for_each_block(len(x_RD), rows_per_expert_E, apply, zeros)
+    return y_RD, (x_RD, gated_RF, upped_RF, gate_EDF, up_EDF, down_EFD, rows_per_expert_E)
 
 
 def _swiglu_backward(residuals, dy_RD):
     x_RD, gated_RF, upped_RF, gate_EDF, up_EDF, down_EFD, rows_per_expert_E = residuals
-    dy_RD, R = _pad(dy_RD), dy_RD.shape[0]
 
     def differentiate(e, block, gradients):
         dx_RD, dgate_EDF, dup_EDF, ddown_EFD = gradients
@@ -99,9 +92,8 @@ def _swiglu_backward(residuals, dy_RD):
             ddown_EFD.at[e].add((silu_bF * upped_bF).T @ dy_bD),
         )
 
-    zeros = (_zeros(x_RD, x_RD.shape[-1]), *map(jnp.zeros_like, (gate_EDF, up_EDF, down_EFD)))
-    dx_RD, dgate_EDF, dup_EDF, ddown_EFD = _for_each_block(rows_per_expert_E, differentiate, zeros)
-    return dx_RD[:R], dgate_EDF, dup_EDF, ddown_EFD, None
+    zeros = tuple(map(jnp.zeros_like, (x_RD, gate_EDF, up_EDF, down_EFD)))
+    return *_for_each_block(len(x_RD), rows_per_expert_E, differentiate, zeros), None
 
 
 grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
@@ -109,38 +101,45 @@ grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """Rows [start, start + BLOCK) of a padded array, of which the first `num_own` are the expert's."""
+    """`size` rows from `start` on, of which those from `first` to `end` are the expert's own."""
 
     start: jax.Array
-    num_own: jax.Array
+    first: jax.Array
+    end: jax.Array
+    size: int
 
     def read(self, array_RX: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(array_RX, self.start, BLOCK)
+        return jax.lax.dynamic_slice_in_dim(array_RX, self.start, self.size)
 
     def read_own(self, array_RX: jax.Array) -> jax.Array:
         """The expert's own rows, zero elsewhere: what may be summed over rows."""
-        return jnp.where((jnp.arange(BLOCK) < self.num_own)[:, None], self.read(array_RX), 0)
+        return jnp.where(self._is_own(), self.read(array_RX), 0)
 
     def write(self, array_RX: jax.Array, block_bX: jax.Array) -> jax.Array:
+        block_bX = jnp.where(self._is_own(), block_bX, self.read(array_RX))
         return jax.lax.dynamic_update_slice_in_dim(array_RX, block_bX, self.start, axis=0)
 
+    def _is_own(self) -> jax.Array:
+        row_b = self.start + jnp.arange(self.size)
+        return ((row_b >= self.first) & (row_b < self.end))[:, None]
 
-def _for_each_block(rows_per_expert_E: jax.Array, body: Callable[[int, _Block, Any], Any], carry: Any) -> Any:
-    """Folds `body(expert, block, carry)` over the blocks of each expert in turn."""
+
+def _for_each_block(
+    num_rows: int, rows_per_expert_E: jax.Array, body: Callable[[int, _Block, Any], Any], carry: Any
+) -> Any:
+    """Folds `body(expert, block, carry)` over the blocks of each expert in turn, over arrays of `num_rows`."""
+    size = min(BLOCK, num_rows)
     ends_E = jnp.cumsum(rows_per_expert_E)
     for e in range(rows_per_expert_E.shape[0]):
-        num_rows, start = rows_per_expert_E[e], ends_E[e] - rows_per_expert_E[e]
+        first, end = ends_E[e] - rows_per_expert_E[e], ends_E[e]
 
-        def step(i, carry, e=e, num_rows=num_rows, start=start):
-            return body(e, _Block(start + i * BLOCK, num_rows - i * BLOCK), carry)
+        def step(i, carry, e=e, first=first, end=end):
+            own = first + i * size
+            # The last block must not reach past the arrays: it starts earlier, among rows already done.
+            return body(e, _Block(jnp.minimum(own, num_rows - size), own, end, size), carry)
 
-        carry = jax.lax.fori_loop(0, (num_rows + BLOCK - 1) // BLOCK, step, carry)
+        carry = jax.lax.fori_loop(0, (end - first + size - 1) // size, step, carry)
     return carry
-
-
-def _pad(x_RX: jax.Array) -> jax.Array:
-    """Room for the last block to spill into: a slice that does not fit would be shifted, not cut."""
-    return jnp.concatenate([x_RX, jnp.zeros_like(x_RX, shape=(BLOCK, x_RX.shape[1]))])
 
 
 def _zeros(like_RX: jax.Array, width: int) -> jax.Array:
