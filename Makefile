@@ -1,0 +1,62 @@
+# `make train` and `make test` each do the whole set-up; `make test PYTHON=python3.12` uses another interpreter.
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+# An interpreter other than the default gets an environment of its own, named after its version.
+ifeq ($(PYTHON),python3)
+VENV := .venv
+else
+VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+endif
+BIN := $(VENV)/bin
+# torch and transformers stay out of the environment that `make test` uses.
+PARITY_VENV := $(VENV)-parity
+
+.PHONY: install train test test-parity lint types format bench clean
+
+install: $(VENV)/.installed
+
+train: install
+	$(BIN)/python train.py
+
+test: install
+	$(BIN)/python -m pytest --ignore=tests/parity -n $(WORKERS) --dist worksteal
+
+test-parity: $(PARITY_VENV)/.installed
+	$(PARITY_VENV)/bin/python -m pytest tests/parity
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: install
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: install
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: install
+	$(BIN)/python -m mixtral_jax bench --config=configs/pretrain/tiny.py
+
+clean:
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache
+
+$(VENV)/.installed: EXTRAS := test
+$(PARITY_VENV)/.installed: EXTRAS := test,parity
+
+# A Python without ensurepip (Debian's, unless python3-venv is there) fills the environment with its own pip.
+%/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: mixtral_jax needs Python 3.11 or newer, and PYTHON=$(PYTHON) is not:" \
+	    "$$($(PYTHON) --version 2>&1). Name another, as in 'make PYTHON=python3.12 $(MAKECMDGOALS)'" >&2; exit 1; }
+	$(PYTHON) -m venv $* 2>/dev/null || $(PYTHON) -m venv --clear --without-pip $*
+	if $*/bin/python -m pip --version >/dev/null 2>&1; then \
+	  $*/bin/python -m pip install --quiet -e '.[$(EXTRAS)]'; \
+	else \
+	  $(PYTHON) -m pip --python $*/bin/python install --quiet -e '.[$(EXTRAS)]'; \
+	fi
+	touch $@
