@@ -1,0 +1,67 @@
+"""What many tests start from: a small model, a mesh by its sizes, a packed batch."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from mixtral_jax.config import Config, build
+from mixtral_jax.parallel.batch import Batch, batch_spec
+from mixtral_jax.parallel.mesh import MESH_AXES
+from mixtral_jax.parallel.rules import AxisRules
+
+RULES = AxisRules()
+
+
+def small_config(**overrides: Any) -> Config:
+    """A float32 model of 2 layers and 8 experts; overrides are dotted keys with __ for the dot."""
+    mapping: dict[str, Any] = {
+        "model": {
+            "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4,
+            "num_kv_heads": 2, "head_dim": 12, "num_experts": 8, "dtype": "float32", "initializer_range": 0.1,
+        },
+        "train": {"num_steps": 12, "batch_size": 8, "sequence_length": 24},
+    }  # fmt: skip
+    for name, value in overrides.items():
+        *sections, key = name.split("__")
+        section = mapping
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[key] = value
+    return build(Config, mapping)
+
+
+def mesh_of(**sizes: int) -> jax.sharding.Mesh:
+    """A mesh of the axes named, all others 1, on the first devices."""
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, devices=jax.devices()[: math.prod(shape)])
+
+
+def packed_batch(config: Config, seed: int = 0) -> Batch:
+    """Random tokens on the host: rows of one, two and three documents, one with padding behind it."""
+    rng = np.random.default_rng(seed)
+    shape = (config.train.gradient_accumulation, config.train.micro_batch_size, config.train.sequence_length)
+    tokens = rng.integers(0, config.model.vocab_size, (*shape[:2], shape[2] + 1), dtype=np.int32)
+    segments = np.ones(shape, np.int32)
+    segments[:, 1::4, shape[2] // 3 :] = 2
+    segments[:, 2::4, shape[2] // 4 :] = 2
+    segments[:, 2::4, shape[2] // 2 :] = 3
+    segments[:, 3::4, 2 * shape[2] // 3 :] = 0
+    starts = np.diff(segments, axis=-1, prepend=-1) != 0
+    first = np.maximum.accumulate(np.where(starts, np.arange(shape[2]), 0), axis=-1)
+    positions = np.where(segments > 0, np.arange(shape[2]) - first, 0).astype(np.int32)
+    ends_document = np.diff(segments, axis=-1, append=-1) != 0
+    loss_mask = ((segments > 0) & ~ends_document).astype(np.int32)
+    return Batch(tokens[..., :-1], tokens[..., 1:], loss_mask, segments, positions)
+
+
+def on_mesh(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
+    """The batch laid out as training lays it out."""
+    return jax.device_put(batch, jax.NamedSharding(mesh, batch_spec(RULES)))
+
+
+def relative_norm(got: Any, expected: Any) -> float:
+    """Norm of the difference over the norm of what is expected; 0 when both vanish."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    difference, scale = np.linalg.norm(got - expected), np.linalg.norm(expected)
+    return float(difference / scale) if scale else float(difference)

@@ -1,0 +1,87 @@
+"""Each kernel against a loop over experts, for every shape of imbalance, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mixtral_jax.kernels import blocks
+from mixtral_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from tests.cases import relative_norm
+
+D, F = 24, 40
+SPLITS = {
+    "even": (100, 100, 100, 100), "skewed": (391, 5, 3, 1), "all to one": (0, 0, 400, 0), "empty first": (0, 250, 0, 90),
+    "none": (0, 0, 0, 0), "a block exactly": (256, 0, 144, 0),
+}  # fmt: skip
+
+
+def expert_of_rows(rows, R):
+    expert = np.repeat(np.arange(len(rows)), rows)
+    return np.concatenate([expert, np.full(R - len(expert), -1)])
+
+
+def inputs(R=400, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = ((R, D), (4, D, F), (4, D, F), (4, F, D))
+    return [jnp.asarray(rng.normal(size=shape) / 5, jnp.float32) for shape in shapes]
+
+
+def swiglu_by_loop(x, gate, up, down, expert):
+    y = sum(
+        jnp.where((expert == e)[:, None], (jax.nn.silu(x @ gate[e]) * (x @ up[e])) @ down[e], 0) for e in range(len(gate))
+    )
+    return y
+
+
+@pytest.mark.parametrize("kernel", ["blocks", "ragged_dot"])
+@pytest.mark.parametrize("rows", SPLITS.values(), ids=SPLITS)
+def test_swiglu_and_its_gradients_are_those_of_a_loop_over_experts(kernel, rows):
+    arrays, expert = inputs(), expert_of_rows(rows, 400)
+    used = (expert >= 0)[:, None]
+
+    def of_kernel(*arrays):
+        y = grouped_swiglu(*arrays, jnp.asarray(rows, jnp.int32), kernel)
+        return jnp.sum(jnp.where(used, y, 0) ** 2), jnp.where(used, y, 0)
+
+    def of_loop(*arrays):
+        y = swiglu_by_loop(*arrays, expert)
+        return jnp.sum(y**2), y
+
+    with jax.default_matmul_precision("highest"):
+        (_, y), gradients = jax.jit(jax.value_and_grad(of_kernel, argnums=(0, 1, 2, 3), has_aux=True))(*arrays)
+        (_, expected), expected_gradients = jax.value_and_grad(of_loop, argnums=(0, 1, 2, 3), has_aux=True)(*arrays)
+    assert relative_norm(y, expected) < 1e-5
+    for got, want in zip(gradients, expected_gradients, strict=True):
+        assert relative_norm(got, want) < 1e-5
+    for e in range(4):
+        if rows[e] == 0:
+            assert all(not np.asarray(gradient[e]).any() for gradient in gradients[1:])
+
+
+@pytest.mark.parametrize("kernel", ["blocks", "ragged_dot"])
+def test_matmul_and_its_gradients_are_those_of_a_loop_over_experts(kernel):
+    x, weight, *_ = inputs()
+    rows = (391, 5, 0, 2)
+    used = (expert_of_rows(rows, 400) >= 0)[:, None]
+
+    def loss(multiply):
+        return lambda x, weight: jnp.sum(jnp.where(used, multiply(x, weight), 0) ** 2)
+
+    def by_loop(x, weight):
+        expert = expert_of_rows(rows, 400)
+        return sum(jnp.where((expert == e)[:, None], x @ weight[e], 0) for e in range(4))
+
+    kernel_loss = loss(lambda x, w: grouped_matmul(x, w, jnp.asarray(rows, jnp.int32), kernel))
+    with jax.default_matmul_precision("highest"):
+        got = jax.jit(jax.value_and_grad(kernel_loss, argnums=(0, 1)))(x, weight)
+        expected = jax.value_and_grad(loss(by_loop), argnums=(0, 1))(x, weight)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert relative_norm(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 255, 257])
+def test_any_number_of_rows_will_do(num_rows):
+    arrays = inputs(num_rows)
+    rows = (num_rows // 2, 0, num_rows - num_rows // 2, 0)
+    y = blocks.grouped_swiglu(*arrays, jnp.asarray(rows, jnp.int32))
+    assert relative_norm(y, swiglu_by_loop(*arrays, expert_of_rows(rows, num_rows))) < 1e-5
