@@ -1,0 +1,22 @@
+"""Mixtral 8x22B from scratch on 256 chips of TPU v5p (4x8x8).
+
+256 rows of 4,096 tokens a step, one a chip. Never run on that hardware: the sizes and the mesh are checked, the
+learning rate and the speed are not. Name your text, and a workdir that every host sees; run on every host:
+
+    python train.py --config=configs/pretrain/mixtral_8x22b_v5p.py --config.data.path=TEXT --workdir=DIR
+"""
+
+from ml_collections import ConfigDict
+
+from configs import models
+from configs.pretrain import mixtral_8x7b_v5p
+
+
+def get_config() -> ConfigDict:
+    config = mixtral_8x7b_v5p.get_config()
+    config.model = models.mixtral_8x22b()
+    config.mesh.fsdp = 32
+    config.optimizer.learning_rate = 2e-4
+    config.train.batch_size = 256
+    config.train.num_steps = 50_000
+    return config

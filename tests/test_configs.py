@@ -1,0 +1,53 @@
+"""Every shipped config builds, says how to run it, and fits the machine in its name."""
+
+import ast
+import math
+from pathlib import Path
+
+import pytest
+
+from mixtral_jax.cli.flags import load_config_file
+from mixtral_jax.config import Config, build
+from mixtral_jax.parallel.mesh import MESH_AXES, resolve_mesh
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+COMMANDS = {
+    "pretrain": "python train.py",
+    "instruct": "python finetune_instruct.py",
+    "ablations": "python -m mixtral_jax ablate",
+}
+SHIPPED = sorted(path for folder in COMMANDS for path in (CONFIGS / folder).glob("*.py") if path.stem != "__init__")
+# The config of a script that is run without --config.
+DEFAULTS = ("pretrain/tiny.py",)
+NUM_DEVICES = {"tiny": 8, "mixtral_8x7b_v5p": 64, "mixtral_8x7b_v6e": 256, "mixtral_8x22b_v5p": 256}
+
+each_config = pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+
+
+@each_config
+def test_a_shipped_config_builds(path: Path) -> None:
+    assert isinstance(build(Config, load_config_file(path)), Config)
+
+
+@each_config
+def test_a_shipped_config_names_its_command(path: Path) -> None:
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    name = f"{path.parent.name}/{path.name}"
+    command = COMMANDS[path.parent.name] + ("" if name in DEFAULTS else f" --config=configs/{name}")
+    assert command in docstring
+
+
+@pytest.mark.parametrize("name", NUM_DEVICES)
+def test_a_pretraining_config_fits_its_machine(name: str) -> None:
+    config = build(Config, load_config_file(CONFIGS / "pretrain" / f"{name}.py"))
+    mesh = resolve_mesh(config, NUM_DEVICES[name]).mesh
+    assert math.prod(getattr(mesh, axis) for axis in MESH_AXES) == NUM_DEVICES[name]
+    assert mesh.expert == config.model.num_experts == 8  # An expert each.
+
+
+def test_configs_of_pods_keep_the_size_in_their_names() -> None:
+    models = load_config_file(CONFIGS / "pretrain/mixtral_8x22b_v5p.py")["model"]
+    assert (models["hidden_size"], models["num_layers"]) == (6144, 56)
+    for name in ("mixtral_8x7b_v5p", "mixtral_8x7b_v6e"):
+        models = load_config_file(CONFIGS / f"pretrain/{name}.py")["model"]
+        assert (models["hidden_size"], models["num_layers"]) == (4096, 32)
