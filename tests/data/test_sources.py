@@ -132,10 +132,29 @@ def test_bad_rows_of_columns_are_named_by_number(tmp_path):
     }
 
 
-@pytest.mark.parametrize("suffix", [".json", ".parquet", ".arrow", ".txt"])
-def test_a_file_that_cannot_be_read_is_one_bad_row(tmp_path, suffix):
-    (tmp_path / f"a{suffix}").write_bytes(b"\xff\xfe{ no such format")
-    assert list(bad_rows(tmp_path)) == [f"a{suffix}"]
+@pytest.mark.parametrize("suffix", [".json", ".parquet", ".arrow"])
+@pytest.mark.parametrize("content", [b"\xff\xfe{ no such format", b"", b"[" * 100_000])
+def test_a_file_that_cannot_be_read_is_a_config_error(tmp_path, suffix, content):
+    write_file(tmp_path / "0.txt", ["good"])
+    (tmp_path / f"a{suffix}").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"/a{suffix}: unreadable {suffix} file \(.+\): mend it") as error:
+        texts(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_file_damaged_inside_is_a_config_error(tmp_path, suffix):
+    file = tmp_path / f"a{suffix}"
+    write_file(file, ["a text of many words " * 1000] * 3000)
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2] + (content[-100:] if suffix == ".parquet" else b""))
+    with pytest.raises(ConfigError, match=f"/a{suffix}: unreadable"):
+        texts(tmp_path)
+
+
+def test_a_text_file_of_invalid_utf8_is_one_bad_row(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe no such text")
+    assert bad_rows(tmp_path) == {"a.txt": "invalid UTF-8 at character 0"}
 
 
 def test_the_standard_library_is_code_without_tests_or_packages():
