@@ -90,9 +90,24 @@ def _read_json_lines(file: Path, text_field: str) -> Iterator[Document | BadRow]
 
 
 def _read_json(file: Path, text_field: str) -> Iterator[Document | BadRow]:
-    rows = json.loads(file.read_bytes().decode("utf-8-sig"))
+    content = file.read_bytes()
+    try:
+        rows = json.loads(content.decode("utf-8-sig"))
+    except ValueError:
+        if not _begins_with_json_line(content):
+            raise
+        yield from _read_json_lines(file, text_field)  # Many a JSON Lines file is named `.json`.
+        return
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
         yield judge(row, text_field, f"{file}:{number}")
+
+
+def _begins_with_json_line(content: bytes) -> bool:
+    try:
+        json.loads(content.lstrip(b"\xef\xbb\xbf \r\n").partition(b"\n")[0].decode())
+    except ValueError:
+        return False
+    return True
 
 
 def _read_csv(file: Path, text_field: str) -> Iterator[Document | BadRow]:

@@ -132,6 +132,18 @@ def test_bad_rows_of_columns_are_named_by_number(tmp_path):
     }
 
 
+def test_json_lines_in_a_json_file_are_read(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"text": "first"}\r\n{"text": "\xff"}\n{broken\n{"text": "last"}\n')
+    assert texts(tmp_path) == ["first", "last"]
+    assert list(bad_rows(tmp_path)) == ["a.json:2", "a.json:3"]
+
+
+def test_a_broken_list_of_rows_is_not_taken_for_json_lines(tmp_path):
+    (tmp_path / "a.json").write_text('[\n{"text": "first"},\n{"text": "last"}\n')
+    with pytest.raises(ConfigError, match=r"/a.json: unreadable .json file \(Expecting"):
+        texts(tmp_path)
+
+
 @pytest.mark.parametrize("suffix", [".json", ".parquet", ".arrow"])
 @pytest.mark.parametrize("content", [b"\xff\xfe{ no such format", b"", b"[" * 100_000])
 def test_a_file_that_cannot_be_read_is_a_config_error(tmp_path, suffix, content):
