@@ -6,9 +6,10 @@ tokens and the held-out split.
 
 import glob
 import hashlib
+import os
 import platform
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def _list_files(path: str) -> list[Path]:
         require(place.suffix in READERS, f"data.path={path} is none of {forms}: convert it, or rename it")
         return [place]
     if place.is_dir():
-        found = (file for file in place.rglob("*") if not _is_hidden(file.relative_to(place)))
+        found = _walk(place, lambda name: name.startswith("."))
     else:
         found = map(Path, glob.glob(str(place), recursive=True))
         require(
@@ -75,16 +76,18 @@ def _list_files(path: str) -> list[Path]:
     return files
 
 
-def _is_hidden(file: Path) -> bool:
-    return any(part.startswith(".") for part in file.parts)
+def _walk(root: Path, is_skipped: Callable[[str], bool]) -> Iterator[Path]:
+    """The files in and below `root`, without entering folders of a skipped name: they may hold millions."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not is_skipped(name)]
+        yield from (Path(folder, name) for name in files if not is_skipped(name))
 
 
 def _list_stdlib() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
-    files = sorted(root.rglob("*.py"))
-    files = [file for file in files if _STDLIB_SKIPPED.isdisjoint(file.relative_to(root).parts)]
+    found = _walk(root, _STDLIB_SKIPPED.__contains__)
     # Some `__init__.py` are empty on purpose: nothing to learn, and nothing to warn about.
-    files = [file for file in files if file.stat().st_size > 1]
+    files = sorted(file for file in found if file.suffix == ".py" and file.stat().st_size > 1)
     require(files, f"data.path={STDLIB}: this Python has no .py sources under {root}; name a file or a folder instead")
     return files
 

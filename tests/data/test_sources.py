@@ -1,6 +1,7 @@
 """Every form of `data.path`, and what becomes of rows that cannot be read."""
 
 import json
+import os
 import sys
 
 import datasets
@@ -176,6 +177,20 @@ def test_the_standard_library_is_code_without_tests_or_packages():
     assert origins == sorted(origins, key=lambda origin: origin.split("/"))
     assert any(origin.endswith("/argparse.py") for origin in origins)
     assert not any("/test/" in origin or "-packages/" in origin for origin in origins)
+
+
+@pytest.mark.parametrize(("path", "skipped"), [("python-stdlib", "site-packages"), (".", ".hidden")])
+def test_skipped_folders_are_not_entered(tmp_path, monkeypatch, path, skipped):
+    (tmp_path / skipped / "deep").mkdir(parents=True)
+    for file in ("a.py", "a.txt", f"{skipped}/b.py", f"{skipped}/b.txt"):
+        (tmp_path / file).write_text("text")
+    entered = []
+    scandir = os.scandir
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("os.scandir", lambda folder: entered.append(str(folder)) or scandir(folder))
+    monkeypatch.chdir(tmp_path)
+    assert texts(path) == ["text"]
+    assert len(entered) == 1
 
 
 @pytest.mark.parametrize(
