@@ -23,7 +23,7 @@ from mixtral_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokeniz
 
 log = logging.getLogger(__name__)
 
-_CACHE_FORMAT = 1  # Raise it when the same files and config would give other stores.
+_CACHE_FORMAT = 2  # Raise it when the same files and config would give other stores.
 _NAMED_BAD_ROWS = 20
 _CHARACTERS_AT_ONCE = 4_000_000
 
@@ -58,9 +58,10 @@ def prepare_text(
 ) -> PreparedText:
     """Reads, splits and tokenises the text of a run, or opens the cache of an earlier one.
 
-    The side of a document follows from its text alone, so that new files move no old document. Two
-    exceptions: a side left empty gets the document nearest to it, and the tail of a single document
-    is held out, from the start of a line.
+    The side of a document follows from its text alone, so that new files move no old document and
+    copies lie on one side. Two exceptions: a side left empty gets the document nearest to it, with
+    its copies, and the tail of a single document is held out, from the start of a line. Documents
+    that are all copies of one are that single document.
 
     Args:
         vocab_size: of the model; the tokenizer must fit in it.
@@ -114,7 +115,7 @@ class _Corpus:
 
     @functools.cached_property
     def _survey(self) -> tuple[np.ndarray, int]:
-        """Which documents are held out, bool [num_documents], and how many rows are bad."""
+        """Which documents are held out, as `_choose_held_out` says, and how many rows are bad."""
         places = array.array("d")
         first_bad, num_bad = None, 0
         for row in read_documents(self._config.path, self._config.text_field):
@@ -155,12 +156,13 @@ def _place(text: str) -> float:
 
 
 def _choose_held_out(places: np.ndarray, fraction: float) -> np.ndarray:
+    """Whether each document is held out; of length 1 if all have one text. Equal texts have equal places."""
+    if places.min() == places.max():
+        return np.array([True])
     held_out = places < fraction
     if not held_out.any():
-        held_out[places.argmin()] = True
-    elif held_out.all():
-        held_out[places.argmax()] = False
-    return held_out
+        return places == places.min()
+    return held_out if not held_out.all() else places != places.max()
 
 
 def _fingerprint_data(config: DataConfig) -> str:

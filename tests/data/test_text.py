@@ -73,6 +73,28 @@ def test_the_tail_of_a_single_document_is_held_out_from_a_line(tmp_path):
     assert len(held_out) == pytest.approx(0.2 * len(text), abs=30)
 
 
+@pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])
+def test_copies_of_a_document_are_on_one_side(tmp_path, fraction):
+    rows = [f"Text number {number % 3} says some words." for number in range(60)]
+    (tmp_path / "f.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    prepared = prepare(tmp_path / "f.jsonl", tmp_path, tokenizer="train:280", held_out_fraction=fraction)
+    train = read_texts(prepared.train, prepared.tokenizer)
+    held_out = read_texts(prepared.held_out, prepared.tokenizer)
+    assert sorted(train + held_out) == sorted(rows)
+    assert train and held_out and not set(train) & set(held_out)
+
+
+def test_documents_that_are_all_copies_are_a_single_one(tmp_path):
+    text = "".join(f"line {number} of the play\n" for number in range(200))
+    (tmp_path / "copies").mkdir()
+    for number in range(20):
+        (tmp_path / "copies" / f"{number}.txt").write_text(text)
+    prepared = prepare(tmp_path / "copies", tmp_path)
+    (train,) = read_texts(prepared.train, prepared.tokenizer)
+    (held_out,) = read_texts(prepared.held_out, prepared.tokenizer)
+    assert train + held_out == text
+
+
 def write_rows(file, *, good, bad):
     lines = [json.dumps({"text": f"row number {number} is a good one"}) for number in range(good)]
     file.write_text("\n".join([*lines[:3], *["{broken"] * bad, *lines[3:]]))
