@@ -19,6 +19,7 @@ import numpy as np
 
 from mixtral_jax.config import DataConfig, require
 from mixtral_jax.data.sources import BadRow, Document, fingerprint_source, read_documents
+from mixtral_jax.data.store import StoreWriter, TokenStore, flush_to_disk, open_store
 from mixtral_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -26,21 +27,6 @@ log = logging.getLogger(__name__)
 _CACHE_FORMAT = 2  # Raise it when the same files and config would give other stores.
 _NAMED_BAD_ROWS = 20
 _CHARACTERS_AT_ONCE = 4_000_000
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenStore:
-    """Tokenised documents, end to end: each is BOS, its ids, EOS.
-
-    Attributes:
-        tokens: uint16 or uint32 [num_tokens], read from disk as needed.
-        offsets: int64 [num_documents + 1]; document d is `tokens[offsets[d]:offsets[d + 1]]`.
-        fingerprint: sha256, in hex, of the tokens and the lengths.
-    """
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-    fingerprint: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +69,10 @@ def prepare_text(
     if saved != tokenizer_path:
         tokenizer.save(tokenizer_path)
     folder = cache_dir / f"{key}-{tokenizer.fingerprint[:16]}"
-    if not folder.exists():
-        _write_cache(folder, corpus, tokenizer)
-    num_bad = json.loads((folder / "summary.json").read_text())["num_bad"]
+    train, held_out, num_bad = _open_or_write_cache(folder, corpus, tokenizer)
     if num_bad:
         log.warning("data.path=%s: %d bad rows are left out", config.path, num_bad)
-    return PreparedText(_open_store(folder / "train"), _open_store(folder / "held_out"), tokenizer, num_bad)
+    return PreparedText(train, held_out, tokenizer, num_bad)
 
 
 class _Corpus:
@@ -170,12 +154,29 @@ def _fingerprint_data(config: DataConfig) -> str:
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 
+def _open_or_write_cache(folder: Path, corpus: _Corpus, tokenizer: Tokenizer) -> tuple[TokenStore, TokenStore, int]:
+    if folder.exists():
+        try:
+            return _open_cache(folder)
+        except (OSError, ValueError, EOFError) as error:
+            log.warning("%s is damaged (%s): the text is tokenised again", folder, error)
+            shutil.rmtree(folder)
+    _write_cache(folder, corpus, tokenizer)
+    return _open_cache(folder)
+
+
+def _open_cache(folder: Path) -> tuple[TokenStore, TokenStore, int]:
+    num_bad = json.loads((folder / "summary.json").read_text())["num_bad"]
+    return open_store(folder / "train"), open_store(folder / "held_out"), num_bad
+
+
 def _write_cache(folder: Path, corpus: _Corpus, tokenizer: Tokenizer) -> None:
     """Writes elsewhere and renames, so that `folder` is whole whenever it exists."""
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         _write_stores(temporary, corpus, tokenizer)
         (temporary / "summary.json").write_text(json.dumps({"num_bad": corpus.num_bad}))
+        flush_to_disk(temporary)
         temporary.rename(folder)
     except OSError:
         if not folder.exists():  # If it does, another process wrote the same first.
@@ -186,7 +187,7 @@ def _write_cache(folder: Path, corpus: _Corpus, tokenizer: Tokenizer) -> None:
 
 def _write_stores(folder: Path, corpus: _Corpus, tokenizer: Tokenizer) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    with _StoreWriter(folder / "train", dtype) as train, _StoreWriter(folder / "held_out", dtype) as held_out:
+    with StoreWriter(folder / "train", dtype) as train, StoreWriter(folder / "held_out", dtype) as held_out:
         for group in _group(corpus.documents()):
             encoded = tokenizer.encode_all([text for text, _ in group])
             for ids, (_, is_held_out) in zip(encoded, group, strict=True):
@@ -204,38 +205,3 @@ def _group(documents: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bo
             yield group
             group, characters = [], 0
     yield group
-
-
-class _StoreWriter:
-    """Writes a token store, document by document; leaving the context completes it."""
-
-    def __init__(self, folder: Path, dtype: np.dtype):
-        folder.mkdir()
-        self._folder = folder
-        self._dtype = dtype
-        self._file = (folder / "tokens").open("wb")
-        self._lengths = array.array("q")
-        self._digest = hashlib.sha256()
-
-    def __enter__(self) -> "_StoreWriter":
-        return self
-
-    def add(self, ids: list[int]) -> None:
-        tokens = np.array(ids, self._dtype).tobytes()
-        self._file.write(tokens)
-        self._digest.update(tokens)
-        self._lengths.append(len(ids))
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-        lengths = np.array(self._lengths, np.int64)
-        self._digest.update(lengths.tobytes())
-        np.save(self._folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
-        summary = {"dtype": self._dtype.name, "fingerprint": self._digest.hexdigest()}
-        (self._folder / "summary.json").write_text(json.dumps(summary))
-
-
-def _open_store(folder: Path) -> TokenStore:
-    summary = json.loads((folder / "summary.json").read_text())
-    tokens = np.memmap(folder / "tokens", summary["dtype"], mode="r")
-    return TokenStore(tokens, np.load(folder / "offsets.npy"), summary["fingerprint"])

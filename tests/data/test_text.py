@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,7 +164,7 @@ import os
 from pathlib import Path
 from mixtral_jax.config import DataConfig
 from mixtral_jax.data import text
-text._StoreWriter.__exit__ = lambda *error: os._exit(9)
+text.StoreWriter.__exit__ = lambda *error: os._exit(9)
 config = DataConfig(path={str(corpus)!r}, tokenizer="train:290", held_out_fraction=0.2)
 text.prepare_text(config, 512, Path({str(tmp_path / "run" / "tokenizer.model")!r}), Path({str(tmp_path / "cache")!r}))
 """
@@ -171,6 +172,31 @@ text.prepare_text(config, 512, Path({str(tmp_path / "run" / "tokenizer.model")!r
     assert subprocess.run([sys.executable, "-c", killed], env=environment, check=False).returncode == 9
     prepared = prepare(corpus, tmp_path)
     assert len(prepared.train.offsets) + len(prepared.held_out.offsets) - 2 == NUM_DOCUMENTS
+
+
+@pytest.mark.parametrize("name", ["summary.json", "train/tokens", "held_out/offsets.npy", "train/summary.json"])
+@pytest.mark.parametrize("kept", [0, 1, 20])
+def test_a_damaged_cache_is_written_again_with_a_warning(tmp_path, caplog, name, kept):
+    corpus = write_corpus(tmp_path / "corpus")
+    before = np.array(prepare(corpus, tmp_path).train.tokens)  # A copy: the file it maps is cut.
+    (file,) = (tmp_path / "cache").glob(f"*/{name}")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: min(kept, len(whole) - 1)])
+    after = prepare(corpus, tmp_path)
+    np.testing.assert_array_equal(after.train.tokens, before)
+    assert file.read_bytes() == whole
+    assert "is damaged" in caplog.text and "tokenised again" in caplog.text
+
+
+def test_the_cache_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda *args: synced.append("rename") or rename(*args))
+    prepare(write_corpus(tmp_path / "corpus"), tmp_path)
+    (folder,) = (entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir())
+    before = synced[: synced.index("rename")]
+    assert {path.stat().st_ino for path in [folder, *folder.rglob("*")]} <= set(before)
 
 
 def test_an_interrupted_write_cleans_up(tmp_path, monkeypatch):
