@@ -14,9 +14,12 @@ from configs.pretrain import mixtral_8x7b_v5p
 
 def get_config() -> ConfigDict:
     config = mixtral_8x7b_v5p.get_config()
-    config.model = models.mixtral_8x22b()
-    config.mesh.fsdp = 32
-    config.optimizer.learning_rate = 2e-4
-    config.train.batch_size = 256
-    config.train.num_steps = 50_000
+    config.update(
+        {
+            "model": models.mixtral_8x22b(),
+            "mesh": {"fsdp": 32},
+            "optimizer": {"learning_rate": 2e-4},
+            "train": {"batch_size": 256, "num_steps": 50_000},
+        }
+    )
     return config

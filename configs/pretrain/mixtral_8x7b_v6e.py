@@ -13,7 +13,5 @@ from configs.pretrain import mixtral_8x7b_v5p
 
 def get_config() -> ConfigDict:
     config = mixtral_8x7b_v5p.get_config()
-    config.mesh.fsdp = 32
-    config.train.batch_size = 256
-    config.train.num_steps = 25_000
+    config.update({"mesh": {"fsdp": 32}, "train": {"batch_size": 256, "num_steps": 25_000}})
     return config
