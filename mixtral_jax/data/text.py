@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from mixtral_jax.config import DataConfig, require
-from mixtral_jax.data.sources import BadRow, Document, fingerprint_source, read_documents
+from mixtral_jax.data.sources import Document, fingerprint_source, read_documents
 from mixtral_jax.data.store import StoreWriter, TokenStore, flush_to_disk, open_store
 from mixtral_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
@@ -66,13 +66,35 @@ def prepare_text(
         saved = cache_dir / f"{key}.model"  # Runs on the same text share the training.
     tokenizer = load_tokenizer(config.tokenizer, corpus.train_texts, saved)
     check_vocabulary(tokenizer, vocab_size)
+    folder = cache_dir / f"{key}-{tokenizer.fingerprint[:16]}"
+    train, held_out, count = _open_or_write_cache(folder, corpus, tokenizer)
+    count.check(config)
     if saved != tokenizer_path:
         tokenizer.save(tokenizer_path)
-    folder = cache_dir / f"{key}-{tokenizer.fingerprint[:16]}"
-    train, held_out, num_bad = _open_or_write_cache(folder, corpus, tokenizer)
-    if num_bad:
-        log.warning("data.path=%s: %d bad rows are left out", config.path, num_bad)
-    return PreparedText(train, held_out, tokenizer, num_bad)
+    if count.num_bad:
+        log.warning("data.path=%s: %d bad rows are left out", config.path, count.num_bad)
+    return PreparedText(train, held_out, tokenizer, count.num_bad)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Count:
+    """What reading gave; kept in the cache, whose readers may allow fewer bad rows than its writer did."""
+
+    num_rows: int
+    num_bad: int
+    first_bad: str
+
+    def check(self, config: DataConfig) -> None:
+        num_rows, num_bad = self.num_rows, self.num_bad
+        require(
+            num_bad <= config.max_bad_fraction * num_rows,
+            f"data.path={config.path}: {num_bad} of {num_rows} rows are bad ({num_bad / max(num_rows, 1):.1%}), over "
+            f"data.max_bad_fraction={config.max_bad_fraction}; first: {self.first_bad}",
+        )
+        require(
+            num_rows > num_bad,
+            f"data.path={config.path} holds no document ({num_rows} rows): name files that hold text",
+        )
 
 
 class _Corpus:
@@ -94,36 +116,27 @@ class _Corpus:
         return (text for text, held_out in self.documents() if not held_out)
 
     @property
-    def num_bad(self) -> int:
+    def count(self) -> _Count:
         return self._survey[1]
 
     @functools.cached_property
-    def _survey(self) -> tuple[np.ndarray, int]:
-        """Which documents are held out, as `_choose_held_out` says, and how many rows are bad."""
+    def _survey(self) -> tuple[np.ndarray, _Count]:
+        """Which documents are held out, as `_choose_held_out` says, and what there is."""
         places = array.array("d")
-        first_bad, num_bad = None, 0
+        first_bad, num_bad = "", 0
         for row in read_documents(self._config.path, self._config.text_field):
             if isinstance(row, Document):
                 places.append(_place(row.text))
                 continue
-            first_bad = first_bad or row
+            first_bad = first_bad or f"{row.origin}: {row.reason}"
             num_bad += 1
             if num_bad <= _NAMED_BAD_ROWS:
                 log.warning("bad row %s: %s", row.origin, row.reason)
         if num_bad > _NAMED_BAD_ROWS:
             log.warning("... and %d more bad rows", num_bad - _NAMED_BAD_ROWS)
-        self._check(len(places), num_bad, first_bad)
-        return _choose_held_out(np.array(places), self._config.held_out_fraction), num_bad
-
-    def _check(self, num_good: int, num_bad: int, first_bad: BadRow | None) -> None:
-        config, total = self._config, num_good + num_bad
-        first = first_bad and f"{first_bad.origin}: {first_bad.reason}"
-        require(
-            num_bad <= config.max_bad_fraction * total,
-            f"data.path={config.path}: {num_bad} of {total} rows are bad ({num_bad / max(total, 1):.1%}), over "
-            f"data.max_bad_fraction={config.max_bad_fraction}; first: {first}",
-        )
-        require(num_good, f"data.path={config.path} holds no document ({total} rows): name files that hold text")
+        count = _Count(len(places) + num_bad, num_bad, first_bad)
+        count.check(self._config)
+        return _choose_held_out(np.array(places), self._config.held_out_fraction), count
 
     def _cut_tail(self, text: str) -> Iterator[tuple[str, bool]]:
         require(len(text) > 1, f"data.path={self._config.path} holds a single character: give more text")
@@ -150,11 +163,13 @@ def _choose_held_out(places: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def _fingerprint_data(config: DataConfig) -> str:
-    described = [_CACHE_FORMAT, dataclasses.asdict(config), fingerprint_source(config.path)]
+    """Of what changes the tokens, and nothing else: the limit on bad rows does not."""
+    chosen = [config.path, config.text_field, config.held_out_fraction, config.tokenizer]
+    described = [_CACHE_FORMAT, *chosen, fingerprint_source(config.path)]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 
-def _open_or_write_cache(folder: Path, corpus: _Corpus, tokenizer: Tokenizer) -> tuple[TokenStore, TokenStore, int]:
+def _open_or_write_cache(folder: Path, corpus: _Corpus, tokenizer: Tokenizer) -> tuple[TokenStore, TokenStore, _Count]:
     if folder.exists():
         try:
             return _open_cache(folder)
@@ -165,9 +180,9 @@ def _open_or_write_cache(folder: Path, corpus: _Corpus, tokenizer: Tokenizer) ->
     return _open_cache(folder)
 
 
-def _open_cache(folder: Path) -> tuple[TokenStore, TokenStore, int]:
-    num_bad = json.loads((folder / "summary.json").read_text())["num_bad"]
-    return open_store(folder / "train"), open_store(folder / "held_out"), num_bad
+def _open_cache(folder: Path) -> tuple[TokenStore, TokenStore, _Count]:
+    count = _Count(**json.loads((folder / "summary.json").read_text()))
+    return open_store(folder / "train"), open_store(folder / "held_out"), count
 
 
 def _write_cache(folder: Path, corpus: _Corpus, tokenizer: Tokenizer) -> None:
@@ -175,7 +190,7 @@ def _write_cache(folder: Path, corpus: _Corpus, tokenizer: Tokenizer) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         _write_stores(temporary, corpus, tokenizer)
-        (temporary / "summary.json").write_text(json.dumps({"num_bad": corpus.num_bad}))
+        (temporary / "summary.json").write_text(json.dumps(dataclasses.asdict(corpus.count)))
         flush_to_disk(temporary)
         temporary.rename(folder)
     except OSError:

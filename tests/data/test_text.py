@@ -119,6 +119,16 @@ def test_bad_rows_over_the_limit_end_the_run(tmp_path):
         prepare(tmp_path / "f.jsonl", tmp_path)
 
 
+def test_a_cached_text_is_held_to_the_limit_of_each_run(tmp_path, monkeypatch):
+    write_rows(tmp_path / "f.jsonl", good=75, bad=25)
+    prepare(tmp_path / "f.jsonl", tmp_path, max_bad_fraction=0.3)
+    monkeypatch.setattr(Tokenizer, "encode_all", lambda self, texts: pytest.fail("tokenised again"))
+    assert prepare(tmp_path / "f.jsonl", tmp_path, workdir="other", max_bad_fraction=0.5).num_bad == 25
+    with pytest.raises(ConfigError, match=r"25 of 100 rows are bad .*first: .*f.jsonl:4: invalid JSON"):
+        prepare(tmp_path / "f.jsonl", tmp_path, workdir="strict", max_bad_fraction=0.1)
+    assert not (tmp_path / "strict").exists()
+
+
 def test_no_document_at_all_is_a_config_error(tmp_path):
     (tmp_path / "f.jsonl").write_text("\n")
     with pytest.raises(ConfigError, match=r"holds no document \(0 rows\)"):
