@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +42,8 @@ class StoreWriter:
     def __enter__(self) -> "StoreWriter":
         return self
 
-    def add(self, ids: Sequence[int] | np.ndarray) -> None:
-        tokens = np.asarray(ids, self._dtype).tobytes()
+    def add(self, ids: np.ndarray) -> None:
+        tokens = ids.astype(self._dtype).tobytes()
         self._file.write(tokens)
         self._digest.update(tokens)
         self._lengths.append(len(ids))

@@ -207,7 +207,7 @@ def _write_stores(folder: Path, corpus: _Corpus, tokenizer: Tokenizer) -> None:
             encoded = tokenizer.encode_all([text for text, _ in group])
             for ids, (_, is_held_out) in zip(encoded, group, strict=True):
                 writer = held_out if is_held_out else train
-                writer.add([tokenizer.bos_id, *ids, tokenizer.eos_id])
+                writer.add(np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]))
 
 
 def _group(documents: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:

@@ -3,6 +3,7 @@
 Which text to train on, and where documents begin and end, is for `text` to say.
 """
 
+import functools
 import hashlib
 import importlib.util
 import io
@@ -17,9 +18,13 @@ from mixtral_jax.config import ConfigError, require
 
 _MISTRAL_FILES = {"mixtral": "tokenizer.model.v1", "mixtral-v3": "mistral_instruct_tokenizer_240323.model.v3"}
 
-# SentencePiece leaves out what is longer than 4192 bytes: 1000 characters are at most 4000.
+# Training leaves out what is longer than 4192 bytes: 1000 characters are at most 4000.
 _CHUNK_CHARACTERS = 1000
 _SAMPLE_CHARACTERS = 10_000_000
+# Encoding takes about 50 bytes of memory a character: of text in a chunk, and chunks in a call.
+_ENCODED_CHARACTERS = 100_000
+_ENCODED_CHUNKS = 64
+_SPACE = "\u2581"  # Stands for a space in pieces.
 
 
 class Tokenizer:
@@ -50,11 +55,53 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without BOS and EOS; `<s>` written in it stays text."""
-        return self._processor.encode(text)
+        return self.encode_all([text])[0].tolist()
 
-    def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each, on every core."""
-        return self._processor.encode(texts, num_threads=os.cpu_count() or 1)
+    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
+        """`encode` of each, int32, on every core; in memory for some megabytes of text, however long they are."""
+        chunks = [list(self._cut(text)) for text in texts]
+        heads = self._encode([first for first, *_ in chunks])
+        return [
+            np.concatenate([head, *self._encode_rest(rest)]) for head, (_, *rest) in zip(heads, chunks, strict=True)
+        ]
+
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        num_threads = min(len(texts), os.cpu_count() or 1)
+        return [np.array(ids, np.int32) for ids in self._processor.encode(texts, num_threads=num_threads)]
+
+    def _encode_rest(self, chunks: list[str]) -> Iterator[np.ndarray]:
+        """Ids of chunks that begin with a character of the one before, without those of that character."""
+        for start in range(0, len(chunks), _ENCODED_CHUNKS):
+            group = chunks[start : start + _ENCODED_CHUNKS]
+            for chunk, ids in zip(group, self._encode(group), strict=True):
+                yield ids[len(self._processor.encode(chunk[0])) :]
+
+    def _cut(self, text: str) -> Iterator[str]:
+        """Chunks whose ids, end to end, are those of the text: cut where no piece can span the cut.
+
+        All but the first begin with the character before the cut, which takes up the space that SentencePiece
+        puts before a text. Nothing merges across a cut, so what that character encodes to is known.
+        """
+        start = 0
+        while len(text) - start > _ENCODED_CHARACTERS and self._keeps_text:
+            end = start + _ENCODED_CHARACTERS
+            while end < len(text) and text[end - 1 : end + 1].replace(" ", _SPACE) in self._pairs:
+                end += 1
+            yield text[max(start - 1, 0) : end]
+            start = end
+        yield text[max(start - 1, 0) :]
+
+    @functools.cached_property
+    def _pairs(self) -> set[str]:
+        """Neighbouring characters of all pieces."""
+        pieces = map(self._processor.id_to_piece, range(self.vocab_size))
+        return {piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1)}
+
+    @functools.cached_property
+    def _keeps_text(self) -> bool:
+        """Whether the model encodes text as it is, as Mixtral's do; others rewrite characters or strip spaces."""
+        probe = " \ufb01\n\t\uff21  x"
+        return self._processor.normalize(probe).endswith(probe.replace(" ", _SPACE))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids below `vocab_size`; control ids stand for none."""
@@ -73,7 +120,7 @@ class Tokenizer:
             return 1
         if processor.is_control(token) or processor.is_unknown(token):
             return 0
-        return len(processor.id_to_piece(token).replace("\u2581", " ").encode())  # \u2581 stands for a space.
+        return len(processor.id_to_piece(token).replace(_SPACE, " ").encode())
 
 
 def load_tokenizer(spec: str, texts: Callable[[], Iterable[str]], saved: Path) -> Tokenizer:

@@ -3,7 +3,9 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pytest
+import sentencepiece
 
 from mixtral_jax.config import ConfigError
 from mixtral_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -55,7 +57,36 @@ def test_bytes_per_token_adds_up_to_the_text(tokenizer, text):
 
 
 def test_encode_all_is_encode_of_each(tokenizer):
-    assert tokenizer.encode_all(STRANGE) == [tokenizer.encode(text) for text in STRANGE]
+    assert [ids.tolist() for ids in tokenizer.encode_all(STRANGE)] == [tokenizer.encode(text) for text in STRANGE]
+    assert tokenizer.encode_all([]) == [] and tokenizer.encode("") == []
+
+
+LONG = TEXTS[0][:10_000] + "".join(STRANGE) * 50 + " " * 500 + "\u2581 x\u2581y" * 50 + "\n" * 500 + "é😀" * 300
+
+
+@pytest.mark.parametrize(("characters", "chunks"), [(1, 64), (2, 64), (7, 64), (1000, 64), (1000, 1)])
+def test_a_long_text_is_encoded_in_chunks_to_the_ids_of_one_call(tokenizer, monkeypatch, characters, chunks):
+    expected = tokenizer.encode_all([LONG, *STRANGE])
+    sizes = []
+    encode = Tokenizer._encode
+    monkeypatch.setattr(Tokenizer, "_encode", lambda self, texts: sizes.extend(map(len, texts)) or encode(self, texts))
+    monkeypatch.setattr("mixtral_jax.data.tokenizer._ENCODED_CHARACTERS", characters)
+    monkeypatch.setattr("mixtral_jax.data.tokenizer._ENCODED_CHUNKS", chunks)
+    for ids, others in zip(tokenizer.encode_all([LONG, *STRANGE]), expected, strict=True):
+        np.testing.assert_array_equal(ids, others)
+    assert max(sizes) < 1000 + characters
+
+
+@pytest.mark.parametrize("rule", [{"normalization_rule_name": "nmt_nfkc", "byte_fallback": True}, {}])
+def test_models_that_rewrite_text_or_know_not_all_of_it_give_the_same_ids(tmp_path, monkeypatch, rule):
+    settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, **rule}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS[0].splitlines()), model_prefix=str(tmp_path / "m"), vocab_size=600, **settings
+    )
+    given = Tokenizer((tmp_path / "m.model").read_bytes())
+    expected = given.encode(LONG)
+    monkeypatch.setattr("mixtral_jax.data.tokenizer._ENCODED_CHARACTERS", 7)
+    assert given.encode(LONG) == expected
 
 
 def test_training_is_deterministic(tokenizer, tmp_path):
