@@ -85,8 +85,8 @@ def test_every_epoch_is_another_permutation_of_the_rows():
 
 def test_the_seed_alone_changes_the_order():
     assert np.array_equal(make_batches(seed=7).row_ids(0), make_batches(seed=7).row_ids(0))
-    orders = [make_batches(seed=seed) for seed in (0, 1, 2**40)]
-    assert len({np.concatenate([order.row_ids(b) for b in range(4)]).tobytes() for order in orders}) == 3
+    orders = [make_batches(seed=seed) for seed in (0, 1, 2**32, 2**40, 2**64, 2**64 + 1)]
+    assert len({np.concatenate([order.row_ids(b) for b in range(4)]).tobytes() for order in orders}) == 6
 
 
 def test_seeds_are_no_shifted_epochs_of_each_other():
