@@ -1,0 +1,61 @@
+"""The balance loss undoes a router that sends nearly everything to two experts; without it nothing does."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from mixtral_jax.model.transformer import model_maker
+from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from mixtral_jax.train.state import init_state
+from mixtral_jax.train.step import make_train_step
+from tests.cases import mesh_of, on_mesh, packed_batch, small_config
+
+STEPS = 200
+
+
+class OffsetGate(nnx.Module):
+    """A gate whose first two experts start ahead by a fixed amount, which no gradient reaches."""
+
+    def __init__(self, gate, offset):
+        self.gate, self.offset = gate, offset
+
+    def __call__(self, x_BTD, out_sharding):
+        logits_BTE = self.gate(x_BTD, out_sharding)
+        return logits_BTE + jnp.where(jnp.arange(logits_BTE.shape[-1]) < 2, self.offset, 0.0)[None, None]
+
+
+def offset_model(config):
+    model = model_maker(config, "cpu")()
+
+    def offset(block):
+        block.moe.router.gate = OffsetGate(block.moe.router.gate, 3.0)
+        return block
+
+    model.blocks = jax.vmap(offset)(model.blocks)
+    return model
+
+
+def max_violations(weight):
+    config = small_config(router__load_balance__weight=weight, optimizer__learning_rate=3e-3,
+                          train__num_steps=STEPS, train__batch_size=8, train__sequence_length=64)  # fmt: skip
+    mesh = mesh_of(expert=8)
+    optimizer = make_optimizer(config.optimizer, STEPS)
+    step = make_train_step(optimizer, config.router, learning_rate_schedule(config.optimizer, STEPS))
+    history = []
+    with jax.set_mesh(mesh):
+        state = init_state(functools.partial(offset_model, config), optimizer)
+        for number in range(STEPS):
+            state, metrics = step(state, on_mesh(packed_batch(config, seed=number), mesh))
+            history.append(float(metrics["router/max_violation"]))
+    return history
+
+
+@pytest.mark.parametrize(("weight", "recovers"), [(1.0, True), (0.0, False)])
+def test_the_loss_evens_out_a_collapsed_router(weight, recovers):
+    history = max_violations(weight)
+    # Two experts of eight with 90% of the routes have at least 0.45 x 8 - 1 = 2.6.
+    assert history[0] >= 2.6
+    assert (np.mean(history[-20:]) < 0.5) == recovers, history[::10]

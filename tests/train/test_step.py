@@ -1,0 +1,111 @@
+"""One optimizer step: accumulation, masks, idle experts, decay and schedule."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from mixtral_jax.config import OptimizerConfig
+from mixtral_jax.model.transformer import model_maker
+from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from mixtral_jax.train.state import init_state
+from mixtral_jax.train.step import make_train_step
+from tests.cases import mesh_of, on_mesh, packed_batch, relative_norm, small_config
+from tests.train.test_mesh_invariance import remember_gradients
+
+
+def gradients_of(config, batch, mesh, change=lambda state: state):
+    """Gradient leaves by path, and metrics, of one step."""
+    optimizer = optax.chain(remember_gradients(), optax.sgd(0.0))
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        state = change(init_state(model_maker(config, "cpu"), optimizer))
+        state, metrics = make_train_step(optimizer, config.router, lambda step: 0.0)(state, on_mesh(batch, mesh))
+        return jax.device_get(state.opt_state[0]), jax.device_get(metrics)
+
+
+def leaves(tree):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.flatten_with_path(tree)[0]}
+
+
+def test_micro_batches_give_the_gradient_of_one_big_batch():
+    router = {"router__load_balance__weight": 0.0, "router__z_loss_weight": 0.1}
+    whole = small_config(**router)
+    batch = packed_batch(whole)
+    split = small_config(train__gradient_accumulation=4, **router)
+    micro_batches = jax.tree.map(lambda rows: rows.reshape(4, 2, -1), batch)
+    one, metrics_one = gradients_of(whole, batch, mesh_of(expert=2))
+    four, metrics_four = gradients_of(split, micro_batches, mesh_of(expert=2))
+    for name, gradient in leaves(one).items():
+        assert relative_norm(leaves(four)[name], gradient) < 1e-5, name
+    for name in ("loss", "router_z_loss", "tokens", "router/max_violation"):
+        assert metrics_four[name] == pytest.approx(metrics_one[name], rel=1e-5)
+
+
+def test_the_balance_gradient_keeps_its_weight_under_accumulation():
+    """Four times the same micro-batch is balanced like one of them: same gradient, not a fraction of it."""
+    config = small_config(router__load_balance__weight=10.0, train__batch_size=2)
+    batch = packed_batch(config)
+    four = small_config(router__load_balance__weight=10.0, train__batch_size=8, train__gradient_accumulation=4)
+    repeated = jax.tree.map(lambda rows: np.repeat(rows, 4, axis=0), batch)
+    expected, _ = gradients_of(config, batch, mesh_of())
+    got, _ = gradients_of(four, repeated, mesh_of())
+    for name, gradient in leaves(expected).items():
+        assert relative_norm(leaves(got)[name], gradient) < 1e-5, name
+
+
+def send_all_to(expert):
+    """Makes the router's logit of one expert the largest for every token."""
+
+    def change(state):
+        embedding = state.trained.embedding_VD
+        gate = state.trained.blocks.moe.router.gate.weight
+        embedding[...] = embedding[...].at[:, 0].set(30.0)  # A direction that every token shares.
+        gate[...] = gate[...].at[:, 0, :].set(0.0).at[:, 0, expert].set(30.0)
+        return state
+
+    return change
+
+
+@pytest.mark.parametrize("sizes", [{}, {"expert": 8}])
+def test_experts_without_a_token_get_exactly_zero_gradient_and_one_may_get_all(sizes):
+    config = small_config(router__num_experts_per_token=1)
+    gradients, metrics = gradients_of(config, packed_batch(config), mesh_of(**sizes), send_all_to(3))
+    assert metrics["router/dead_experts"] == 7
+    assert np.isfinite(metrics["grad_norm"])
+    experts = gradients.blocks.moe.experts
+    for projection in (experts.gate, experts.up, experts.down):
+        gradient_LE = np.abs(np.asarray(projection.weight[...])).max(axis=(2, 3))
+        assert (gradient_LE[:, 3] > 0).all()
+        assert not np.delete(gradient_LE, 3, axis=1).any()
+
+
+def test_unsupervised_tokens_and_padding_give_no_gradient():
+    config = small_config(router__load_balance__weight=0.0, router__z_loss_weight=0.0)
+    batch = packed_batch(config)
+    garbage = dataclasses.replace(batch, targets=np.where(batch.loss_mask > 0, batch.targets, 5),
+                                  tokens=np.where(batch.segment_ids > 0, batch.tokens, 5))  # fmt: skip
+    (one, _), (other, _) = (gradients_of(config, b, mesh_of()) for b in (batch, garbage))
+    for name, gradient in leaves(one).items():
+        np.testing.assert_array_equal(leaves(other)[name], gradient, err_msg=name)
+
+
+def test_decay_falls_on_matrices_only():
+    config = small_config()
+    with jax.set_mesh(mesh_of()):
+        optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5, learning_rate=1.0, warmup_fraction=0.0), 10)
+        state = init_state(model_maker(config, "cpu"), optimizer)
+        zeros = jax.tree.map(jnp.zeros_like, state.trained)
+        updates, _ = optimizer.update(zeros, state.opt_state, state.trained)
+    for name, update in leaves(updates).items():
+        assert (np.abs(update).max() > 0) == ("scale" not in name), name
+
+
+def test_the_schedule_is_in_fractions_of_the_run():
+    config = OptimizerConfig(learning_rate=1.0, warmup_fraction=0.1, final_learning_rate_fraction=0.2)
+    for num_steps in (20, 1000):
+        rate = learning_rate_schedule(config, num_steps)
+        assert rate(0) > 0
+        assert rate(num_steps // 10 - 1) == pytest.approx(1.0)
+        assert rate(num_steps - 1) == pytest.approx(0.2, rel=1e-3)
