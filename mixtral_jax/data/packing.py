@@ -35,6 +35,7 @@ class PackPlan:
 
     @property
     def num_rows(self) -> int:
+        """Rows in an epoch."""
         return len(self.row_offsets) - 1
 
 

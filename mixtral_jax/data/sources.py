@@ -51,7 +51,7 @@ def fingerprint_source(path: str) -> str:
     digest = hashlib.sha256(f"{path} {platform.python_version() if path == STDLIB else ''}".encode())
     for file in files:
         stat = file.stat()
-        digest.update(f"\n{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape"))
+        digest.update(f"\n{file.absolute()} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

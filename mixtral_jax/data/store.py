@@ -43,6 +43,7 @@ class StoreWriter:
         return self
 
     def add(self, ids: np.ndarray) -> None:
+        """Appends a document, BOS and EOS included."""
         tokens = ids.astype(self._dtype).tobytes()
         self._file.write(tokens)
         self._digest.update(tokens)

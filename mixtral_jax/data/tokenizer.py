@@ -58,12 +58,23 @@ class Tokenizer:
         return self.encode_all([text])[0].tolist()
 
     def encode_all(self, texts: list[str]) -> list[np.ndarray]:
-        """`encode` of each, int32, on every core; in memory for some megabytes of text, however long they are."""
+        """`encode` of each, int32, on every core; needs no more memory for a long text than for many short ones."""
         chunks = [list(self._cut(text)) for text in texts]
         heads = self._encode([first for first, *_ in chunks])
         return [
             np.concatenate([head, *self._encode_rest(rest)]) for head, (_, *rest) in zip(heads, chunks, strict=True)
         ]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids below `vocab_size`; control ids stand for none."""
+        return self._processor.decode([int(token) for token in ids])
+
+    def save(self, path: Path) -> None:
+        """Writes the model; whoever reads `path` meanwhile sees the old file or the new, whole."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_bytes(self._model)
+        temporary.replace(path)
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         num_threads = min(len(texts), os.cpu_count() or 1)
@@ -102,17 +113,6 @@ class Tokenizer:
         """Whether the model encodes text as it is, as Mixtral's do; others rewrite characters or strip spaces."""
         probe = " \ufb01\n\t\uff21  x"
         return self._processor.normalize(probe).endswith(probe.replace(" ", _SPACE))
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids below `vocab_size`; control ids stand for none."""
-        return self._processor.decode([int(token) for token in ids])
-
-    def save(self, path: Path) -> None:
-        """Writes the model; whoever reads `path` meanwhile sees the old file or the new, whole."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(self._model)
-        temporary.replace(path)
 
     def _count_bytes(self, token: int) -> int:
         processor = self._processor
