@@ -34,11 +34,11 @@ def mixtral_8x22b() -> ConfigDict:
 def tiny() -> ConfigDict:
     """The same architecture at the size of a laptop; float32, since a CPU has no fast bfloat16."""
     model = mixtral_8x7b()
-    model.vocab_size = 4096
-    model.hidden_size = 256
-    model.intermediate_size = 512
+    model.vocab_size = 2048
+    model.hidden_size = 128
+    model.intermediate_size = 256
     model.num_layers = 4
-    model.num_heads = 8
+    model.num_heads = 4
     model.num_kv_heads = 2
     model.head_dim = 32
     model.dtype = "float32"

@@ -216,7 +216,7 @@ class TrainConfig:
         for name in ("num_steps", "batch_size", "gradient_accumulation", "log_every", "eval_sequences"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
         require(self.sequence_length >= 2, f"train.sequence_length={self.sequence_length} must be at least 2")
-        require(self.seed >= 0, f"train.seed={self.seed} must not be negative")
+        require(0 <= self.seed < 2**32, f"train.seed={self.seed} must lie in [0, 2**32)")
         require(
             self.eval_every is None or self.eval_every >= 1,
             f"train.eval_every={self.eval_every} must be at least 1, or None for ten times a run",
@@ -301,7 +301,7 @@ def build(cls: type[Built], mapping: Mapping[str, Any], prefix: str = "") -> Bui
         ConfigError: names the unknown, missing or mistyped key, its value, and what would be valid.
     """
     hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls))}
     for key in mapping:
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)

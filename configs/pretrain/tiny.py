@@ -15,8 +15,8 @@ def get_config() -> ConfigDict:
         {
             "model": models.tiny(),
             "mesh": {"cpu_devices": 8},
-            "data": {"path": "python-stdlib", "tokenizer": "train:4096"},
+            "data": {"path": "python-stdlib", "tokenizer": "train:2048"},
             "optimizer": {"learning_rate": 3e-3},
-            "train": {"num_steps": 400, "batch_size": 16, "sequence_length": 256},
+            "train": {"num_steps": 400, "batch_size": 32, "sequence_length": 128},
         }
     )

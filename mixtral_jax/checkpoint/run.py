@@ -45,7 +45,7 @@ class RunCheckpoints:
 
     def read_record(self, step: int) -> dict[str, Any]:
         """The JSON record that was saved with a step."""
-        return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+        return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
 
     def restore(self, step: int, abstract: Tree) -> Tree:
         """The tree of a step, each leaf straight into the sharding that `abstract` asks for.
@@ -60,7 +60,7 @@ class RunCheckpoints:
         if wrong:
             raise ValueError(f"checkpoint of step {step}: {', '.join(wrong)} was saved with another dtype")
         items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-        restored = self._manager.restore(step, args=items).state
+        restored = self._manager.restore(step, args=items)["state"]
         return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in wanted])
 
     def reached_preemption(self, step: int) -> bool:

@@ -38,7 +38,7 @@ def run_command(command: Callable[[list[str]], int]) -> NoReturn:
     sys.exit(code)
 
 
-def parse_run_flags(arguments: Sequence[str], *, description: str, default_config: Path) -> RunFlags:
+def parse_run_flags(arguments: Sequence[str], *, description: str | None, default_config: Path) -> RunFlags:
     """Reads the flags, loads the config file and applies the overrides in order."""
     parser = _Parser(description=description, epilog="--config.KEY=VALUE sets any key, as --config.train.num_steps=100")
     parser.add_argument("--config", type=Path, default=default_config, help="a .py file with get_config()")

@@ -71,7 +71,10 @@ def describe_run(run: Run) -> None:
         f"[bold]parameters[/]  {count.total:,} in all, {count.active:,} active a token "
         f"(top-{config.router.num_experts_per_token} of {config.model.num_experts} experts)"
     )
-    say(f"[bold]computes[/]    in {config.model.dtype}; grouped matmul: {kernel}; transport: {config.dispatch.transport}")
+    say(
+        f"[bold]computes[/]    in {config.model.dtype}; grouped matmul: {kernel}; "
+        f"transport: {config.dispatch.transport}"
+    )
 
 
 def describe_experts(mesh: jax.sharding.Mesh, num_experts: int) -> list[str]:

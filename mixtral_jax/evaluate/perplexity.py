@@ -48,7 +48,9 @@ def make_evaluator(batches: Sequence[Batch], bytes_per_token: np.ndarray, bos_id
         sums = functools.reduce(functools.partial(jax.tree.map, jnp.add), (sum_batch(state, b) for b in batches))
         nats, tokens, num_bytes = float(sums.nats), int(sums.tokens), int(sums.bytes)
         loss = nats / tokens
-        routing = {f"eval/router/{name}": float(jnp.mean(value)) for name, value in router_metrics(sums.routing).items()}
+        routing = {
+            f"eval/router/{name}": float(jnp.mean(value)) for name, value in router_metrics(sums.routing).items()
+        }
         return {
             "eval/loss": loss,
             "eval/perplexity": math.exp(min(loss, 700.0)),

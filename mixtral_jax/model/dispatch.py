@@ -112,7 +112,9 @@ def sum_rows(y_RD: jax.Array, plan: RowPlan) -> jax.Array:
 
 
 # Autodiff would make a scatter-add of each gather; that each is the other's transpose is known only here.
-copy_tokens.defvjp(lambda x_MD, plan: (copy_tokens(x_MD, plan), plan), lambda plan, dx_RD: (sum_rows(dx_RD, plan), None))
+copy_tokens.defvjp(
+    lambda x_MD, plan: (copy_tokens(x_MD, plan), plan), lambda plan, dx_RD: (sum_rows(dx_RD, plan), None)
+)
 sum_rows.defvjp(lambda y_RD, plan: (sum_rows(y_RD, plan), plan), lambda plan, dy_MD: (copy_tokens(dy_MD, plan), None))
 
 

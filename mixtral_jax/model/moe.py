@@ -16,7 +16,7 @@ class ExpertProjection(nnx.Module):
 
     def __init__(self, shape: tuple[int, int, int], axes: tuple[str, str, str], kernel: Kernel, *,
                  config: ModelConfig, rules: AxisRules, rngs: nnx.Rngs):  # fmt: skip
-        self.kernel = kernel
+        self.kernel: Kernel = kernel
         init = nnx.initializers.normal(config.initializer_range)
         self.weight = nnx.Param(init(rngs.params(), shape, config.param_dtype, out_sharding=rules.spec(*axes)))
 
@@ -34,7 +34,7 @@ class Experts(nnx.Module):
     def __init__(self, config: ModelConfig, kernel: Kernel, rules: AxisRules, rngs: nnx.Rngs):
         D, F, E = config.hidden_size, config.intermediate_size, config.num_experts
         shared = {"config": config, "rules": rules, "rngs": rngs}
-        self.kernel = kernel
+        self.kernel: Kernel = kernel
         self.gate = ExpertProjection((E, D, F), ("expert", "embed", "mlp"), kernel, **shared)
         self.up = ExpertProjection((E, D, F), ("expert", "embed", "mlp"), kernel, **shared)
         self.down = ExpertProjection((E, F, D), ("expert", "mlp", "embed"), kernel, **shared)
@@ -42,8 +42,8 @@ class Experts(nnx.Module):
     def __call__(self, x_RD: jax.Array, rows_per_expert_E: jax.Array) -> jax.Array:
         projections = (self.gate, self.up, self.down)
         if all(type(projection) is ExpertProjection for projection in projections):
-            weights = (projection.weight[...] for projection in projections)
-            return grouped_swiglu(x_RD, *weights, rows_per_expert_E, self.kernel)
+            gate_EDF, up_EDF, down_EFD = (projection.weight[...] for projection in projections)
+            return grouped_swiglu(x_RD, gate_EDF, up_EDF, down_EFD, rows_per_expert_E, self.kernel)
         hidden_RF = jax.nn.silu(self.gate(x_RD, rows_per_expert_E)) * self.up(x_RD, rows_per_expert_E)
         return self.down(hidden_RF, rows_per_expert_E)
 

@@ -78,12 +78,13 @@ class TrainLoop:
         self.checkpoints.wait()
         return "stopped" if is_stopping else "finished"
 
-    def _compile(self, state: TrainState, batch: Batch) -> TrainStep:
+    def _compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
         self.console.print("compiling the train step ...")
         start = time.monotonic()
         compiled = self.train_step.lower(state, batch).compile()
-        peak = compiled.memory_analysis().peak_memory_in_bytes / 2**20
-        self.console.print(f"compiled in {time.monotonic() - start:.0f} s; {peak:,.0f} MiB a device at its peak")
+        memory = compiled.memory_analysis()  # None where the back end does not say.
+        peak = f"; {memory.peak_memory_in_bytes / 2**20:,.0f} MiB a device at its peak" if memory else ""
+        self.console.print(f"compiled in {time.monotonic() - start:.0f} s{peak}")
         return compiled
 
     def _should_stop(self, stop: "StopSignal", step: int) -> bool:

@@ -1,23 +1,26 @@
 """One optimizer step over several micro-batches, and the loss of a batch without one."""
 
 import functools
-from collections.abc import Callable
+import typing
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from mixtral_jax.config import RouterConfig
 from mixtral_jax.model.balance import router_metrics
 from mixtral_jax.parallel.batch import Batch
-from mixtral_jax.train.loss import LossParts, StepTotals, cross_entropy, sum_losses
+from mixtral_jax.train.loss import LossParts, StepTotals, sum_losses
 from mixtral_jax.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+TrainStep = jax.stages.Wrapped  # (TrainState, Batch) -> (TrainState, Metrics)
 
 
-def make_train_step(optimizer: optax.GradientTransformation, router: RouterConfig, schedule: optax.Schedule) -> TrainStep:
+def make_train_step(
+    optimizer: optax.GradientTransformation, router: RouterConfig, schedule: optax.Schedule
+) -> TrainStep:
     """The compiled step; it gives up its state's buffers to the new one.
 
     Gradients of micro-batches are summed in the parameters' dtype, one micro-batch at a time.
@@ -43,7 +46,7 @@ def make_train_step(optimizer: optax.GradientTransformation, router: RouterConfi
             "learning_rate": jnp.asarray(schedule(state.step)),
             "tokens": jnp.sum(batch.segment_ids > 0),
         }
-        trained = optax.apply_updates(state.trained, updates)
+        trained = typing.cast(nnx.State, optax.apply_updates(state.trained, updates))
         return TrainState(state.step + 1, trained, state.frozen, opt_state, state.graphdef), metrics
 
     return train_step
@@ -53,7 +56,7 @@ def _value_and_grad(state: TrainState, totals: StepTotals, router: RouterConfig,
     def loss_of(trained):
         model = TrainState(state.step, trained, state.frozen, state.opt_state, state.graphdef).model()
         output = model(micro.tokens, micro.positions, micro.segment_ids)
-        parts = sum_losses(output, micro.targets, micro.loss_mask, totals, router)
+        parts = sum_losses(output, jnp.asarray(micro.targets), jnp.asarray(micro.loss_mask), totals, router)
         return parts.total_loss, parts
 
     (_, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trained)

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from mixtral_jax.cli.flags import parse_run_flags
 from mixtral_jax.config import Config, ConfigError, build
 from mixtral_jax.parallel.mesh import resolve_mesh
@@ -31,7 +32,7 @@ def parse(*arguments):
     ("--learning_rate=3", ["--learning_rate=3", "--config.KEY=VALUE"]),
     ("--config=nowhere.py", ["nowhere.py", "no such file"]),
     ("--config.mesh.context=2", ["mesh.context=2", "not built"]),
-    ("--config.model.num_kv_heads=3", ["model.num_heads=8", "model.num_kv_heads=3"]),
+    ("--config.model.num_kv_heads=3", ["model.num_heads=4", "model.num_kv_heads=3"]),
     ("--config.router.num_experts_per_token=9", ["router.num_experts_per_token=9", "model.num_experts=8"]),
     ("--config.train.gradient_accumulation=3", ["train.batch_size", "train.gradient_accumulation=3"]),
     ("--config.dispatch.transport=teleport", ["teleport", "all_gather"]),

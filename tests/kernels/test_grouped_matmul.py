@@ -4,14 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from mixtral_jax.kernels import blocks
 from mixtral_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from tests.cases import relative_norm
 
 D, F = 24, 40
 SPLITS = {
-    "even": (100, 100, 100, 100), "skewed": (391, 5, 3, 1), "all to one": (0, 0, 400, 0), "empty first": (0, 250, 0, 90),
-    "none": (0, 0, 0, 0), "a block exactly": (256, 0, 144, 0),
+    "even": (100, 100, 100, 100), "skewed": (391, 5, 3, 1), "all to one": (0, 0, 400, 0),
+    "empty first": (0, 250, 0, 90), "none": (0, 0, 0, 0), "a block exactly": (256, 0, 144, 0),
 }  # fmt: skip
 
 
@@ -28,7 +29,8 @@ def inputs(R=400, seed=0):
 
 def swiglu_by_loop(x, gate, up, down, expert):
     y = sum(
-        jnp.where((expert == e)[:, None], (jax.nn.silu(x @ gate[e]) * (x @ up[e])) @ down[e], 0) for e in range(len(gate))
+        jnp.where((expert == e)[:, None], (jax.nn.silu(x @ gate[e]) * (x @ up[e])) @ down[e], 0)
+        for e in range(len(gate))
     )
     return y
 

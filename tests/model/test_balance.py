@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from mixtral_jax.model.balance import load_balance_loss, router_metrics, router_z_loss, sum_routing
 
 

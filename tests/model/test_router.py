@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+
 from mixtral_jax.model.router import fits_capacity
 
 
@@ -16,7 +17,9 @@ def test_an_expert_keeps_its_heaviest_routes_of_each_sequence():
     for b in range(B):
         limit = math.ceil(factor * A * int(is_real[b].sum()) / E)
         for e in range(E):
-            routes = [(-weights[b, t, a], t, a) for t in range(T) for a in range(A) if experts[b, t, a] == e and is_real[b, t]]
+            routes = [
+                (-weights[b, t, a], t, a) for t in range(T) for a in range(A) if experts[b, t, a] == e and is_real[b, t]
+            ]
             kept = {(t, a) for _, t, a in sorted(routes)[:limit]}
             assert {(t, a) for _, t, a in routes if got[b, t, a]} == kept
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+
 from configs import models
 from mixtral_jax.config import Config, build
 from mixtral_jax.model.transformer import count_parameters, model_maker
@@ -118,7 +119,11 @@ def test_published_sizes_have_the_published_numbers_of_parameters(size, total, a
 
 def test_each_device_holds_only_its_experts():
     config = small_config()
-    for mesh, share in ((mesh_of(expert=8), 8), (mesh_of(expert=4, fsdp=2), 8), (mesh_of(data=2, expert=2, tensor=2), 4)):
+    for mesh, share in (
+        (mesh_of(expert=8), 8),
+        (mesh_of(expert=4, fsdp=2), 8),
+        (mesh_of(data=2, expert=2, tensor=2), 4),
+    ):
         experts = make(config, mesh).blocks.moe.experts
         for leaf in jax.tree.leaves(experts):
             assert {shard.data.nbytes for shard in leaf.addressable_shards} == {leaf.nbytes // share}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
 from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from mixtral_jax.train.state import init_state

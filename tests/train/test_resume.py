@@ -26,7 +26,9 @@ FLAGS = [
 def folder(tmp_path_factory):
     """Holds a text file of 400 lines; runs and their caches live beside it."""
     folder = tmp_path_factory.mktemp("runs")
-    lines = (f"line {n}: the {'quick brown lazy eager'.split()[n % 4]} fox of {n * n % 97} hills" for n in range(400))
+    lines = (
+        f"line {n}: the {['quick', 'brown', 'lazy', 'eager'][n % 4]} fox of {n * n % 97} hills" for n in range(400)
+    )
     (folder / "text.txt").write_text("\n".join(lines))
     return folder
 

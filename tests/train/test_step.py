@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from mixtral_jax.config import OptimizerConfig
 from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer

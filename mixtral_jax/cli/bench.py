@@ -1,0 +1,109 @@
+"""Steady-state speed of the train step on this machine, on made-up tokens."""
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixtral_jax.cli.flags import parse_run_flags
+from mixtral_jax.cli.start import start_devices
+from mixtral_jax.config import Config
+from mixtral_jax.model.transformer import count_parameters, model_maker
+from mixtral_jax.parallel.batch import Batch, batch_spec
+from mixtral_jax.parallel.rules import AxisRules
+from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from mixtral_jax.train.state import init_state
+from mixtral_jax.train.step import make_train_step
+
+WARMUP, MEASURED = 2, 8
+
+
+def main(arguments: list[str]) -> int:
+    """`bench --config=F [--json] [--config.KEY=VALUE ...]`."""
+    as_json = "--json" in arguments
+    flags = parse_run_flags(
+        [argument for argument in arguments if argument != "--json"],
+        description=__doc__, default_config=Path("configs/pretrain/tiny.py"),
+    )  # fmt: skip
+    config, mesh = start_devices(flags.config)
+    figures = measure(config, mesh)
+    if as_json:
+        print(json.dumps(figures))
+    else:
+        ceiling = f"{figures['ceiling_flops_per_second'] / 1e9:,.0f} GFLOP/s"
+        print(
+            f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['step_seconds_median']:.3f} s a step, "
+            f"{figures['utilization']:.0%} of a dense matmul's {ceiling}, "
+            f"{figures['peak_memory_bytes'] / 2**20:,.0f} MiB a device"
+        )
+    return 0
+
+
+def measure(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
+    """Compiles the real step, times it, and sets it beside a dense matmul timed in the same minute."""
+    ceiling = _ceiling_flops_per_second(config, mesh.devices.flat[0]) * (1 if _is_virtual(mesh) else mesh.size)
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
+    make_model = model_maker(config, mesh.devices.flat[0].platform)
+    with jax.set_mesh(mesh):
+        active = count_parameters(jax.eval_shape(make_model)).active
+        state, batch = init_state(make_model, optimizer), _made_up_batch(config, mesh)
+        step = make_train_step(optimizer, config.router, schedule).lower(state, batch).compile()
+        seconds = []
+        for _ in range(WARMUP + MEASURED):
+            start = time.perf_counter()
+            state, metrics = step(state, batch)
+            jax.block_until_ready((state, metrics))
+            seconds.append(time.perf_counter() - start)
+    median, flops = statistics.median(seconds[WARMUP:]), model_flops_per_step(config, active)
+    return {
+        "tokens_per_second": config.train.batch_size * config.train.sequence_length / median,
+        "step_seconds_median": median,
+        "model_flops_per_step": flops,
+        "ceiling_flops_per_second": ceiling,
+        "utilization": flops / median / ceiling,
+        "peak_memory_bytes": step.memory_analysis().peak_memory_in_bytes,
+    }
+
+
+def model_flops_per_step(config: Config, active_parameters: int) -> int:
+    """Useful FLOPs, without recomputation: 6 a token and active parameter but for the embedding look-up,
+    and 6 N H T a token and layer for the scores and values of causal attention (PaLM, appendix B, halved)."""
+    model, train = config.model, config.train
+    per_token = 6 * (active_parameters - model.vocab_size * model.hidden_size)
+    per_token += 6 * model.num_layers * model.num_heads * model.head_dim * train.sequence_length
+    return per_token * train.batch_size * train.sequence_length
+
+
+def _made_up_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:
+    train = config.train
+    shape = (train.gradient_accumulation, train.micro_batch_size, train.sequence_length)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (*shape[:2], shape[2] + 1), dtype=np.int32)
+    ones, positions = np.ones(shape, np.int32), np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape)
+    batch = Batch(tokens[..., :-1], tokens[..., 1:], ones, ones, positions)
+    return jax.device_put(batch, jax.NamedSharding(mesh, batch_spec(AxisRules())))
+
+
+def _is_virtual(mesh: jax.sharding.Mesh) -> bool:
+    """Virtual CPU devices share the cores that one of them uses whole."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def _ceiling_flops_per_second(config: Config, device: jax.Device) -> float:
+    """Speed of a dense matmul of an expert's shape, in the compute dtype, on one device."""
+    rows, D, F = 2048, config.model.hidden_size, config.model.intermediate_size
+    x, weight = (jax.device_put(jnp.ones(shape, config.model.dtype), device) for shape in ((rows, D), (D, F)))
+    repeats = max(1, int(2e10 / (2 * rows * D * F)))
+
+    @jax.jit
+    def multiply(x, weight):
+        return jax.lax.fori_loop(0, repeats, lambda _, x: (x @ weight) @ weight.T / F / D, x)
+
+    multiply(x, weight).block_until_ready()
+    start = time.perf_counter()
+    multiply(x, weight).block_until_ready()
+    return 4 * rows * D * F * repeats / (time.perf_counter() - start)
