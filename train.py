@@ -3,6 +3,7 @@
 The same --workdir again resumes. A run from top to bottom; each piece is a room of `mixtral_jax`.
 """
 
+import contextlib
 from pathlib import Path
 
 import jax
@@ -11,7 +12,6 @@ from mixtral_jax.checkpoint.run import RunCheckpoints
 from mixtral_jax.cli.flags import parse_run_flags, run_command
 from mixtral_jax.cli.open_data import open_text
 from mixtral_jax.cli.start import Run, describe_run, start_run
-from mixtral_jax.evaluate.perplexity import make_evaluator
 from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.train.loop import EXIT_CODES, Outcome, TrainLoop
 from mixtral_jax.train.metrics import MetricLog
@@ -38,13 +38,16 @@ def pretrain(run: Run) -> Outcome:
             data.require_same(record["data"])
             state = checkpoints.restore(step, abstract_state(make_model, optimizer))
             run.console.print(f"resuming after step {step} of {config.train.num_steps}")
-        with MetricLog(run.workdir, config.log, first_step=step or 0, is_writer=run.is_writer) as log:
+        with (
+            MetricLog(run.workdir, config.log, first_step=step or 0, is_writer=run.is_writer) as log,
+            contextlib.closing(data.train_batches.iterate(step or 0)) as batches,
+        ):
             loop = TrainLoop(
                 config=config.train,
                 checkpoint=config.checkpoint,
                 train_step=make_train_step(optimizer, config.router, schedule),
-                batches=data.train_batches.iterate(step or 0),
-                evaluate=make_evaluator(data.held_out_batches, data.tokenizer.bytes_per_token, data.tokenizer.bos_id),
+                batches=batches,
+                evaluate=data.evaluate,
                 checkpoints=checkpoints,
                 log=log,
                 console=run.console,

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
             "model": models.tiny(),
             "mesh": {"cpu_devices": 8},
             "data": {"path": "python-stdlib", "tokenizer": "train:2048"},
-            "optimizer": {"learning_rate": 3e-3},
-            "train": {"num_steps": 400, "batch_size": 32, "sequence_length": 128},
+            "optimizer": {"learning_rate": 4e-3},
+            "train": {"num_steps": 400, "batch_size": 16, "sequence_length": 128},
         }
     )

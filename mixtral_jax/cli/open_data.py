@@ -11,19 +11,17 @@ from mixtral_jax.config import ConfigError
 from mixtral_jax.data.batches import TrainBatches, held_out_batches
 from mixtral_jax.data.packing import plan_rows
 from mixtral_jax.data.text import prepare_text
-from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.evaluate.ngram import measure_ngrams
-from mixtral_jax.parallel.batch import Batch
+from mixtral_jax.evaluate.perplexity import Evaluator, make_evaluator
 from mixtral_jax.parallel.rules import AxisRules
 
 
 @dataclasses.dataclass(frozen=True)
 class TextData:
-    """What a pretraining run reads: rows to train on, a fixed held-out sample, and what made them."""
+    """What a pretraining run reads: rows to train on, a judge of held-out text, and what made both."""
 
     train_batches: TrainBatches
-    held_out_batches: list[Batch]
-    tokenizer: Tokenizer
+    evaluate: Evaluator
     fingerprint: str  # of the text, the tokens and the packing together
 
     def require_same(self, fingerprint: str) -> None:
@@ -56,8 +54,10 @@ def open_text(run: Run) -> TextData:
         f"[bold]text[/]        {num_tokens:,} tokens to train on in {plan.num_rows:,} rows ({epochs:.2f} epochs), "
         f"{len(text.held_out.tokens):,} held out; read in {time.monotonic() - start:.0f} s"
     )
-    if jax.process_count() == 1:  # The baselines need every held-out row on this host.
-        bytes_per_token, bos_id = text.tokenizer.bytes_per_token, text.tokenizer.bos_id
-        ngrams = measure_ngrams(np.asarray(text.train.tokens), held_out, bytes_per_token, bos_id)
-        say(f"[bold]to beat[/]     unigram {ngrams.unigram:.3f}, bigram {ngrams.bigram:.3f} bits/byte, same tokens")
-    return TextData(train_batches, held_out, text.tokenizer, plan.fingerprint)
+    bytes_per_token, bos_id = text.tokenizer.bytes_per_token, text.tokenizer.bos_id
+    baselines = {}
+    if jax.process_count() == 1:  # Fitting them needs every held-out row on this host.
+        baselines = measure_ngrams(np.asarray(text.train.tokens), held_out, bytes_per_token, bos_id)
+        described = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
+        say(f"[bold]to beat[/]     {described} bits/byte, on the same tokens")
+    return TextData(train_batches, make_evaluator(held_out, bytes_per_token, bos_id, baselines), plan.fingerprint)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,14 @@ class _EvalSums:
     routing: RoutingSums
 
 
-def make_evaluator(batches: Sequence[Batch], bytes_per_token: np.ndarray, bos_id: int) -> Evaluator:
+def make_evaluator(
+    batches: Sequence[Batch], bytes_per_token: np.ndarray, bos_id: int, baselines: Mapping[str, float] | None = None
+) -> Evaluator:
     """A function from a state to `eval/` figures over all of `batches`.
 
     Bits per byte divides by the UTF-8 bytes that the predicted tokens stand for, [V] `bytes_per_token`;
-    the space that the tokenizer puts before a document is not counted.
+    the space that the tokenizer puts before a document is not counted. `baselines` (bits per byte by
+    name, on the same tokens) are given back beside them.
     """
     bytes_per_token = bytes_per_token.astype(np.int32)
 
@@ -56,6 +59,7 @@ def make_evaluator(batches: Sequence[Batch], bytes_per_token: np.ndarray, bos_id
             "eval/perplexity": math.exp(min(loss, 700.0)),
             "eval/bits_per_byte": nats / math.log(2) / max(num_bytes, 1),
             "eval/tokens": tokens,
+            **{f"eval/bits_per_byte_{name}": value for name, value in (baselines or {}).items()},
             **routing,
         }
 

@@ -26,7 +26,6 @@ class RunProgress:
         )  # fmt: skip
         self._task = self._bar.add_task("", total=num_steps, completed=first_step)
         self._first_step = first_step
-        self._seconds = 0.0
         self._since = time.monotonic()
 
     def __enter__(self) -> "RunProgress":
@@ -35,6 +34,10 @@ class RunProgress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+    def start_clock(self) -> None:
+        """Guesses of the time left count from here: compiling is over."""
+        self._since = time.monotonic()
 
     def report(self, record: dict[str, Any]) -> None:
         """Says where the run is: loss, balance, speed and the time left, guessed from the time so far."""
@@ -53,4 +56,11 @@ class RunProgress:
             self._console.print(
                 f"[bold]held-out[/] at step {step}: loss {record['eval/loss']:.4f}  perplexity "
                 f"{record['eval/perplexity']:.1f}  {record['eval/bits_per_byte']:.3f} bits/byte"
+                + "".join(f"  {name} {value:.3f}" for name, value in _baselines(record).items())
             )
+
+
+def _baselines(record: dict[str, Any]) -> dict[str, float]:
+    """Bits per byte of simpler models, by name, where the evaluation gave them."""
+    prefix = "eval/bits_per_byte_"
+    return {key.removeprefix(prefix): value for key, value in record.items() if key.startswith(prefix)}

@@ -47,11 +47,12 @@ class TrainLoop:
             return "finished"
         eval_every = self.config.eval_every or max(1, num_steps // 10)
         save_every = self.checkpoint.every or max(1, num_steps // 4)
-        batch, batch_hash = next(self.batches)
-        train_step = self._compile(state, batch)
-        meter = _TokenMeter(self.record["tokens"])
         is_stopping = False
         with StopSignal() as stop, RunProgress(self.console, first_step, num_steps) as progress:
+            batch, batch_hash = next(self.batches)
+            train_step = self._compile(state, batch)
+            progress.start_clock()
+            meter = _TokenMeter(self.record["tokens"])
             for step in range(first_step + 1, num_steps + 1):
                 state, metrics = train_step(state, batch)
                 meter.add(metrics["tokens"])
@@ -75,7 +76,7 @@ class TrainLoop:
                     break
                 if not is_last:
                     batch, batch_hash = next(self.batches)
-        self.checkpoints.wait()
+            self.checkpoints.wait()
         return "stopped" if is_stopping else "finished"
 
     def _compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
