@@ -23,7 +23,7 @@ train: install
 	$(BIN)/python train.py
 
 test: install
-	$(BIN)/python -m pytest --ignore=tests/parity -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest --ignore=tests/parity -n $(WORKERS) --dist loadscope
 
 test-parity: $(PARITY_VENV)/.installed
 	$(PARITY_VENV)/bin/python -m pytest tests/parity

@@ -276,8 +276,8 @@ class Config:
 
 
 # What may change between the starts of one run: none of it alters the batches or the parameters' shapes.
-RESUMABLE_KEYS = ("train.num_steps", "train.eval_every", "train.eval_sequences", "train.log_every",
-                  "mesh", "dispatch.transport", "dispatch.grouped_matmul", "log", "checkpoint")  # fmt: skip
+RESUMABLE_KEYS = ("train.num_steps", "train.eval_every", "train.log_every",
+                  "mesh", "dispatch.transport", "log", "checkpoint")  # fmt: skip
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

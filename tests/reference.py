@@ -1,6 +1,7 @@
 """Mixtral as loops over sequences, tokens and experts, in numpy: slow, and small enough to believe."""
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ def mixture(x, router, gate, up, down, k, is_real, capacity_factor=None):
         chosen = np.argsort(-logits, kind="stable")[:k]
         weight = np.exp(logits[chosen] - logits[chosen].max())
         routes += [(e, -w, t) for e, w in zip(chosen, weight / weight.sum(), strict=True)]
-    limit = math.ceil(capacity_factor * k * int(is_real.sum()) / E) if capacity_factor else len(routes)
+    limit = math.ceil(Fraction(str(capacity_factor)) * k * int(is_real.sum()) / E) if capacity_factor else len(routes)
     result = np.zeros_like(x)
     for e in range(E):
         for _, minus_weight, t in sorted(route for route in routes if route[0] == e)[:limit]:

@@ -32,11 +32,10 @@ class RunCheckpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, tree: Any, record: dict[str, Any]) -> None:
-        """Copies the arrays off the devices, then writes in the background; a repeated step is left alone."""
-        if step == self._manager.latest_step():
-            return
+        """Copies the arrays off the devices, then writes in the background."""
         items = ocp.args.Composite(state=ocp.args.StandardSave(_flatten(tree)), record=ocp.args.JsonSave(record))
-        self._manager.save(step, args=items)
+        is_saving = self._manager.save(step, args=items)
+        assert is_saving, step
 
     def wait(self) -> None:
         """Returns once everything saved is on disk; raises what went wrong on the way."""

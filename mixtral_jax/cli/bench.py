@@ -4,12 +4,13 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixtral_jax.cli.flags import parse_run_flags
+from mixtral_jax.cli.flags import make_parser, parse_config
 from mixtral_jax.cli.start import start_devices
 from mixtral_jax.config import Config
 from mixtral_jax.model.transformer import count_parameters, model_maker
@@ -24,30 +25,28 @@ WARMUP, MEASURED = 2, 8
 
 def main(arguments: list[str]) -> int:
     """`bench --config=F [--json] [--config.KEY=VALUE ...]`."""
-    as_json = "--json" in arguments
-    flags = parse_run_flags(
-        [argument for argument in arguments if argument != "--json"],
-        description=__doc__, default_config=Path("configs/pretrain/tiny.py"),
-    )  # fmt: skip
-    config, mesh = start_devices(flags.config)
+    parser = make_parser(__doc__, Path(__file__).parents[2] / "configs/pretrain/tiny.py")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    flags, config = parse_config(parser, arguments)
+    config, mesh = start_devices(config)
     figures = measure(config, mesh)
-    if as_json:
+    if flags.json:
         print(json.dumps(figures))
     else:
         ceiling = f"{figures['ceiling_flops_per_second'] / 1e9:,.0f} GFLOP/s"
         print(
             f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['step_seconds_median']:.3f} s a step, "
             f"{figures['utilization']:.0%} of a dense matmul's {ceiling}, "
-            f"{figures['peak_memory_bytes'] / 2**20:,.0f} MiB a device"
+            f"{(figures['peak_memory_bytes'] or 0) / 2**20:,.0f} MiB a device"
         )
     return 0
 
 
-def measure(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
+def measure(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Compiles the real step, times it, and sets it beside a dense matmul timed in the same minute."""
     ceiling = _ceiling_flops_per_second(config, mesh.devices.flat[0]) * (1 if _is_virtual(mesh) else mesh.size)
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
     make_model = model_maker(config, mesh.devices.flat[0].platform)
     with jax.set_mesh(mesh):
         active = count_parameters(jax.eval_shape(make_model)).active
@@ -60,13 +59,14 @@ def measure(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
             jax.block_until_ready((state, metrics))
             seconds.append(time.perf_counter() - start)
     median, flops = statistics.median(seconds[WARMUP:]), model_flops_per_step(config, active)
+    memory = step.memory_analysis()  # None where the back end does not say.
     return {
         "tokens_per_second": config.train.batch_size * config.train.sequence_length / median,
         "step_seconds_median": median,
         "model_flops_per_step": flops,
         "ceiling_flops_per_second": ceiling,
         "utilization": flops / median / ceiling,
-        "peak_memory_bytes": step.memory_analysis().peak_memory_in_bytes,
+        "peak_memory_bytes": memory.peak_memory_in_bytes if memory else None,
     }
 
 
@@ -93,7 +93,7 @@ def _is_virtual(mesh: jax.sharding.Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def _ceiling_flops_per_second(config: Config, device: jax.Device) -> float:
+def _ceiling_flops_per_second(config: Config, device: Any) -> float:
     """Speed of a dense matmul of an expert's shape, in the compute dtype, on one device."""
     rows, D, F = 2048, config.model.hidden_size, config.model.intermediate_size
     x, weight = (jax.device_put(jnp.ones(shape, config.model.dtype), device) for shape in ((rows, D), (D, F)))

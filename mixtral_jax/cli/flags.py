@@ -39,13 +39,26 @@ def run_command(command: Callable[[list[str]], int]) -> NoReturn:
 
 
 def parse_run_flags(arguments: Sequence[str], *, description: str | None, default_config: Path) -> RunFlags:
-    """Reads the flags, loads the config file and applies the overrides in order."""
-    parser = _Parser(description=description, epilog="--config.KEY=VALUE sets any key, as --config.train.num_steps=100")
-    parser.add_argument("--config", type=Path, default=default_config, help="a .py file with get_config()")
+    """The flags of a script that trains."""
+    parser = make_parser(description, default_config)
     parser.add_argument("--workdir", type=Path, help="where everything is written; the same one again resumes")
     parser.add_argument("--coordinator", help="HOST:PORT of process 0, where jax cannot find it itself")
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--process_id", type=int)
+    flags, config = parse_config(parser, arguments)
+    return RunFlags(config, flags.config, flags.workdir, flags.coordinator, flags.num_processes, flags.process_id)
+
+
+def make_parser(description: str | None, default_config: Path) -> argparse.ArgumentParser:
+    """A parser that knows --config, for more flags to be added; its errors are `ConfigError`s."""
+    epilog = "--config.KEY=VALUE sets any key, as --config.train.num_steps=100"
+    parser = _Parser(description=description, epilog=epilog, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, default=default_config, help="a .py file with get_config()")
+    return parser
+
+
+def parse_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+    """The parser's flags, and the config file with every --config.KEY=VALUE applied in order."""
     flags, rest = parser.parse_known_args(arguments)
     mapping = load_config_file(flags.config)
     for argument in rest:
@@ -53,9 +66,7 @@ def parse_run_flags(arguments: Sequence[str], *, description: str | None, defaul
         require(name.startswith("--config."), f"unknown flag {argument!r}; config keys are set as --config.KEY=VALUE")
         require(equals, f"{name} needs a value: {name}=VALUE")
         _override(mapping, name.removeprefix("--config.").split("."), value)
-    return RunFlags(
-        build(Config, mapping), flags.config, flags.workdir, flags.coordinator, flags.num_processes, flags.process_id
-    )
+    return flags, build(Config, mapping)
 
 
 def load_config_file(path: Path) -> dict[str, Any]:

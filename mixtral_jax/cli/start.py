@@ -1,12 +1,15 @@
 """Starting a run: processes, devices, mesh, workdir; and telling people what has started."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import time
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 from mixtral_jax.cli.flags import RunFlags
@@ -54,6 +57,19 @@ def start_devices(config: Config) -> tuple[Config, jax.sharding.Mesh]:
     return config, make_mesh(config.mesh)
 
 
+def require_agreement(config: Config, data_fingerprint: str, step: int | None) -> None:
+    """Stops every process, with a ConfigError, unless all have one config, the same rows and one checkpoint."""
+    if jax.process_count() == 1:
+        return
+    here = f"{dataclasses.asdict(config)} {data_fingerprint} {step}".encode()
+    digest = np.frombuffer(hashlib.sha256(here).digest(), np.uint8)
+    if len(np.unique(multihost_utils.process_allgather(digest), axis=0)) > 1:
+        raise ConfigError(
+            "the processes do not agree on the config, the data or the checkpoint to go on from (here: data "
+            f"{data_fingerprint[:12]}, step {step}): give all the same flags, data and Python, and one --workdir"
+        )
+
+
 def describe_run(run: Run) -> None:
     """Says what is about to happen: devices, mesh, who holds which experts, parameters, kernel."""
     config, mesh, say = run.config, run.mesh, run.console.print
@@ -95,7 +111,8 @@ def describe_experts(mesh: jax.sharding.Mesh, num_experts: int) -> list[str]:
 def _open_workdir(workdir: Path, config: Config, is_writer: bool) -> None:
     """Writes config.json, or checks that this run may continue the one that is there."""
     path = workdir / "config.json"
-    if path.exists():
+    # A start that failed before its first checkpoint binds nobody to its config.
+    if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
         try:
             saved = json.loads(path.read_text())
         except json.JSONDecodeError as error:
@@ -104,7 +121,7 @@ def _open_workdir(workdir: Path, config: Config, is_writer: bool) -> None:
         require(
             not changed,
             f"{workdir} holds a run of another config; changed: {', '.join(changed)}. Use another --workdir, or "
-            "change only train.num_steps, mesh, dispatch.transport, log, and evaluation and checkpoint intervals",
+            "change only train.num_steps, mesh, dispatch.transport, log, and evaluation, log and checkpoint intervals",
         )
     if is_writer:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -173,7 +173,7 @@ def _open_or_write_cache(folder: Path, corpus: _Corpus, tokenizer: Tokenizer) ->
     if folder.exists():
         try:
             return _open_cache(folder)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
             log.warning("%s is damaged (%s): the text is tokenised again", folder, error)
             shutil.rmtree(folder)
     _write_cache(folder, corpus, tokenizer)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.train.loss import cross_entropy
 from mixtral_jax.train.state import TrainState
 
-Evaluator = Callable[[TrainState], dict[str, float]]
+Evaluator = Callable[[TrainState], dict[str, Any]]
 
 
 @jax.tree_util.register_dataclass
@@ -47,12 +48,13 @@ def make_evaluator(
         bytes_BT = (bytes_BT - (micro.tokens == bos_id)) * micro.loss_mask
         return _EvalSums(jnp.sum(losses_BT), jnp.sum(micro.loss_mask), jnp.sum(bytes_BT), output.routing.sums)
 
-    def evaluate(state: TrainState) -> dict[str, float]:
+    def evaluate(state: TrainState) -> dict[str, Any]:
         sums = functools.reduce(functools.partial(jax.tree.map, jnp.add), (sum_batch(state, b) for b in batches))
         nats, tokens, num_bytes = float(sums.nats), int(sums.tokens), int(sums.bytes)
         loss = nats / tokens
         routing = {
-            f"eval/router/{name}": float(jnp.mean(value)) for name, value in router_metrics(sums.routing).items()
+            f"eval/router/{name}": jnp.mean(value, axis=0).tolist()
+            for name, value in router_metrics(sums.routing).items()
         }
         return {
             "eval/loss": loss,

@@ -36,10 +36,11 @@ def _matmul_backward(residuals, dy_RF):
     def differentiate(e, block, gradients):
         dx_RD, dweight_EDF = gradients
         dy_bF = block.read_own(dy_RF)
-        return block.write(dx_RD, dy_bF @ weight_EDF[e].T), dweight_EDF.at[e].add(block.read(x_RD).T @ dy_bF)
+        return block.write(dx_RD, dy_bF @ weight_EDF[e].T), _add_outer(dweight_EDF, e, block.read(x_RD), dy_bF)
 
-    zeros = (jnp.zeros_like(x_RD), jnp.zeros_like(weight_EDF))
-    return *_for_each_block(len(x_RD), rows_per_expert_E, differentiate, zeros), None
+    zeros = (jnp.zeros_like(x_RD), _float32_zeros(weight_EDF))
+    dx_RD, dweight_EDF = _for_each_block(len(x_RD), rows_per_expert_E, differentiate, zeros)
+    return dx_RD, dweight_EDF.astype(weight_EDF.dtype), None
 
 
 grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -87,13 +88,14 @@ def _swiglu_backward(residuals, dy_RD):
         dgated_bF = dhidden_bF * upped_bF * (sigmoid_bF + silu_bF * (1 - sigmoid_bF))
         return (
             block.write(dx_RD, dgated_bF @ gate_EDF[e].T + dupped_bF @ up_EDF[e].T),
-            dgate_EDF.at[e].add(x_bD.T @ dgated_bF),
-            dup_EDF.at[e].add(x_bD.T @ dupped_bF),
-            ddown_EFD.at[e].add((silu_bF * upped_bF).T @ dy_bD),
+            _add_outer(dgate_EDF, e, x_bD, dgated_bF),
+            _add_outer(dup_EDF, e, x_bD, dupped_bF),
+            _add_outer(ddown_EFD, e, silu_bF * upped_bF, dy_bD),
         )
 
-    zeros = tuple(map(jnp.zeros_like, (x_RD, gate_EDF, up_EDF, down_EFD)))
-    return *_for_each_block(len(x_RD), rows_per_expert_E, differentiate, zeros), None
+    zeros = (jnp.zeros_like(x_RD), *map(_float32_zeros, (gate_EDF, up_EDF, down_EFD)))
+    dx_RD, *dweights = _for_each_block(len(x_RD), rows_per_expert_E, differentiate, zeros)
+    return dx_RD, *(dweight.astype(gate_EDF.dtype) for dweight in dweights), None
 
 
 grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
@@ -140,6 +142,15 @@ def _for_each_block(
 
         carry = jax.lax.fori_loop(0, (end - first + size - 1) // size, step, carry)
     return carry
+
+
+def _add_outer(dweight_EXY: jax.Array, e: int, x_bX: jax.Array, dy_bY: jax.Array) -> jax.Array:
+    """Adds a block's part of an expert's gradient, in float32: many small parts would vanish in bfloat16."""
+    return dweight_EXY.at[e].add(jnp.matmul(x_bX.T, dy_bY, preferred_element_type=jnp.float32))
+
+
+def _float32_zeros(weight_EXY: jax.Array) -> jax.Array:
+    return jnp.zeros_like(weight_EXY, dtype=jnp.float32)
 
 
 def _zeros(like_RX: jax.Array, width: int) -> jax.Array:

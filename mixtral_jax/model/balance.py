@@ -67,13 +67,15 @@ def router_z_loss(sums: RoutingSums) -> jax.Array:
 def router_metrics(sums: RoutingSums) -> dict[str, jax.Array]:
     """What to watch, each [L]: figures of the load n_e = routes to expert e, before drops.
 
-    `max_violation` is max n_e / mean n_e - 1 (0 when even); `load_entropy` is over log E (1 when
-    even); `dropped_fraction` is of all routes; `dead_experts` counts those without a token.
+    `load` is the share of each expert, [L, E], which sums to 1; `max_violation` is max n_e / mean n_e - 1
+    (0 when even), `min_load` is min n_e / mean n_e; `load_entropy` is over log E (1 when even);
+    `dropped_fraction` is of all routes; `dead_experts` counts those without a token.
     """
     E = sums.load_E.shape[-1]
     routes_L1 = jnp.maximum(jnp.sum(sums.load_E, axis=-1, keepdims=True), 1)
     share_LE = sums.load_E / routes_L1
     return {
+        "load": share_LE,
         "max_violation": jnp.max(share_LE, axis=-1) * E - 1,
         "min_load": jnp.min(share_LE, axis=-1) * E,
         "load_entropy": -jnp.sum(jax.scipy.special.xlogy(share_LE, share_LE), axis=-1) / jnp.log(max(E, 2)),

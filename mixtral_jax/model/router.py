@@ -70,8 +70,8 @@ def fits_capacity(
     nor the transport changes what is dropped.
     """
     B, T, A = experts_BTA.shape
-    # A table, in float64, so that a host that computes the same ceiling agrees on every n.
-    capacity_of_n = np.ceil(capacity_factor * A * np.arange(T + 1) / num_experts).astype(np.int32)
+    # A table, in float64, less what rounding may add to a product that is whole (1.1 * 2 * 200 / 8 = 55).
+    capacity_of_n = np.ceil(capacity_factor * A * np.arange(T + 1) / num_experts - 1e-9).astype(np.int32)
     capacity_B1 = jnp.asarray(capacity_of_n)[jnp.sum(is_real_BT, axis=1, keepdims=True, dtype=jnp.int32)]
 
     def rank_in_expert(experts_TA, weights_TA, is_real_T):

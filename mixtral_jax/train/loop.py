@@ -33,10 +33,11 @@ class TrainLoop:
     checkpoint: CheckpointConfig
     train_step: TrainStep
     batches: Iterator[tuple[Batch, str]]
-    evaluate: Callable[[TrainState], dict[str, float]]
+    evaluate: Callable[[TrainState], dict[str, Any]]
     checkpoints: RunCheckpoints
     log: MetricLog
     console: Console
+    stop: "StopSignal"
     record: dict[str, Any]
 
     def run(self, state: TrainState) -> Outcome:
@@ -48,7 +49,7 @@ class TrainLoop:
         eval_every = self.config.eval_every or max(1, num_steps // 10)
         save_every = self.checkpoint.every or max(1, num_steps // 4)
         is_stopping = False
-        with StopSignal() as stop, RunProgress(self.console, first_step, num_steps) as progress:
+        with RunProgress(self.console, first_step, num_steps) as progress:
             batch, batch_hash = next(self.batches)
             train_step = self._compile(state, batch)
             progress.start_clock()
@@ -57,7 +58,7 @@ class TrainLoop:
                 state, metrics = train_step(state, batch)
                 meter.add(metrics["tokens"])
                 is_last = step == num_steps
-                is_stopping = not is_last and self._should_stop(stop, step)
+                is_stopping = not is_last and self._should_stop(step)
                 is_evaluating = is_last or step % eval_every == 0
                 is_logging = is_evaluating or step % self.config.log_every == 0
                 is_saving = is_last or is_stopping or step % save_every == 0
@@ -88,15 +89,15 @@ class TrainLoop:
         self.console.print(f"compiled in {time.monotonic() - start:.0f} s{peak}")
         return compiled
 
-    def _should_stop(self, stop: "StopSignal", step: int) -> bool:
+    def _should_stop(self, step: int) -> bool:
         # Several processes must stop at the same step: jax agrees on it, one process decides by itself.
-        return self.checkpoints.reached_preemption(step) if jax.process_count() > 1 else stop.is_set
+        return self.checkpoints.reached_preemption(step) if jax.process_count() > 1 else self.stop.is_set
 
 
 class StopSignal:
     """Remembers SIGTERM and SIGINT, so that the step under way can end; a second one ends the process at once.
 
-    With several processes jax listens instead (see `TrainLoop`), and this does nothing.
+    With several processes jax listens for SIGTERM instead (see `TrainLoop`), and this does nothing.
     """
 
     def __init__(self) -> None:
@@ -142,4 +143,4 @@ class _TokenMeter:
 
 
 def _to_host(metrics: dict[str, jax.Array]) -> Record:
-    return {name: value.item() for name, value in jax.device_get(metrics).items()}
+    return {name: value.tolist() for name, value in jax.device_get(metrics).items()}

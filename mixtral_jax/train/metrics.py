@@ -1,5 +1,7 @@
 """Where the figures of a run go: metrics.jsonl, TensorBoard and, asked for, Weights & Biases."""
 
+import hashlib
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -20,6 +22,8 @@ class MetricLog:
         self._file = None
         self._tensorboard = None
         self._wandb = None
+        if config.wandb_project and importlib.util.find_spec("wandb") is None:
+            raise ConfigError("log.wandb_project is set but wandb is missing: pip install '.[wandb]'")
         if not is_writer:
             return
         path = workdir / "metrics.jsonl"
@@ -30,11 +34,10 @@ class MetricLog:
 
             self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
         if config.wandb_project:
-            try:
-                import wandb  # type: ignore[import-not-found]
-            except ImportError:
-                raise ConfigError("log.wandb_project is set but wandb is missing: pip install '.[wandb]'") from None
-            self._wandb = wandb.init(project=config.wandb_project, dir=str(workdir), resume="allow")
+            import wandb  # type: ignore[import-not-found]
+
+            run_id = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
+            self._wandb = wandb.init(project=config.wandb_project, dir=str(workdir), id=run_id, resume="allow")
 
     def __enter__(self) -> "MetricLog":
         return self
@@ -79,7 +82,6 @@ def check_finite(record: Record, names: tuple[str, ...] = ("loss", "grad_norm"))
     for name in names:
         if not math.isfinite(record[name]):
             raise FloatingPointError(
-                f"{name} is {record[name]} at step {record['step']}: nothing of this step was saved; start again "
-                "from the last checkpoint with a lower optimizer.learning_rate, or look at the batch "
-                f"{record['batch_hash']}"
+                f"{name} is {record[name]} at step {record['step']}: nothing of this step was saved; start a new "
+                f"--workdir with a lower optimizer.learning_rate, or look at the batch {record['batch_hash']}"
             )

@@ -24,12 +24,12 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
     return lambda step: schedule(step + 1)
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Clips by global norm, then AdamW (arXiv 1711.05101) that decays matrices only."""
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
-            learning_rate_schedule(config, num_steps),
+            schedule,
             b1=config.beta1,
             b2=config.beta2,
             eps=config.epsilon,

@@ -1,5 +1,6 @@
 """One optimizer step over several micro-batches, and the loss of a batch without one."""
 
+import dataclasses
 import functools
 import typing
 
@@ -47,14 +48,14 @@ def make_train_step(
             "tokens": jnp.sum(batch.segment_ids > 0),
         }
         trained = typing.cast(nnx.State, optax.apply_updates(state.trained, updates))
-        return TrainState(state.step + 1, trained, state.frozen, opt_state, state.graphdef), metrics
+        return dataclasses.replace(state, step=state.step + 1, trained=trained, opt_state=opt_state), metrics
 
     return train_step
 
 
 def _value_and_grad(state: TrainState, totals: StepTotals, router: RouterConfig, micro: Batch):
     def loss_of(trained):
-        model = TrainState(state.step, trained, state.frozen, state.opt_state, state.graphdef).model()
+        model = dataclasses.replace(state, trained=trained).model()
         output = model(micro.tokens, micro.positions, micro.segment_ids)
         parts = sum_losses(output, jnp.asarray(micro.targets), jnp.asarray(micro.loss_mask), totals, router)
         return parts.total_loss, parts
@@ -72,6 +73,6 @@ def step_metrics(parts: LossParts) -> Metrics:
         "router_z_loss": parts.router_z_loss,
     }
     for name, value_L in router_metrics(parts.routing).items():
-        metrics[f"router/{name}"] = jnp.mean(value_L)
+        metrics[f"router/{name}"] = jnp.mean(value_L, axis=0)
         metrics |= {f"router/layer_{layer:02d}/{name}": value_L[layer] for layer in range(value_L.shape[0])}
     return metrics

@@ -1,6 +1,7 @@
 """Capacity, against the rule written as a loop."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 
@@ -15,7 +16,7 @@ def test_an_expert_keeps_its_heaviest_routes_of_each_sequence():
     is_real = np.arange(T)[None] < np.array([[30], [17], [1], [0]])
     got = np.asarray(fits_capacity(experts, weights, is_real, E, factor))
     for b in range(B):
-        limit = math.ceil(factor * A * int(is_real[b].sum()) / E)
+        limit = math.ceil(Fraction(str(factor)) * A * int(is_real[b].sum()) / E)
         for e in range(E):
             routes = [
                 (-weights[b, t, a], t, a) for t in range(T) for a in range(A) if experts[b, t, a] == e and is_real[b, t]

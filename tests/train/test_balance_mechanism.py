@@ -43,20 +43,22 @@ def max_violations(weight):
     config = small_config(router__load_balance__weight=weight, optimizer__learning_rate=3e-3,
                           train__num_steps=STEPS, train__batch_size=8, train__sequence_length=64)  # fmt: skip
     mesh = mesh_of(expert=8)
-    optimizer = make_optimizer(config.optimizer, STEPS)
-    step = make_train_step(optimizer, config.router, learning_rate_schedule(config.optimizer, STEPS))
+    schedule = learning_rate_schedule(config.optimizer, STEPS)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    step = make_train_step(optimizer, config.router, schedule)
     history = []
     with jax.set_mesh(mesh):
         state = init_state(functools.partial(offset_model, config), optimizer)
         for number in range(STEPS):
             state, metrics = step(state, on_mesh(packed_batch(config, seed=number), mesh))
             history.append(float(metrics["router/max_violation"]))
+            if number == 0:  # The premise: nearly every route goes to the two.
+                assert metrics["router/load"][:2].sum() >= 0.9
     return history
 
 
 @pytest.mark.parametrize(("weight", "recovers"), [(1.0, True), (0.0, False)])
 def test_the_loss_evens_out_a_collapsed_router(weight, recovers):
     history = max_violations(weight)
-    # Two experts of eight with 90% of the routes have at least 0.45 x 8 - 1 = 2.6.
-    assert history[0] >= 2.6
-    assert (np.mean(history[-20:]) < 0.5) == recovers, history[::10]
+    violation = np.mean(history[-20:])
+    assert violation < 0.5 if recovers else violation > 2, history[::10]

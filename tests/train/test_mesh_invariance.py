@@ -32,8 +32,9 @@ def trajectory(capacity_factor, **sizes):
     """Losses of 12 steps at learning rate 3e-4, first gradients, and routes before the first and after the last."""
     config = small_config(dispatch__capacity_factor=capacity_factor, train__gradient_accumulation=1)
     mesh = mesh_of(**sizes)
-    optimizer = optax.chain(remember_gradients(), make_optimizer(config.optimizer, STEPS))
-    step_fn = make_train_step(optimizer, config.router, learning_rate_schedule(config.optimizer, STEPS))
+    schedule = learning_rate_schedule(config.optimizer, STEPS)
+    optimizer = optax.chain(remember_gradients(), make_optimizer(config.optimizer, schedule))
+    step_fn = make_train_step(optimizer, config.router, schedule)
 
     @jax.jit
     def route(state, batch):

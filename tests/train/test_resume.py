@@ -36,6 +36,7 @@ def start(folder, name, *extra):
     command = [sys.executable, str(ROOT / "train.py"), f"--config={ROOT / 'configs/pretrain/tiny.py'}", *FLAGS]
     command += [f"--config.data.path={folder / 'text.txt'}", f"--workdir={folder / name}", *extra]
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+    environment.pop("XLA_FLAGS", None)
     # One set of executables for every start: compiling them is most of the time of a run this short.
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
