@@ -7,7 +7,6 @@ import time
 import jax
 
 from mixtral_jax.cli.start import Run
-from mixtral_jax.config import ConfigError
 from mixtral_jax.data.batches import TrainBatches, held_out_batches
 from mixtral_jax.data.packing import plan_rows
 from mixtral_jax.data.text import prepare_text
@@ -26,14 +25,6 @@ class TextData:
     train_batches: TrainBatches
     evaluate: Evaluator
     fingerprint: str  # of the text, the tokens and the packing together
-
-    def require_same(self, fingerprint: str) -> None:
-        """Raises ConfigError unless a checkpoint with this fingerprint saw the very same rows."""
-        if fingerprint != self.fingerprint:
-            raise ConfigError(
-                "the text, the tokenizer or the packing differs from what this workdir was trained on "
-                f"({fingerprint[:12]} -> {self.fingerprint[:12]}): restore the data, or use another --workdir"
-            )
 
 
 def open_text(run: Run) -> TextData:

@@ -1,15 +1,12 @@
 """Starting a run: processes, devices, mesh, workdir; and telling people what has started."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import time
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from rich.console import Console
 
 from mixtral_jax.cli.flags import RunFlags
@@ -55,19 +52,6 @@ def start_devices(config: Config) -> tuple[Config, jax.sharding.Mesh]:
         jax.config.update("jax_default_matmul_precision", "highest")
     config = resolve_mesh(config, jax.device_count())
     return config, make_mesh(config.mesh)
-
-
-def require_agreement(config: Config, data_fingerprint: str, step: int | None) -> None:
-    """Stops every process, with a ConfigError, unless all have one config, the same rows and one checkpoint."""
-    if jax.process_count() == 1:
-        return
-    here = f"{dataclasses.asdict(config)} {data_fingerprint} {step}".encode()
-    digest = np.frombuffer(hashlib.sha256(here).digest(), np.uint8)
-    if len(np.unique(multihost_utils.process_allgather(digest), axis=0)) > 1:
-        raise ConfigError(
-            "the processes do not agree on the config, the data or the checkpoint to go on from (here: data "
-            f"{data_fingerprint[:12]}, step {step}): give all the same flags, data and Python, and one --workdir"
-        )
 
 
 def describe_run(run: Run) -> None:
