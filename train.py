@@ -4,7 +4,6 @@ The same --workdir again resumes. A run from top to bottom; each piece is a room
 """
 
 import contextlib
-from pathlib import Path
 
 import jax
 
@@ -53,9 +52,7 @@ def pretrain(run: Run) -> Outcome:
 
 
 def main(arguments: list[str]) -> int:
-    flags = parse_run_flags(
-        arguments, description=__doc__, default_config=Path(__file__).parent / "configs/pretrain/tiny.py"
-    )
+    flags = parse_run_flags(arguments, description=__doc__, default_config="pretrain/tiny.py")
     return EXIT_CODES[pretrain(start_run(flags))]
 
 

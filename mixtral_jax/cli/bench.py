@@ -3,7 +3,6 @@
 import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ WARMUP, MEASURED = 2, 8
 
 def main(arguments: list[str]) -> int:
     """`bench --config=F [--json] [--config.KEY=VALUE ...]`."""
-    parser = make_parser(__doc__, Path(__file__).parents[2] / "configs/pretrain/tiny.py")
+    parser = make_parser(__doc__, "pretrain/tiny.py")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     flags, config = parse_config(parser, arguments)
     config, mesh = start_devices(config)

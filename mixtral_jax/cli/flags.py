@@ -10,6 +10,9 @@ from typing import Any, NoReturn
 
 from mixtral_jax.config import Config, ConfigError, build, require
 
+# Beside the package in a clone, which is how it is installed.
+SHIPPED = Path(__file__).parents[2] / "configs"
+
 
 @dataclasses.dataclass(frozen=True)
 class RunFlags:
@@ -38,7 +41,7 @@ def run_command(command: Callable[[list[str]], int]) -> NoReturn:
     sys.exit(code)
 
 
-def parse_run_flags(arguments: Sequence[str], *, description: str | None, default_config: Path) -> RunFlags:
+def parse_run_flags(arguments: Sequence[str], *, description: str | None, default_config: str) -> RunFlags:
     """The flags of a script that trains."""
     parser = make_parser(description, default_config)
     parser.add_argument("--workdir", type=Path, help="where everything is written; the same one again resumes")
@@ -49,11 +52,11 @@ def parse_run_flags(arguments: Sequence[str], *, description: str | None, defaul
     return RunFlags(config, flags.config, flags.workdir, flags.coordinator, flags.num_processes, flags.process_id)
 
 
-def make_parser(description: str | None, default_config: Path) -> argparse.ArgumentParser:
+def make_parser(description: str | None, default_config: str) -> argparse.ArgumentParser:
     """A parser that knows --config, for more flags to be added; its errors are `ConfigError`s."""
     epilog = "--config.KEY=VALUE sets any key, as --config.train.num_steps=100"
     parser = _Parser(description=description, epilog=epilog, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, default=default_config, help="a .py file with get_config()")
+    parser.add_argument("--config", type=Path, default=SHIPPED / default_config, help="a .py file with get_config()")
     return parser
 
 

@@ -16,7 +16,7 @@ TINY = ROOT / "configs/pretrain/tiny.py"
 
 
 def parse(*arguments):
-    return parse_run_flags(arguments, description="", default_config=TINY)
+    return parse_run_flags(arguments, description="", default_config="pretrain/tiny.py")
 
 
 @pytest.mark.parametrize(("argument", "words"), [

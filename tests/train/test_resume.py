@@ -104,3 +104,10 @@ def test_a_changed_config_is_refused_by_name_and_a_longer_run_is_not(folder, unb
     code, errors = finish(start(folder, "unbroken", "--config.train.num_steps=62", "--config.mesh.fsdp=2"))
     assert code == 0, errors
     assert [line["step"] for line in lines_of(folder / "unbroken")] == list(range(1, 63))
+
+
+def test_a_start_that_failed_does_not_bind_its_workdir(folder):
+    wrong = start(folder, "mended", "--config.data.path=nowhere")
+    assert finish(wrong)[0] == 2
+    code, errors = finish(start(folder, "mended", "--config.train.num_steps=2"))
+    assert code == 0, errors
