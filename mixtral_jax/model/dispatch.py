@@ -100,7 +100,7 @@ def plan_rows(local_MA: jax.Array, num_local: int) -> RowPlan:
 
 @jax.custom_vjp
 def copy_tokens(x_MD: jax.Array, plan: RowPlan) -> jax.Array:
-    """The token of each row, [R, D]; rows past the last expert's hold some token. Inverse: `sum_rows`."""
+    """The token of each row, [R, D]; rows past the last expert's hold some token. Transpose: `sum_rows`."""
     return x_MD[plan.token_R]
 
 
