@@ -125,7 +125,7 @@ class _TokenMeter:
     def __init__(self, tokens: int):
         self._tokens = tokens
         self._pending: list[jax.Array] = []
-        self._since = time.monotonic()
+        self.restart()
 
     def add(self, tokens: jax.Array) -> None:
         self._pending.append(tokens)
@@ -133,12 +133,11 @@ class _TokenMeter:
     def read(self) -> dict[str, float]:
         """Tokens since the run began, and a second of the interval since `restart`."""
         new = sum(int(tokens) for tokens in self._pending)
-        return {"tokens": self._tokens + new, "tokens_per_second": new / (time.monotonic() - self._since)}
+        self._tokens, self._pending = self._tokens + new, []
+        return {"tokens": self._tokens, "tokens_per_second": new / (time.monotonic() - self._since)}
 
     def restart(self) -> None:
         """Starts a new interval, so that evaluating and saving do not count as training."""
-        self._tokens += sum(int(tokens) for tokens in self._pending)
-        self._pending = []
         self._since = time.monotonic()
 
 
