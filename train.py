@@ -19,7 +19,7 @@ from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from mixtral_jax.train.step import make_train_step
 
 
-def pretrain(run: Run) -> Outcome:
+def pretrain(run: Run, stop: StopSignal) -> Outcome:
     """Tokenises, packs, trains, evaluates and saves, from wherever the workdir stands."""
     config = run.config
     make_model = model_maker(config, run.mesh.devices.flat[0].platform)
@@ -28,7 +28,6 @@ def pretrain(run: Run) -> Outcome:
     describe_run(run)
     data = open_text(run)
     with (
-        StopSignal() as stop,
         jax.set_mesh(run.mesh),
         RunCheckpoints(run.workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
     ):
@@ -52,8 +51,9 @@ def pretrain(run: Run) -> Outcome:
 
 
 def main(arguments: list[str]) -> int:
-    flags = parse_run_flags(arguments, description=__doc__, default_config="pretrain/tiny.py")
-    return EXIT_CODES[pretrain(start_run(flags))]
+    run = start_run(parse_run_flags(arguments, description=__doc__, default_config="pretrain/tiny.py"))
+    with StopSignal() as stop:
+        return EXIT_CODES[pretrain(run, stop)]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixtral_jax.config import Config, build
+from mixtral_jax.config import Config
+from mixtral_jax.config_mapping import build
 from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.mesh import MESH_AXES
 from mixtral_jax.parallel.rules import AxisRules

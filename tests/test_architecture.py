@@ -22,13 +22,14 @@ SOURCES = {_name_of(path): path.read_text() for path in sorted((ROOT / "mixtral_
 # The parts of training that the loop composes, which take the model as an argument: of the model they know results.
 _TRAIN_PARTS = tuple(f"train.{name}" for name in ("loss", "optimizer", "state", "step", "metrics", "console"))
 _RESULT_TYPES = ("model.balance", "model.router.Routing", "model.transformer.ModelOutput")
-_GROUND = ("config", "parallel")
+_GROUND = ("config", "config_mapping", "parallel")
 _MODEL = (*_GROUND, "kernels", "model")
 _MIDDLE = (*_MODEL, "data", "finetune", "checkpoint", "generate")
 _UPPER = (*_MIDDLE, "train", "pretrained", "evaluate")
 # Room -> what it may import besides itself. The longest room that fits a module decides.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "config": (),
+    "config_mapping": ("config",),
     "parallel": ("config",),
     "kernels": _GROUND,
     "data": _GROUND,

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mixtral_jax.cli.flags import load_config_file
-from mixtral_jax.config import Config, build
+from mixtral_jax.config import Config
+from mixtral_jax.config_mapping import build
 from mixtral_jax.parallel.mesh import MESH_AXES, resolve_mesh
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mixtral_jax.config import ConfigError, ModelConfig, RouterConfig, build, require
+from mixtral_jax.config import ConfigError, ModelConfig, RouterConfig, require
+from mixtral_jax.config_mapping import build
 
 Model = TypeVar("Model")
 

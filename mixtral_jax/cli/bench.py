@@ -17,7 +17,7 @@ from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.rules import AxisRules
 from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from mixtral_jax.train.state import init_state
-from mixtral_jax.train.step import make_train_step
+from mixtral_jax.train.step import make_train_step, peak_memory_bytes
 
 WARMUP, MEASURED = 2, 8
 
@@ -58,14 +58,13 @@ def measure(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
             jax.block_until_ready((state, metrics))
             seconds.append(time.perf_counter() - start)
     median, flops = statistics.median(seconds[WARMUP:]), model_flops_per_step(config, active)
-    memory = step.memory_analysis()  # None where the back end does not say.
     return {
         "tokens_per_second": config.train.batch_size * config.train.sequence_length / median,
         "step_seconds_median": median,
         "model_flops_per_step": flops,
         "ceiling_flops_per_second": ceiling,
         "utilization": flops / median / ceiling,
-        "peak_memory_bytes": memory.peak_memory_in_bytes if memory else None,
+        "peak_memory_bytes": peak_memory_bytes(step),
     }
 
 

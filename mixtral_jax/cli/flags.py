@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mixtral_jax.config import Config, ConfigError, build, require
+from mixtral_jax.config import Config, ConfigError, require
+from mixtral_jax.config_mapping import build
 
 # Beside the package in a clone, which is how it is installed.
 SHIPPED = Path(__file__).parents[2] / "configs"

@@ -11,7 +11,7 @@ from mixtral_jax.data.batches import TrainBatches, held_out_batches
 from mixtral_jax.data.packing import plan_rows
 from mixtral_jax.data.text import prepare_text
 from mixtral_jax.evaluate.ngram import measure_ngrams
-from mixtral_jax.evaluate.perplexity import Evaluator, make_evaluator
+from mixtral_jax.evaluate.perplexity import Evaluator, TokenBytes, make_evaluator
 from mixtral_jax.parallel.rules import AxisRules
 
 # Enough for a bigram model of any vocabulary here, and counted in seconds.
@@ -49,11 +49,11 @@ def open_text(run: Run) -> TextData:
         f"[bold]text[/]        {num_tokens:,} tokens to train on in {plan.num_rows:,} rows ({epochs:.2f} epochs), "
         f"{len(text.held_out.tokens):,} held out; read in {time.monotonic() - start:.0f} s"
     )
-    bytes_per_token, bos_id = text.tokenizer.bytes_per_token, text.tokenizer.bos_id
+    token_bytes = TokenBytes.of(text.tokenizer)
     baselines = {}
     if jax.process_count() == 1:  # Fitting them needs every held-out row on this host.
-        baselines = measure_ngrams(text.train.tokens[:NGRAM_TOKENS], held_out, bytes_per_token, bos_id)
+        baselines = measure_ngrams(text.train.tokens[:NGRAM_TOKENS], held_out, token_bytes)
         described = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
         say(f"[bold]to beat[/]     {described} bits/byte, on the same tokens")
     fingerprint = hashlib.sha256((plan.fingerprint + held_out_plan.fingerprint).encode()).hexdigest()
-    return TextData(train_batches, make_evaluator(held_out, bytes_per_token, bos_id, baselines), fingerprint)
+    return TextData(train_batches, make_evaluator(held_out, token_bytes, baselines), fingerprint)

@@ -10,7 +10,8 @@ import jax
 from rich.console import Console
 
 from mixtral_jax.cli.flags import RunFlags
-from mixtral_jax.config import Config, ConfigError, changed_keys, require
+from mixtral_jax.config import Config, ConfigError, require
+from mixtral_jax.config_mapping import changed_keys
 from mixtral_jax.kernels.grouped_matmul import choose_kernel
 from mixtral_jax.model.transformer import count_parameters, model_maker
 from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, resolve_mesh, start_processes, use_virtual_cpu_devices

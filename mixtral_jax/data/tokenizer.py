@@ -33,6 +33,7 @@ class Tokenizer:
     Attributes:
         fingerprint: sha256, in hex, of the model's bytes.
         bytes_per_token: int64 [vocab_size], the bytes of UTF-8 text each piece stands for.
+        prefix_bytes: those of the pieces of a text beyond the text's own: the space that Mixtral's puts before it.
 
     Raises:
         ValueError: the bytes are no SentencePiece model with a beginning and an end of text.
@@ -52,6 +53,7 @@ class Tokenizer:
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError("the SentencePiece model lacks a beginning (bos) or an end (eos) of text")
         self.bytes_per_token = np.array([self._count_bytes(token) for token in range(self.vocab_size)], np.int64)
+        self.prefix_bytes = int(self._processor.normalize("a").startswith(_SPACE))
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without BOS and EOS; `<s>` written in it stays text."""

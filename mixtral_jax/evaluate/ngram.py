@@ -5,20 +5,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mixtral_jax.evaluate.perplexity import TokenBytes
 from mixtral_jax.parallel.batch import Batch
 
 
-def measure_ngrams(
-    train_tokens: np.ndarray, batches: Sequence[Batch], bytes_per_token: np.ndarray, bos_id: int
-) -> dict[str, float]:
+def measure_ngrams(train_tokens: np.ndarray, batches: Sequence[Batch], token_bytes: TokenBytes) -> dict[str, float]:
     """Bits per byte of `unigram` and `bigram`, fitted on `train_tokens`, on the tokens that `make_evaluator` scores.
 
     The unigram is smoothed with one count a token; the bigram backs off to it with Witten-Bell
     weights (a history seen with many successors trusts them less). Needs every row on this host.
     """
-    V = len(bytes_per_token)
+    V = len(token_bytes.per_token)
     history, target = _supervised_pairs(batches)
-    num_bytes = int(bytes_per_token[target].sum() - np.sum(history == bos_id))
+    num_bytes = int(token_bytes.in_text(token_bytes.per_token[target], history).sum())
     counts = np.bincount(train_tokens, minlength=V) + 1.0
     unigram = counts / counts.sum()
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.model.balance import RoutingSums, router_metrics
 from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.train.loss import cross_entropy
@@ -27,16 +28,37 @@ class _EvalSums:
     routing: RoutingSums
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenBytes:
+    """How many UTF-8 bytes of text a predicted token stands for.
+
+    `per_token` [V] counts those of its piece; the first of a document, after `bos_id`, has `prefix` more than
+    the text: what the tokenizer puts before it.
+    """
+
+    per_token: np.ndarray
+    bos_id: int
+    prefix: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "TokenBytes":
+        """Those of a tokenizer's pieces."""
+        return cls(tokenizer.bytes_per_token, tokenizer.bos_id, tokenizer.prefix_bytes)
+
+    def in_text(self, piece_bytes: Any, previous: Any) -> Any:
+        """Bytes of text from bytes of pieces, given the token before each: arrays of one shape."""
+        return piece_bytes - self.prefix * (previous == self.bos_id)
+
+
 def make_evaluator(
-    batches: Sequence[Batch], bytes_per_token: np.ndarray, bos_id: int, baselines: Mapping[str, float] | None = None
+    batches: Sequence[Batch], token_bytes: TokenBytes, baselines: Mapping[str, float] | None = None
 ) -> Evaluator:
     """A function from a state to `eval/` figures over all of `batches`.
 
-    Bits per byte divides by the UTF-8 bytes that the predicted tokens stand for, [V] `bytes_per_token`;
-    the space that the tokenizer puts before a document is not counted. `baselines` (bits per byte by
-    name, on the same tokens) are given back beside them.
+    Bits per byte divides by the bytes of text that the predicted tokens stand for. `baselines` (bits per
+    byte by name, on the same tokens) are given back beside them.
     """
-    bytes_per_token = bytes_per_token.astype(np.int32)
+    per_token_V = token_bytes.per_token.astype(np.int32)
 
     @jax.jit
     def sum_batch(state: TrainState, batch: Batch) -> _EvalSums:
@@ -44,8 +66,8 @@ def make_evaluator(
         output = state.model()(micro.tokens, micro.positions, micro.segment_ids)
         losses_BT = cross_entropy(output.logits_BTV, micro.targets) * micro.loss_mask.astype(jnp.float32)
         sharding = jax.typeof(micro.targets).sharding
-        bytes_BT = jnp.asarray(bytes_per_token).at[micro.targets].get(out_sharding=sharding)
-        bytes_BT = (bytes_BT - (micro.tokens == bos_id)) * micro.loss_mask
+        piece_bytes_BT = jnp.asarray(per_token_V).at[micro.targets].get(out_sharding=sharding)
+        bytes_BT = token_bytes.in_text(piece_bytes_BT, micro.tokens) * micro.loss_mask
         return _EvalSums(jnp.sum(losses_BT), jnp.sum(micro.loss_mask), jnp.sum(bytes_BT), output.routing.sums)
 
     def evaluate(state: TrainState) -> dict[str, Any]:

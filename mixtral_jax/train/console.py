@@ -21,7 +21,7 @@ class RunProgress:
         self._console = console
         self._num_steps = num_steps
         self._bar = Progress(
-            TextColumn("[bold]step {task.completed}/{task.total}"), BarColumn(bar_width=24),
+            TextColumn("[bold]step {task.completed}/{task.total}"), BarColumn(bar_width=10),
             TextColumn("{task.description}"), console=console, transient=True, disable=not console.is_terminal,
         )  # fmt: skip
         self._task = self._bar.add_task("", total=num_steps, completed=first_step)
@@ -44,14 +44,15 @@ class RunProgress:
         step = record["step"]
         elapsed = time.monotonic() - self._since
         left = elapsed / max(step - self._first_step, 1) * (self._num_steps - step)
+        # Short, so that the line of the bar fits a terminal of 80 columns.
         text = (
-            f"loss {record['loss']:.4f}  balance {record['load_balance_loss']:.3f}  "
-            f"max violation {record['router/max_violation']:.2f}  {record['tokens_per_second']:,.0f} tokens/s  "
-            f"{datetime.timedelta(seconds=round(left))} left"
+            f"loss {record['loss']:.3f} balance {record['load_balance_loss']:.3f} "
+            f"{record['tokens_per_second']:,.0f} tokens/s {datetime.timedelta(seconds=round(left))} left"
         )
         self._bar.update(self._task, completed=step, description=text)
         if not self._console.is_terminal:
-            self._console.print(f"step {step}/{self._num_steps}  {text}")
+            violation = f"max violation {record['router/max_violation']:.2f}"
+            self._console.print(f"step {step}/{self._num_steps} {text} {violation}")
         if "eval/loss" in record:
             self._console.print(
                 f"[bold]held-out[/] at step {step}: loss {record['eval/loss']:.4f}  perplexity "

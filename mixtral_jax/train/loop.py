@@ -15,7 +15,7 @@ from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.train.console import RunProgress
 from mixtral_jax.train.metrics import MetricLog, Record, check_finite
 from mixtral_jax.train.state import TrainState
-from mixtral_jax.train.step import TrainStep
+from mixtral_jax.train.step import TrainStep, peak_memory_bytes
 
 Outcome = Literal["finished", "stopped"]
 EXIT_CODES: dict[Outcome, int] = {"finished": 0, "stopped": 75}  # 75: EX_TEMPFAIL, run the same command again
@@ -53,6 +53,7 @@ class TrainLoop:
             batch, batch_hash = next(self.batches)
             train_step = self._compile(state, batch)
             progress.start_clock()
+            self.stop.hold()
             meter = _TokenMeter(self.record["tokens"])
             for step in range(first_step + 1, num_steps + 1):
                 state, metrics = train_step(state, batch)
@@ -84,9 +85,9 @@ class TrainLoop:
         self.console.print("compiling the train step ...")
         start = time.monotonic()
         compiled = self.train_step.lower(state, batch).compile()
-        memory = compiled.memory_analysis()  # None where the back end does not say.
-        peak = f"; {memory.peak_memory_in_bytes / 2**20:,.0f} MiB a device at its peak" if memory else ""
-        self.console.print(f"compiled in {time.monotonic() - start:.0f} s{peak}")
+        peak = peak_memory_bytes(compiled)
+        memory = "" if peak is None else f"; {peak / 2**20:,.0f} MiB a device at its peak"
+        self.console.print(f"compiled in {time.monotonic() - start:.0f} s{memory}")
         return compiled
 
     def _should_stop(self, step: int) -> bool:
@@ -95,13 +96,15 @@ class TrainLoop:
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGINT, so that the step under way can end; a second one ends the process at once.
+    """Makes SIGTERM and SIGINT wait for the step under way; a second one ends the process at once.
 
+    Until `hold`, when there is nothing yet to save, the first raises SystemExit with the code of a stopped run.
     With several processes jax listens for SIGTERM instead (see `TrainLoop`), and this does nothing.
     """
 
     def __init__(self) -> None:
         self.is_set = False
+        self._is_held = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -114,9 +117,15 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def hold(self) -> None:
+        """From here on a signal only sets `is_set`, for the loop to see."""
+        self._is_held = True
+
     def _receive(self, number: int, _: Any) -> None:
         self.is_set = True
         signal.signal(number, signal.SIG_DFL)
+        if not self._is_held:
+            raise SystemExit(EXIT_CODES["stopped"])
 
 
 class _TokenMeter:

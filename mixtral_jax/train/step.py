@@ -53,6 +53,12 @@ def make_train_step(
     return train_step
 
 
+def peak_memory_bytes(step: jax.stages.Compiled) -> int | None:
+    """What a compiled step needs of each device's memory; None where the back end does not say."""
+    memory = step.memory_analysis()
+    return memory.peak_memory_in_bytes if memory else None
+
+
 def _value_and_grad(state: TrainState, totals: StepTotals, router: RouterConfig, micro: Batch):
     def loss_of(trained):
         model = dataclasses.replace(state, trained=trained).model()

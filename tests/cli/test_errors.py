@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mixtral_jax.cli.flags import parse_run_flags
-from mixtral_jax.config import Config, ConfigError, build
+from mixtral_jax.config import Config, ConfigError
+from mixtral_jax.config_mapping import build
 from mixtral_jax.parallel.mesh import resolve_mesh
 from tests.cases import small_config
 

@@ -51,8 +51,8 @@ def test_digits_stay_apart(tokenizer):
 
 @pytest.mark.parametrize("text", STRANGE)
 def test_bytes_per_token_adds_up_to_the_text(tokenizer, text):
-    dummy_prefix = 1
-    assert tokenizer.bytes_per_token[tokenizer.encode(text)].sum() == len(text.encode()) + dummy_prefix
+    assert tokenizer.prefix_bytes == 1
+    assert tokenizer.bytes_per_token[tokenizer.encode(text)].sum() == len(text.encode()) + tokenizer.prefix_bytes
     assert not tokenizer.bytes_per_token[:3].any()
 
 
@@ -87,6 +87,16 @@ def test_models_that_rewrite_text_or_know_not_all_of_it_give_the_same_ids(tmp_pa
     expected = given.encode(LONG)
     monkeypatch.setattr("mixtral_jax.data.tokenizer._ENCODED_CHARACTERS", 7)
     assert given.encode(LONG) == expected
+
+
+def test_a_model_without_a_dummy_prefix_adds_no_bytes(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS[0].splitlines()), model_prefix=str(tmp_path / "m"), vocab_size=400,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
+    )  # fmt: skip
+    given = Tokenizer((tmp_path / "m.model").read_bytes())
+    assert given.prefix_bytes == 0
+    assert given.bytes_per_token[given.encode("def f")].sum() == 5
 
 
 def test_training_is_deterministic(tokenizer, tmp_path):

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from mixtral_jax.evaluate.ngram import measure_ngrams
-from mixtral_jax.evaluate.perplexity import make_evaluator
+from mixtral_jax.evaluate.perplexity import TokenBytes, make_evaluator
 from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.train.state import init_state
 from tests.cases import mesh_of, on_mesh, packed_batch, small_config
@@ -26,7 +26,9 @@ def test_held_out_loss_and_bits_are_sums_over_all_batches_divided_once():
     batches = batches_of(config)
     with jax.set_mesh(mesh):
         state = init_state(model_maker(config, "cpu"), optax.sgd(0.0))
-        figures = make_evaluator([on_mesh(b, mesh) for b in batches], bytes_per_token, BOS, {"coin": 8.0})(state)
+        figures = make_evaluator(
+            [on_mesh(b, mesh) for b in batches], TokenBytes(bytes_per_token, BOS, 1), {"coin": 8.0}
+        )(state)
         nats = num_bytes = tokens = 0.0
         for batch in batches:
             rows = (batch.tokens[0], batch.positions[0], batch.segment_ids[0])
@@ -52,12 +54,12 @@ def test_a_bigram_model_of_a_deterministic_sequence_is_nearly_certain_and_a_unig
     cycle = np.arange(10_000) % 90 + 3
     batch = type(batch)(*(cycle[np.arange(8 * 24).reshape(1, 8, 24) + shift] for shift in (0, 1)),
                         batch.loss_mask, batch.segment_ids, batch.positions)  # fmt: skip
-    bits = measure_ngrams(cycle, [batch], np.ones(96, np.int64), BOS)
+    bits = measure_ngrams(cycle, [batch], TokenBytes(np.ones(96, np.int64), BOS, 1))
     assert bits["unigram"] == pytest.approx(math.log2(90), rel=0.01)
     assert bits["bigram"] < 0.15
 
 
 def test_ngrams_of_unseen_tokens_are_finite():
     config = small_config()
-    bits = measure_ngrams(np.full(50, 7), batches_of(config), np.ones(96, np.int64), BOS)
+    bits = measure_ngrams(np.full(50, 7), batches_of(config), TokenBytes(np.ones(96, np.int64), BOS, 1))
     assert math.isfinite(bits["unigram"]) and math.isfinite(bits["bigram"])

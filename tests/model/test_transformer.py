@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from configs import models
-from mixtral_jax.config import Config, build
+from mixtral_jax.config import Config
+from mixtral_jax.config_mapping import build
 from mixtral_jax.model.transformer import count_parameters, model_maker
 from tests.cases import RULES, mesh_of, packed_batch, small_config
 from tests.reference import reference_logits

@@ -1,0 +1,49 @@
+"""What a run does on a signal, and what it says while it runs."""
+
+import io
+import os
+import signal
+
+import pytest
+from rich.console import Console
+
+from mixtral_jax.train.console import RunProgress
+from mixtral_jax.train.loop import StopSignal
+
+RECORD = {
+    "step": 1234, "loss": 4.56789, "load_balance_loss": 1.23456, "tokens_per_second": 123456.7,
+    "router/max_violation": 0.5,
+}  # fmt: skip
+
+
+def test_a_signal_with_nothing_to_save_ends_the_run_with_75():
+    with pytest.raises(SystemExit) as stopped, StopSignal():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stopped.value.code == 75
+
+
+def test_a_signal_during_a_step_waits_for_the_loop_to_see_it():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        stop.hold()
+        assert not stop.is_set
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.is_set
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_progress_is_whole_in_a_terminal_of_80_columns():
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, color_system=None, legacy_windows=False)
+    with RunProgress(console, 0, 9999) as progress:
+        progress.report(RECORD)
+    assert "step 1234/9999" in screen.getvalue()
+    assert "loss 4.568 balance 1.235 123,457 tokens/s 0:00:00 left" in screen.getvalue()
+
+
+def test_progress_is_a_line_a_report_elsewhere():
+    lines = io.StringIO()
+    with RunProgress(Console(file=lines, width=200), 0, 9999) as progress:
+        progress.report(RECORD)
+    (line,) = lines.getvalue().splitlines()
+    assert line.startswith("step 1234/9999 loss 4.568") and line.endswith("max violation 0.50")
