@@ -13,6 +13,7 @@ from mixtral_jax.cli.flags import RunFlags
 from mixtral_jax.config import Config, ConfigError, require
 from mixtral_jax.config_mapping import changed_keys
 from mixtral_jax.kernels.grouped_matmul import choose_kernel
+from mixtral_jax.model.dispatch.choose import choose_transport
 from mixtral_jax.model.transformer import count_parameters, model_maker
 from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, resolve_mesh, start_processes, use_virtual_cpu_devices
 from mixtral_jax.train.console import make_console
@@ -61,7 +62,6 @@ def describe_run(run: Run) -> None:
     device = mesh.devices.flat[0]
     with jax.set_mesh(mesh):
         count = count_parameters(jax.eval_shape(model_maker(config, device.platform)))
-    kernel = choose_kernel(config.dispatch.grouped_matmul, device.platform)
     virtual = " (virtual: one CPU pretends)" if device.platform == "cpu" and mesh.size > 1 else ""
     say(f"[bold]workdir[/]     {run.workdir}")
     say(f"[bold]devices[/]     {mesh.size} x {device.device_kind}{virtual}, {jax.process_count()} process(es)")
@@ -72,10 +72,9 @@ def describe_run(run: Run) -> None:
         f"[bold]parameters[/]  {count.total:,} in all, {count.active:,} active a token "
         f"(top-{config.router.num_experts_per_token} of {config.model.num_experts} experts)"
     )
-    say(
-        f"[bold]computes[/]    in {config.model.dtype}; grouped matmul: {kernel}; "
-        f"transport: {config.dispatch.transport}"
-    )
+    say(f"[bold]computes[/]    in {config.model.dtype}")
+    say(f"[bold]matmul[/]      {choose_kernel(config.dispatch.grouped_matmul, device.platform)}")
+    say(f"[bold]transport[/]   {choose_transport(config, device.platform)}")
 
 
 def describe_experts(mesh: jax.sharding.Mesh, num_experts: int) -> list[str]:
