@@ -130,10 +130,10 @@ def emulate_ragged_all_to_all(
         return jax.lax.all_gather(x.reshape(P, per_peer), "expert")[:, me].reshape(1, -1)
 
     begin, size, source = map(sent_to_me, (output_offsets, send_sizes, input_offsets))
-    row_R1 = jnp.arange(len(output_RD))[:, None]
-    is_in = (row_R1 >= begin) & (row_R1 < begin + jnp.maximum(size, recv_sizes))
+    row_R1, expected = jnp.arange(len(output_RD))[:, None], recv_sizes[None]
+    is_in = (row_R1 >= begin) & (row_R1 < begin + jnp.maximum(size, expected))
     sender = (jnp.arange(P * per_peer) // per_peer)[None]
     index_R = jnp.sum(jnp.where(is_in, sender * S + source + row_R1 - begin, 0), axis=1)
     everything = jax.lax.all_gather(x_SD, "expert", tiled=True)
-    received_RD = jnp.where(jnp.any(is_in & (size != recv_sizes), axis=1, keepdims=True), jnp.nan, everything[index_R])
+    received_RD = jnp.where(jnp.any(is_in & (size != expected), axis=1, keepdims=True), jnp.nan, everything[index_R])
     return jnp.where(jnp.any(is_in, axis=1, keepdims=True), received_RD, output_RD)
