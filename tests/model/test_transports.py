@@ -165,8 +165,8 @@ def check_against_loop(got, expected_routes, weights, x, cotangent):
         (_, expected), gradients = jax.value_and_grad(loss, argnums=range(5), has_aux=True)(jnp.asarray(x), *weights)
     experts = layer_gradient.experts
     of_weights = [p.weight[...] for p in (layer_gradient.router.gate, experts.gate, experts.up, experts.down)]
-    for name, a, b in zip(["y", "x", "router", "gate", "up", "down"], [y, x_gradient, *of_weights], [expected, *gradients],
-                          strict=True):  # fmt: skip
+    names = ("y", "x", "router", "gate", "up", "down")
+    for name, a, b in zip(names, [y, x_gradient, *of_weights], [expected, *gradients], strict=True):
         assert relative_norm(a, b) < 1e-5, name
 
 
