@@ -24,7 +24,8 @@ class ModelConfig:
 
     `head_dim` is free: it need not be hidden_size / num_heads. `remat` names what the backward pass
     recomputes in each layer: `full` keeps the layer's input alone, `dots` also keeps the results of
-    the dense projections and the rows that arrived at the experts, `none` keeps everything.
+    the dense projections and the rows that arrived at the experts, `none` keeps everything. `attention`: see
+    kernels/attention.py.
     """
 
     vocab_size: int
@@ -41,6 +42,7 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["full", "dots", "none"] = "full"
+    attention: Literal["auto", "xla", "splash"] = "auto"
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):

@@ -12,6 +12,7 @@ from rich.console import Console
 from mixtral_jax.cli.flags import RunFlags
 from mixtral_jax.config import Config, ConfigError, require
 from mixtral_jax.config_mapping import changed_keys
+from mixtral_jax.kernels.attention import choose_attention
 from mixtral_jax.kernels.grouped_matmul import choose_kernel
 from mixtral_jax.model.dispatch.choose import choose_transport
 from mixtral_jax.model.transformer import count_parameters, model_maker
@@ -73,6 +74,7 @@ def describe_run(run: Run) -> None:
         f"(top-{config.router.num_experts_per_token} of {config.model.num_experts} experts)"
     )
     say(f"[bold]computes[/]    in {config.model.dtype}")
+    say(f"[bold]attention[/]   {choose_attention(config.model, config.train.sequence_length, device.platform)}")
     say(f"[bold]matmul[/]      {choose_kernel(config.dispatch.grouped_matmul, device.platform)}")
     say(f"[bold]transport[/]   {choose_transport(config, device.platform)}")
 

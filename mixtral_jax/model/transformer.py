@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mixtral_jax.config import Config, DispatchConfig, ModelConfig, RouterConfig
+from mixtral_jax.kernels.attention import choose_attention
 from mixtral_jax.kernels.grouped_matmul import choose_kernel
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.dispatch.choose import choose_transport
@@ -128,4 +129,6 @@ def model_maker(config: Config, platform: str, rules: AxisRules = AxisRules()) -
         transport=choose_transport(config, platform).name,
         grouped_matmul=choose_kernel(config.dispatch.grouped_matmul, platform).name,
     )
-    return lambda: Transformer(config.model, config.router, dispatch, rules=rules, rngs=nnx.Rngs(config.train.seed))
+    attention = choose_attention(config.model, config.train.sequence_length, platform).name
+    model = dataclasses.replace(config.model, attention=attention)
+    return lambda: Transformer(model, config.router, dispatch, rules=rules, rngs=nnx.Rngs(config.train.seed))
