@@ -75,7 +75,7 @@ def describe_run(run: Run) -> None:
     )
     say(f"[bold]computes[/]    in {config.model.dtype}")
     say(f"[bold]attention[/]   {choose_attention(config.model, config.train.sequence_length, device.platform)}")
-    say(f"[bold]matmul[/]      {choose_kernel(config.dispatch.grouped_matmul, device.platform)}")
+    say(f"[bold]matmul[/]      {choose_kernel(config.dispatch, device.platform)}")
     say(f"[bold]transport[/]   {choose_transport(config, device.platform)}")
 
 

@@ -127,7 +127,7 @@ def resolve_dispatch(config: Config, platform: str) -> DispatchConfig:
     return dataclasses.replace(
         config.dispatch,
         transport=choose_transport(config, platform).name,
-        grouped_matmul=choose_kernel(config.dispatch.grouped_matmul, platform).name,
+        grouped_matmul=choose_kernel(config.dispatch, platform).name,
     )
 
 
