@@ -14,6 +14,7 @@ from mixtral_jax.cli.start import start_devices
 from mixtral_jax.config import Config
 from mixtral_jax.model.transformer import count_parameters, model_maker
 from mixtral_jax.parallel.batch import Batch, batch_spec
+from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.parallel.rules import AxisRules
 from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from mixtral_jax.train.state import init_state
@@ -27,7 +28,7 @@ def main(arguments: list[str]) -> int:
     parser = make_parser(__doc__, "pretrain/tiny.py")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     flags, config = parse_config(parser, arguments)
-    config, mesh = start_devices(config)
+    config, mesh = start_devices(config, Processes())
     figures = measure(config, mesh)
     if flags.json:
         print(json.dumps(figures))

@@ -102,13 +102,14 @@ class StopSignal:
     With several processes jax listens for SIGTERM instead (see `TrainLoop`), and this does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_processes: int = 1) -> None:
         self.is_set = False
+        self._num_processes = num_processes
         self._is_held = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        if jax.process_count() == 1:
+        if self._num_processes == 1:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._receive)
         return self
