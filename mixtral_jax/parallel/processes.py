@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -25,10 +25,11 @@ from jax._src import distributed
 from mixtral_jax.config import ConfigError
 from mixtral_jax.parallel.coordinator import JOIN_SECONDS, Launch, find_scheduler, proxy_hint, require_reachable
 
-# Of a process that vanished without a word; jax's own default, since a host may be stalled for a while.
-HEARTBEAT_SECONDS = 100
-# Some end later than others: Weights & Biases uploads, storage is slow.
-SHUTDOWN_SECONDS = 300
+# Of a process that vanished without a word, while the others hang in a collective; jax then aborts them. A host that
+# swaps or migrates may be silent for some tens of seconds.
+HEARTBEAT_SECONDS = 60
+# All have said by then that they are at their end (`Processes.__exit__`), and only leave.
+SHUTDOWN_SECONDS = 60
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 2.0  # for a process to find out by itself what stopped another
@@ -162,7 +163,7 @@ def join_processes(launch: Launch) -> Processes:
                 launch.coordinator,
                 launch.num_processes,
                 launch.process_id,
-                local_device_ids=_local_device_ids(),
+                local_device_ids=find_local_device_ids(os.environ),
                 # Flags say it all; detection could still contradict them, or warn.
                 cluster_detection_method="deactivate" if launch.coordinator else None,
                 # jax ends the process with an abort and a stack trace: be sure to come first.
@@ -179,9 +180,8 @@ def join_processes(launch: Launch) -> Processes:
     return Processes(state.process_id, state.num_processes, state.client if state.num_processes > 1 else None)
 
 
-def _local_device_ids() -> list[int] | None:
-    """All GPUs of a node for its only Slurm task, which jax would give the first one alone."""
-    environment = os.environ
+def find_local_device_ids(environment: Mapping[str, str]) -> list[int] | None:
+    """All GPUs of a node for its only Slurm task, which jax would give the first one alone; None leaves it to jax."""
     tasks, nodes = environment.get("SLURM_NTASKS"), environment.get("SLURM_STEP_NUM_NODES")
     gpus = environment.get("SLURM_GPUS_ON_NODE", "")
     if "JAX_LOCAL_DEVICE_IDS" in environment or not gpus.isdigit() or tasks is None or tasks != nodes:

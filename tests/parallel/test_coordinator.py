@@ -9,7 +9,7 @@ import time
 import pytest
 
 from mixtral_jax.config import ConfigError
-from mixtral_jax.parallel import coordinator
+from mixtral_jax.parallel import coordinator, processes
 from mixtral_jax.parallel.coordinator import Launch, find_scheduler, is_loopback, parse_address, require_reachable
 
 
@@ -84,6 +84,18 @@ def test_a_coordinator_out_of_reach_ends_with_code_1_and_the_reason(monkeypatch)
     monkeypatch.setattr(coordinator, "JOIN_SECONDS", 0.5)
     with pytest.raises(SystemExit, match=r"error: process 1 on .* did not reach --coordinator=nowhere\.invalid:8476"):
         require_reachable(Launch("nowhere.invalid:8476", 2, 1))
+
+
+@pytest.mark.parametrize(("variables", "expected"), [
+    ({}, None),
+    ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}, list(range(8))),
+    ({"SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}, None),
+    ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2"}, None),
+    ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8", "JAX_LOCAL_DEVICE_IDS": "3"}, None),
+])  # fmt: skip
+def test_the_only_slurm_task_of_a_node_gets_all_its_gpus(variables, expected):
+    """jax gives it the first one alone: it takes SLURM_LOCALID for the number of a GPU."""
+    assert processes.find_local_device_ids(variables) == expected
 
 
 def test_processes_that_never_come_end_the_wait_with_a_line():
