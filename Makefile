@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 # torch and transformers stay out of the environment that `make test` uses.
 PARITY_VENV := $(VENV)-parity
 
-.PHONY: install train test test-parity lint types format bench clean
+.PHONY: install train test test-all test-parity lint types format bench clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +24,10 @@ train: install
 
 test: install
 	$(BIN)/python -m pytest --ignore=tests/parity -n $(WORKERS) --dist loadscope
+
+# The whole products of settings too.
+test-all: install
+	$(BIN)/python -m pytest --ignore=tests/parity -n $(WORKERS) --dist loadscope -m ''
 
 test-parity: $(PARITY_VENV)/.installed
 	$(PARITY_VENV)/bin/python -m pytest tests/parity

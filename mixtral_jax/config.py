@@ -24,7 +24,8 @@ class ModelConfig:
 
     `head_dim` is free: it need not be hidden_size / num_heads. `remat` names what the backward pass
     recomputes in each layer: `full` keeps the layer's input alone, `dots` also keeps the results of
-    the dense projections, `none` keeps everything.
+    the dense projections and the rows that arrived at the experts, `none` keeps everything. `attention`: see
+    kernels/attention.py.
     """
 
     vocab_size: int
@@ -41,6 +42,7 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["full", "dots", "none"] = "full"
+    attention: Literal["auto", "xla", "splash"] = "auto"
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
@@ -96,19 +98,28 @@ class RouterConfig:
 class DispatchConfig:
     """How rows travel to their experts, and which kernel multiplies them there.
 
-    `capacity_factor=None` drops nothing; a number drops a sequence's routes over
-    ceil(capacity_factor * k * n / E) an expert, those of lowest weight first. `grouped_matmul`:
-    `blocks` (loops over blocks of rows), `ragged_dot` (XLA's), or `auto`, the better one here.
+    `transport`: see the files of model/dispatch; `auto`, the best one here. `capacity_factor=None` drops
+    nothing; a number drops a sequence's routes over ceil(capacity_factor * k * n / E) an expert, those
+    of lowest weight first. `buffer_factor=None` gives a device room for all rows it can ever get; a
+    number, for that times the rows of a balanced routing: fewer bytes, and rows beyond it are lost and
+    counted. `grouped_matmul`: `blocks` (loops over blocks of rows), `ragged_dot` (XLA's), `tokamax`, or
+    `auto`, the best one here.
     """
 
-    transport: Literal["all_gather"] = "all_gather"
+    transport: Literal["auto", "all_gather", "all_to_all", "ragged_all_to_all"] = "auto"
     capacity_factor: float | None = None
-    grouped_matmul: Literal["auto", "blocks", "ragged_dot"] = "auto"
+    buffer_factor: float | None = None
+    grouped_matmul: Literal["auto", "blocks", "ragged_dot", "tokamax"] = "auto"
 
     def __post_init__(self):
         require(
             self.capacity_factor is None or self.capacity_factor > 0,
             f"dispatch.capacity_factor={self.capacity_factor} must be positive, or None to drop nothing",
+        )
+        require(
+            self.buffer_factor is None or self.buffer_factor >= 1,
+            f"dispatch.buffer_factor={self.buffer_factor} must be at least 1, since even a balanced routing fills 1, "
+            "or None for room for every row",
         )
 
 

@@ -76,8 +76,7 @@ def check_data(config: Config) -> list[Problem]:
         try:
             check(config)
         except ConfigError as error:
-            what, _, fix = str(error).partition(": ")
-            found.append(Problem(what, fix or "see docs/data.md"))
+            found.append(as_problem(error, "see docs/data.md"))
     reason = why_not_writable(default_cache_dir())
     if reason:
         found.append(Problem(f"the cache cannot be written ({reason})", "set XDG_CACHE_HOME to a folder that can be"))
@@ -112,6 +111,12 @@ def check_workdir(workdir: Path | None, processes: Processes, members: Sequence[
     fix = "name a folder on storage that all processes share, by the same path"
     seers = ", ".join(map(str, blind))
     return [Problem(f"--workdir={workdir} of process 0 is not seen by process {seers}", fix)] if blind else []
+
+
+def as_problem(error: ConfigError, fix: str) -> Problem:
+    """Our errors say what is wrong, a colon, and the fix; `fix` is for one that does not."""
+    what, _, own = str(error).partition(": ")
+    return Problem(what, own or fix)
 
 
 def why_not_writable(folder: Path) -> str:

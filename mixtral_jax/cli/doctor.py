@@ -13,10 +13,9 @@ from rich.table import Table
 from mixtral_jax.cli import checkup
 from mixtral_jax.cli.checkup import Problem, in_gib
 from mixtral_jax.cli.flags import RunFlags, add_run_flags, make_parser, parse_config, read_run_flags
-from mixtral_jax.cli.start import describe_experts, prepare_devices
+from mixtral_jax.cli.start import choose_kernels, describe_experts, prepare_devices
 from mixtral_jax.config import Config, ConfigError
 from mixtral_jax.data.text import default_cache_dir
-from mixtral_jax.kernels.grouped_matmul import choose_kernel
 from mixtral_jax.model.transformer import count_parameters, model_maker
 from mixtral_jax.parallel.agreement import (
     LocalDevices,
@@ -98,20 +97,15 @@ def _examine_plan(config: Config, workdir: Path, found: list[Problem], is_whole:
     """What the config comes to on these devices; adds to `found`. `is_whole`: the processes can work together."""
     device = jax.local_devices()[0]
     plan: dict[str, Any] = {
-        "kernels": {
-            "grouped_matmul": choose_kernel(config.dispatch.grouped_matmul, device.platform),
-            "attention": "xla",
-            "transport": config.dispatch.transport,
-        },
-        "cache": str(default_cache_dir()),
-        "workdir": str(workdir),
-        "free_bytes": checkup.free_bytes(workdir),
-    }
+        "cache": str(default_cache_dir()), "workdir": str(workdir), "free_bytes": checkup.free_bytes(workdir),
+    }  # fmt: skip
     try:
         config = resolve_mesh(config, jax.device_count())
+        choices = choose_kernels(config, device.platform)
     except ConfigError as error:
-        found.append(Problem(str(error), "set the axes in --config.mesh, or use another number of devices"))
+        found.append(checkup.as_problem(error, "set the axes in --config.mesh, or use another number of devices"))
         return plan
+    plan["kernels"] = {part: dataclasses.asdict(choice) for part, choice in choices.items()}
     if not is_whole:
         return plan
     mesh = make_mesh(config.mesh)
@@ -146,7 +140,8 @@ def show(report: dict[str, Any], output: Any) -> None:
         state, seconds = in_gib(report["state_bytes_per_device"]), report["sum_seconds"]
         console.print(f"parameters  {report['parameters']:,}; with the optimizer's state {state} a device")
         console.print(f"devices     all answer: a sum over them takes {seconds * 1e3:.1f} ms")
-    console.print("kernels     " + ", ".join(f"{name}: {kernel}" for name, kernel in report["kernels"].items()))
+    for part, choice in report.get("kernels", {}).items():
+        console.print(f"{part:<12}{choice['name']} ({choice['why']})")
     needed = f"; a checkpoint takes {in_gib(report['checkpoint_bytes'])}" if "checkpoint_bytes" in report else ""
     console.print(f"workdir     {report['workdir']}: {in_gib(report['free_bytes'])} free{needed}")
     console.print(f"cache       {report['cache']}")

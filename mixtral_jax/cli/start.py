@@ -10,7 +10,10 @@ from rich.console import Console
 from mixtral_jax.cli.flags import RunFlags
 from mixtral_jax.cli.workdir import open_workdir
 from mixtral_jax.config import Config, require
+from mixtral_jax.kernels.attention import choose_attention
+from mixtral_jax.kernels.choice import Choice
 from mixtral_jax.kernels.grouped_matmul import choose_kernel
+from mixtral_jax.model.dispatch.choose import choose_transport
 from mixtral_jax.model.transformer import count_parameters, model_maker
 from mixtral_jax.parallel.agreement import find_unequal_devices, require_agreement, share_devices
 from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, resolve_mesh, use_virtual_cpu_devices
@@ -76,7 +79,6 @@ def describe_run(run: Run) -> None:
     device = mesh.devices.flat[0]
     with jax.set_mesh(mesh):
         count = count_parameters(jax.eval_shape(model_maker(config, device.platform)))
-    kernel = choose_kernel(config.dispatch.grouped_matmul, device.platform)
     virtual = " (virtual: one CPU pretends)" if device.platform == "cpu" and mesh.size > 1 else ""
     say(f"[bold]workdir[/]     {run.workdir}")
     say(f"[bold]devices[/]     {mesh.size} x {device.device_kind}{virtual}, {jax.process_count()} process(es)")
@@ -87,10 +89,22 @@ def describe_run(run: Run) -> None:
         f"[bold]parameters[/]  {count.total:,} in all, {count.active:,} active a token "
         f"(top-{config.router.num_experts_per_token} of {config.model.num_experts} experts)"
     )
-    say(
-        f"[bold]computes[/]    in {config.model.dtype}; grouped matmul: {kernel}; "
-        f"transport: {config.dispatch.transport}"
-    )
+    say(f"[bold]computes[/]    in {config.model.dtype}")
+    for part, choice in choose_kernels(config, device.platform).items():
+        say(f"[bold]{part:<12}[/]{choice}")
+
+
+def choose_kernels(config: Config, platform: str) -> dict[str, Choice]:
+    """What computes and moves what, on the mesh of a resolved config and devices of `platform`; in words, and why.
+
+    Raises:
+        ConfigError: the one asked for does not work here.
+    """
+    return {
+        "attention": choose_attention(config.model, config.train.sequence_length, platform),
+        "matmul": choose_kernel(config.dispatch.grouped_matmul, platform),
+        "transport": choose_transport(config, platform),
+    }
 
 
 def describe_experts(mesh: jax.sharding.Mesh, num_experts: int) -> list[str]:

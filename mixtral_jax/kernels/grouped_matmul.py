@@ -13,15 +13,18 @@ from typing import Literal
 import jax
 
 from mixtral_jax.kernels import blocks
+from mixtral_jax.kernels.choice import Choice
 
 Kernel = Literal["blocks", "ragged_dot"]
 
 
-def choose_kernel(asked: Literal["auto", "blocks", "ragged_dot"], platform: str) -> Kernel:
+def choose_kernel(asked: str, platform: str) -> Choice:
     """The kernel for a device of `platform` (`cpu`, `gpu`, `tpu`)."""
     if asked != "auto":
-        return asked
-    return "ragged_dot" if platform == "tpu" else "blocks"
+        return Choice(asked, "as asked")
+    if platform == "tpu":
+        return Choice("ragged_dot", "XLA:TPU has a grouped kernel for it")
+    return Choice("blocks", "no work for rows that are not there")
 
 
 def grouped_matmul(x_RD: jax.Array, weight_EDF: jax.Array, rows_per_expert_E: jax.Array, kernel: Kernel) -> jax.Array:

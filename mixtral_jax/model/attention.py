@@ -1,10 +1,12 @@
 """Grouped-query attention with rotary positions."""
 
+from typing import cast
+
 import jax
 from flax import nnx
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels.attention import attend
+from mixtral_jax.kernels.attention import AttentionKernel, attend
 from mixtral_jax.model.layers import Projection, rotate
 from mixtral_jax.parallel.rules import AxisRules
 
@@ -14,6 +16,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, rules: AxisRules, rngs: nnx.Rngs):
         self.rope_theta = config.rope_theta
+        self.kernel = cast(AttentionKernel, config.attention)
         self.rules = rules
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         shared = {"config": config, "rules": rules, "rngs": rngs}
@@ -27,5 +30,5 @@ class Attention(nnx.Module):
         q_BTNH = rotate(self.query(x_BTD, by_head), positions_BT, self.rope_theta)
         k_BSKH = rotate(self.key(x_BTD, by_head), positions_BT, self.rope_theta)
         v_BSKH = self.value(x_BTD, by_head)
-        y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
+        y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, self.kernel)
         return self.out(y_BTNH, self.rules.spec("batch", None, None))

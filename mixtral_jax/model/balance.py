@@ -21,6 +21,7 @@ class RoutingSums:
     probability_E: jax.Array  # softmax over all experts
     squared_logsumexp: jax.Array
     dropped: jax.Array  # routes over capacity
+    overflowed: jax.Array  # routes that found no room on their way: for `dispatch` to count
     tokens: jax.Array
 
 
@@ -37,6 +38,7 @@ def sum_routing(
         probability_E=jnp.sum(jax.nn.softmax(logits_BTE) * real_BT[..., None], axis=(0, 1)),
         squared_logsumexp=jnp.sum(jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1)) * real_BT),
         dropped=jnp.sum(dropped_BT * real_BT),
+        overflowed=jnp.zeros(()),
         tokens=jnp.sum(real_BT),
     )
 
@@ -69,7 +71,7 @@ def router_metrics(sums: RoutingSums) -> dict[str, jax.Array]:
 
     `load` is the share of each expert, [L, E], which sums to 1; `max_violation` is max n_e / mean n_e - 1
     (0 when even), `min_load` is min n_e / mean n_e; `load_entropy` is over log E (1 when even);
-    `dropped_fraction` is of all routes; `dead_experts` counts those without a token.
+    `dropped_fraction` and `overflowed_fraction` are of all routes; `dead_experts` counts those without a token.
     """
     E = sums.load_E.shape[-1]
     routes_L1 = jnp.maximum(jnp.sum(sums.load_E, axis=-1, keepdims=True), 1)
@@ -80,5 +82,6 @@ def router_metrics(sums: RoutingSums) -> dict[str, jax.Array]:
         "min_load": jnp.min(share_LE, axis=-1) * E,
         "load_entropy": -jnp.sum(jax.scipy.special.xlogy(share_LE, share_LE), axis=-1) / jnp.log(max(E, 2)),
         "dropped_fraction": sums.dropped / routes_L1[:, 0],
+        "overflowed_fraction": sums.overflowed / routes_L1[:, 0],
         "dead_experts": jnp.sum(sums.load_E == 0, axis=-1, dtype=jnp.float32),
     }

@@ -1,12 +1,16 @@
 """The mixture of experts: route, dispatch, compute, combine."""
 
+import dataclasses
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mixtral_jax.config import DispatchConfig, ModelConfig, RouterConfig
 from mixtral_jax.kernels.grouped_matmul import Kernel, grouped_matmul, grouped_swiglu
-from mixtral_jax.model.dispatch import dispatch
+from mixtral_jax.model.dispatch.choose import TRANSPORTS
+from mixtral_jax.model.dispatch.region import dispatch
 from mixtral_jax.model.router import Router, Routing
 from mixtral_jax.parallel.rules import AxisRules
 
@@ -49,23 +53,23 @@ class Experts(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """Sparse mixture of experts (Mixtral, arXiv 2401.04088, section 2.1)."""
+    """Sparse mixture of experts (Mixtral, arXiv 2401.04088, section 2.1). `dispatch` leaves nothing to `auto`."""
 
     def __init__(
-        self, config: ModelConfig, router: RouterConfig, dispatch: DispatchConfig, kernel: Kernel,
-        rules: AxisRules, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self, config: ModelConfig, router: RouterConfig, dispatch: DispatchConfig, rules: AxisRules, rngs: nnx.Rngs
+    ):
         self.num_experts = config.num_experts
         self.dtype = config.dtype
         self.rules = rules
         self.router = Router(config, router, dispatch.capacity_factor, rules, rngs)
-        self.experts = Experts(config, kernel, rules, rngs)
+        self.experts = Experts(config, cast(Kernel, dispatch.grouped_matmul), rules, rngs)
+        self.transport = TRANSPORTS[dispatch.transport](config.num_experts, dispatch.buffer_factor)
 
     def __call__(self, x_BTD: jax.Array, is_real_BT: jax.Array) -> tuple[jax.Array, Routing]:
         routing = self.router(x_BTD, is_real_BT)
         # Cast before the gather: weights travel in the compute dtype.
         experts = jax.tree.map(lambda weight: weight.astype(jnp.dtype(self.dtype)), self.experts)
-        y_BTD = dispatch(
-            experts, self.num_experts, x_BTD, routing.experts_BTA, routing.weights_BTA, routing.is_kept_BTA, self.rules
-        )
-        return y_BTD, routing
+        routes = (routing.experts_BTA, routing.weights_BTA, routing.is_kept_BTA)
+        home = dispatch(experts, self.transport, self.num_experts, x_BTD, routes, self.rules)
+        sums = dataclasses.replace(routing.sums, overflowed=home.overflowed.astype(jnp.float32))
+        return home.y_BTD, dataclasses.replace(routing, sums=sums)

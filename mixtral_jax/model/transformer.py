@@ -8,8 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mixtral_jax.config import Config, DispatchConfig, ModelConfig, RouterConfig
-from mixtral_jax.kernels.grouped_matmul import Kernel, choose_kernel
+from mixtral_jax.kernels.attention import choose_attention
+from mixtral_jax.kernels.grouped_matmul import choose_kernel
 from mixtral_jax.model.attention import Attention
+from mixtral_jax.model.dispatch.choose import choose_transport
+from mixtral_jax.model.dispatch.region import ARRIVED
 from mixtral_jax.model.layers import Projection, RMSNorm
 from mixtral_jax.model.moe import MoE
 from mixtral_jax.model.router import Routing
@@ -17,7 +20,10 @@ from mixtral_jax.parallel.rules import AxisRules
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ARRIVED),
+    ),
     "none": jax.checkpoint_policies.everything_saveable,
 }
 
@@ -35,13 +41,12 @@ class Block(nnx.Module):
     """Pre-norm attention and mixture of experts, each with a residual."""
 
     def __init__(
-        self, config: ModelConfig, router: RouterConfig, dispatch: DispatchConfig, kernel: Kernel,
-        rules: AxisRules, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self, config: ModelConfig, router: RouterConfig, dispatch: DispatchConfig, rules: AxisRules, rngs: nnx.Rngs
+    ):
         self.attention_norm = RMSNorm(config)
         self.attention = Attention(config, rules, rngs)
         self.moe_norm = RMSNorm(config)
-        self.moe = MoE(config, router, dispatch, kernel, rules, rngs)
+        self.moe = MoE(config, router, dispatch, rules, rngs)
 
     def __call__(
         self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
@@ -58,9 +63,8 @@ class Transformer(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, router: RouterConfig, dispatch: DispatchConfig, kernel: Kernel, *,
-        rules: AxisRules, rngs: nnx.Rngs,
-    ):  # fmt: skip
+        self, config: ModelConfig, router: RouterConfig, dispatch: DispatchConfig, *, rules: AxisRules, rngs: nnx.Rngs
+    ):
         self.config = config
         self.num_experts_per_token = router.num_experts_per_token
         self.rules = rules
@@ -68,9 +72,7 @@ class Transformer(nnx.Module):
         shape = (config.vocab_size, config.hidden_size)
         table = init(rngs.params(), shape, config.param_dtype, out_sharding=rules.spec(None, "embedding"))
         self.embedding_VD = nnx.Param(table)
-        self.blocks = jax.vmap(lambda rngs: Block(config, router, dispatch, kernel, rules, rngs))(
-            rngs.split(config.num_layers)
-        )
+        self.blocks = jax.vmap(lambda rngs: Block(config, router, dispatch, rules, rngs))(rngs.split(config.num_layers))
         self.norm = RMSNorm(config)
         self.unembed = Projection(
             "BTD,DV->BTV", (config.hidden_size, config.vocab_size), ("embed", "vocab"),
@@ -122,7 +124,11 @@ def count_parameters(model: Transformer) -> ParameterCount:
 
 def model_maker(config: Config, platform: str, rules: AxisRules = AxisRules()) -> Callable[[], Transformer]:
     """A function that initialises the model of a run, for devices of `platform`, from the run's seed."""
-    kernel = choose_kernel(config.dispatch.grouped_matmul, platform)
-    return lambda: Transformer(
-        config.model, config.router, config.dispatch, kernel, rules=rules, rngs=nnx.Rngs(config.train.seed)
+    dispatch = dataclasses.replace(
+        config.dispatch,
+        transport=choose_transport(config, platform).name,
+        grouped_matmul=choose_kernel(config.dispatch.grouped_matmul, platform).name,
     )
+    attention = choose_attention(config.model, config.train.sequence_length, platform).name
+    model = dataclasses.replace(config.model, attention=attention)
+    return lambda: Transformer(model, config.router, dispatch, rules=rules, rngs=nnx.Rngs(config.train.seed))

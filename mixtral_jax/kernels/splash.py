@@ -1,0 +1,49 @@
+"""Flash attention on TPU: the splash kernel that jax ships, on each device's own rows and heads."""
+
+import jax
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+# The kernel works on tiles of so many positions and head dimensions.
+_LANES = 128
+_LARGEST_BLOCK = 512
+
+
+def find_obstacle(head_dim: int, sequence_length: int, platform: str) -> str:
+    """What the kernel needs and does not have, or an empty string."""
+    if platform != "tpu":
+        return "a TPU"
+    if head_dim % _LANES:
+        return f"model.head_dim={head_dim} to be a multiple of {_LANES}"
+    if sequence_length % _LANES:
+        return f"train.sequence_length={sequence_length} to be a multiple of {_LANES}"
+    return ""
+
+
+def attend(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """As `kernels.attention.attend`, of queries that are scaled already; T a multiple of 128."""
+    T = q_BTNH.shape[1]
+    block = max(size for size in (_LARGEST_BLOCK, _LARGEST_BLOCK // 2, _LANES) if T % size == 0)
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+
+    def per_device(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
+        causal = splash_attention_mask.CausalMask((T, T))
+        mask = splash_attention_mask.MultiHeadMask([causal] * q_BTNH.shape[2])
+        kernel = splash_attention_kernel.make_splash_mha(
+            mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        )
+
+        def attend_row(q_TNH, k_SKH, v_SKH, segment_ids_T):
+            segments = splash_attention_kernel.SegmentIds(segment_ids_T, segment_ids_T)
+            y_NTH = kernel(*(x.swapaxes(0, 1) for x in (q_TNH, k_SKH, v_SKH)), segments)
+            return y_NTH.swapaxes(0, 1)
+
+        return jax.vmap(attend_row)(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
+
+    # Every mesh axis that the inputs do not name holds copies, of which each device makes the same result: but
+    # no check can see that through a kernel.
+    out_specs = jax.typeof(q_BTNH).sharding.spec
+    return jax.shard_map(per_device, out_specs=out_specs, check_vma=False)(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)

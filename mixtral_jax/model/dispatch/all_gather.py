@@ -1,0 +1,41 @@
+"""Transport by all-gather: every device of the expert group sees every token, and keeps its own."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mixtral_jax.model.dispatch.rows import RowMap, buffer_rows, copy_rows, sort_routes, sum_rows
+from mixtral_jax.model.dispatch.transport import Arrival
+
+
+@dataclasses.dataclass(frozen=True)
+class AllGather:
+    """Moves E/k times what is needed each way, but works on every back end and needs no plan of its own.
+
+    A device has room for `buffer_factor` times the rows of a balanced routing; rows beyond, those of its
+    last experts and tokens, overflow.
+    """
+
+    num_experts: int
+    buffer_factor: float | None
+
+    def out(self, x_MD: jax.Array, weights_MA: jax.Array, chosen_MA: jax.Array) -> tuple[Arrival, RowMap]:
+        """The rows of this device's experts, and the map that `home` needs."""
+        (M, A), P = chosen_MA.shape, jax.lax.axis_size("expert")
+        num_local = self.num_experts // P
+        num_rows = buffer_rows(P * M * min(A, num_local), M * A, self.buffer_factor)
+        local_MA = _gather(chosen_MA) - num_local * jax.lax.axis_index("expert")
+        local_MA = jnp.where((local_MA >= 0) & (local_MA < num_local), local_MA, num_local)
+        routes = sort_routes(local_MA, num_local, num_rows)
+        x_RD = copy_rows(_gather(x_MD), routes.of_tokens())
+        weight_R1 = copy_rows(_gather(weights_MA).reshape(-1, 1), routes.of_routes())
+        return Arrival(x_RD, weight_R1, routes.rows_per_expert_E, routes.overflowed), routes.of_tokens()
+
+    def home(self, y_RD: jax.Array, journey: RowMap) -> jax.Array:
+        """Sums of each token's rows here, summed over the group: [M, D]."""
+        return jax.lax.psum_scatter(sum_rows(y_RD, journey), "expert", scatter_dimension=0, tiled=True)
+
+
+def _gather(x_MX: jax.Array) -> jax.Array:
+    return jax.lax.all_gather(x_MX, "expert", tiled=True)

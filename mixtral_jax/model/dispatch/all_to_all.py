@@ -1,0 +1,93 @@
+"""Transport by all-to-all: a buffer of fixed size for each peer, filled as far as there are rows."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mixtral_jax.model.dispatch.rows import (
+    RowMap,
+    SortedRoutes,
+    buffer_rows,
+    copy_rows,
+    sort_routes,
+    starts_of,
+    sum_rows,
+)
+from mixtral_jax.model.dispatch.transport import Arrival
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Journey:
+    sent: RowMap  # tokens -> rows of the buffers to the peers
+    packed: RowMap  # rows of the buffers from the peers -> rows without gaps, by expert
+
+
+@dataclasses.dataclass(frozen=True)
+class AllToAll:
+    """Works on every back end; moves the buffers whole, full or not.
+
+    By default a peer's buffer holds the worst case, every token. With `buffer_factor` it holds that times
+    the rows of a balanced routing; rows beyond, those of the peer's last experts and tokens, overflow.
+    """
+
+    num_experts: int
+    buffer_factor: float | None
+
+    def out(self, x_MD: jax.Array, weights_MA: jax.Array, chosen_MA: jax.Array) -> tuple[Arrival, _Journey]:
+        """The rows of this device's experts, and the maps that `home` needs."""
+        (M, A), P = chosen_MA.shape, jax.lax.axis_size("expert")
+        num_local = self.num_experts // P
+        C = buffer_rows(M * min(A, num_local), M * A / P, self.buffer_factor)
+        routes = sort_routes(chosen_MA, self.num_experts, M * A)
+        wanted_PE = routes.rows_per_expert_E.reshape(P, num_local)
+        counts_PE = jnp.clip(C - starts_of(wanted_PE), 0, wanted_PE)
+        buffers = _fill_buffers(routes, jnp.sum(wanted_PE, axis=1), chosen_MA // num_local, C)
+        packed = _pack(_exchange(counts_PE), C)
+        sent = RowMap(buffers.source_R // A, buffers.row_MA)
+        of_routes = RowMap(buffers.source_R, buffers.row_MA.reshape(-1, 1))
+        x_RD = copy_rows(_exchange(copy_rows(x_MD, sent)), packed)
+        weight_R1 = copy_rows(_exchange(copy_rows(weights_MA.reshape(-1, 1), of_routes)), packed)
+        rows_per_expert_E = jnp.sum(_exchange(counts_PE), axis=0)
+        overflowed = jnp.sum(wanted_PE) - jnp.sum(counts_PE)
+        return Arrival(x_RD, weight_R1, rows_per_expert_E, overflowed), _Journey(sent, packed)
+
+    def home(self, y_RD: jax.Array, journey: _Journey) -> jax.Array:
+        """Back through the same buffers, and summed for each token: [M, D]."""
+        return sum_rows(_exchange(sum_rows(y_RD, journey.packed)), journey.sent)
+
+
+def _exchange(x_PX: jax.Array) -> jax.Array:
+    """One equal part of the leading dimension to each peer, and one from each."""
+    return jax.lax.all_to_all(x_PX, "expert", split_axis=0, concat_axis=0, tiled=True)
+
+
+def _fill_buffers(routes: SortedRoutes, wanted_P: jax.Array, peer_MA: jax.Array, C: int) -> RowMap:
+    """Which route each row of the P buffers of C rows takes, and the row of each route."""
+    start_P = starts_of(wanted_P)
+    sorted_PC = start_P[:, None] + jnp.arange(C)[None]
+    P, num_routes = len(start_P), len(routes.route_R)
+    route_R = routes.route_R[jnp.minimum(sorted_PC, num_routes - 1).reshape(-1)]
+    is_routed_MA = routes.row_MA < num_routes
+    place_MA = routes.row_MA - start_P[jnp.minimum(peer_MA, P - 1)]
+    row_MA = jnp.where(is_routed_MA & (place_MA < C), peer_MA * C + place_MA, P * C)
+    return RowMap(route_R, row_MA)
+
+
+def _pack(counts_PE: jax.Array, C: int) -> RowMap:
+    """From buffers of C rows, each sorted by expert, to rows sorted by expert and then by peer, without a sort."""
+    P, E = counts_PE.shape
+    in_buffer_PE = starts_of(counts_PE) + C * jnp.arange(P)[:, None]
+    in_row_PE = starts_of(counts_PE.T.reshape(-1)).reshape(E, P).T
+
+    def shift(index_R: jax.Array, from_PE: jax.Array, to_PE: jax.Array, missing: int) -> jax.Array:
+        """Moves an index within a segment to the same place in the segment's other home."""
+        begin, end = from_PE.reshape(1, -1), (from_PE + counts_PE).reshape(1, -1)
+        is_in_RS = (index_R[:, None] >= begin) & (index_R[:, None] < end)
+        moved_R = index_R + jnp.sum(jnp.where(is_in_RS, (to_PE - from_PE).reshape(1, -1), 0), axis=1)
+        return jnp.where(jnp.any(is_in_RS, axis=1), moved_R, missing)
+
+    index_R = jnp.arange(P * C)
+    source_R = shift(index_R, in_row_PE, in_buffer_PE, 0)
+    return RowMap(source_R, shift(index_R, in_buffer_PE, in_row_PE, P * C)[:, None])

@@ -1,0 +1,71 @@
+"""The region where devices work by themselves: out to the experts, through them, and home."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import P
+from jax.ad_checkpoint import checkpoint_name
+
+from mixtral_jax.model.dispatch.rows import weigh
+from mixtral_jax.model.dispatch.transport import Transport
+from mixtral_jax.parallel.rules import AxisRules
+
+# Mesh axes over which the work inside the region differs.
+_REGION_AXES = ("data", "fsdp", "expert", "tensor")
+# Remat policies that keep this name do not repeat the move out in the backward pass.
+ARRIVED = "rows arrived"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dispatched:
+    """What comes home, [B, T, D], and how many routes found no room on the way, over all devices."""
+
+    y_BTD: jax.Array
+    overflowed: jax.Array
+
+
+def dispatch(
+    experts: Callable[[jax.Array, jax.Array], jax.Array],
+    transport: Transport,
+    num_experts: int,
+    x_BTD: jax.Array,
+    routes: tuple[jax.Array, jax.Array, jax.Array],
+    rules: AxisRules,
+) -> Dispatched:
+    """Sum over a token's kept experts of weight * expert(x).
+
+    `experts` is a pytree called as experts(x_RD, rows_per_expert_E): its leaves, of leading dimension
+    num_experts, are sharded over the `expert` axis, and gathered here over `fsdp`. `routes` are the
+    experts, weights and keeping of a `Routing`, each [B, T, A].
+    """
+    specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, experts)
+
+    def per_device(experts, x_BTD, experts_BTA, weights_BTA, is_kept_BTA):
+        D, A = x_BTD.shape[-1], experts_BTA.shape[-1]
+        chosen_MA = jnp.where(is_kept_BTA, experts_BTA, num_experts).reshape(-1, A)
+        arrival, journey = transport.out(_vary(x_BTD.reshape(-1, D)), _vary(weights_BTA.reshape(-1, A)), chosen_MA)
+        arrival = jax.tree.map(lambda x: checkpoint_name(x, ARRIVED), arrival)
+        y_RD = jax.tree.map(_gather_fsdp, experts, specs)(arrival.x_RD, arrival.rows_per_expert_E)
+        y_RD = weigh(y_RD, arrival.weight_R1, jnp.sum(arrival.rows_per_expert_E))
+        y_MD = jax.lax.psum(transport.home(y_RD, journey), "tensor")
+        return y_MD.reshape(x_BTD.shape), jax.lax.psum(arrival.overflowed, rules.batch)
+
+    out_specs = (rules.spec("batch", None, None), P())
+    return Dispatched(*jax.shard_map(per_device, out_specs=out_specs)(experts, x_BTD, *routes))
+
+
+def _gather_fsdp(weight: jax.Array, spec: P) -> jax.Array:
+    """Whole along the dimension that `fsdp` cuts; the transpose is a reduce-scatter of the gradient."""
+    for dimension, axes in enumerate(spec):
+        if axes == "fsdp":
+            weight = jax.lax.all_gather(weight, "fsdp", axis=dimension, tiled=True)
+    return _vary(weight)
+
+
+def _vary(x: jax.Array) -> jax.Array:
+    """Marks `x` as differing over every axis of the region, so that its gradient is summed over them."""
+    axes = tuple(axis for axis in _REGION_AXES if axis not in jax.typeof(x).mat.varying)
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
