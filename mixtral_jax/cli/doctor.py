@@ -33,6 +33,7 @@ from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from mixtral_jax.train.state import abstract_state
 
 _ALIKE = "start all with the same command, code and environment"
+_EQUAL = "give every process the same number of devices of one kind"
 
 
 def main(arguments: list[str]) -> int:
@@ -59,15 +60,15 @@ def examine(flags: RunFlags, processes: Processes) -> dict[str, Any]:
     differences = find_disagreements(processes, config, members)
     prepare_devices(config)
     devices = share_devices(processes)
-    differences += find_unequal_devices(devices)
-    found = [Problem(what, _ALIKE) for what in differences]
+    unequal = find_unequal_devices(devices)
+    found = [Problem(what, _ALIKE) for what in differences] + [Problem(what, _EQUAL) for what in unequal]
     found += checkup.check_launch(processes, find_scheduler())
     found += checkup.check_workdir(flags.workdir, processes, members)
     found += _check_everywhere(config, processes, members, devices)
     report = {
         "processes": [_row(member, there) for member, there in zip(members, devices, strict=True)],
         "versions": members[0].versions,
-        **_examine_plan(config, flags.workdir or Path("runs"), found, is_whole=not differences),
+        **_examine_plan(config, flags.workdir or Path("runs"), found, is_whole=not differences and not unequal),
     }
     return report | {"problems": [dataclasses.asdict(problem) for problem in found]}
 
