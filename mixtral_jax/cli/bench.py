@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixtral_jax.cli.bench_layer import describe_layer, measure_layer
 from mixtral_jax.cli.flags import make_parser, parse_config
 from mixtral_jax.cli.start import start_devices
 from mixtral_jax.config import Config
@@ -24,22 +25,28 @@ WARMUP, MEASURED = 2, 8
 
 
 def main(arguments: list[str]) -> int:
-    """`bench --config=F [--json] [--config.KEY=VALUE ...]`."""
+    """`bench --config=F [--layer] [--json] [--config.KEY=VALUE ...]`."""
     parser = make_parser(__doc__, "pretrain/tiny.py")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument("--layer", action="store_true", help="one MoE layer beside transformers', not the train step")
     flags, config = parse_config(parser, arguments)
     config, mesh = start_devices(config, Processes())
-    figures = measure(config, mesh)
-    if flags.json:
-        print(json.dumps(figures))
+    if flags.layer:
+        figures, describe = measure_layer(config, mesh), describe_layer
     else:
-        ceiling = f"{figures['ceiling_flops_per_second'] / 1e9:,.0f} GFLOP/s"
-        print(
-            f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['step_seconds_median']:.3f} s a step, "
-            f"{figures['utilization']:.0%} of a dense matmul's {ceiling}, "
-            f"{(figures['peak_memory_bytes'] or 0) / 2**20:,.0f} MiB a device"
-        )
+        figures, describe = measure(config, mesh), describe_step
+    print(json.dumps(figures) if flags.json else describe(figures))
     return 0
+
+
+def describe_step(figures: dict[str, Any]) -> str:
+    """A line for people."""
+    ceiling = f"{figures['ceiling_flops_per_second'] / 1e9:,.0f} GFLOP/s"
+    return (
+        f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['step_seconds_median']:.3f} s a step, "
+        f"{figures['utilization']:.0%} of a dense matmul's {ceiling}, "
+        f"{(figures['peak_memory_bytes'] or 0) / 2**20:,.0f} MiB a device"
+    )
 
 
 def measure(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def choose_kernels(config: Config, platform: str) -> dict[str, Choice]:
     """
     return {
         "attention": choose_attention(config.model, config.train.sequence_length, platform),
-        "matmul": choose_kernel(config.dispatch.grouped_matmul, platform),
+        "matmul": choose_kernel(config.dispatch, platform),
         "transport": choose_transport(config, platform),
     }
 

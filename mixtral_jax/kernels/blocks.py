@@ -13,17 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-BLOCK = 256
+BLOCKS = (512, 128)
 
 
 @jax.custom_vjp
 def grouped_matmul(x_RD: jax.Array, weight_EDF: jax.Array, rows_per_expert_E: jax.Array) -> jax.Array:
     """y[r] = x[r] @ weight[expert of r]; see `kernels.grouped_matmul`."""
 
-    def multiply(e, block, y_RF):
-        return block.write(y_RF, block.read(x_RD) @ weight_EDF[e])
+    def multiply(e, weight_DF, block, y_RF):
+        return block.write(y_RF, block.read(x_RD) @ weight_DF)
 
-    return _for_each_block(len(x_RD), rows_per_expert_E, multiply, _zeros(x_RD, weight_EDF.shape[-1]))
+    return _for_each_block(rows_per_expert_E, multiply, weight_EDF, _zeros(x_RD, weight_EDF.shape[-1]))
 
 
 def _matmul_forward(x_RD, weight_EDF, rows_per_expert_E):
@@ -33,13 +33,13 @@ def _matmul_forward(x_RD, weight_EDF, rows_per_expert_E):
 def _matmul_backward(residuals, dy_RF):
     x_RD, weight_EDF, rows_per_expert_E = residuals
 
-    def differentiate(e, block, gradients):
+    def differentiate(e, weight_DF, block, gradients):
         dx_RD, dweight_EDF = gradients
         dy_bF = block.read_own(dy_RF)
-        return block.write(dx_RD, dy_bF @ weight_EDF[e].T), _add_outer(dweight_EDF, e, block.read(x_RD), dy_bF)
+        return block.write(dx_RD, dy_bF @ weight_DF.T), _add_outer(dweight_EDF, e, block.read(x_RD), dy_bF)
 
     zeros = (jnp.zeros_like(x_RD), _float32_zeros(weight_EDF))
-    dx_RD, dweight_EDF = _for_each_block(len(x_RD), rows_per_expert_E, differentiate, zeros)
+    dx_RD, dweight_EDF = _for_each_block(rows_per_expert_E, differentiate, weight_EDF, zeros)
     return dx_RD, dweight_EDF.astype(weight_EDF.dtype), None
 
 
@@ -52,49 +52,53 @@ def grouped_swiglu(
 ) -> jax.Array:
     """y[r] = down(silu(gate(x[r])) * up(x[r])) of the expert of r; see `kernels.grouped_matmul`."""
 
-    def apply(e, block, y_RD):
+    def apply(e, weights, block, y_RD):
+        gate_DF, up_DF, down_FD = weights
         x_bD = block.read(x_RD)
-        hidden_bF = jax.nn.silu(x_bD @ gate_EDF[e]) * (x_bD @ up_EDF[e])
-        return block.write(y_RD, hidden_bF @ down_EFD[e])
+        hidden_bF = jax.nn.silu(x_bD @ gate_DF) * (x_bD @ up_DF)
+        return block.write(y_RD, hidden_bF @ down_FD)
 
-    return _for_each_block(len(x_RD), rows_per_expert_E, apply, jnp.zeros_like(x_RD))
+    return _for_each_block(rows_per_expert_E, apply, (gate_EDF, up_EDF, down_EFD), jnp.zeros_like(x_RD))
 
 
 def _swiglu_forward(x_RD, gate_EDF, up_EDF, down_EFD, rows_per_expert_E):
-    def apply(e, block, results):
+    def apply(e, weights, block, results):
         y_RD, gated_RF, upped_RF = results
+        gate_DF, up_DF, down_FD = weights
         x_bD = block.read(x_RD)
-        gated_bF, upped_bF = x_bD @ gate_EDF[e], x_bD @ up_EDF[e]
-        y_bD = (jax.nn.silu(gated_bF) * upped_bF) @ down_EFD[e]
+        gated_bF, upped_bF = x_bD @ gate_DF, x_bD @ up_DF
+        y_bD = (jax.nn.silu(gated_bF) * upped_bF) @ down_FD
         return block.write(y_RD, y_bD), block.write(gated_RF, gated_bF), block.write(upped_RF, upped_bF)
 
     F = gate_EDF.shape[-1]
     zeros = (jnp.zeros_like(x_RD), _zeros(x_RD, F), _zeros(x_RD, F))
-    y_RD, gated_RF, upped_RF = _for_each_block(len(x_RD), rows_per_expert_E, apply, zeros)
+    y_RD, gated_RF, upped_RF = _for_each_block(rows_per_expert_E, apply, (gate_EDF, up_EDF, down_EFD), zeros)
     return y_RD, (x_RD, gated_RF, upped_RF, gate_EDF, up_EDF, down_EFD, rows_per_expert_E)
 
 
 def _swiglu_backward(residuals, dy_RD):
     x_RD, gated_RF, upped_RF, gate_EDF, up_EDF, down_EFD, rows_per_expert_E = residuals
 
-    def differentiate(e, block, gradients):
+    def differentiate(e, weights, block, gradients):
         dx_RD, dgate_EDF, dup_EDF, ddown_EFD = gradients
+        gate_DF, up_DF, down_FD = weights
         x_bD, dy_bD = block.read(x_RD), block.read_own(dy_RD)
         gated_bF, upped_bF = block.read(gated_RF), block.read(upped_RF)
         sigmoid_bF = jax.nn.sigmoid(gated_bF)
         silu_bF = gated_bF * sigmoid_bF
-        dhidden_bF = dy_bD @ down_EFD[e].T
+        dhidden_bF = dy_bD @ down_FD.T
         dupped_bF = dhidden_bF * silu_bF
         dgated_bF = dhidden_bF * upped_bF * (sigmoid_bF + silu_bF * (1 - sigmoid_bF))
         return (
-            block.write(dx_RD, dgated_bF @ gate_EDF[e].T + dupped_bF @ up_EDF[e].T),
+            block.write(dx_RD, dgated_bF @ gate_DF.T + dupped_bF @ up_DF.T),
             _add_outer(dgate_EDF, e, x_bD, dgated_bF),
             _add_outer(dup_EDF, e, x_bD, dupped_bF),
             _add_outer(ddown_EFD, e, silu_bF * upped_bF, dy_bD),
         )
 
-    zeros = (jnp.zeros_like(x_RD), *map(_float32_zeros, (gate_EDF, up_EDF, down_EFD)))
-    dx_RD, *dweights = _for_each_block(len(x_RD), rows_per_expert_E, differentiate, zeros)
+    weights = (gate_EDF, up_EDF, down_EFD)
+    zeros = (jnp.zeros_like(x_RD), *map(_float32_zeros, weights))
+    dx_RD, *dweights = _for_each_block(rows_per_expert_E, differentiate, weights, zeros)
     return dx_RD, *(dweight.astype(gate_EDF.dtype) for dweight in dweights), None
 
 
@@ -127,20 +131,29 @@ class _Block:
 
 
 def _for_each_block(
-    num_rows: int, rows_per_expert_E: jax.Array, body: Callable[[int, _Block, Any], Any], carry: Any
+    rows_per_expert_E: jax.Array, body: Callable[[int, Any, _Block, Any], Any], weights: Any, carry: Any
 ) -> Any:
-    """Folds `body(expert, block, carry)` over the blocks of each expert in turn, over arrays of `num_rows`."""
-    size = min(BLOCK, num_rows)
+    """Folds `body(expert, its weights, block, carry)` over the blocks of each expert in turn.
+
+    `weights` are arrays [E, ...], those of `carry` [R, ...] or gradients of the weights, of which the first is
+    [R, ...]. Large blocks first, for there is a price for each; the rest of an expert's rows in small ones.
+    """
+    num_rows = len(jax.tree.leaves(carry)[0])
+    *large, small = [size for size in BLOCKS if size <= num_rows] or [num_rows]
     ends_E = jnp.cumsum(rows_per_expert_E)
     for e in range(rows_per_expert_E.shape[0]):
         first, end = ends_E[e] - rows_per_expert_E[e], ends_E[e]
+        own_weights = jax.tree.map(lambda weight, e=e: weight[e], weights)  # Here: in the loop, a copy for every block.
+        for size in (*large, small):
 
-        def step(i, carry, e=e, first=first, end=end):
-            own = first + i * size
-            # The last block must not reach past the arrays: it starts earlier, among rows already done.
-            return body(e, _Block(jnp.minimum(own, num_rows - size), own, end, size), carry)
+            def step(i, carry, e=e, own_weights=own_weights, first=first, end=end, size=size):
+                own = first + i * size
+                # The last block must not reach past the arrays: it starts earlier, among rows already done.
+                return body(e, own_weights, _Block(jnp.minimum(own, num_rows - size), own, end, size), carry)
 
-        carry = jax.lax.fori_loop(0, (end - first + size - 1) // size, step, carry)
+            num_blocks = (end - first + (size - 1 if size == small else 0)) // size
+            carry = jax.lax.fori_loop(0, num_blocks, step, carry)
+            first += num_blocks * size
     return carry
 
 

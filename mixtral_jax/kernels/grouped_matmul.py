@@ -2,7 +2,8 @@
 
 `blocks` loops over blocks of rows with a trip count known only at run time, so that it does no work
 for rows that are not there, however skewed the routing. `ragged_dot` is XLA's own: a real grouped
-kernel on TPU, but on CPU it multiplies every row by every expert.
+kernel on TPU, but on CPU, and on GPU in many releases, it multiplies every row by every expert.
+`tokamax` has kernels for TPU and NVIDIA GPUs.
 
 Rows past the last expert's may hold anything; what comes out for them is unspecified, and their
 gradients are ignored.
@@ -12,26 +13,36 @@ from typing import Literal
 
 import jax
 
-from mixtral_jax.kernels import blocks
+from mixtral_jax.config import DispatchConfig, require
+from mixtral_jax.kernels import blocks, tokamax
 from mixtral_jax.kernels.choice import Choice
 
-Kernel = Literal["blocks", "ragged_dot"]
+Kernel = Literal["blocks", "ragged_dot", "tokamax"]
 
 
-def choose_kernel(asked: str, platform: str) -> Choice:
-    """The kernel for a device of `platform` (`cpu`, `gpu`, `tpu`)."""
+def choose_kernel(config: DispatchConfig, platform: str) -> Choice:
+    """The kernel for a device of `platform` (`cpu`, `gpu`, `tpu`).
+
+    Raises:
+        ConfigError: the one asked for does not work here.
+    """
+    asked, obstacle = config.grouped_matmul, tokamax.find_obstacle(platform)
     if asked != "auto":
-        return Choice(asked, "as asked")
+        require(asked != "tokamax" or not obstacle, f"dispatch.grouped_matmul=tokamax needs {obstacle}; use auto")
+        is_dense = asked == "ragged_dot" and platform != "tpu"
+        return Choice(asked, "as asked; XLA may multiply every row by every expert here" if is_dense else "as asked")
     if platform == "tpu":
         return Choice("ragged_dot", "XLA:TPU has a grouped kernel for it")
-    return Choice("blocks", "no work for rows that are not there")
+    if platform == "gpu" and not obstacle:
+        return Choice("tokamax", "grouped kernels for NVIDIA GPUs")
+    missing = f"; tokamax would need {obstacle}" if platform == "gpu" else ""
+    return Choice("blocks", f"no work for rows that are not there{missing}")
 
 
 def grouped_matmul(x_RD: jax.Array, weight_EDF: jax.Array, rows_per_expert_E: jax.Array, kernel: Kernel) -> jax.Array:
     """y[r] = x[r] @ weight[expert of r], [R, F]."""
-    if kernel == "ragged_dot":
-        return jax.lax.ragged_dot(x_RD, weight_EDF, rows_per_expert_E)
-    return blocks.grouped_matmul(x_RD, weight_EDF, rows_per_expert_E)
+    multiply = {"blocks": blocks.grouped_matmul, "ragged_dot": jax.lax.ragged_dot, "tokamax": tokamax.ragged_dot}
+    return multiply[kernel](x_RD, weight_EDF, rows_per_expert_E)
 
 
 def grouped_swiglu(
@@ -45,6 +56,5 @@ def grouped_swiglu(
     """y[r] = down(silu(gate(x[r])) * up(x[r])) with the matrices of the expert of r, [R, D]."""
     if kernel == "blocks":
         return blocks.grouped_swiglu(x_RD, gate_EDF, up_EDF, down_EFD, rows_per_expert_E)
-    gate_RF = jax.lax.ragged_dot(x_RD, gate_EDF, rows_per_expert_E)
-    up_RF = jax.lax.ragged_dot(x_RD, up_EDF, rows_per_expert_E)
-    return jax.lax.ragged_dot(jax.nn.silu(gate_RF) * up_RF, down_EFD, rows_per_expert_E)
+    gate_RF, up_RF = (grouped_matmul(x_RD, weight, rows_per_expert_E, kernel) for weight in (gate_EDF, up_EDF))
+    return grouped_matmul(jax.nn.silu(gate_RF) * up_RF, down_EFD, rows_per_expert_E, kernel)

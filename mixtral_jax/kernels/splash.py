@@ -1,5 +1,7 @@
 """Flash attention on TPU: the splash kernel that jax ships, on each device's own rows and heads."""
 
+from typing import Any
+
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
@@ -38,7 +40,7 @@ def attend(
 
         def attend_row(q_TNH, k_SKH, v_SKH, segment_ids_T):
             segments = splash_attention_kernel.SegmentIds(segment_ids_T, segment_ids_T)
-            y_NTH = kernel(*(x.swapaxes(0, 1) for x in (q_TNH, k_SKH, v_SKH)), segments)
+            y_NTH: Any = kernel(*(x.swapaxes(0, 1) for x in (q_TNH, k_SKH, v_SKH)), segments)
             return y_NTH.swapaxes(0, 1)
 
         return jax.vmap(attend_row)(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)

@@ -16,7 +16,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, rules: AxisRules, rngs: nnx.Rngs):
         self.rope_theta = config.rope_theta
-        self.kernel = cast(AttentionKernel, config.attention)
+        self.kernel: AttentionKernel = cast(AttentionKernel, config.attention)
         self.rules = rules
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         shared = {"config": config, "rules": rules, "rngs": rngs}

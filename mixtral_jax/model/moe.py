@@ -70,6 +70,7 @@ class MoE(nnx.Module):
         # Cast before the gather: weights travel in the compute dtype.
         experts = jax.tree.map(lambda weight: weight.astype(jnp.dtype(self.dtype)), self.experts)
         routes = (routing.experts_BTA, routing.weights_BTA, routing.is_kept_BTA)
-        home = dispatch(experts, self.transport, self.num_experts, x_BTD, routes, self.rules)
+        is_checked = self.experts.kernel != "tokamax"
+        home = dispatch(experts, self.transport, self.num_experts, x_BTD, routes, self.rules, is_checked=is_checked)
         sums = dataclasses.replace(routing.sums, overflowed=home.overflowed.astype(jnp.float32))
         return home.y_BTD, dataclasses.replace(routing, sums=sums)

@@ -122,13 +122,18 @@ def count_parameters(model: Transformer) -> ParameterCount:
     return ParameterCount(total, total - in_experts * (E - model.num_experts_per_token) // E)
 
 
-def model_maker(config: Config, platform: str, rules: AxisRules = AxisRules()) -> Callable[[], Transformer]:
-    """A function that initialises the model of a run, for devices of `platform`, from the run's seed."""
-    dispatch = dataclasses.replace(
+def resolve_dispatch(config: Config, platform: str) -> DispatchConfig:
+    """The config's choices of transport and kernel with nothing left to `auto`, for devices of `platform`."""
+    return dataclasses.replace(
         config.dispatch,
         transport=choose_transport(config, platform).name,
-        grouped_matmul=choose_kernel(config.dispatch.grouped_matmul, platform).name,
+        grouped_matmul=choose_kernel(config.dispatch, platform).name,
     )
+
+
+def model_maker(config: Config, platform: str, rules: AxisRules = AxisRules()) -> Callable[[], Transformer]:
+    """A function that initialises the model of a run, for devices of `platform`, from the run's seed."""
     attention = choose_attention(config.model, config.train.sequence_length, platform).name
     model = dataclasses.replace(config.model, attention=attention)
+    dispatch = resolve_dispatch(config, platform)
     return lambda: Transformer(model, config.router, dispatch, rules=rules, rngs=nnx.Rngs(config.train.seed))

@@ -4,6 +4,7 @@ A difference found late is a hang: each process compiles and waits for another p
 are, every one judges the same table, and all stop with the same line.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -27,6 +28,8 @@ _DEVICES_SECONDS = 300.0
 
 # Packages whose release changes what is computed, compiled or read.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
+# Where one of these is missing on one host alone, that host chooses another kernel, or the CPU.
+_OPTIONAL_PACKAGES = ("tokamax", "libtpu", "jax-cuda12-plugin")
 _SHOWN_KEYS = 5
 
 
@@ -102,8 +105,11 @@ def find_unequal_devices(devices: Sequence[LocalDevices]) -> list[str]:
 
 
 def find_versions() -> dict[str, str]:
-    """Python, the packages that matter, and a hash of our own sources, by name."""
+    """Python, the packages that matter (optional ones if they are there), and a hash of our own sources, by name."""
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    for name in _OPTIONAL_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
     return {"python": platform.python_version(), **packages, "mixtral_jax": _hash_sources()}
 
 

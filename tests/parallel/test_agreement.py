@@ -54,6 +54,12 @@ def test_differing_versions_are_named():
     assert "'0.9.9' on process 1" in found
 
 
+def test_a_package_that_one_process_lacks_is_named():
+    more = {**find_versions(), "tokamax": "0.0.12"}
+    (found,) = find_disagreements(Processes(), CONFIG, [member(0, versions=more), member(1)])
+    assert "tokamax='0.0.12' on process 0, None on process 1" in found
+
+
 def test_unequal_devices_are_named():
     eight, four = LocalDevices("gpu", "NVIDIA H200", 8), LocalDevices("gpu", "NVIDIA H200", 4)
     assert find_unequal_devices([eight, eight]) == []

@@ -34,12 +34,15 @@ def dispatch(
     x_BTD: jax.Array,
     routes: tuple[jax.Array, jax.Array, jax.Array],
     rules: AxisRules,
+    *,
+    is_checked: bool = True,
 ) -> Dispatched:
     """Sum over a token's kept experts of weight * expert(x).
 
     `experts` is a pytree called as experts(x_RD, rows_per_expert_E): its leaves, of leading dimension
     num_experts, are sharded over the `expert` axis, and gathered here over `fsdp`. `routes` are the
-    experts, weights and keeping of a `Routing`, each [B, T, A].
+    experts, weights and keeping of a `Routing`, each [B, T, A]. jax checks which values differ between
+    devices, unless kernels of others take part that do not say it (`is_checked=False`): same numbers.
     """
     specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, experts)
 
@@ -54,7 +57,8 @@ def dispatch(
         return y_MD.reshape(x_BTD.shape), jax.lax.psum(arrival.overflowed, rules.batch)
 
     out_specs = (rules.spec("batch", None, None), P())
-    return Dispatched(*jax.shard_map(per_device, out_specs=out_specs)(experts, x_BTD, *routes))
+    region = jax.shard_map(per_device, out_specs=out_specs, check_vma=is_checked)
+    return Dispatched(*region(experts, x_BTD, *routes))
 
 
 def _gather_fsdp(weight: jax.Array, spec: P) -> jax.Array:
