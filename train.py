@@ -1,7 +1,6 @@
 """Trains a Mixtral from scratch: `python train.py [--config=FILE] [--workdir=DIR] [--config.KEY=VALUE ...]`.
 
-The same --workdir again resumes. A run from top to bottom; each piece is a room of `mixtral_jax`.
-"""
+The same --workdir again resumes. A run from top to bottom; each piece is a room of `mixtral_jax`."""
 
 import contextlib
 
@@ -13,6 +12,7 @@ from mixtral_jax.cli.open_data import open_text
 from mixtral_jax.cli.open_state import open_state
 from mixtral_jax.cli.start import Run, describe_run, start_run
 from mixtral_jax.model.transformer import model_maker
+from mixtral_jax.parallel.processes import join_processes
 from mixtral_jax.train.loop import EXIT_CODES, Outcome, StopSignal, TrainLoop
 from mixtral_jax.train.metrics import MetricLog
 from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
@@ -51,9 +51,9 @@ def pretrain(run: Run, stop: StopSignal) -> Outcome:
 
 
 def main(arguments: list[str]) -> int:
-    run = start_run(parse_run_flags(arguments, description=__doc__, default_config="pretrain/tiny.py"))
-    with StopSignal() as stop:
-        return EXIT_CODES[pretrain(run, stop)]
+    flags = parse_run_flags(arguments, description=__doc__, default_config="pretrain/tiny.py")
+    with join_processes(flags.launch) as processes, StopSignal(processes.count) as stop:
+        return EXIT_CODES[pretrain(start_run(flags, processes), stop)]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from mixtral_jax.cli.start import start_devices
 from mixtral_jax.config import Config
 from mixtral_jax.model.transformer import count_parameters, model_maker
 from mixtral_jax.parallel.batch import Batch, batch_spec
+from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.parallel.rules import AxisRules
 from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from mixtral_jax.train.state import init_state
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--layer", action="store_true", help="one MoE layer beside transformers', not the train step")
     flags, config = parse_config(parser, arguments)
-    config, mesh = start_devices(config)
+    config, mesh = start_devices(config, Processes())
     if flags.layer:
         figures, describe = measure_layer(config, mesh), describe_layer
     else:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from mixtral_jax.config import Config, ConfigError, require
 from mixtral_jax.config_mapping import build
+from mixtral_jax.parallel.coordinator import Launch
 
 # Beside the package in a clone, which is how it is installed.
 SHIPPED = Path(__file__).parents[2] / "configs"
@@ -22,9 +23,7 @@ class RunFlags:
     config: Config
     config_path: Path
     workdir: Path | None
-    coordinator: str | None
-    num_processes: int | None
-    process_id: int | None
+    launch: Launch
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,12 +44,26 @@ def run_command(command: Callable[[list[str]], int]) -> NoReturn:
 def parse_run_flags(arguments: Sequence[str], *, description: str | None, default_config: str) -> RunFlags:
     """The flags of a script that trains."""
     parser = make_parser(description, default_config)
+    add_run_flags(parser)
+    return read_run_flags(*parse_config(parser, arguments))
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds --workdir and what says which processes there are."""
     parser.add_argument("--workdir", type=Path, help="where everything is written; the same one again resumes")
     parser.add_argument("--coordinator", help="HOST:PORT of process 0, where jax cannot find it itself")
     parser.add_argument("--num_processes", type=int)
-    parser.add_argument("--process_id", type=int)
-    flags, config = parse_config(parser, arguments)
-    return RunFlags(config, flags.config, flags.workdir, flags.coordinator, flags.num_processes, flags.process_id)
+    parser.add_argument("--process_id", type=int, help="of this process, from 0; 0 runs on the coordinator's host")
+
+
+def read_run_flags(flags: argparse.Namespace, config: Config) -> RunFlags:
+    """What `add_run_flags` parsed.
+
+    Raises:
+        ConfigError: the flags about processes do not go together.
+    """
+    launch = Launch(flags.coordinator, flags.num_processes, flags.process_id)
+    return RunFlags(config, flags.config, flags.workdir, launch)
 
 
 def make_parser(description: str | None, default_config: str) -> argparse.ArgumentParser:

@@ -4,8 +4,6 @@ import dataclasses
 import hashlib
 import time
 
-import jax
-
 from mixtral_jax.cli.start import Run
 from mixtral_jax.data.batches import TrainBatches, held_out_batches
 from mixtral_jax.data.packing import plan_rows
@@ -32,7 +30,7 @@ def open_text(run: Run) -> TextData:
     config, say = run.config, run.console.print
     say(f"reading {config.data.path} (the first time, this trains the tokenizer and tokenises everything) ...")
     start = time.monotonic()
-    text = prepare_text(config.data, config.model.vocab_size, run.workdir / "tokenizer.model")
+    text = prepare_text(config.data, config.model.vocab_size, run.workdir / "tokenizer.model", is_writer=run.is_writer)
     plan = plan_rows(text.train, config.train.sequence_length)
     layout = {"mesh": run.mesh, "rules": AxisRules()}
     held_out_plan = plan_rows(text.held_out, config.train.sequence_length)
@@ -51,7 +49,7 @@ def open_text(run: Run) -> TextData:
     )
     token_bytes = TokenBytes.of(text.tokenizer)
     baselines = {}
-    if jax.process_count() == 1:  # Fitting them needs every held-out row on this host.
+    if run.processes.count == 1:  # Fitting them needs every held-out row on this host.
         baselines = measure_ngrams(text.train.tokens[:NGRAM_TOKENS], held_out, token_bytes)
         described = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
         say(f"[bold]to beat[/]     {described} bits/byte, on the same tokens")

@@ -1,19 +1,16 @@
 """Where a run stands: its newest checkpoint, or a fresh start; the same on every process, or none goes on."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import numpy as np
 import optax
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from mixtral_jax.checkpoint.run import RunCheckpoints
 from mixtral_jax.cli.start import Run
-from mixtral_jax.config import Config, ConfigError
+from mixtral_jax.config import ConfigError
+from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.train.state import TrainState, abstract_state, init_state
 
 
@@ -39,7 +36,7 @@ def open_state(
         ConfigError: the data changed since, or the processes do not agree.
     """
     step = checkpoints.latest_step()
-    _require_agreement(run.config, data_fingerprint, step)
+    _require_agreement(run.processes, data_fingerprint, step)
     if step is None:
         return OpenState(0, init_state(make_model, optimizer), {"tokens": 0, "data": data_fingerprint})
     record = checkpoints.read_record(step)
@@ -53,14 +50,13 @@ def open_state(
     return OpenState(step, state, record)
 
 
-def _require_agreement(config: Config, data_fingerprint: str, step: int | None) -> None:
-    """Compares a hash over all processes: one that differs would make the others wait for ever."""
-    if jax.process_count() == 1:
-        return
-    here = f"{dataclasses.asdict(config)} {data_fingerprint} {step}".encode()
-    digest = np.frombuffer(hashlib.sha256(here).digest(), np.uint8)
-    if len(np.unique(multihost_utils.process_allgather(digest), axis=0)) > 1:
+def _require_agreement(processes: Processes, data_fingerprint: str, step: int | None) -> None:
+    """Compares over all processes: one that differs would make the others wait for ever."""
+    here = [f"data {data_fingerprint[:12]}", f"step {step or 0}"]
+    everywhere = processes.share("data and step", here)  # One of them may tokenise for hours: no limit.
+    differing = [index for index, there in enumerate(everywhere) if there != everywhere[0]]
+    if differing:
         raise ConfigError(
-            "the processes do not agree on the config, the data or the checkpoint to go on from (here: data "
-            f"{data_fingerprint[:12]}, step {step}): give all the same flags, data and Python, and one --workdir"
+            f"process {', '.join(map(str, differing))} has {' at '.join(everywhere[differing[0]])}, but process 0 has "
+            f"{' at '.join(everywhere[0])}: give all the same text, tokenizer and Python, and one --workdir"
         )

@@ -1,8 +1,6 @@
-"""Starting a run: processes, devices, mesh, workdir; and telling people what has started."""
+"""Starting a run: devices, mesh, workdir; and telling people what has started."""
 
 import dataclasses
-import json
-import os
 import time
 from pathlib import Path
 
@@ -10,13 +8,16 @@ import jax
 from rich.console import Console
 
 from mixtral_jax.cli.flags import RunFlags
-from mixtral_jax.config import Config, ConfigError, require
-from mixtral_jax.config_mapping import changed_keys
+from mixtral_jax.cli.workdir import open_workdir
+from mixtral_jax.config import Config, require
 from mixtral_jax.kernels.attention import choose_attention
+from mixtral_jax.kernels.choice import Choice
 from mixtral_jax.kernels.grouped_matmul import choose_kernel
 from mixtral_jax.model.dispatch.choose import choose_transport
 from mixtral_jax.model.transformer import count_parameters, model_maker
-from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, resolve_mesh, start_processes, use_virtual_cpu_devices
+from mixtral_jax.parallel.agreement import find_unequal_devices, require_agreement, share_devices
+from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, resolve_mesh, use_virtual_cpu_devices
+from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.train.console import make_console
 
 
@@ -28,33 +29,48 @@ class Run:
     mesh: jax.sharding.Mesh
     workdir: Path
     console: Console
-    is_writer: bool
+    processes: Processes
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this process writes what must be written once."""
+        return self.processes.index == 0
 
 
-def start_run(flags: RunFlags) -> Run:
-    """Starts the back end, fits the config to it and opens the workdir.
+def start_run(flags: RunFlags, processes: Processes) -> Run:
+    """Makes sure that the processes agree, starts the back end, fits the config to it and opens the workdir.
 
     Raises:
-        ConfigError: the mesh does not fit, or the workdir holds a run of another config.
+        ConfigError: the processes differ, the mesh does not fit, or the workdir holds a run of another config.
     """
-    start_processes(flags.coordinator, flags.num_processes, flags.process_id)
-    config, mesh = start_devices(flags.config)
-    is_writer = jax.process_index() == 0
+    require_agreement(processes, flags.config, flags.workdir)
+    config, mesh = start_devices(flags.config, processes)
     if flags.workdir is None:
-        require(jax.process_count() == 1, "--workdir=DIR is needed with several processes, on storage they all see")
+        require(processes.count == 1, "--workdir=DIR is needed with several processes, on storage they all see")
     workdir = flags.workdir or Path("runs") / f"{flags.config_path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    _open_workdir(workdir, config, is_writer)
-    return Run(config, mesh, workdir, make_console(is_writer), is_writer)
+    open_workdir(workdir, config, processes)
+    return Run(config, mesh, workdir, make_console(processes.index == 0), processes)
 
 
-def start_devices(config: Config) -> tuple[Config, jax.sharding.Mesh]:
-    """The config with its mesh as numbers, and that mesh. Call before jax first touches a device."""
+def start_devices(config: Config, processes: Processes) -> tuple[Config, jax.sharding.Mesh]:
+    """The config with its mesh as numbers, and that mesh. Call before jax first touches a device.
+
+    Raises:
+        ConfigError: the processes have unequal devices, or the mesh does not fit them.
+    """
+    prepare_devices(config)
+    unequal = find_unequal_devices(share_devices(processes))
+    require(not unequal, f"{'; '.join(unequal)}: give every process the same number of devices of one kind")
+    config = resolve_mesh(config, jax.device_count())
+    return config, make_mesh(config.mesh)
+
+
+def prepare_devices(config: Config) -> None:
+    """Sets what must be set before jax first touches a device."""
     use_virtual_cpu_devices(config.mesh.cpu_devices)
     if config.model.dtype == "float32":
         # float32 means float32: no TF32 and no bfloat16 passes unless asked for.
         jax.config.update("jax_default_matmul_precision", "highest")
-    config = resolve_mesh(config, jax.device_count())
-    return config, make_mesh(config.mesh)
 
 
 def describe_run(run: Run) -> None:
@@ -74,9 +90,21 @@ def describe_run(run: Run) -> None:
         f"(top-{config.router.num_experts_per_token} of {config.model.num_experts} experts)"
     )
     say(f"[bold]computes[/]    in {config.model.dtype}")
-    say(f"[bold]attention[/]   {choose_attention(config.model, config.train.sequence_length, device.platform)}")
-    say(f"[bold]matmul[/]      {choose_kernel(config.dispatch, device.platform)}")
-    say(f"[bold]transport[/]   {choose_transport(config, device.platform)}")
+    for part, choice in choose_kernels(config, device.platform).items():
+        say(f"[bold]{part:<12}[/]{choice}")
+
+
+def choose_kernels(config: Config, platform: str) -> dict[str, Choice]:
+    """What computes and moves what, on the mesh of a resolved config and devices of `platform`; in words, and why.
+
+    Raises:
+        ConfigError: the one asked for does not work here.
+    """
+    return {
+        "attention": choose_attention(config.model, config.train.sequence_length, platform),
+        "matmul": choose_kernel(config.dispatch, platform),
+        "transport": choose_transport(config, platform),
+    }
 
 
 def describe_experts(mesh: jax.sharding.Mesh, num_experts: int) -> list[str]:
@@ -92,25 +120,3 @@ def describe_experts(mesh: jax.sharding.Mesh, num_experts: int) -> list[str]:
         shown = ", ".join(ids[:8]) + (f", ... ({len(ids)} devices)" if len(ids) > 8 else "")
         lines.append(f"{experts} on device {shown}" if len(ids) == 1 else f"{experts} on devices {shown}")
     return lines
-
-
-def _open_workdir(workdir: Path, config: Config, is_writer: bool) -> None:
-    """Writes config.json, or checks that this run may continue the one that is there."""
-    path = workdir / "config.json"
-    # A start that failed before its first checkpoint binds nobody to its config.
-    if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
-        try:
-            saved = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path} is damaged ({error}): delete it to go on with the config given now") from None
-        changed = changed_keys(saved, dataclasses.asdict(config))
-        require(
-            not changed,
-            f"{workdir} holds a run of another config; changed: {', '.join(changed)}. Use another --workdir, or "
-            "change only train.num_steps, mesh, dispatch.transport, log, and evaluation, log and checkpoint intervals",
-        )
-    if is_writer:
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary = workdir / f"config.json.{os.getpid()}"
-        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        temporary.replace(path)

@@ -40,7 +40,7 @@ class PreparedText:
 
 
 def prepare_text(
-    config: DataConfig, vocab_size: int, tokenizer_path: Path, cache_dir: Path | None = None
+    config: DataConfig, vocab_size: int, tokenizer_path: Path, cache_dir: Path | None = None, *, is_writer: bool = True
 ) -> PreparedText:
     """Reads, splits and tokenises the text of a run, or opens the cache of an earlier one.
 
@@ -52,28 +52,35 @@ def prepare_text(
     Args:
         vocab_size: of the model; the tokenizer must fit in it.
         tokenizer_path: where the run keeps its tokenizer.
-        cache_dir: by default `mixtral_jax` under $XDG_CACHE_HOME, or under ~/.cache.
+        cache_dir: by default `default_cache_dir()`.
+        is_writer: whether to write `tokenizer_path`; one process of a run does, each may write its cache.
 
     Raises:
         ConfigError: nothing to read, too many bad rows, or no fitting tokenizer.
     """
-    cache_dir = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mixtral_jax"
+    cache_dir = cache_dir or default_cache_dir()
     cache_dir.mkdir(parents=True, exist_ok=True)
     key = _fingerprint_data(config)
     corpus = _Corpus(config)
     saved = tokenizer_path
     if config.tokenizer.startswith("train:") and not saved.exists():
         saved = cache_dir / f"{key}.model"  # Runs on the same text share the training.
-    tokenizer = load_tokenizer(config.tokenizer, corpus.train_texts, saved)
+    may_save = is_writer or saved != tokenizer_path
+    tokenizer = load_tokenizer(config.tokenizer, corpus.train_texts, saved, may_save=may_save)
     check_vocabulary(tokenizer, vocab_size)
     folder = cache_dir / f"{key}-{tokenizer.fingerprint[:16]}"
     train, held_out, count = _open_or_write_cache(folder, corpus, tokenizer)
     count.check(config)
-    if saved != tokenizer_path:
+    if is_writer and saved != tokenizer_path:
         tokenizer.save(tokenizer_path)
     if count.num_bad:
         log.warning("data.path=%s: %d bad rows are left out", config.path, count.num_bad)
     return PreparedText(train, held_out, tokenizer, count.num_bad)
+
+
+def default_cache_dir() -> Path:
+    """`mixtral_jax` under $XDG_CACHE_HOME, or under ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mixtral_jax"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import io
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -74,7 +75,8 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Writes the model; whoever reads `path` meanwhile sees the old file or the new, whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        # Not the process id: in containers on one storage it is often the same.
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         temporary.write_bytes(self._model)
         temporary.replace(path)
 
@@ -125,7 +127,7 @@ class Tokenizer:
         return len(processor.id_to_piece(token).replace(_SPACE, " ").encode())
 
 
-def load_tokenizer(spec: str, texts: Callable[[], Iterable[str]], saved: Path) -> Tokenizer:
+def load_tokenizer(spec: str, texts: Callable[[], Iterable[str]], saved: Path, *, may_save: bool = True) -> Tokenizer:
     """The tokenizer that `spec`, a value of `data.tokenizer`, names; a copy goes to `saved`.
 
     Args:
@@ -133,6 +135,7 @@ def load_tokenizer(spec: str, texts: Callable[[], Iterable[str]], saved: Path) -
         texts: gives the same texts at every call; called for `train:N` only, unless `saved` exists:
             a run that goes on keeps the tokenizer it began with.
         saved: where a run keeps its tokenizer.
+        may_save: False where another process writes `saved`.
 
     Raises:
         ConfigError: it cannot be had or trained, or `saved` is another one.
@@ -148,7 +151,7 @@ def load_tokenizer(spec: str, texts: Callable[[], Iterable[str]], saved: Path) -
         tokenizer = _read_model(file, f"data.tokenizer={spec}")
         same = old is None or old.fingerprint == tokenizer.fingerprint
     require(same, f"{saved} is another tokenizer than data.tokenizer={spec}: use a new workdir, or delete that file")
-    if old is None:
+    if old is None and may_save:
         tokenizer.save(saved)
     return tokenizer
 

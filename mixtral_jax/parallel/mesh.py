@@ -15,22 +15,6 @@ def use_virtual_cpu_devices(count: int) -> None:
     jax.config.update("jax_num_cpu_devices", count)
 
 
-def start_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Joins the other processes of the run: those that the flags name, or that jax finds by itself.
-
-    jax knows Slurm, Open MPI, Cloud TPU and others by their environment; where it finds none, this
-    process is alone.
-    """
-    given = [value is not None for value in (coordinator, num_processes, process_id)]
-    require(all(given) or not any(given), "--coordinator, --num_processes and --process_id are given together")
-    try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    except ValueError as error:
-        # What jax says when neither flags nor environment name a cluster.
-        if coordinator is not None or "coordinator_address should be defined" not in str(error):
-            raise ConfigError(f"cannot join the other processes: {error}") from error
-
-
 def resolve_mesh(config: Config, num_devices: int) -> Config:
     """The same config with every mesh axis as a number that fits `num_devices` and the model.
 

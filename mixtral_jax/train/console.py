@@ -3,15 +3,16 @@
 import datetime
 import sys
 import time
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 
-def make_console(is_writer: bool = True) -> Console:
-    """Prints on standard output; silent on all processes but one. Lines are not wrapped into pipes."""
-    return Console(quiet=not is_writer, highlight=False, soft_wrap=not sys.stdout.isatty())
+def make_console(is_writer: bool = True, output: IO[str] | None = None) -> Console:
+    """Prints on standard output, or `output`; silent on all processes but one. Lines are not wrapped into pipes."""
+    is_terminal = (output or sys.stdout).isatty()
+    return Console(quiet=not is_writer, highlight=False, soft_wrap=not is_terminal, file=output)
 
 
 class RunProgress:

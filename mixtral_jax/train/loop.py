@@ -99,18 +99,22 @@ class StopSignal:
     """Makes SIGTERM and SIGINT wait for the step under way; a second one ends the process at once.
 
     Until `hold`, when there is nothing yet to save, the first raises SystemExit with the code of a stopped run.
-    With several processes jax listens for SIGTERM instead (see `TrainLoop`), and this does nothing.
+    With several processes jax listens for SIGTERM instead, from the moment they join, and they stop together (see
+    `TrainLoop`); this only turns SIGINT into one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_processes: int = 1) -> None:
         self.is_set = False
+        self._num_processes = num_processes
         self._is_held = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        if jax.process_count() == 1:
+        if self._num_processes == 1:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._receive)
+        else:
+            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._pass_on)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -120,6 +124,10 @@ class StopSignal:
     def hold(self) -> None:
         """From here on a signal only sets `is_set`, for the loop to see."""
         self._is_held = True
+
+    def _pass_on(self, number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
 
     def _receive(self, number: int, _: Any) -> None:
         self.is_set = True

@@ -1,0 +1,77 @@
+"""The folder of a run: whose config it holds, and whether all processes see the same one."""
+
+import dataclasses
+import json
+import os
+import secrets
+import time
+from pathlib import Path
+
+from mixtral_jax.config import Config, ConfigError, require
+from mixtral_jax.config_mapping import changed_keys
+from mixtral_jax.parallel.processes import Processes
+
+# Network file systems remember for some seconds that a file was not there.
+_VISIBLE_SECONDS = 15.0
+
+
+def open_workdir(workdir: Path, config: Config, processes: Processes) -> None:
+    """Process 0 writes config.json, if this run may continue what lies there; all make sure that they see it.
+
+    Raises:
+        ConfigError: the folder holds a run of another config, or is not the same one everywhere.
+    """
+    if processes.index == 0:
+        _check_saved(workdir, config)
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = workdir / f"config.json.{os.getpid()}"
+        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        temporary.replace(workdir / "config.json")
+    blind = find_blind_processes(workdir, processes)
+    if blind:
+        raise ConfigError(
+            f"--workdir={workdir} of process 0 is not seen by process {', '.join(map(str, blind))}: name a folder on "
+            "storage that all processes share, by the same path"
+        )
+
+
+def find_blind_processes(workdir: Path, processes: Processes) -> list[int]:
+    """The processes that do not see a file which process 0 puts into `workdir`, an existing folder there."""
+    if processes.count == 1:
+        return []
+    name = f".seen-by-all-{secrets.token_hex(8)}"
+    if processes.index == 0:
+        (workdir / name).touch()
+    name = processes.share("workdir", name)[0]
+    try:
+        sees = processes.share("workdir seen", _waits_for(workdir / name))
+    finally:
+        if processes.index == 0:
+            (workdir / name).unlink()
+    return [index for index, does in enumerate(sees) if not does]
+
+
+def _waits_for(path: Path) -> bool:
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _check_saved(workdir: Path, config: Config) -> None:
+    path = workdir / "config.json"
+    # A start that failed before its first checkpoint binds nobody to its config.
+    if not path.exists() or not any((workdir / "checkpoints").glob("[0-9]*")):
+        return
+    try:
+        saved = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is damaged ({error}): delete it to go on with the config given now") from None
+    changed = changed_keys(saved, dataclasses.asdict(config))
+    require(
+        not changed,
+        f"{workdir} holds a run of another config; changed: {', '.join(changed)}. Use another --workdir, or "
+        "change only train.num_steps, mesh, dispatch.transport, log, and evaluation, log and checkpoint intervals",
+    )

@@ -1,0 +1,96 @@
+"""The doctor verb, and each of its checks on a machine that is wrong in one thing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixtral_jax.cli import checkup
+from mixtral_jax.parallel.coordinator import Scheduler
+from mixtral_jax.parallel.processes import Processes
+from tests.cases import mesh_of, small_config
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+
+
+def doctor(*flags):
+    command = [sys.executable, "-m", "mixtral_jax", "doctor", f"--config={ROOT / 'configs/pretrain/tiny.py'}", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+
+def test_doctor_finds_nothing_wrong_with_the_default_run(tmp_path):
+    done = doctor(f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    for words in ("8 x cpu", "expert=8", "expert 7 on device 7", "jax 0.", "blocks (", "all_gather (",
+                  "free", "a checkpoint takes", "no problem found"):  # fmt: skip
+        assert words in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_doctor_lists_every_problem_with_its_fix(tmp_path):
+    (tmp_path / "file").touch()
+    done = doctor("--json", f"--workdir={tmp_path / 'file' / 'run'}", "--config.data.path=nowhere",
+                  "--config.data.tokenizer=nowhere.model", "--config.mesh.expert=3")  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    problems = json.loads(done.stdout)["problems"]
+    for words in ("cannot be written", "data.path=nowhere", "nowhere.model", "expert=3"):
+        assert any(words in problem["what"] for problem in problems), words
+    assert all(problem["fix"] for problem in problems)
+
+
+def test_a_scheduler_that_started_more_processes_than_met_is_a_problem():
+    alone = Processes()
+    assert checkup.check_launch(alone, None) == []
+    assert checkup.check_launch(alone, Scheduler("Slurm", 1, 1)) == []
+    (problem,) = checkup.check_launch(alone, Scheduler("Slurm", 4, 4))
+    assert "srun" in problem.fix
+    assert checkup.check_launch(Processes(count=4), Scheduler("Kubernetes", None, 2)) == []
+    assert checkup.check_launch(alone, Scheduler("Kubernetes", None, 2))
+
+
+@pytest.mark.parametrize(("files", "platform", "num_local", "variables", "words"), [
+    ([], "cpu", 1, {}, None),
+    (["nvidia0", "nvidiactl"], "cpu", 1, {}, "cuda"),
+    (["accel0"], "cpu", 1, {}, "tpu"),
+    (["nvidia0"], "cpu", 1, {"JAX_PLATFORMS": "cpu"}, None),
+    (["nvidia0", "nvidia1", "nvidiactl"], "gpu", 2, {}, None),
+    (["nvidia0", "nvidia1", "nvidiactl"], "gpu", 1, {}, "JAX_LOCAL_DEVICE_IDS"),
+    (["nvidia0", "nvidia1"], "gpu", 1, {"CUDA_VISIBLE_DEVICES": "1"}, None),
+])  # fmt: skip
+def test_accelerators_left_unused_are_a_problem(tmp_path, files, platform, num_local, variables, words):
+    for name in files:
+        (tmp_path / name).touch()
+    found = checkup.check_accelerators(platform, num_local, True, variables, tmp_path)
+    assert len(found) == (words is not None)
+    assert not found or words in found[0].fix
+
+
+def test_disk_must_hold_the_checkpoints_to_come(tmp_path):
+    assert checkup.check_disk(30 * GIB, 10 * GIB, 2, tmp_path) == []
+    assert "30.0 GiB" in checkup.check_disk(29 * GIB, 10 * GIB, 2, tmp_path)[0].what
+    for step in ("10", "20"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+    assert checkup.check_disk(10 * GIB, 10 * GIB, 2, tmp_path) == []
+
+
+def test_state_must_fit_a_device():
+    class Device:
+        def memory_stats(self):
+            return {"bytes_limit": 16 * GIB}
+
+    assert checkup.check_memory(GIB, Device()) == []
+    assert "mesh.fsdp" in checkup.check_memory(20 * GIB, Device())[0].fix
+
+
+def test_an_unwritable_cache_is_a_problem(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (problem,) = checkup.check_data(small_config())
+    assert "XDG_CACHE_HOME" in problem.fix
+
+
+def test_a_sum_over_all_devices_is_timed():
+    assert checkup.time_sum(mesh_of(data=2, expert=4)) > 0
