@@ -25,7 +25,8 @@ class AllGather:
         (M, A), P = chosen_MA.shape, jax.lax.axis_size("expert")
         num_local = self.num_experts // P
         num_rows = buffer_rows(P * M * min(A, num_local), M * A, self.buffer_factor)
-        local_MA = _gather(chosen_MA) - num_local * jax.lax.axis_index("expert")
+        place = jax.lax.axis_index("expert") if P > 1 else 0
+        local_MA = _gather(chosen_MA) - num_local * place
         local_MA = jnp.where((local_MA >= 0) & (local_MA < num_local), local_MA, num_local)
         routes = sort_routes(local_MA, num_local, num_rows)
         x_RD = copy_rows(_gather(x_MD), routes.of_tokens())
@@ -34,8 +35,11 @@ class AllGather:
 
     def home(self, y_RD: jax.Array, journey: RowMap) -> jax.Array:
         """Sums of each token's rows here, summed over the group: [M, D]."""
-        return jax.lax.psum_scatter(sum_rows(y_RD, journey), "expert", scatter_dimension=0, tiled=True)
+        y_MD = sum_rows(y_RD, journey)
+        if jax.lax.axis_size("expert") == 1:
+            return y_MD
+        return jax.lax.psum_scatter(y_MD, "expert", scatter_dimension=0, tiled=True)
 
 
 def _gather(x_MX: jax.Array) -> jax.Array:
-    return jax.lax.all_gather(x_MX, "expert", tiled=True)
+    return x_MX if jax.lax.axis_size("expert") == 1 else jax.lax.all_gather(x_MX, "expert", tiled=True)

@@ -25,6 +25,8 @@ def choose_transport(config: Config, platform: str) -> Choice:
         ConfigError: the one asked for does not work on so many devices of this platform.
     """
     asked, places = config.dispatch.transport, config.mesh.expert or 1
+    if places == 1:
+        return Choice("all_gather", "with mesh.expert=1 nothing moves")
     too_many = platform == "gpu" and places > _MAX_RAGGED_GPUS
     if asked != "auto":
         require(

@@ -44,21 +44,29 @@ def dispatch(
     experts, weights and keeping of a `Routing`, each [B, T, A]. jax checks which values differ between
     devices, unless kernels of others take part that do not say it (`is_checked=False`): same numbers.
     """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    spread = tuple(axis for axis in _REGION_AXES if sizes[axis] > 1)
+    batch = tuple(axis for axis in rules.batch or () if axis in spread)
+    # XLA does not see through collectives over one device, so the region is told of the other axes alone.
+    experts, x_BTD, routes = jax.tree.map(lambda x: _drop_axes(x, spread), (experts, x_BTD, routes))
     specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, experts)
 
     def per_device(experts, x_BTD, experts_BTA, weights_BTA, is_kept_BTA):
         D, A = x_BTD.shape[-1], experts_BTA.shape[-1]
         chosen_MA = jnp.where(is_kept_BTA, experts_BTA, num_experts).reshape(-1, A)
-        arrival, journey = transport.out(_vary(x_BTD.reshape(-1, D)), _vary(weights_BTA.reshape(-1, A)), chosen_MA)
+        x_MD, weights_MA = (_vary(x, spread) for x in (x_BTD.reshape(-1, D), weights_BTA.reshape(-1, A)))
+        arrival, journey = transport.out(x_MD, weights_MA, chosen_MA)
         arrival = jax.tree.map(lambda x: checkpoint_name(x, ARRIVED), arrival)
-        y_RD = jax.tree.map(_gather_fsdp, experts, specs)(arrival.x_RD, arrival.rows_per_expert_E)
+        whole = jax.tree.map(lambda weight, spec: _vary(_gather_fsdp(weight, spec), spread), experts, specs)
+        y_RD = whole(arrival.x_RD, arrival.rows_per_expert_E)
         y_RD = weigh(y_RD, arrival.weight_R1, jnp.sum(arrival.rows_per_expert_E))
-        y_MD = jax.lax.psum(transport.home(y_RD, journey), "tensor")
-        return y_MD.reshape(x_BTD.shape), jax.lax.psum(arrival.overflowed, rules.batch)
+        y_MD = transport.home(y_RD, journey)
+        y_MD = jax.lax.psum(y_MD, "tensor") if "tensor" in spread else y_MD
+        return y_MD.reshape(x_BTD.shape), jax.lax.psum(arrival.overflowed, batch)
 
-    out_specs = (rules.spec("batch", None, None), P())
-    region = jax.shard_map(per_device, out_specs=out_specs, check_vma=is_checked)
-    return Dispatched(*region(experts, x_BTD, *routes))
+    region = jax.shard_map(per_device, out_specs=(P(batch), P()), check_vma=is_checked)
+    y_BTD, overflowed = region(experts, x_BTD, *routes)
+    return Dispatched(jax.reshard(y_BTD, rules.spec("batch", None, None)), overflowed)
 
 
 def _gather_fsdp(weight: jax.Array, spec: P) -> jax.Array:
@@ -66,10 +74,19 @@ def _gather_fsdp(weight: jax.Array, spec: P) -> jax.Array:
     for dimension, axes in enumerate(spec):
         if axes == "fsdp":
             weight = jax.lax.all_gather(weight, "fsdp", axis=dimension, tiled=True)
-    return _vary(weight)
+    return weight
 
 
-def _vary(x: jax.Array) -> jax.Array:
+def _drop_axes(x: jax.Array, kept: tuple[str, ...]) -> jax.Array:
+    """The same array, whose layout does not name the other axes: they have one device, so nothing moves."""
+
+    def drop(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+        return tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis in kept)
+
+    return jax.reshard(x, P(*map(drop, jax.typeof(x).sharding.spec)))
+
+
+def _vary(x: jax.Array, spread: tuple[str, ...]) -> jax.Array:
     """Marks `x` as differing over every axis of the region, so that its gradient is summed over them."""
-    axes = tuple(axis for axis in _REGION_AXES if axis not in jax.typeof(x).mat.varying)
+    axes = tuple(axis for axis in spread if axis not in jax.typeof(x).mat.varying)
     return jax.lax.pcast(x, axes, to="varying") if axes else x
