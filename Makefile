@@ -57,10 +57,11 @@ $(PARITY_VENV)/.installed: EXTRAS := test,parity
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: mixtral_jax needs Python 3.11 or newer, and PYTHON=$(PYTHON) is not:" \
 	    "$$($(PYTHON) --version 2>&1 | head -n 1). Name another, as in 'make PYTHON=python3.12 $(MAKECMDGOALS)'" >&2; exit 1; }
-	$(PYTHON) -m venv $* 2>/dev/null || $(PYTHON) -m venv --clear --without-pip $*
-	if $*/bin/python -m pip --version >/dev/null 2>&1; then \
+	@echo "installing what [$(EXTRAS)] needs into $* (once; 1 to 2 GB)"
+	@$(PYTHON) -m venv $* 2>/dev/null || $(PYTHON) -m venv --clear --without-pip $*
+	@if $*/bin/python -m pip --version >/dev/null 2>&1; then \
 	  $*/bin/python -m pip install --quiet -e '.[$(EXTRAS)]'; \
 	else \
 	  $(PYTHON) -m pip --python $*/bin/python install --quiet -e '.[$(EXTRAS)]'; \
 	fi
-	touch $@
+	@touch $@

@@ -26,11 +26,10 @@ def pretrain(run: Run, stop: StopSignal) -> Outcome:
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     describe_run(run)
-    data = open_text(run)
-    with (
-        jax.set_mesh(run.mesh),
-        RunCheckpoints(run.workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
-    ):
+    with stop.at_once():
+        data = open_text(run)
+    folder = run.workdir / "checkpoints"
+    with jax.set_mesh(run.mesh), RunCheckpoints(folder, config.checkpoint.keep) as checkpoints:
         start = open_state(run, checkpoints, make_model, optimizer, data.fingerprint)
         with (
             MetricLog(run.workdir, config.log, first_step=start.step, is_writer=run.is_writer) as log,

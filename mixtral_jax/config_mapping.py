@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from mixtral_jax.config import ConfigError, require
 
 Built = TypeVar("Built")
+_KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
 
 # What may change between the starts of one run: none of it alters the batches or the parameters' shapes.
 RESUMABLE_KEYS = ("train.num_steps", "train.eval_every", "train.log_every",
@@ -68,7 +69,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     try:
         converted = _parse(value, hint)
     except (ValueError, TypeError, OverflowError):
-        raise ConfigError(f"config key {key}={value!r} must be of type {hint.__name__}") from None
+        raise ConfigError(f"config key {key}={value!r} must be {_KINDS[hint]}") from None
     return converted
 
 

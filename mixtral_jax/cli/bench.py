@@ -26,7 +26,7 @@ WARMUP, MEASURED = 2, 8
 
 def main(arguments: list[str]) -> int:
     """`bench --config=F [--layer] [--json] [--config.KEY=VALUE ...]`."""
-    parser = make_parser(__doc__, "pretrain/tiny.py")
+    parser = make_parser(__doc__, "pretrain/tiny.py", "bench")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--layer", action="store_true", help="one MoE layer beside transformers', not the train step")
     flags, config = parse_config(parser, arguments)

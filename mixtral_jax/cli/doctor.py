@@ -38,7 +38,7 @@ _EQUAL = "give every process the same number of devices of one kind"
 
 def main(arguments: list[str]) -> int:
     """`doctor` with the flags of the run to come [--json]: 0 if nothing is wrong, 2 if something would go wrong."""
-    parser = make_parser(__doc__, "pretrain/tiny.py")
+    parser = make_parser(__doc__, "pretrain/tiny.py", "doctor")
     add_run_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     namespace, config = parse_config(parser, arguments)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ml_collections import ConfigDict
+
 from mixtral_jax.config import Config, ConfigError, require
 from mixtral_jax.config_mapping import build
 from mixtral_jax.parallel.coordinator import Launch
@@ -50,9 +52,9 @@ def parse_run_flags(arguments: Sequence[str], *, description: str | None, defaul
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Adds --workdir and what says which processes there are."""
-    parser.add_argument("--workdir", type=Path, help="where everything is written; the same one again resumes")
+    parser.add_argument("--workdir", type=_path, help="where everything is written; the same one again resumes")
     parser.add_argument("--coordinator", help="HOST:PORT of process 0, where jax cannot find it itself")
-    parser.add_argument("--num_processes", type=int)
+    parser.add_argument("--num_processes", type=int, help="how many there are in all")
     parser.add_argument("--process_id", type=int, help="of this process, from 0; 0 runs on the coordinator's host")
 
 
@@ -66,12 +68,28 @@ def read_run_flags(flags: argparse.Namespace, config: Config) -> RunFlags:
     return RunFlags(config, flags.config, flags.workdir, launch)
 
 
-def make_parser(description: str | None, default_config: str) -> argparse.ArgumentParser:
+def make_parser(description: str | None, default_config: str, verb: str | None = None) -> argparse.ArgumentParser:
     """A parser that knows --config, for more flags to be added; its errors are `ConfigError`s."""
-    epilog = "--config.KEY=VALUE sets any key, as --config.train.num_steps=100"
-    parser = _Parser(description=description, epilog=epilog, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, default=SHIPPED / default_config, help="a .py file with get_config()")
+    epilog = (
+        "--config.KEY=VALUE sets any key, as --config.train.num_steps=100; all keys, with their defaults: "
+        "mixtral_jax/config.py; configs to start from: configs/"
+    )
+    prog = f"mixtral-jax {verb}" if verb else None
+    parser = _Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+    default = SHIPPED / default_config
+    parser.add_argument(
+        "--config",
+        type=_path,
+        default=default,
+        help=f"a .py file with get_config(); by default configs/{default_config}",
+    )
     return parser
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: a variable that is not set?")
+    return Path(text)
 
 
 def parse_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
@@ -89,12 +107,16 @@ def parse_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> t
 def load_config_file(path: Path) -> dict[str, Any]:
     """The nested mapping that `get_config()` of a config file returns. The file runs as Python."""
     if not path.is_file():
-        raise ConfigError(f"--config={path}: there is no such file; shipped ones are under configs/")
+        problem = "is a folder: name a .py file in it" if path.is_dir() else "there is no such file"
+        raise ConfigError(f"--config={path}: {problem}; shipped ones are under configs/")
     # Config files import their parents from the `configs` folder that they live in.
     roots = [str(folder.parent) for folder in path.resolve().parents if folder.name == "configs"]
     sys.path[:0] = [root for root in roots[:1] if root not in sys.path]
     try:
-        return runpy.run_path(str(path))["get_config"]().to_dict()
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if get_config is None:
+            raise ConfigError(f"--config={path} must have a function get_config() that returns a ConfigDict")
+        return ConfigDict(get_config()).to_dict()
     except ConfigError:
         raise
     except Exception as error:

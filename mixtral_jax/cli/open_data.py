@@ -28,7 +28,7 @@ class TextData:
 def open_text(run: Run) -> TextData:
     """Reads, tokenises and packs the text that the config names; prints its size and its n-gram baselines."""
     config, say = run.config, run.console.print
-    say(f"reading {config.data.path} (the first time, this trains the tokenizer and tokenises everything) ...")
+    say(f"reading {config.data.path} (tokenised the first time, then cached) ...")
     start = time.monotonic()
     text = prepare_text(config.data, config.model.vocab_size, run.workdir / "tokenizer.model", is_writer=run.is_writer)
     plan = plan_rows(text.train, config.train.sequence_length)
@@ -44,8 +44,8 @@ def open_text(run: Run) -> TextData:
     )  # fmt: skip
     num_tokens, epochs = len(text.train.tokens), config.train.num_steps * config.train.batch_size / plan.num_rows
     say(
-        f"[bold]text[/]        {num_tokens:,} tokens to train on in {plan.num_rows:,} rows ({epochs:.2f} epochs), "
-        f"{len(text.held_out.tokens):,} held out; read in {time.monotonic() - start:.0f} s"
+        f"[bold]text[/]        {num_tokens:,} tokens to train on in {plan.num_rows:,} rows, {epochs:.2f} epochs\n"
+        f"[bold]held out[/]    {len(text.held_out.tokens):,} tokens; read in {time.monotonic() - start:.0f} s"
     )
     token_bytes = TokenBytes.of(text.tokenizer)
     baselines = {}
@@ -53,5 +53,7 @@ def open_text(run: Run) -> TextData:
         baselines = measure_ngrams(text.train.tokens[:NGRAM_TOKENS], held_out, token_bytes)
         described = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
         say(f"[bold]to beat[/]     {described} bits/byte, on the same tokens")
+    else:
+        say("[bold]to beat[/]     unigram and bigram models are fitted by runs of one process only")
     fingerprint = hashlib.sha256((plan.fingerprint + held_out_plan.fingerprint).encode()).hexdigest()
     return TextData(train_batches, make_evaluator(held_out, token_bytes, baselines), fingerprint)

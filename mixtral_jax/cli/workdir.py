@@ -1,11 +1,13 @@
 """The folder of a run: whose config it holds, and whether all processes see the same one."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import secrets
 import time
 from pathlib import Path
+from typing import IO
 
 from mixtral_jax.config import Config, ConfigError, require
 from mixtral_jax.config_mapping import changed_keys
@@ -13,6 +15,7 @@ from mixtral_jax.parallel.processes import Processes
 
 # Network file systems remember for some seconds that a file was not there.
 _VISIBLE_SECONDS = 15.0
+_locks: list[IO[str]] = []  # Closing one would unlock it.
 
 
 def open_workdir(workdir: Path, config: Config, processes: Processes) -> None:
@@ -22,11 +25,17 @@ def open_workdir(workdir: Path, config: Config, processes: Processes) -> None:
         ConfigError: the folder holds a run of another config, or is not the same one everywhere.
     """
     if processes.index == 0:
-        _check_saved(workdir, config)
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary = workdir / f"config.json.{os.getpid()}"
-        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        temporary.replace(workdir / "config.json")
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            _lock(workdir)
+            _check_saved(workdir, config)
+            temporary = workdir / f"config.json.{os.getpid()}"
+            temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+            temporary.replace(workdir / "config.json")
+        except OSError as error:
+            raise ConfigError(
+                f"--workdir={workdir} cannot be written ({error}): name a folder that you may write"
+            ) from error
     blind = find_blind_processes(workdir, processes)
     if blind:
         raise ConfigError(
@@ -51,6 +60,16 @@ def find_blind_processes(workdir: Path, processes: Processes) -> list[int]:
     return [index for index, does in enumerate(sees) if not does]
 
 
+def _lock(workdir: Path) -> None:
+    """Keeps other runs on this host out of the folder for as long as this process lives."""
+    file = (workdir / ".lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"--workdir={workdir} is in use by another run: wait for it, or name another") from None
+    _locks.append(file)
+
+
 def _waits_for(path: Path) -> bool:
     deadline = time.monotonic() + _VISIBLE_SECONDS
     while not path.exists():
@@ -73,5 +92,5 @@ def _check_saved(workdir: Path, config: Config) -> None:
     require(
         not changed,
         f"{workdir} holds a run of another config; changed: {', '.join(changed)}. Use another --workdir, or "
-        "change only train.num_steps, mesh, dispatch.transport, log, and evaluation, log and checkpoint intervals",
+        "change only train.num_steps, train.eval_every, train.log_every, mesh, dispatch.transport, log, checkpoint",
     )

@@ -97,6 +97,7 @@ def _load_hub(path: str) -> Any:
     import datasets  # Slow to import, and most runs read files.
 
     name, _, split = path.removeprefix(HUB).partition(":")
+    require(name, f"data.path={path} names no dataset: write hub:NAME or hub:NAME:SPLIT")
     try:
         return datasets.load_dataset(name, split=split or "train")
     except (OSError, ValueError, RuntimeError) as error:

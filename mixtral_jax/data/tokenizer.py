@@ -223,7 +223,7 @@ def _train(num_pieces: int, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         reason = str(error).rpartition("] ")[2].partition(" Increase")[0]
         raise ConfigError(
             f"data.tokenizer=train:{num_pieces}: {num_pieces} pieces are too few or too many for this text "
-            f"({reason}); choose another N, such as train:4096 for megabytes of text or train:512 for a few pages"
+            f"({reason}): choose another N, or give more text"
         ) from error
     return Tokenizer(model.getvalue())
 

@@ -52,17 +52,20 @@ class RunProgress:
         )
         self._bar.update(self._task, completed=step, description=text)
         if not self._console.is_terminal:
-            violation = f"max violation {record['router/max_violation']:.2f}"
-            self._console.print(f"step {step}/{self._num_steps} {text} {violation}")
+            text += f" max violation {record['router/max_violation']:.2f}"
+            for lost in ("dropped", "overflowed"):
+                fraction = record[f"router/{lost}_fraction"]
+                text += f" {lost} {fraction:.1%}" if fraction else ""
+            self._console.print(f"step {step}/{self._num_steps} {text}")
         if "eval/loss" in record:
             self._console.print(
-                f"[bold]held-out[/] at step {step}: loss {record['eval/loss']:.4f}  perplexity "
-                f"{record['eval/perplexity']:.1f}  {record['eval/bits_per_byte']:.3f} bits/byte"
-                + "".join(f"  {name} {value:.3f}" for name, value in _baselines(record).items())
+                f"[bold]held-out[/] at step {step}: loss {record['eval/loss']:.3f}, "
+                f"{record['eval/bits_per_byte']:.3f} bits/byte{_describe_baselines(record)}"
             )
 
 
-def _baselines(record: dict[str, Any]) -> dict[str, float]:
+def _describe_baselines(record: dict[str, Any]) -> str:
     """Bits per byte of simpler models, by name, where the evaluation gave them."""
     prefix = "eval/bits_per_byte_"
-    return {key.removeprefix(prefix): value for key, value in record.items() if key.startswith(prefix)}
+    named = [f"{key.removeprefix(prefix)} {record[key]:.3f}" for key in record if key.startswith(prefix)]
+    return f" ({', '.join(named)})" if named else ""

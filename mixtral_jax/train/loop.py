@@ -1,6 +1,8 @@
 """The one train loop. It composes what it is given, and imports neither data nor evaluation."""
 
+import contextlib
 import dataclasses
+import datetime
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -48,13 +50,13 @@ class TrainLoop:
             return "finished"
         eval_every = self.config.eval_every or max(1, num_steps // 10)
         save_every = self.checkpoint.every or max(1, num_steps // 4)
-        is_stopping = False
+        is_stopping, step = False, first_step
         with RunProgress(self.console, first_step, num_steps) as progress:
             batch, batch_hash = next(self.batches)
             train_step = self._compile(state, batch)
             progress.start_clock()
-            self.stop.hold()
             meter = _TokenMeter(self.record["tokens"])
+            started = time.monotonic()
             for step in range(first_step + 1, num_steps + 1):
                 state, metrics = train_step(state, batch)
                 meter.add(metrics["tokens"])
@@ -79,7 +81,12 @@ class TrainLoop:
                 if not is_last:
                     batch, batch_hash = next(self.batches)
             self.checkpoints.wait()
-        return "stopped" if is_stopping else "finished"
+        took = datetime.timedelta(seconds=round(time.monotonic() - started))
+        if is_stopping:
+            self.console.print(f"stopped after step {step}, which is saved: run the same command again to go on")
+            return "stopped"
+        self.console.print(f"done: {num_steps - first_step} steps in {took}; step {num_steps} is saved")
+        return "finished"
 
     def _compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
         self.console.print("compiling the train step ...")
@@ -98,7 +105,7 @@ class TrainLoop:
 class StopSignal:
     """Makes SIGTERM and SIGINT wait for the step under way; a second one ends the process at once.
 
-    Until `hold`, when there is nothing yet to save, the first raises SystemExit with the code of a stopped run.
+    Within `at_once`, where there is nothing to save, the first raises SystemExit with the code of a stopped run.
     With several processes jax listens for SIGTERM instead, from the moment they join, and they stop together (see
     `TrainLoop`); this only turns SIGINT into one.
     """
@@ -106,7 +113,7 @@ class StopSignal:
     def __init__(self, num_processes: int = 1) -> None:
         self.is_set = False
         self._num_processes = num_processes
-        self._is_held = False
+        self._is_at_once = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -121,9 +128,14 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def hold(self) -> None:
-        """From here on a signal only sets `is_set`, for the loop to see."""
-        self._is_held = True
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """For long work on the host alone; to leave while devices compute, by an exception, can crash the process."""
+        self._is_at_once = True
+        try:
+            yield
+        finally:
+            self._is_at_once = False
 
     def _pass_on(self, number: int, _: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -132,7 +144,7 @@ class StopSignal:
     def _receive(self, number: int, _: Any) -> None:
         self.is_set = True
         signal.signal(number, signal.SIG_DFL)
-        if not self._is_held:
+        if self._is_at_once:
             raise SystemExit(EXIT_CODES["stopped"])
 
 
