@@ -16,7 +16,14 @@ from mixtral_jax.kernels.attention import choose_attention
 from mixtral_jax.kernels.grouped_matmul import choose_kernel
 from mixtral_jax.model.dispatch.choose import choose_transport
 from mixtral_jax.model.transformer import count_parameters, model_maker
-from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, resolve_mesh, start_processes, use_virtual_cpu_devices
+from mixtral_jax.parallel.mesh import (
+    MESH_AXES,
+    make_mesh,
+    matmul_precision,
+    resolve_mesh,
+    start_processes,
+    use_virtual_cpu_devices,
+)
 from mixtral_jax.train.console import make_console
 
 
@@ -50,9 +57,8 @@ def start_run(flags: RunFlags) -> Run:
 def start_devices(config: Config) -> tuple[Config, jax.sharding.Mesh]:
     """The config with its mesh as numbers, and that mesh. Call before jax first touches a device."""
     use_virtual_cpu_devices(config.mesh.cpu_devices)
-    if config.model.dtype == "float32":
-        # float32 means float32: no TF32 and no bfloat16 passes unless asked for.
-        jax.config.update("jax_default_matmul_precision", "highest")
+    if precision := matmul_precision(config.model.dtype):
+        jax.config.update("jax_default_matmul_precision", precision)
     config = resolve_mesh(config, jax.device_count())
     return config, make_mesh(config.mesh)
 
