@@ -1,9 +1,10 @@
 """Compiles the train step of a config for devices that are not here; nothing is allocated."""
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -58,7 +59,7 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
     config = fit_mesh(config, target)
     mesh = make_mesh(config.mesh, target.devices)
     start = time.perf_counter()
-    with jax.set_mesh(mesh), jax.default_matmul_precision(matmul_precision(config.model.dtype)):
+    with _as_if_on(config, mesh):
         state, traced = _trace(config, mesh, target.platform)
         # Without it the compiler refuses what does not fit, and says nothing more of it.
         options: dict[str, str | bool] = {"xla_tpu_no_crash_on_oom": True} if target.platform == "tpu" else {}
@@ -84,7 +85,7 @@ def trace_grouped(config: Config, target: Target) -> Any:
     dispatch = dataclasses.replace(config.dispatch, grouped_matmul="ragged_dot")
     config = dataclasses.replace(config, dispatch=dispatch)
     mesh = make_mesh(config.mesh, target.devices)
-    with jax.set_mesh(mesh), jax.default_matmul_precision(matmul_precision(config.model.dtype)):
+    with _as_if_on(config, mesh):
         return _trace(config, mesh, target.platform)[1].jaxpr
 
 
@@ -105,6 +106,14 @@ def fit_mesh(config: Config, target: Target) -> Config:
         )
         reason = str(error).partition(": the product")[0]
         raise ConfigError(f"{reason}, so it does not fit the {count} devices of {name}; {advice}") from None
+
+
+@contextlib.contextmanager
+def _as_if_on(config: Config, mesh: jax.sharding.Mesh) -> Iterator[None]:
+    """A run's mesh and precision; libraries that look which device this is see one of the mesh."""
+    precision = jax.default_matmul_precision(matmul_precision(config.model.dtype))
+    with jax.set_mesh(mesh), precision, jax.default_device(mesh.devices.flat[0]):
+        yield
 
 
 def _trace(config: Config, mesh: jax.sharding.Mesh, platform: str) -> tuple[TrainState, jax.stages.Traced]:

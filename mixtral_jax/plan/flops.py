@@ -57,7 +57,7 @@ def count_traced_flops(closed: Any, routed_rows: int, *, only_pallas: bool = Fal
     """FLOPs, over all devices, of the matmuls in a traced step (a `ClosedJaxpr`), less what nothing uses.
 
     A Pallas kernel counts by its own cost estimate, or else as its body at every point of its grid: too
-    much, if it skips some at run time.
+    much, if it skips some at run time. Grouped matmuls count the rows of a balanced routing.
     """
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
     return _traced(jaxpr, routed_rows, only_pallas)
@@ -68,7 +68,7 @@ def _traced(jaxpr: Any, routed_rows: int, only_pallas: bool) -> int:
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
         if name == "pallas_call":
-            total += _pallas(params)
+            total += _pallas(eqn, routed_rows)
         elif name == "dot_general":
             total += 0 if only_pallas else _traced_dot(eqn)
         elif name == "ragged_dot_general":
@@ -91,10 +91,19 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
                 yield inner
 
 
-def _pallas(params: dict[str, Any]) -> int:
-    if params.get("cost_estimate") is not None:
-        return int(params["cost_estimate"].flops)
-    return math.prod(params["grid_mapping"].grid) * _traced(params["jaxpr"], 0, False)
+def _pallas(eqn: Any, routed_rows: int) -> int:
+    """Of a grouped matmul by Megablox, as tokamax and jax have it, the rows of a balanced routing."""
+    params, grid = eqn.params, eqn.params["grid_mapping"].grid
+    if params["cost_estimate"] is not None:
+        flops = int(params["cost_estimate"].flops)
+    elif all(isinstance(size, int) for size in grid):
+        flops = math.prod(grid) * _traced(params["jaxpr"], routed_rows, False)
+    else:
+        raise ValueError(f"cannot count a Pallas kernel without a cost estimate, of unknown grid {grid}")
+    if "gmm" in str(params.get("name", "")):
+        R = eqn.invars[-2].aval.shape[0]
+        return flops * min(R, routed_rows) // R
+    return flops
 
 
 def _traced_dot(eqn: Any) -> int:

@@ -68,7 +68,7 @@ def transfer_seconds(collective: Collective, topology: Topology, coordinates: np
     np.fill_diagonal(distances, 0)
     # An all-to-all crosses every link between two members; the others pass on what they got from a neighbour.
     hops = distances.sum() / (len(members) * (len(members) - 1)) if goes_to_all else nearest
-    return collective.bytes_per_device * hops / (_links(members, topology) * topology.chip.link_bytes_per_second)
+    return float(collective.bytes_per_device * hops) / (_links(members, topology) * topology.chip.link_bytes_per_second)
 
 
 def _links(members: np.ndarray, topology: Topology) -> float:

@@ -58,9 +58,22 @@ def test_every_collective_has_an_axis_and_the_loop_over_layers_is_counted() -> N
 def test_matmuls_of_the_program_are_those_of_a_count_by_hand() -> None:
     # An expert each, and no room to spare: XLA:TPU makes the gradient of a weight over the whole buffer.
     plan = plan_of("v5p:2x2x2", dispatch__buffer_factor=1.0)
+    assert plan.hardware_flops == flops_by_hand()
+
+
+def test_tokamax_is_planned_as_if_on_the_target_and_multiplies_no_empty_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tokamax")
+    # A command line with flags that tokamax does not know.
+    monkeypatch.setattr("sys.argv", ["train.py", "--config=configs/pretrain/tiny.py"])
+    plan = plan_of("v5p:2x2x2", dispatch__grouped_matmul="tokamax", model__dtype="bfloat16")
+    assert plan.hardware_flops == flops_by_hand()
+
+
+def flops_by_hand() -> int:
+    """Of the default run: layers forward, again, and twice for the gradients; the unembedding not again."""
     D, F, N, K, H, E, A, T, V = 128, 256, 4, 2, 32, 8, 2, 128, 2048
     layer = 2 * D * (2 * N * H + 2 * K * H) + 4 * N * H * T + 2 * D * E + 6 * D * F * A
-    assert plan.hardware_flops == 16 * T * (4 * 4 * layer + 3 * 2 * D * V)
+    return 16 * T * (4 * 4 * layer + 3 * 2 * D * V)
 
 
 def test_what_does_not_fit_is_still_planned_and_says_what_to_change() -> None:
