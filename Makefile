@@ -14,8 +14,10 @@ endif
 BIN := $(VENV)/bin
 # torch and transformers stay out of the environment that `make test` uses.
 PARITY_VENV := $(VENV)-parity
+# libtpu compiles for TPUs that are not here.
+TPU_VENV := $(VENV)-tpu
 
-.PHONY: install train test test-all test-parity lint types format bench clean
+.PHONY: install train test test-all test-parity test-tpu lint types format bench clean
 
 install: $(VENV)/.installed
 
@@ -23,14 +25,17 @@ train: install
 	$(BIN)/python train.py
 
 test: install
-	$(BIN)/python -m pytest --ignore=tests/parity -n $(WORKERS) --dist loadscope
+	$(BIN)/python -m pytest --ignore=tests/parity --ignore=tests/tpu -n $(WORKERS) --dist loadscope
 
 # The whole products of settings too.
 test-all: install
-	$(BIN)/python -m pytest --ignore=tests/parity -n $(WORKERS) --dist loadscope -m ''
+	$(BIN)/python -m pytest --ignore=tests/parity --ignore=tests/tpu -n $(WORKERS) --dist loadscope -m ''
 
 test-parity: $(PARITY_VENV)/.installed
 	$(PARITY_VENV)/bin/python -m pytest tests/parity
+
+test-tpu: $(TPU_VENV)/.installed
+	$(TPU_VENV)/bin/python -m pytest tests/tpu
 
 lint: install
 	$(BIN)/ruff check
@@ -51,6 +56,7 @@ clean:
 
 $(VENV)/.installed: EXTRAS := test
 $(PARITY_VENV)/.installed: EXTRAS := test,parity
+$(TPU_VENV)/.installed: EXTRAS := test,tpu
 
 # A Python without ensurepip (Debian's, unless python3-venv is there) fills the environment with its own pip.
 %/.installed: pyproject.toml

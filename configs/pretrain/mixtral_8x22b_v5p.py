@@ -1,6 +1,6 @@
-"""Mixtral 8x22B from scratch on 256 chips of TPU v5p (4x8x8).
+"""Mixtral 8x22B from scratch on 128 chips of TPU v5p (4x4x8, a v5p-256).
 
-256 rows of 4,096 tokens a step, one a chip. Never run on that hardware: the sizes and the mesh are checked, the
+128 rows of 4,096 tokens a step, one a chip. Never run on that hardware: the sizes and the mesh are checked, the
 learning rate and the speed are not. Name your text, and a workdir that every host sees; run on every host:
 
     python train.py --config=configs/pretrain/mixtral_8x22b_v5p.py --config.data.path=TEXT --workdir=DIR
@@ -17,9 +17,9 @@ def get_config() -> ConfigDict:
     config.update(
         {
             "model": models.mixtral_8x22b(),
-            "mesh": {"fsdp": 32},
+            "mesh": {"fsdp": 16},
             "optimizer": {"learning_rate": 2e-4},
-            "train": {"batch_size": 256, "num_steps": 50_000},
+            "train": {"batch_size": 128, "num_steps": 100_000},
         }
     )
     return config

@@ -17,6 +17,7 @@ from mixtral_jax.model.transformer import count_parameters, model_maker
 from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.parallel.rules import AxisRules
+from mixtral_jax.plan.flops import model_flops_per_step
 from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from mixtral_jax.train.state import init_state
 from mixtral_jax.train.step import make_train_step, peak_memory_bytes
@@ -74,15 +75,6 @@ def measure(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         "utilization": flops / median / ceiling,
         "peak_memory_bytes": peak_memory_bytes(step),
     }
-
-
-def model_flops_per_step(config: Config, active_parameters: int) -> int:
-    """Useful FLOPs, without recomputation: 6 a token and active parameter but for the embedding look-up,
-    and 6 N H T a token and layer for the scores and values of causal attention (PaLM, appendix B, halved)."""
-    model, train = config.model, config.train
-    per_token = 6 * (active_parameters - model.vocab_size * model.hidden_size)
-    per_token += 6 * model.num_layers * model.num_heads * model.head_dim * train.sequence_length
-    return per_token * train.batch_size * train.sequence_length
 
 
 def _made_up_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:

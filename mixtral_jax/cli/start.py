@@ -16,7 +16,7 @@ from mixtral_jax.kernels.grouped_matmul import choose_kernel
 from mixtral_jax.model.dispatch.choose import choose_transport
 from mixtral_jax.model.transformer import count_parameters, model_maker
 from mixtral_jax.parallel.agreement import find_unequal_devices, require_agreement, share_devices
-from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, resolve_mesh, use_virtual_cpu_devices
+from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, matmul_precision, resolve_mesh, use_virtual_cpu_devices
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.train.console import make_console
 
@@ -68,9 +68,8 @@ def start_devices(config: Config, processes: Processes) -> tuple[Config, jax.sha
 def prepare_devices(config: Config) -> None:
     """Sets what must be set before jax first touches a device."""
     use_virtual_cpu_devices(config.mesh.cpu_devices)
-    if config.model.dtype == "float32":
-        # float32 means float32: no TF32 and no bfloat16 passes unless asked for.
-        jax.config.update("jax_default_matmul_precision", "highest")
+    if precision := matmul_precision(config.model.dtype):
+        jax.config.update("jax_default_matmul_precision", precision)
 
 
 def describe_run(run: Run) -> None:

@@ -25,4 +25,7 @@ def ragged_dot(x_RD: jax.Array, weight_EDF: jax.Array, rows_per_expert_E: jax.Ar
     Traced on the device that it will run on: tokamax looks at that to choose its kernel.
     """
     package = importlib.import_module("tokamax")  # An extra, and slow to import.
+    flags = importlib.import_module("absl.flags").FLAGS
+    if not flags.is_parsed():
+        flags.mark_as_parsed()  # Or tokamax looks for its flags on our command line, and ends the run at one of ours.
     return package.ragged_dot(x_RD, weight_EDF, rows_per_expert_E, implementation=IMPLEMENTATIONS)

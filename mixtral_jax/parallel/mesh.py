@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 
 from mixtral_jax.config import Config, ConfigError, MeshConfig, require
 
@@ -13,6 +16,11 @@ MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 def use_virtual_cpu_devices(count: int) -> None:
     """Splits the CPU into `count` virtual devices; call before jax first touches a device."""
     jax.config.update("jax_num_cpu_devices", count)
+
+
+def matmul_precision(dtype: str) -> str | None:
+    """jax's default precision for a model of `dtype`: float32 means float32, no TF32 and no bfloat16 passes."""
+    return "highest" if dtype == "float32" else None
 
 
 def resolve_mesh(config: Config, num_devices: int) -> Config:
@@ -26,9 +34,20 @@ def resolve_mesh(config: Config, num_devices: int) -> Config:
     return resolved
 
 
-def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
-    """The explicit-sharding mesh of a resolved config; axes of size 1 are kept, so specs never change."""
-    return jax.make_mesh(tuple(getattr(config, axis) for axis in MESH_AXES), MESH_AXES)
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The explicit-sharding mesh of a resolved config; axes of size 1 are kept, so specs never change.
+
+    `devices` are those of this machine, or of one that is only described.
+    """
+    devices = jax.devices() if devices is None else devices
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    require(
+        len(slices) == 1, f"the devices are of {len(slices)} TPU slices: a run takes one, whose links join all chips"
+    )
+    shape = tuple(getattr(config, axis) for axis in MESH_AXES)
+    # Not `jax.make_mesh`, which refuses to spread 8 over the torus 4x4x4: 8 takes one of its axes and half of another.
+    arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(arranged, MESH_AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(MESH_AXES))
 
 
 def _fill_mesh(mesh: MeshConfig, num_devices: int, num_experts: int) -> MeshConfig:

@@ -1,0 +1,127 @@
+"""A plan as tables for people."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from mixtral_jax.plan.compile import mesh_shape
+from mixtral_jax.plan.estimate import Plan
+from mixtral_jax.plan.meshes import describe_mesh
+from mixtral_jax.plan.sweep import Attempt
+
+GIB = 2**30
+# Lighter ones are in --json.
+NUM_COLLECTIVES = 12
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Prints everything there is, but for the lightest collectives."""
+    step, topology = plan.step, plan.target.topology
+    mesh = " ".join(f"{axis}={size}" for axis, size in mesh_shape(step.mesh).items() if size > 1) or "one device"
+    train = step.config.train
+    console.print(
+        f"[bold]{topology.name}[/]: {topology.num_devices} devices as {mesh}; {train.batch_size} sequences of "
+        f"{train.sequence_length:,} tokens a step\n"
+        f"{step.parameters.total:,} parameters, {step.parameters.active:,} active"
+    )
+    if plan.target.is_estimate:
+        console.print(
+            f"[bold yellow]an estimate[/]: compiled on virtual CPU devices, not for {topology.chip.name}: memory, "
+            "traffic and collectives may differ"
+        )
+    console.print(f"compiled in {step.seconds:.0f} s\n")
+    _print_memory(plan, console)
+    _print_roofline(plan, console)
+    _print_collectives(plan, console)
+
+
+def print_sweep(attempts: Sequence[Attempt], console: Console) -> None:
+    """A line for each attempt, the best first."""
+    table = _table("", "mesh", ">sequences", ">GiB", "fits", ">MFU at most", ">tokens/s a device", "bound by")
+    for attempt in attempts:
+        plan, config, roofline = attempt.plan, attempt.plan.step.config, attempt.plan.roofline
+        table.add_row(
+            str(attempt.rank or "-"),
+            describe_mesh(config.mesh),
+            str(config.train.batch_size),
+            f"{plan.step.memory.peak / GIB:.1f}",
+            "yes" if plan.fits else "no",
+            f"{roofline.mfu_bound:.0%}",
+            f"{roofline.tokens_per_second_per_device:,.0f}",
+            roofline.bound_by,
+        )
+    console.print(table)
+
+
+def _print_memory(plan: Plan, console: Console) -> None:
+    memory, hbm = plan.step.memory, plan.hbm_bytes
+    table = _table("of a device", ">memory")
+    for name, size in (
+        ("parameters", memory.parameters),
+        ("optimizer", memory.optimizer),
+        ("gradients, activations, buffers", memory.rest),
+        ("peak", memory.peak),
+        (f"HBM of {plan.target.topology.chip.name}", hbm),
+    ):
+        table.add_row(name, _readable(size))
+    console.print(table)
+    room = _readable(abs(hbm - memory.peak))
+    console.print(f"[bold]{'fits' if plan.fits else 'does not fit'}[/], {room} {'left' if plan.fits else 'over'}")
+    for line in plan.to_json()["advice"]:
+        console.print(f"  {line}", soft_wrap=True)
+    console.print()
+
+
+def _print_roofline(plan: Plan, console: Console) -> None:
+    roofline, chip = plan.roofline, plan.target.topology.chip
+    table = _table("of a step", ">ms", "from")
+    each = plan.hardware_flops / plan.target.topology.num_devices
+    sent = sum(collective.bytes_per_device for collective in plan.collectives)
+    for part, seconds, source in (
+        (
+            "compute",
+            roofline.compute_seconds,
+            f"{each / 1e12:,.3f} TFLOP at {chip.flops_per_second / 1e12:,.0f} TFLOP/s",
+        ),
+        (
+            "hbm",
+            roofline.hbm_seconds,
+            f"{plan.hbm_traffic / 1e9:,.3f} GB at {chip.hbm_bytes_per_second / 1e9:,.0f} GB/s",
+        ),
+        ("interconnect", roofline.interconnect_seconds, f"{sent / 1e9:,.3f} GB sent, over the links of each axis"),
+    ):
+        table.add_row(part, f"{seconds * 1e3:,.3f}", source, style="bold" if part == roofline.bound_by else "")
+    console.print(table)
+    console.print(
+        f"bound by [bold]{roofline.bound_by}[/]: at most {roofline.mfu_bound:.1%} MFU, "
+        f"{roofline.tokens_per_second_per_device:,.0f} tokens/s a device\n"
+        f"{plan.model_flops:.4g} FLOPs on all devices that the model needs, {plan.hardware_flops:.4g} that are done\n"
+    )
+
+
+def _print_collectives(plan: Plan, console: Console) -> None:
+    table = _table("collective", "over", "pass", ">count", ">MB sent", ">ms", "operand")
+    pairs = list(zip(plan.collectives, plan.collective_seconds, strict=True))
+    for collective, seconds in pairs[:NUM_COLLECTIVES]:
+        table.add_row(
+            collective.op, collective.axis or "-", collective.pass_, str(collective.count),
+            f"{collective.bytes_per_device / 1e6:,.3f}", f"{seconds * 1e3:,.3f}", collective.operand,
+        )  # fmt: skip
+    console.print(table)
+    rest = pairs[NUM_COLLECTIVES:]
+    if rest:
+        megabytes = sum(collective.bytes_per_device for collective, _ in rest) / 1e6
+        console.print(f"and {len(rest)} lighter kinds, {megabytes:,.3f} MB in all: --json lists them")
+
+
+def _readable(size: int) -> str:
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.2f} MiB"
+
+
+def _table(*headings: str) -> Table:
+    """A plain table; a heading that begins with > is of numbers."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in headings:
+        table.add_column(heading.lstrip(">"), justify="right" if heading.startswith(">") else "left", no_wrap=True)
+    return table

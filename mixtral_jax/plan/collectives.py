@@ -1,0 +1,136 @@
+"""The collectives of a compiled step: what each moves, along which mesh axes, in which pass, how often.
+
+Bytes are those that leave a device. With P devices in a group and an operand of B bytes on each:
+
+    all-gather          (P - 1) B: every byte goes to P - 1 others
+    reduce-scatter      (P - 1) / P B: a share for each other
+    all-reduce          2 (P - 1) / P B: the two in turn
+    all-to-all          (P - 1) / P B
+    ragged-all-to-all   (P - 1) / P of the rows that are there, under balanced routing
+    collective-permute  B
+
+These are what the algorithms that send least send (Chan et al., "Collective communication: theory,
+practice, and experience", 2007, table 1).
+"""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+from mixtral_jax.plan.hlo import Array, Computation, Instruction, Program
+from mixtral_jax.plan.replica_groups import name_axes, name_permuted_axes, read_groups
+
+Pass = Literal["forward", "backward", "rematerialized"]
+
+OPCODES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+    "collective-broadcast",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Alike collectives of a step together. `groups` are places in the mesh's order, [groups, members].
+
+    `bytes_per_device` leave a device in a step, over all `count`; `operand` is the largest array that one of
+    them takes, and how many others it takes.
+    """
+
+    op: str
+    axis: str | None
+    pass_: Pass
+    operand: str
+    count: int
+    bytes_per_device: int
+    groups: np.ndarray = dataclasses.field(compare=False, repr=False)
+
+
+def list_collectives(program: Program, mesh_shape: dict[str, int]) -> list[Collective]:
+    """All collectives that a program runs and that join several devices, the heaviest first.
+
+    Raises:
+        ValueError: one is in a loop whose length is known only at run time.
+    """
+    num_devices = int(np.prod(list(mesh_shape.values())))
+    found: dict[tuple, Collective] = {}
+    for computation, instruction, times in program.instructions():
+        op = instruction.opcode.removesuffix("-start")
+        if op not in OPCODES:
+            continue
+        if op == "all-reduce" and _is_scattered(program, computation, instruction):
+            op = "reduce-scatter"
+        if times is None:
+            raise ValueError(f"{instruction.name} is in a loop whose length is known only at run time")
+        groups = read_groups(instruction, num_devices)
+        if groups.shape[-1] < 2 or not groups.size:
+            continue
+        name = name_permuted_axes if op == "collective-permute" else name_axes
+        axis, pass_ = name(groups, mesh_shape), pass_of(program, computation, instruction)
+        sends = _bytes_sent(op, computation, instruction, groups.shape[1]) * times
+        operand = _describe(_operands(op, computation, instruction))
+        key = (op, axis, pass_, operand)
+        before = found.get(key)
+        count, total = (before.count, before.bytes_per_device) if before else (0, 0)
+        found[key] = Collective(op, axis, pass_, operand, count + times, total + round(sends), groups)
+    return sorted(found.values(), key=lambda collective: -collective.bytes_per_device)
+
+
+def pass_of(program: Program, computation: Computation, instruction: Instruction) -> Pass:
+    """From the path of transformations in the metadata, as `jax.checkpoint` and `jax.grad` write it.
+
+    Where XLA joined several, the heaviest operand decides; where it lost the path, the loop around it.
+    What is in no differentiation, as a sum over the batch, counts as forward. XLA marks what it
+    recomputes on its own account in the instruction's name.
+    """
+    path = _path(program, computation, instruction)
+    if "rematted_computation" in path or ".remat" in instruction.name:
+        return "rematerialized"
+    return "backward" if "transpose(" in path else "forward"
+
+
+def _path(program: Program, computation: Computation, instruction: Instruction) -> str:
+    if len(instruction.operands) > 1 and instruction.opcode.startswith("all-reduce"):
+        heaviest = max(computation.operands(instruction), key=lambda operand: operand.result_bytes)
+        while not heaviest.op_name and heaviest.opcode in ("copy-done", "copy-start", "copy", "bitcast"):
+            (heaviest,) = computation.operands(heaviest)
+        if heaviest.op_name:
+            return heaviest.op_name
+    while not instruction.op_name and computation.name in program.callers:
+        computation, instruction = program.callers[computation.name]
+    return instruction.op_name
+
+
+def _operands(op: str, computation: Computation, instruction: Instruction) -> list[Array]:
+    """Types of what it sends. A ragged one takes rows, the buffer that it fills, and where which rows go."""
+    arrays = [array for operand in computation.operands(instruction) for array in operand.results[:1]]
+    return arrays[:1] if op == "ragged-all-to-all" else arrays
+
+
+def _describe(operands: list[Array]) -> str:
+    """The largest, and how many more travel with it."""
+    largest = max(operands, key=lambda array: array.num_bytes)
+    return f"{largest} +{len(operands) - 1}" if len(operands) > 1 else str(largest)
+
+
+def _bytes_sent(op: str, computation: Computation, instruction: Instruction, members: int) -> float:
+    operand = sum(array.num_bytes for array in _operands(op, computation, instruction))
+    if op == "all-gather":
+        return (members - 1) * operand
+    if op == "all-reduce":
+        return 2 * (members - 1) / members * operand
+    if op == "ragged-all-to-all":
+        # On the way out the rows are all sent and the buffer has room for more; on the way home the buffer is
+        # what is sent from, and all the rows that it is filled up to come back. The smaller is what moves.
+        buffer = computation.operands(instruction)[1].results[0]
+        return (members - 1) / members * min(operand, buffer.num_bytes)
+    if op in ("reduce-scatter", "all-to-all"):
+        return (members - 1) / members * operand
+    return operand
+
+
+def _is_scattered(program: Program, computation: Computation, instruction: Instruction) -> bool:
+    """XLA on TPU may write a reduce-scatter as a fusion of an all-reduce and the slice of it that is kept."""
+    caller = program.callers.get(computation.name)
+    is_fused = caller is not None and caller[1].opcode == "fusion"
+    return is_fused and computation.root.result_bytes < instruction.result_bytes

@@ -1,0 +1,140 @@
+"""Compiles the train step of a config for devices that are not here; nothing is allocated."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mixtral_jax.config import Config, ConfigError
+from mixtral_jax.model.transformer import ParameterCount, count_parameters, model_maker
+from mixtral_jax.parallel.batch import Batch, batch_spec
+from mixtral_jax.parallel.mesh import make_mesh, matmul_precision, resolve_mesh
+from mixtral_jax.parallel.rules import AxisRules
+from mixtral_jax.plan.hlo import Program, parse_program
+from mixtral_jax.plan.meshes import describe_mesh, meshes_that_fit
+from mixtral_jax.plan.topology import Target
+from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from mixtral_jax.train.state import TrainState, abstract_state
+from mixtral_jax.train.step import make_train_step, peak_memory_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMemory:
+    """Bytes of one device at the fullest moment of a step. The rest is gradients, activations and buffers."""
+
+    peak: int
+    parameters: int
+    optimizer: int
+
+    @property
+    def rest(self) -> int:
+        """What a smaller micro-batch, or more recomputation, could lessen."""
+        return max(0, self.peak - self.parameters - self.optimizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """A step compiled for `mesh`; `config` has its mesh as numbers. `traced` is the jaxpr it came from."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    program: Program
+    traced: Any
+    memory: StepMemory
+    parameters: ParameterCount
+    seconds: float
+
+
+def compile_step(config: Config, target: Target) -> CompiledStep:
+    """Traces, lowers and compiles the step that `train.py` would run on these devices, of any size.
+
+    Raises:
+        ConfigError: the mesh does not fit the topology.
+    """
+    config = fit_mesh(config, target)
+    mesh = make_mesh(config.mesh, target.devices)
+    start = time.perf_counter()
+    with _as_if_on(config, mesh):
+        state, traced = _trace(config, mesh, target.platform)
+        # Without it the compiler refuses what does not fit, and says nothing more of it.
+        options: dict[str, str | bool] = {"xla_tpu_no_crash_on_oom": True} if target.platform == "tpu" else {}
+        compiled = traced.lower().compile(compiler_options=options)
+    seconds = time.perf_counter() - start
+    memory = StepMemory(
+        peak=peak_memory_bytes(compiled) or 0,
+        parameters=_bytes_per_device((state.trained, state.frozen)),
+        optimizer=_bytes_per_device(state.opt_state),
+    )
+    with jax.set_mesh(mesh):
+        parameters = count_parameters(jax.eval_shape(model_maker(config, target.platform)))
+    return CompiledStep(
+        config, mesh, parse_program(compiled.as_text() or ""), traced.jaxpr, memory, parameters, seconds
+    )
+
+
+def trace_grouped(config: Config, target: Target) -> Any:
+    """The jaxpr of the same step with grouped matmuls as one operation each, for counting them.
+
+    `config` is that of a `CompiledStep`. Written as loops, they are as long as the routing makes them.
+    """
+    dispatch = dataclasses.replace(config.dispatch, grouped_matmul="ragged_dot")
+    config = dataclasses.replace(config, dispatch=dispatch)
+    mesh = make_mesh(config.mesh, target.devices)
+    with _as_if_on(config, mesh):
+        return _trace(config, mesh, target.platform)[1].jaxpr
+
+
+def fit_mesh(config: Config, target: Target) -> Config:
+    """The config with its mesh as numbers that fill the topology.
+
+    Raises:
+        ConfigError: it does not fit; names meshes that would.
+    """
+    try:
+        return resolve_mesh(config, target.topology.num_devices)
+    except ConfigError as error:
+        fitting = meshes_that_fit(config, target.topology.num_devices)
+        name, count = target.topology.name, target.topology.num_devices
+        would = "; ".join(describe_mesh(mesh) for mesh in fitting[:4])
+        advice = (
+            f"meshes that would: {would}" if fitting else f"no mesh does: make train.batch_size a multiple of {count}"
+        )
+        reason = str(error).partition(": the product")[0]
+        raise ConfigError(f"{reason}, so it does not fit the {count} devices of {name}; {advice}") from None
+
+
+@contextlib.contextmanager
+def _as_if_on(config: Config, mesh: jax.sharding.Mesh) -> Iterator[None]:
+    """A run's mesh and precision; libraries that look which device this is see one of the mesh."""
+    precision = jax.default_matmul_precision(matmul_precision(config.model.dtype))
+    with jax.set_mesh(mesh), precision, jax.default_device(mesh.devices.flat[0]):
+        yield
+
+
+def _trace(config: Config, mesh: jax.sharding.Mesh, platform: str) -> tuple[TrainState, jax.stages.Traced]:
+    schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    state = abstract_state(model_maker(config, platform), optimizer)
+    train = config.train
+    rows = jax.ShapeDtypeStruct(
+        (train.gradient_accumulation, train.micro_batch_size, train.sequence_length),
+        np.int32,
+        sharding=jax.NamedSharding(mesh, batch_spec(AxisRules())),
+    )
+    shapes: Any = rows  # The batch is of shapes, not of arrays.
+    batch = Batch(shapes, shapes, shapes, shapes, shapes)
+    return state, make_train_step(optimizer, config.router, schedule).trace(state, batch)
+
+
+def _bytes_per_device(tree: Any) -> int:
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def mesh_shape(mesh: jax.sharding.Mesh) -> Mapping[str, int]:
+    """Sizes of the mesh's axes, in the order of its dimensions."""
+    return dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))

@@ -1,0 +1,144 @@
+"""The plan of a config on a topology: one compilation, and everything that is read from it."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from mixtral_jax.config import Config
+from mixtral_jax.plan.collectives import Collective, list_collectives
+from mixtral_jax.plan.compile import CompiledStep, StepMemory, compile_step, mesh_shape, trace_grouped
+from mixtral_jax.plan.flops import count_program_flops, count_traced_flops, model_flops_per_step
+from mixtral_jax.plan.roofline import Roofline, make_roofline, transfer_seconds
+from mixtral_jax.plan.topology import Target
+from mixtral_jax.plan.traffic import count_traffic
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a step needs and allows. FLOPs are of all devices; bytes and seconds of one."""
+
+    step: CompiledStep
+    target: Target
+    model_flops: int
+    hardware_flops: int
+    hbm_traffic: int
+    collectives: list[Collective]
+    collective_seconds: list[float]
+    roofline: Roofline
+
+    @property
+    def hbm_bytes(self) -> int:
+        """Memory of a device, as published."""
+        return self.target.topology.chip.hbm_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the fullest moment of a step fits."""
+        return self.step.memory.peak <= self.hbm_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as numbers and names, for `--json`."""
+        step, memory, topology = self.step, self.step.memory, self.target.topology
+        return {
+            "topology": topology.name,
+            "num_devices": topology.num_devices,
+            "compiled_for": self.target.platform,
+            "is_estimate": self.target.is_estimate,
+            "mesh": dict(mesh_shape(step.mesh)),
+            "batch_size": step.config.train.batch_size,
+            "gradient_accumulation": step.config.train.gradient_accumulation,
+            "sequence_length": step.config.train.sequence_length,
+            "parameters": step.parameters.total,
+            "active_parameters": step.parameters.active,
+            "peak_bytes_per_device": memory.peak,
+            "hbm_bytes_per_device": self.hbm_bytes,
+            "fits": self.fits,
+            "memory": {
+                "parameter_bytes_per_device": memory.parameters,
+                "optimizer_bytes_per_device": memory.optimizer,
+                "activation_bytes_per_device": memory.rest,
+            },
+            "advice": advise(step.config, memory, self.hbm_bytes, topology.num_devices),
+            "model_flops_per_step": self.model_flops,
+            "hardware_flops_per_step": self.hardware_flops,
+            "hbm_traffic_bytes_per_device": self.hbm_traffic,
+            "compile_seconds": step.seconds,
+            "collectives": [
+                {"op": c.op, "axis": c.axis, "pass": c.pass_, "count": c.count,
+                 "bytes_per_device": c.bytes_per_device, "operand": c.operand, "seconds": seconds}
+                for c, seconds in zip(self.collectives, self.collective_seconds, strict=True)
+            ],
+            "roofline": dataclasses.asdict(self.roofline),
+        }  # fmt: skip
+
+
+def make_plan(config: Config, target: Target) -> Plan:
+    """Compiles the step and reads the result.
+
+    Raises:
+        ConfigError: the mesh does not fit the topology.
+    """
+    step = compile_step(config, target)
+    config, topology = step.config, target.topology
+    routed_rows = _routed_rows(config)
+    collectives = list_collectives(step.program, dict(mesh_shape(step.mesh)))
+    seconds = [transfer_seconds(collective, topology, _coordinates(step, target)) for collective in collectives]
+    model_flops = model_flops_per_step(config, step.parameters.active)
+    hardware_flops = _hardware_flops(step, target, routed_rows)
+    traffic = count_traffic(step.program, routed_rows)
+    roofline = make_roofline(
+        topology.chip, topology.num_devices, model_flops=model_flops, hardware_flops=hardware_flops,
+        hbm_bytes=traffic, interconnect_seconds=sum(seconds),
+        tokens=config.train.batch_size * config.train.sequence_length,
+    )  # fmt: skip
+    return Plan(
+        step=step, target=target, model_flops=model_flops, hardware_flops=hardware_flops, hbm_traffic=traffic,
+        collectives=collectives, collective_seconds=seconds, roofline=roofline,
+    )  # fmt: skip
+
+
+def advise(config: Config, memory: StepMemory, hbm_bytes: int, num_devices: int) -> list[str]:
+    """What to change so that it fits, the simplest first; empty if it does."""
+    if memory.peak <= hbm_bytes:
+        return []
+    state = memory.parameters + memory.optimizer
+    train, advice = config.train, []
+    if state < hbm_bytes:
+        smallest = num_devices // config.mesh.tensor
+        accumulation = train.gradient_accumulation * 2
+        if train.micro_batch_size >= 2 * smallest and train.batch_size % accumulation == 0:
+            advice.append(f"--config.train.gradient_accumulation={accumulation}: half the sequences at a time")
+        if config.model.remat != "full":
+            advice.append("--config.model.remat=full: keep a layer's input alone")
+    if config.mesh.data and config.mesh.data > 1:
+        fsdp = config.mesh.fsdp * config.mesh.data
+        advice.append(f"--config.mesh.data=1 --config.mesh.fsdp={fsdp}: cut weights and optimizer over all devices")
+    needed = math.ceil(num_devices * memory.peak / hbm_bytes)
+    advice.append(f"a larger topology with a larger mesh.fsdp: of these bytes, {needed:,} devices have room")
+    return advice
+
+
+def _routed_rows(config: Config) -> int:
+    """Rows of a device's experts in a micro-batch if routing is even: as many as its own tokens send out."""
+    mesh, train = config.mesh, config.train
+    holders = (mesh.data or 1) * mesh.fsdp * (mesh.expert or 1)
+    return train.micro_batch_size * train.sequence_length // holders * config.router.num_experts_per_token
+
+
+def _hardware_flops(step: CompiledStep, target: Target, routed_rows: int) -> int:
+    """From the compiled program; from the traced step if that is for another chip, or as long as the data makes it."""
+    flops = None if target.is_estimate else count_program_flops(step.program, routed_rows)
+    if flops is None:
+        return count_traced_flops(trace_grouped(step.config, target), routed_rows)
+    pallas = count_traced_flops(step.traced, routed_rows, only_pallas=True)
+    return flops * target.topology.num_devices + pallas
+
+
+def _coordinates(step: CompiledStep, target: Target) -> np.ndarray:
+    """Places of the mesh's devices in order, [devices, dimensions]."""
+    devices, shape = step.mesh.devices.flat, target.topology.shape
+    if target.platform == "tpu":
+        return np.array([device.coords[: len(shape)] for device in devices])
+    return np.stack(np.unravel_index([device.id for device in devices], shape), axis=-1)

@@ -1,0 +1,168 @@
+"""Floating-point operations of a step: those that the model needs, and those that the compiled program does.
+
+The second kind is read from the compiled program, since that is where a worst-case buffer is
+multiplied whole, or a matmul is recomputed. What a Pallas kernel does is compiled away there, so it is
+read from the traced step, as is everything where loops are as long as the routing makes them.
+A multiply-add is two operations, whatever its precision; others are not counted.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jax.interpreters import partial_eval
+
+from mixtral_jax.config import Config
+from mixtral_jax.plan.hlo import Array, Computation, Instruction, Program
+
+
+def model_flops_per_step(config: Config, active_parameters: int) -> int:
+    """Useful FLOPs, without recomputation: 6 a token and active parameter but for the embedding look-up,
+    and 6 N H T a token and layer for the scores and values of causal attention (PaLM, appendix B, halved)."""
+    model, train = config.model, config.train
+    per_token = 6 * (active_parameters - model.vocab_size * model.hidden_size)
+    per_token += 6 * model.num_layers * model.num_heads * model.head_dim * train.sequence_length
+    return per_token * train.batch_size * train.sequence_length
+
+
+def count_program_flops(program: Program, routed_rows: int) -> int | None:
+    """FLOPs of one device's matmuls in a step, without Pallas kernels; None where a loop's length is unknown.
+
+    `routed_rows` is how many rows an expert's grouped matmul has under balanced routing, over the
+    experts of a device: XLA's kernel skips the rest of its buffer.
+    """
+    total = 0
+    for computation, instruction, times in program.instructions():
+        if instruction.opcode in ("convolution", "dot"):
+            flops = _convolution if instruction.opcode == "convolution" else _dot
+            counted = flops(instruction, *(operand.results[0] for operand in computation.operands(instruction)))
+        elif is_ragged_dot(instruction):
+            counted = _ragged_dot(computation, instruction, routed_rows)
+        else:
+            continue
+        if times is None:
+            return None
+        total += counted * times
+    return total
+
+
+def is_ragged_dot(instruction: Instruction) -> bool:
+    """Whether it is the grouped matmul that XLA on TPU makes of `jax.lax.ragged_dot`."""
+    return instruction.opcode == "custom-call" and "ragged_dot_tiling=" in instruction.rest
+
+
+def count_traced_flops(closed: Any, routed_rows: int, *, only_pallas: bool = False) -> int:
+    """FLOPs, over all devices, of the matmuls in a traced step (a `ClosedJaxpr`), less what nothing uses.
+
+    A Pallas kernel counts by its own cost estimate, or else as its body at every point of its grid: too
+    much, if it skips some at run time. Grouped matmuls count the rows of a balanced routing.
+    """
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+    return _traced(jaxpr, routed_rows, only_pallas)
+
+
+def _traced(jaxpr: Any, routed_rows: int, only_pallas: bool) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "pallas_call":
+            total += _pallas(eqn, routed_rows)
+        elif name == "dot_general":
+            total += 0 if only_pallas else _traced_dot(eqn)
+        elif name == "ragged_dot_general":
+            total += 0 if only_pallas else _traced_ragged_dot(eqn, routed_rows)
+        else:
+            inner = [_traced(sub, routed_rows, only_pallas) for sub in _inner_jaxprs(params)]
+            if name == "while" and any(inner):
+                raise ValueError("a loop with matmuls is as long as the data makes it: trace with ragged_dot instead")
+            times = params["length"] if name == "scan" else params["mesh"].size if name == "shard_map" else 1
+            total += times * (max(inner, default=0) if name == "cond" else sum(inner))
+    return total
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    """The jaxprs among an operation's parameters, in tuples too, as those of branches are."""
+    for value in params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            inner = getattr(one, "jaxpr", one)
+            if hasattr(inner, "eqns"):
+                yield inner
+
+
+def _pallas(eqn: Any, routed_rows: int) -> int:
+    """Of a grouped matmul by Megablox, as tokamax and jax have it, the rows of a balanced routing."""
+    params, grid = eqn.params, eqn.params["grid_mapping"].grid
+    if params["cost_estimate"] is not None:
+        flops = int(params["cost_estimate"].flops)
+    elif all(isinstance(size, int) for size in grid):
+        flops = math.prod(grid) * _traced(params["jaxpr"], routed_rows, False)
+    else:
+        raise ValueError(f"cannot count a Pallas kernel without a cost estimate, of unknown grid {grid}")
+    if "gmm" in str(params.get("name", "")):
+        R = eqn.invars[-2].aval.shape[0]
+        return flops * min(R, routed_rows) // R
+    return flops
+
+
+def _traced_dot(eqn: Any) -> int:
+    (contracting, _), _ = eqn.params["dimension_numbers"]
+    lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
+    return 2 * math.prod(out.shape) * math.prod(lhs.shape[dimension] for dimension in contracting)
+
+
+def _traced_ragged_dot(eqn: Any, routed_rows: int) -> int:
+    """Rows count once each, whether they are kept ([R, K] x [E, K, N]) or contracted ([R, K] x [R, N])."""
+    lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
+    R, K = lhs.shape
+    return 2 * min(R, routed_rows) * K * out.shape[-1]
+
+
+def _dot(instruction: Instruction, lhs: Array, rhs: Array) -> int:
+    contracting = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
+    sizes = [lhs.dimensions[int(number)] for number in contracting.group(1).split(",") if number] if contracting else []
+    return 2 * math.prod(instruction.results[0].dimensions) * math.prod(sizes)
+
+
+def _ragged_dot(computation: Computation, instruction: Instruction, routed_rows: int) -> int:
+    lhs = computation.operands(instruction)[-2].results[0]
+    R, K = lhs.dimensions
+    return 2 * min(R, routed_rows) * K * instruction.results[0].dimensions[-1]
+
+
+def _convolution(instruction: Instruction, lhs: Array, rhs: Array) -> int:
+    """XLA on TPU writes every matmul so, its batch dimensions as spatial ones of which few positions meet."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
+    assert labels, instruction.rest[:200]
+    sizes = [
+        dict(zip(label, array.dimensions, strict=True))
+        for label, array in zip(labels.groups(), (lhs, rhs, instruction.results[0]), strict=True)
+    ]
+    in_size, kernel_size, out_size = sizes
+    groups = re.search(r"batch_group_count=(\d+)", instruction.rest)
+    batch = in_size["b"] // (int(groups.group(1)) if groups else 1)
+    flops = 2 * batch * kernel_size["i"] * kernel_size["o"]
+    spatial = sorted(label for label in kernel_size if label.isdigit())
+    for place, label in enumerate(spatial):
+        flops *= _meetings(instruction.rest, place, in_size[label], kernel_size[label], out_size[label])
+    return flops
+
+
+def _meetings(attributes: str, place: int, in_size: int, kernel_size: int, out_size: int) -> int:
+    """How many pairs of an output and a kernel position meet an input, and not padding or a dilation's hole."""
+    stride = _window(attributes, "stride", place, 1)
+    in_dilation, kernel_dilation = (
+        _window(attributes, "lhs_dilate", place, 1),
+        _window(attributes, "rhs_dilate", place, 1),
+    )
+    padding = _window(attributes, "pad", place, 0)
+    position = np.arange(out_size)[:, None] * stride + np.arange(kernel_size)[None] * kernel_dilation - padding
+    inside = (position >= 0) & (position % in_dilation == 0) & (position // in_dilation < in_size)
+    return int(np.sum(inside))
+
+
+def _window(attributes: str, name: str, place: int, default: int) -> int:
+    """The number of one spatial dimension in `window={size=8x4 stride=7x1 pad=0_0x3_3}`; of a pad, the low side's."""
+    found = re.search(rf"window=\{{[^}}]*\b{name}=([\w\-]+)", attributes)
+    return int(found.group(1).split("x")[place].split("_")[0]) if found else default

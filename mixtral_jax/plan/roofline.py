@@ -1,0 +1,111 @@
+"""How fast a step could be at best: the time for its arithmetic, its memory traffic and its communication.
+
+Each of the three runs at its published rate, and perfectly beside the other two (the roofline of
+Williams et al., 2009, doi 10.1145/1498765.1498785), so the slowest is a bound on the step, and on
+model FLOPs utilization (PaLM, arXiv 2204.02311, appendix B). A real step is slower.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import numpy as np
+
+from mixtral_jax.plan.chips import Chip
+from mixtral_jax.plan.collectives import Collective
+from mixtral_jax.plan.topology import Topology
+
+Bound = Literal["compute", "hbm", "interconnect"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds of a step on one device, and what the longest of them allows."""
+
+    compute_seconds: float
+    hbm_seconds: float
+    interconnect_seconds: float
+    bound_by: Bound
+    mfu_bound: float
+    tokens_per_second_per_device: float
+
+
+def make_roofline(
+    chip: Chip, num_devices: int, *, model_flops: int, hardware_flops: int, hbm_bytes: int,
+    interconnect_seconds: float, tokens: int,
+) -> Roofline:  # fmt: skip
+    """`model_flops`, `hardware_flops` and `tokens` are of all devices, `hbm_bytes` of one."""
+    seconds: dict[Bound, float] = {
+        "compute": hardware_flops / num_devices / chip.flops_per_second,
+        "hbm": hbm_bytes / chip.hbm_bytes_per_second,
+        "interconnect": interconnect_seconds,
+    }
+    bound_by = max(seconds, key=lambda part: seconds[part])
+    longest = seconds[bound_by]
+    return Roofline(
+        compute_seconds=seconds["compute"],
+        hbm_seconds=seconds["hbm"],
+        interconnect_seconds=seconds["interconnect"],
+        bound_by=bound_by,
+        mfu_bound=model_flops / num_devices / chip.flops_per_second / longest,
+        tokens_per_second_per_device=tokens / num_devices / longest,
+    )
+
+
+def transfer_seconds(collective: Collective, topology: Topology, coordinates: np.ndarray) -> float:
+    """Time for what one kind of collective sends in a step, if its links do nothing else.
+
+    `coordinates` are the places in the torus of the mesh's devices in order, [devices, dimensions]; of
+    GPUs, their numbers, [devices, 1]. Groups are alike, so the first stands for all.
+    """
+    members = coordinates[collective.groups[0]]
+    goes_to_all = "all-to-all" in collective.op
+    if topology.chip.kind == "gpu":
+        return _gpu_seconds(collective.bytes_per_device, topology.chip, members[:, 0], goes_to_all=goes_to_all)
+    distances = _distances(members, topology)
+    np.fill_diagonal(distances, np.iinfo(distances.dtype).max)
+    nearest = distances.min(axis=1).mean()
+    np.fill_diagonal(distances, 0)
+    # An all-to-all crosses every link between two members; the others pass on what they got from a neighbour.
+    hops = distances.sum() / (len(members) * (len(members) - 1)) if goes_to_all else nearest
+    return float(collective.bytes_per_device * hops) / (_links(members, topology) * topology.chip.link_bytes_per_second)
+
+
+def _links(members: np.ndarray, topology: Topology) -> float:
+    """Links of a member on average, along the dimensions in which the group spreads."""
+    links = 0.0
+    for dimension, size in enumerate(topology.shape):
+        extent = len(np.unique(members[:, dimension]))
+        closes = extent == size and _wraps(topology, dimension)
+        links += 2.0 if closes else 2 * (extent - 1) / extent
+    return links
+
+
+def _distances(members: np.ndarray, topology: Topology) -> np.ndarray:
+    """Hops between any two members, [members, members]."""
+    total = np.zeros((len(members), len(members)), np.int64)
+    for dimension, size in enumerate(topology.shape):
+        apart = np.abs(members[:, None, dimension] - members[None, :, dimension])
+        total += np.minimum(apart, size - apart) if _wraps(topology, dimension) else apart
+    return total
+
+
+def _wraps(topology: Topology, dimension: int) -> bool:
+    """Whether the last chip of a dimension is linked to the first.
+
+    A slice of v5p has such links if it is made of whole cubes, one of v6e or v5e where it is as long as
+    the pod (the pages in chips.py).
+    """
+    if len(topology.shape) == 3:
+        return min(topology.shape) >= 4
+    return topology.shape[dimension] == 16
+
+
+def _gpu_seconds(sent: int, chip: Chip, members: np.ndarray, *, goes_to_all: bool) -> float:
+    """NVLink carries what stays in a node, the network card what leaves it, both at once."""
+    nodes = np.unique(members // chip.node_size)
+    others = len(members) - 1
+    # Of what is the same for all, one copy enters a node; members of it share the work.
+    leaving = (others + 1 - math.ceil(len(members) / len(nodes))) if goes_to_all else len(nodes) - 1
+    share = leaving / others
+    return max(sent * (1 - share) / chip.link_bytes_per_second, sent * share / chip.network_bytes_per_second)

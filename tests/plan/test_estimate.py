@@ -1,0 +1,138 @@
+"""Plans of a small model, compiled on the eight virtual devices of the tests, against sums by hand."""
+
+import functools
+
+import jax
+import pytest
+
+from mixtral_jax.config import ConfigError
+from mixtral_jax.model.transformer import count_parameters, model_maker
+from mixtral_jax.plan.compile import StepMemory
+from mixtral_jax.plan.estimate import Plan, advise, make_plan
+from mixtral_jax.plan.flops import model_flops_per_step
+from mixtral_jax.plan.sweep import sweep
+from mixtral_jax.plan.topology import Target, parse_topology
+from tests.cases import mesh_of, small_config
+
+TARGET = Target(parse_topology("h100:8"), jax.devices(), "cpu")
+# Of tests.cases.small_config: rows of a device, bytes of a row.
+ROWS, ROW = 24, 32 * 4
+
+
+@functools.cache
+def plan_of(**overrides: object) -> Plan:
+    return make_plan(small_config(dispatch__transport="all_gather", **overrides), TARGET)
+
+
+def sent(plan: Plan, op: str, axis: str, pass_: str) -> dict[str, tuple[int, int]]:
+    chosen = (c for c in plan.collectives if (c.op, c.axis, c.pass_) == (op, axis, pass_))
+    return {c.operand: (c.count, c.bytes_per_device) for c in chosen}
+
+
+def test_tokens_and_routes_are_gathered_over_the_expert_axis() -> None:
+    forward = sent(plan_of(), "all-gather", "expert", "forward")
+    # In each of two layers, to seven others.
+    assert forward["f32[24,32]"] == (2, 2 * 7 * ROWS * ROW)
+    assert forward["s32[24,2]"] == forward["f32[24,2]"] == (2, 2 * 7 * ROWS * 8)
+    assert (
+        sum(size for _, size in sent(plan_of(), "reduce-scatter", "expert", "forward").values()) == 2 * 7 * ROWS * ROW
+    )
+
+
+def test_micro_batches_and_layers_multiply() -> None:
+    plan = plan_of(train__batch_size=16, train__gradient_accumulation=2)
+    assert sent(plan, "all-gather", "expert", "forward")["f32[24,32]"] == (4, 4 * 7 * ROWS * ROW)
+
+
+def test_what_is_gathered_again_is_listed_apart() -> None:
+    assert sent(plan_of(), "all-gather", "expert", "rematerialized")
+    assert not any(c.pass_ == "rematerialized" for c in plan_of(model__remat="none").collectives)
+
+
+def test_expert_weights_are_gathered_over_fsdp() -> None:
+    plan = plan_of(mesh__fsdp=2, mesh__expert=4)
+    forward = sent(plan, "all-gather", "fsdp", "forward")
+    weights = 2 * 32 * 48 // 2 * 4  # Two experts, half of the model dimension, float32.
+    of_experts = [size for _, size in forward.values() if size % weights == 0 and size >= 2 * weights]
+    assert sum(of_experts) == 3 * 2 * weights
+
+
+def test_hardware_flops_are_those_of_a_count_by_hand() -> None:
+    D, F, N, K, H, E, A, T, V = 32, 48, 4, 2, 12, 8, 2, 24, 96
+    layer = 2 * D * (2 * N * H + 2 * K * H) + 4 * N * H * T + 2 * D * E + 6 * D * F * A
+    # A layer forward, again, and twice for the gradients; the unembedding is not recomputed.
+    assert plan_of().hardware_flops == 8 * T * (2 * 4 * layer + 3 * 2 * D * V)
+    assert plan_of(model__remat="none").hardware_flops == 8 * T * (2 * 3 * layer + 3 * 2 * D * V)
+
+
+def test_hardware_flops_do_not_depend_on_accumulation_or_mesh() -> None:
+    config = {"train__batch_size": 16, "train__gradient_accumulation": 2}
+    assert plan_of(**config).hardware_flops == 2 * plan_of().hardware_flops
+    assert plan_of(mesh__fsdp=2, mesh__expert=2, mesh__tensor=2).hardware_flops == plan_of().hardware_flops
+
+
+def test_model_flops_are_six_a_token_and_parameter_and_attention() -> None:
+    config = small_config()
+    with jax.set_mesh(mesh_of()):
+        active = count_parameters(jax.eval_shape(model_maker(config, "cpu"))).active
+    assert plan_of().model_flops == model_flops_per_step(config, active)
+
+
+def test_memory_is_that_of_the_state_and_more() -> None:
+    plan = plan_of()
+    memory = plan.step.memory
+    total = plan.step.parameters.total * 4
+    assert memory.parameters > total / 8  # Experts are cut over the devices, the rest is on each.
+    assert memory.optimizer == pytest.approx(2 * memory.parameters, rel=1e-3)
+    assert memory.peak > memory.parameters + memory.optimizer
+    assert plan.fits
+
+
+def test_json_has_what_scripts_rely_on() -> None:
+    figures = plan_of().to_json()
+    assert set(figures) >= {
+        "topology", "num_devices", "mesh", "peak_bytes_per_device", "hbm_bytes_per_device", "fits",
+        "model_flops_per_step", "hardware_flops_per_step", "compile_seconds", "collectives", "roofline",
+    }  # fmt: skip
+    assert set(figures["roofline"]) == {
+        "compute_seconds", "hbm_seconds", "interconnect_seconds", "bound_by", "mfu_bound",
+        "tokens_per_second_per_device",
+    }  # fmt: skip
+    assert figures["is_estimate"]
+    assert figures["mesh"] == {"data": 1, "fsdp": 1, "expert": 8, "context": 1, "tensor": 1}
+    assert all(set(c) >= {"op", "axis", "pass", "count", "bytes_per_device"} for c in figures["collectives"])
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    ({"mesh__expert": 4, "mesh__data": 1}, ["expert=4", "4 of 8", "h100:8", "expert=8"]),
+    ({"mesh__fsdp": 3}, ["fsdp=3", "8 devices", "expert=8"]),
+    ({"train__batch_size": 6}, ["train.batch_size", "multiple of 8"]),
+])  # fmt: skip
+def test_a_mesh_that_does_not_fill_the_topology_names_those_that_would(overrides: dict, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_plan(small_config(**overrides), TARGET)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_advice_is_to_accumulate_where_activations_do_not_fit_and_to_cut_where_the_state_does_not() -> None:
+    config = plan_of(train__batch_size=16, mesh__data=2).step.config
+    assert advise(config, StepMemory(peak=90, parameters=10, optimizer=20), 100, 8) == []
+    activations = advise(config, StepMemory(peak=190, parameters=10, optimizer=20), 100, 8)
+    assert activations[0].startswith("--config.train.gradient_accumulation=2")
+    state = advise(config, StepMemory(peak=190, parameters=50, optimizer=100), 100, 8)
+    assert state[0].startswith("--config.mesh.data=1 --config.mesh.fsdp=2")
+    assert "16 devices" in state[-1]
+
+
+def test_a_sweep_ranks_what_fits() -> None:
+    lines: list[str] = []
+    config = small_config(dispatch__transport="all_gather")
+    attempts = sweep(config, TARGET, batch_sizes=[8, 12, 16], limit=3, say=lines.append)
+    assert [attempt.rank for attempt in attempts] == [1, 2, 3]
+    speeds = [attempt.plan.roofline.tokens_per_second_per_device for attempt in attempts]
+    assert speeds == sorted(speeds, reverse=True)
+    assert len(lines) == 3
+    with pytest.raises(ConfigError, match="multiples of 8"):
+        sweep(config, TARGET, batch_sizes=[3], limit=3, say=lines.append)

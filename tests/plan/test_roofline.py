@@ -1,0 +1,82 @@
+"""Times from published figures, against sums by hand."""
+
+import numpy as np
+import pytest
+
+from mixtral_jax.plan.chips import CHIPS
+from mixtral_jax.plan.collectives import Collective
+from mixtral_jax.plan.hlo import parse_program
+from mixtral_jax.plan.roofline import make_roofline, transfer_seconds
+from mixtral_jax.plan.topology import parse_topology
+from mixtral_jax.plan.traffic import count_traffic
+
+BYTES = 10**9
+
+
+def seconds_of(op: str, topology: str, members: list[tuple[int, ...]]) -> float:
+    groups = np.arange(len(members))[None]
+    collective = Collective(op, "expert", "forward", "f32[1]", 1, BYTES, groups)
+    return transfer_seconds(collective, parse_topology(topology), np.array(members))
+
+
+def test_the_slowest_part_bounds_the_step() -> None:
+    roofline = make_roofline(
+        CHIPS["v5p"], 4, model_flops=4 * 459 * 10**12, hardware_flops=8 * 459 * 10**12, hbm_bytes=2765 * 10**8,
+        interconnect_seconds=1.0, tokens=8000,
+    )  # fmt: skip
+    assert (roofline.compute_seconds, roofline.hbm_seconds, roofline.interconnect_seconds) == pytest.approx((2, 0.1, 1))
+    assert roofline.bound_by == "compute"
+    assert roofline.mfu_bound == pytest.approx(0.5)
+    assert roofline.tokens_per_second_per_device == pytest.approx(1000)
+
+
+def test_a_ring_sends_both_ways_round() -> None:
+    ring = [(0, 0, z) for z in range(4)]
+    assert seconds_of("all-gather", "v5p:4x4x4", ring) == pytest.approx(BYTES / 200e9)
+    # Four in a row is on average 4/3 hops from each other, round a ring.
+    assert seconds_of("ragged-all-to-all", "v5p:4x4x4", ring) == pytest.approx(BYTES * 4 / 3 / 200e9)
+
+
+def test_two_neighbours_share_one_link_and_strided_ones_pass_others() -> None:
+    assert seconds_of("all-gather", "v5p:2x2x1", [(0, 0, 0), (0, 1, 0)]) == pytest.approx(BYTES / 100e9)
+    assert seconds_of("all-gather", "v5p:4x4x8", [(0, 0, 0), (0, 0, 2)]) == pytest.approx(2 * BYTES / 100e9)
+
+
+def test_a_cube_uses_six_links() -> None:
+    cube = [(x, y, z) for x in range(4) for y in range(4) for z in range(4)]
+    assert seconds_of("all-reduce", "v5p:4x4x4", cube) == pytest.approx(BYTES / 600e9)
+
+
+def test_gpus_of_other_nodes_are_reached_over_the_network() -> None:
+    assert seconds_of("all-to-all", "h100:8", [(i,) for i in range(8)]) == pytest.approx(BYTES / 450e9)
+    two_nodes = [(i,) for i in range(16)]
+    assert seconds_of("all-to-all", "h100:16", two_nodes) == pytest.approx(BYTES * 8 / 15 / 50e9)
+    assert seconds_of("all-gather", "h100:16", two_nodes) == pytest.approx(BYTES * 14 / 15 / 450e9)
+
+
+TRAFFIC = """\
+HloModule jit_step
+
+%fused (p.0: f32[8,64,64], p.1: s32[], p.2: f32[64,64]) -> f32[8,64,64] {
+  %p.0 = f32[8,64,64]{2,1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %p.2 = f32[64,64]{1,0} parameter(2)
+  %bitcast.1 = f32[1,64,64]{2,1,0} bitcast(%p.2)
+  ROOT %update = f32[8,64,64]{2,1,0} dynamic-update-slice(%p.0, %bitcast.1, %p.1)
+}
+
+ENTRY %main (x: f32[8,64,64], i: s32[]) -> f32[8,64,64] {
+  %x = f32[8,64,64]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %row = f32[1,64,64]{2,1,0} dynamic-slice(%x, %i), dynamic_slice_sizes={1,64,64}
+  %near = f32[64,64]{1,0:S(1)} bitcast(%row)
+  %dot = f32[64,64]{1,0} dot(%near, %near), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %fusion = f32[8,64,64]{2,1,0} fusion(%x, %i, %dot), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_traffic_counts_slices_and_updates_and_nothing_on_the_chip() -> None:
+    row = 64 * 64 * 4
+    # Read and written by the slice; written by the matmul; read and written by the update; the index.
+    assert count_traffic(parse_program(TRAFFIC), routed_rows=0) == 2 * row + row + 2 * row + 4

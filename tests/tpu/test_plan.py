@@ -1,0 +1,100 @@
+"""Plans compiled for TPU slices that are not here, with libtpu: `make test-tpu`. No TPU is needed, or touched."""
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mixtral_jax.cli.flags import load_config_file
+from mixtral_jax.config import Config, MeshConfig
+from mixtral_jax.config_mapping import build
+from mixtral_jax.parallel.mesh import make_mesh
+from mixtral_jax.plan.chips import SLICES
+from mixtral_jax.plan.estimate import Plan, make_plan
+from mixtral_jax.plan.topology import open_target, parse_topology
+
+pytest.importorskip("libtpu")
+ROOT = Path(__file__).parents[2]
+
+
+@functools.cache
+def plan_of(topology: str, **overrides: int | str | float) -> Plan:
+    """Of the default run, with keys of its sections changed."""
+    mapping = load_config_file(ROOT / "configs/pretrain/tiny.py")
+    for name, value in overrides.items():
+        section, _, key = name.partition("__")
+        mapping.setdefault(section, {})[key] = value
+    return make_plan(build(Config, mapping), open_target(parse_topology(topology), cpu_fallback=False))
+
+
+def test_the_default_run_but_wider_fits_four_chips() -> None:
+    plan = plan_of("v5p:2x2x1", model__hidden_size=256)
+    assert plan.fits
+    assert not plan.target.is_estimate
+    memory = plan.step.memory
+    assert memory.parameters + memory.optimizer < memory.peak < 2**30
+
+
+def test_rows_travel_once_there_and_once_home_and_once_more_where_recomputed() -> None:
+    plan = plan_of("v5p:2x2x1", model__hidden_size=256)
+    # Weights of routes travel too: a number, which XLA pads to 128.
+    rows = [c for c in plan.collectives if c.op == "ragged-all-to-all" and not c.operand.endswith(",1,128]")]
+    # 4 layers; 4 sequences of 128 tokens on a chip, 2 routes each, 256 float32 numbers a row, 3 of 4 leave.
+    once = 4 * (4 * 128) * 2 * 256 * 4 * 3 // 4
+    sent = {name: sum(c.bytes_per_device for c in rows if c.pass_ == name) for name in ("forward", "backward")}
+    assert sent == {"forward": 2 * once, "backward": 2 * once}
+    assert sum(c.bytes_per_device for c in rows if c.pass_ == "rematerialized") == once
+    assert {c.axis for c in rows} == {"expert"}
+
+
+def test_every_collective_has_an_axis_and_the_loop_over_layers_is_counted() -> None:
+    plan = plan_of("v5p:2x2x1", model__hidden_size=256)
+    assert all(c.axis == "expert" for c in plan.collectives)
+    assert {c.count for c in plan.collectives if c.op == "ragged-all-to-all"} == {4}
+
+
+def test_matmuls_of_the_program_are_those_of_a_count_by_hand() -> None:
+    # An expert each, and no room to spare: XLA:TPU makes the gradient of a weight over the whole buffer.
+    plan = plan_of("v5p:2x2x2", dispatch__buffer_factor=1.0)
+    assert plan.hardware_flops == flops_by_hand()
+
+
+def test_tokamax_is_planned_as_if_on_the_target_and_multiplies_no_empty_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tokamax")
+    # A command line with flags that tokamax does not know.
+    monkeypatch.setattr("sys.argv", ["train.py", "--config=configs/pretrain/tiny.py"])
+    plan = plan_of("v5p:2x2x2", dispatch__grouped_matmul="tokamax", model__dtype="bfloat16")
+    assert plan.hardware_flops == flops_by_hand()
+
+
+def flops_by_hand() -> int:
+    """Of the default run: layers forward, again, and twice for the gradients; the unembedding not again."""
+    D, F, N, K, H, E, A, T, V = 128, 256, 4, 2, 32, 8, 2, 128, 2048
+    layer = 2 * D * (2 * N * H + 2 * K * H) + 4 * N * H * T + 2 * D * E + 6 * D * F * A
+    return 16 * T * (4 * 4 * layer + 3 * 2 * D * V)
+
+
+def test_what_does_not_fit_is_still_planned_and_says_what_to_change() -> None:
+    plan = plan_of("v6e:2x2", model__vocab_size=1_048_576, model__hidden_size=2048, train__batch_size=64)
+    assert not plan.fits
+    assert plan.step.memory.peak > plan.hbm_bytes
+    assert plan.to_json()["advice"]
+    assert plan.collectives
+
+
+def test_mesh_axes_may_take_a_part_of_an_axis_of_the_torus() -> None:
+    target = open_target(parse_topology("v5p:4x4x4"), cpu_fallback=False)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8, expert=8), target.devices)
+    assert mesh.devices.shape == (1, 8, 8, 1, 1)
+    experts = np.array([device.coords for device in mesh.devices[0, 0, :, 0, 0]])
+    assert sorted(np.ptp(experts, axis=0) + 1) == [1, 2, 4]  # Neighbours, on two dimensions.
+
+
+@pytest.mark.parametrize("chip", SLICES)
+def test_libtpu_knows_the_slices_that_we_list(chip: str) -> None:
+    for name in SLICES[chip]:
+        topology = parse_topology(f"{chip}:{name}")
+        assert len(open_target(topology, cpu_fallback=False).devices) == topology.num_devices
+    assert jax.default_backend() == "cpu"
