@@ -277,9 +277,3 @@ class Config:
             chosen <= experts,
             f"router.num_experts_per_token={chosen} must be at most model.num_experts={experts}",
         )
-        kind, _, pieces = self.data.tokenizer.partition(":")
-        require(
-            kind != "train" or not pieces.isdecimal() or int(pieces) <= self.model.vocab_size,
-            f"data.tokenizer={self.data.tokenizer} makes more pieces than model.vocab_size={self.model.vocab_size} "
-            f"has rows: set --config.model.vocab_size={pieces}, or train fewer pieces",
-        )

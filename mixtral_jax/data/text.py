@@ -20,7 +20,7 @@ import numpy as np
 from mixtral_jax.config import DataConfig, require
 from mixtral_jax.data.sources import Document, fingerprint_source, read_documents
 from mixtral_jax.data.store import StoreWriter, TokenStore, flush_to_disk, open_store
-from mixtral_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from mixtral_jax.data.tokenizer import Tokenizer, check_planned_vocabulary, check_vocabulary, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ def prepare_text(
         ConfigError: nothing to read, too many bad rows, or no fitting tokenizer.
     """
     cache_dir = cache_dir or default_cache_dir()
+    check_planned_vocabulary(config.tokenizer, vocab_size)
     cache_dir.mkdir(parents=True, exist_ok=True)
     key = _fingerprint_data(config)
     corpus = _Corpus(config)

@@ -156,6 +156,20 @@ def load_tokenizer(spec: str, texts: Callable[[], Iterable[str]], saved: Path, *
     return tokenizer
 
 
+def check_planned_vocabulary(spec: str, vocab_size: int) -> None:
+    """`check_vocabulary` of a tokenizer that is still to be trained.
+
+    Raises:
+        ConfigError: names both sizes and the fix.
+    """
+    kind, _, pieces = spec.partition(":")
+    require(
+        kind != "train" or not pieces.isdecimal() or int(pieces) <= vocab_size,
+        f"data.tokenizer={spec} makes more pieces than model.vocab_size={vocab_size} has rows: "
+        f"set --config.model.vocab_size={pieces}, or train fewer pieces",
+    )
+
+
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Makes sure the model has a row for every piece; more rows than pieces are fine.
 
