@@ -89,12 +89,12 @@ def _check_divisibility(config: Config) -> None:
         ("model.vocab_size", model.vocab_size, "mesh.tensor", mesh.tensor),
         ("model.hidden_size", model.hidden_size, "mesh.fsdp x mesh.tensor", mesh.fsdp * mesh.tensor),
         (
-            f"the micro-batch, train.batch_size={train.batch_size} / "
-            f"train.gradient_accumulation={train.gradient_accumulation}",
+            f"a micro-batch (train.batch_size={train.batch_size} / train.gradient_accumulation="
+            f"{train.gradient_accumulation})",
             train.micro_batch_size,
             "mesh.data x mesh.fsdp x mesh.expert",
             (mesh.data or 1) * mesh.fsdp * (mesh.expert or 1),
         ),
     )
     for name, value, axis, size in rules:
-        require(value % (size or 1) == 0, f"{name} = {value}, must be a multiple of {axis} = {size}: change either")
+        require(value % (size or 1) == 0, f"{name}={value} must be a multiple of {axis}={size}: change either")

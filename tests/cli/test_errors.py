@@ -23,9 +23,9 @@ def parse(*arguments):
 @pytest.mark.parametrize(("argument", "words"), [
     ("--config.model.num_layer=3", ["model.num_layer", "did you mean model.num_layers"]),
     ("--config.trian.num_steps=3", ["trian", "did you mean train"]),
-    ("--config.train.num_steps=many", ["train.num_steps='many'", "int"]),
+    ("--config.train.num_steps=many", ["train.num_steps='many'", "whole number"]),
     ("--config.train.num_steps=0", ["train.num_steps=0", "at least 1"]),
-    ("--config.optimizer.learning_rate=nan", ["optimizer.learning_rate", "float"]),
+    ("--config.optimizer.learning_rate=nan", ["optimizer.learning_rate", "finite number"]),
     ("--config.model.dtype=float16", ["model.dtype='float16'", "bfloat16", "float32"]),
     ("--config.train=3", ["train", "section"]),
     ("--config.train.num_steps", ["needs a value"]),
