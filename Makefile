@@ -48,8 +48,9 @@ format: install
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: install
+bench: install $(PARITY_VENV)/.installed
 	$(BIN)/python -m mixtral_jax bench --config=configs/pretrain/tiny.py
+	$(PARITY_VENV)/bin/python -m mixtral_jax bench --layer --config=configs/bench/layer.py
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache

@@ -16,6 +16,7 @@ COMMANDS = {
     "pretrain": "python train.py",
     "instruct": "python finetune_instruct.py",
     "ablations": "python -m mixtral_jax ablate",
+    "bench": "python -m mixtral_jax bench --layer",
 }
 SHIPPED = sorted(path for folder in COMMANDS for path in (CONFIGS / folder).glob("*.py") if path.stem != "__init__")
 # The config of a script that is run without --config.
