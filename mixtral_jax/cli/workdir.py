@@ -7,7 +7,6 @@ import os
 import secrets
 import time
 from pathlib import Path
-from typing import IO
 
 from mixtral_jax.config import Config, ConfigError, require
 from mixtral_jax.config_mapping import changed_keys
@@ -15,7 +14,6 @@ from mixtral_jax.parallel.processes import Processes
 
 # Network file systems remember for some seconds that a file was not there.
 _VISIBLE_SECONDS = 15.0
-_locks: list[IO[str]] = []  # Closing one would unlock it.
 
 
 def open_workdir(workdir: Path, config: Config, processes: Processes) -> None:
@@ -62,12 +60,12 @@ def find_blind_processes(workdir: Path, processes: Processes) -> list[int]:
 
 def _lock(workdir: Path) -> None:
     """Keeps other runs on this host out of the folder for as long as this process lives."""
-    file = (workdir / ".lock").open("a")
+    descriptor = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT)  # Never closed: that would unlock it.
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(descriptor)
         raise ConfigError(f"--workdir={workdir} is in use by another run: wait for it, or name another") from None
-    _locks.append(file)
 
 
 def _waits_for(path: Path) -> bool:

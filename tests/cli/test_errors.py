@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from mixtral_jax.cli.flags import parse_run_flags
-from mixtral_jax.config import Config, ConfigError
+from mixtral_jax.cli.workdir import open_workdir
+from mixtral_jax.config import Config, ConfigError, DataConfig
 from mixtral_jax.config_mapping import build
+from mixtral_jax.data.text import prepare_text
 from mixtral_jax.parallel.mesh import resolve_mesh
+from mixtral_jax.parallel.processes import Processes
 from tests.cases import small_config
 
 ROOT = Path(__file__).parents[2]
@@ -99,3 +102,33 @@ def test_train_exits_2_with_one_line(tmp_path, argument, words):
     assert done.stderr.strip().count("\n") == 0
     for word in words:
         assert word in done.stderr
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match="cannot be written"):
+            open_workdir(workdir, small_config(), Processes())
+    with pytest.raises(ConfigError, match="empty"):
+        parse("--workdir=")
+
+
+def test_a_workdir_serves_one_run_at_a_time(tmp_path):
+    open_workdir(tmp_path, small_config(), Processes())
+    with pytest.raises(ConfigError, match="in use by another run"):
+        open_workdir(tmp_path, small_config(), Processes())
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused_before_it_is_trained(tmp_path):
+    config = DataConfig(path=str(tmp_path / "nothing is read.txt"), tokenizer="train:4096")
+    with pytest.raises(ConfigError, match=r"train:4096 .*model\.vocab_size=2048"):
+        prepare_text(config, 2048, tmp_path / "tokenizer.model", tmp_path, is_writer=True)
+
+
+@pytest.mark.parametrize(("source", "words"), [("", "get_config"), ("def get_config(): return 3", "does not run")])
+def test_a_config_file_without_a_config_is_refused(tmp_path, source, words):
+    (tmp_path / "c.py").write_text(source)
+    with pytest.raises(ConfigError, match=words):
+        parse(f"--config={tmp_path / 'c.py'}")
+    with pytest.raises(ConfigError, match="is a folder"):
+        parse(f"--config={tmp_path}")
