@@ -66,6 +66,8 @@ def _lock(workdir: Path) -> None:
     except BlockingIOError:
         os.close(descriptor)
         raise ConfigError(f"--workdir={workdir} is in use by another run: wait for it, or name another") from None
+    except OSError:
+        os.close(descriptor)  # Some network file systems have no locks: there, two runs are not kept apart.
 
 
 def _waits_for(path: Path) -> bool:
