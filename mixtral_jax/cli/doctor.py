@@ -18,6 +18,8 @@ from mixtral_jax.config import Config, ConfigError
 from mixtral_jax.data.text import default_cache_dir
 from mixtral_jax.model.transformer import count_parameters, model_maker
 from mixtral_jax.parallel.agreement import (
+    ALIKE,
+    EQUAL,
     LocalDevices,
     Member,
     find_disagreements,
@@ -31,9 +33,6 @@ from mixtral_jax.parallel.processes import Processes, join_processes
 from mixtral_jax.train.console import make_console
 from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from mixtral_jax.train.state import abstract_state
-
-_ALIKE = "start all with the same command, code and environment"
-_EQUAL = "give every process the same number of devices of one kind"
 
 
 def main(arguments: list[str]) -> int:
@@ -61,7 +60,7 @@ def examine(flags: RunFlags, processes: Processes) -> dict[str, Any]:
     prepare_devices(config)
     devices = share_devices(processes)
     unequal = find_unequal_devices(devices)
-    found = [Problem(what, _ALIKE) for what in differences] + [Problem(what, _EQUAL) for what in unequal]
+    found = [Problem(what, ALIKE) for what in differences] + [Problem(what, EQUAL) for what in unequal]
     found += checkup.check_launch(processes, find_scheduler())
     found += checkup.check_workdir(flags.workdir, processes, members)
     found += _check_everywhere(config, processes, members, devices)

@@ -15,7 +15,7 @@ from mixtral_jax.kernels.choice import Choice
 from mixtral_jax.kernels.grouped_matmul import choose_kernel
 from mixtral_jax.model.dispatch.choose import choose_transport
 from mixtral_jax.model.transformer import count_parameters, model_maker
-from mixtral_jax.parallel.agreement import find_unequal_devices, require_agreement, share_devices
+from mixtral_jax.parallel.agreement import EQUAL, find_unequal_devices, require_agreement, share_devices
 from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, matmul_precision, resolve_mesh, use_virtual_cpu_devices
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.train.console import make_console
@@ -60,7 +60,7 @@ def start_devices(config: Config, processes: Processes) -> tuple[Config, jax.sha
     """
     prepare_devices(config)
     unequal = find_unequal_devices(share_devices(processes))
-    require(not unequal, f"{'; '.join(unequal)}: give every process the same number of devices of one kind")
+    require(not unequal, f"{'; '.join(unequal)}: {EQUAL}")
     config = resolve_mesh(config, jax.device_count())
     return config, make_mesh(config.mesh)
 

@@ -32,6 +32,10 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sen
 _OPTIONAL_PACKAGES = ("tokamax", "libtpu", "jax-cuda12-plugin")
 _SHOWN_KEYS = 5
 
+# What to do about a disagreement, and about unequal devices.
+ALIKE = "start all with the same command, code and environment"
+EQUAL = "give every process the same number of devices of one kind"
+
 
 @dataclasses.dataclass(frozen=True)
 class Member:
@@ -84,7 +88,7 @@ def require_agreement(processes: Processes, config: Config, workdir: Path | None
     members = introduce(processes, config, workdir)
     found = find_disagreements(processes, config, members)
     if found:
-        raise ConfigError(f"{'; '.join(found)}: start all with the same command, code and environment")
+        raise ConfigError(f"{'; '.join(found)}: {ALIKE}")
     return members
 
 
