@@ -52,7 +52,12 @@ def parse_run_flags(arguments: Sequence[str], *, description: str | None, defaul
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Adds --workdir and what says which processes there are."""
-    parser.add_argument("--workdir", type=_path, help="where everything is written; the same one again resumes")
+    parser.add_argument("--workdir", type=parse_path, help="where everything is written; the same one again resumes")
+    add_process_flags(parser)
+
+
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which processes there are."""
     parser.add_argument("--coordinator", help="HOST:PORT of process 0, where jax cannot find it itself")
     parser.add_argument("--num_processes", type=int, help="how many there are in all")
     parser.add_argument("--process_id", type=int, help="of this process, from 0; 0 runs on the coordinator's host")
@@ -64,8 +69,16 @@ def read_run_flags(flags: argparse.Namespace, config: Config) -> RunFlags:
     Raises:
         ConfigError: the flags about processes do not go together.
     """
-    launch = Launch(flags.coordinator, flags.num_processes, flags.process_id)
-    return RunFlags(config, flags.config, flags.workdir, launch)
+    return RunFlags(config, flags.config, flags.workdir, read_process_flags(flags))
+
+
+def read_process_flags(flags: argparse.Namespace) -> Launch:
+    """What `add_process_flags` parsed.
+
+    Raises:
+        ConfigError: the flags do not go together.
+    """
+    return Launch(flags.coordinator, flags.num_processes, flags.process_id)
 
 
 def make_parser(description: str | None, default_config: str, verb: str | None = None) -> argparse.ArgumentParser:
@@ -79,14 +92,20 @@ def make_parser(description: str | None, default_config: str, verb: str | None =
     default = SHIPPED / default_config
     parser.add_argument(
         "--config",
-        type=_path,
+        type=parse_path,
         default=default,
         help=f"a .py file with get_config(); by default configs/{default_config}",
     )
     return parser
 
 
-def _path(text: str) -> Path:
+def make_verb_parser(description: str | None, verb: str) -> argparse.ArgumentParser:
+    """A parser of a verb that takes no config; its errors are `ConfigError`s."""
+    return _Parser(prog=f"mixtral-jax {verb}", description=description, allow_abbrev=False)
+
+
+def parse_path(text: str) -> Path:
+    """The value of a flag that names a file or a folder."""
     if not text:
         raise argparse.ArgumentTypeError("is empty: a variable that is not set?")
     return Path(text)
