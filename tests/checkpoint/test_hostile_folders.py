@@ -195,8 +195,12 @@ ACCOUNTS = {
     "a transposed matrix": Kind(
         edit_tensors(lambda tensors: tensors.update({W2: tensors[W2].T.copy()})), (FILE, W2, "(10, 12), not (12, 10)")
     ),
-    "an expert too many": Kind(edit_config(num_local_experts=6), ("experts.5.w1.weight is missing", "has shape (5, 12)")),
-    "names of Qwen": Kind(edit_tensors(name_as_qwen), ("experts.3.w2.weight is missing", "experts.3.down_proj.weight in")),
+    "an expert too many": Kind(
+        edit_config(num_local_experts=6), ("experts.5.w1.weight is missing", "has shape (5, 12)")
+    ),
+    "names of Qwen": Kind(
+        edit_tensors(name_as_qwen), ("experts.3.w2.weight is missing", "experts.3.down_proj.weight in")
+    ),
     "names of nobody": Kind(edit_tensors(name_as_nobody), ("h.0.c_attn", "no layout")),
 }
 CONFIGS = {
@@ -356,7 +360,9 @@ PICKLES = {
     "a truncated zip": Kind(edit_raw(lambda raw: raw[: len(raw) // 2], PTH), (PTH, "truncated")),
     "a pickle of torch before 1.6": Kind(write_raw(PTH, pickled({"a": 1})), (PTH, "before 1.6")),
     "a tensor that reaches out of its storage": Kind(
-        rewrite_zip(lambda name, raw: raw.replace(b"K\x18K\x0c\x86", b"K\x18K\x0d\x86") if name.endswith("pkl") else raw),
+        rewrite_zip(
+            lambda name, raw: raw.replace(b"K\x18K\x0c\x86", b"K\x18K\x0d\x86") if name.endswith("pkl") else raw
+        ),
         (PTH, WQ, "reaches out"),
     ),
     "a file of eight that is missing": Kind(
@@ -377,7 +383,9 @@ PICKLES = {
     "params with a window": Kind(
         lambda folder: write_params(folder, SMALL, sliding_window=4096), ("params.json", "sliding_window=4096")
     ),
-    "params that are text": Kind(lambda folder: write_params(folder, SMALL, dim="12"), ("params.json", "'12'", "number")),
+    "params that are text": Kind(
+        lambda folder: write_params(folder, SMALL, dim="12"), ("params.json", "'12'", "number")
+    ),
     "params with another base of positions": Kind(
         lambda folder: write_params(folder, SMALL, rope_theta=[1]), ("params.json", "rope_theta=[1]")
     ),

@@ -172,8 +172,12 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     with jax.set_mesh(mesh_of(expert=2, fsdp=2)), RunCheckpoints(folder / "checkpoints", 2) as checkpoints:
         for step in (2, 10):
-            make_model = model_maker(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=step)), "cpu")
-            checkpoints.save(step, init_state(make_model, make_optimizer(config.optimizer, lambda _: 1e-3)), {"tokens": step})
+            make_model = model_maker(
+                dataclasses.replace(config, train=dataclasses.replace(config.train, seed=step)), "cpu"
+            )
+            checkpoints.save(
+                step, init_state(make_model, make_optimizer(config.optimizer, lambda _: 1e-3)), {"tokens": step}
+            )
             checkpoints.wait()
     return folder
 
