@@ -87,7 +87,7 @@ def _open_step(workdir: Path, step: Path) -> Weights:
         model = build(ModelConfig, saved["model"], "model.")
         router = build(RouterConfig, saved["router"], "router.")
         architecture = Architecture(model, router, saved["train"]["sequence_length"])
-    except (ConfigError, KeyError) as error:
+    except (ConfigError, KeyError, TypeError) as error:
         raise ConfigError(f"{workdir / 'config.json'} is no config of a run: {error}") from None
     parameters = run_parameters.open_parameters(step)
     record = read_object(step / "record" / "metadata")
