@@ -9,6 +9,7 @@ from flax import nnx
 
 from mixtral_jax.config import DispatchConfig, ModelConfig, RouterConfig
 from mixtral_jax.kernels.grouped_matmul import Kernel, grouped_matmul, grouped_swiglu
+from mixtral_jax.kernels.groups import RowGroups
 from mixtral_jax.model.dispatch.choose import TRANSPORTS
 from mixtral_jax.model.dispatch.region import dispatch
 from mixtral_jax.model.router import Router, Routing
@@ -24,14 +25,14 @@ class ExpertProjection(nnx.Module):
         init = nnx.initializers.normal(config.initializer_range)
         self.weight = nnx.Param(init(rngs.params(), shape, config.param_dtype, out_sharding=rules.spec(*axes)))
 
-    def __call__(self, x_RD: jax.Array, rows_per_expert_E: jax.Array) -> jax.Array:
-        return grouped_matmul(x_RD, self.weight[...], rows_per_expert_E, self.kernel)
+    def __call__(self, x_RD: jax.Array, groups: RowGroups) -> jax.Array:
+        return grouped_matmul(x_RD, self.weight[...], groups, self.kernel)
 
 
 class Experts(nnx.Module):
     """SwiGLU experts (arXiv 2002.05202) on contiguous rows; knows nothing of routing.
 
-    Each projection may be replaced by another callable on (x_RD, rows_per_expert_E): the fused kernel
+    Each projection may be replaced by another callable on (x_RD, groups): the fused kernel
     runs when all three are plain.
     """
 
@@ -43,13 +44,13 @@ class Experts(nnx.Module):
         self.up = ExpertProjection((E, D, F), ("expert", "embed", "mlp"), kernel, **shared)
         self.down = ExpertProjection((E, F, D), ("expert", "mlp", "embed"), kernel, **shared)
 
-    def __call__(self, x_RD: jax.Array, rows_per_expert_E: jax.Array) -> jax.Array:
+    def __call__(self, x_RD: jax.Array, groups: RowGroups) -> jax.Array:
         projections = (self.gate, self.up, self.down)
         if all(type(projection) is ExpertProjection for projection in projections):
             gate_EDF, up_EDF, down_EFD = (projection.weight[...] for projection in projections)
-            return grouped_swiglu(x_RD, gate_EDF, up_EDF, down_EFD, rows_per_expert_E, self.kernel)
-        hidden_RF = jax.nn.silu(self.gate(x_RD, rows_per_expert_E)) * self.up(x_RD, rows_per_expert_E)
-        return self.down(hidden_RF, rows_per_expert_E)
+            return grouped_swiglu(x_RD, gate_EDF, up_EDF, down_EFD, groups, self.kernel)
+        hidden_RF = jax.nn.silu(self.gate(x_RD, groups)) * self.up(x_RD, groups)
+        return self.down(hidden_RF, groups)
 
 
 class MoE(nnx.Module):
