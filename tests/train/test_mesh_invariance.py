@@ -29,7 +29,7 @@ def remember_gradients():
 
 @functools.cache
 def trajectory(capacity_factor, **sizes):
-    """Losses and drops of 12 steps at learning rate 3e-4, first gradients, routes before the first and after the last."""
+    """Losses and drops of 12 steps at learning rate 3e-4, first gradients, first and last routes."""
     config = small_config(dispatch__capacity_factor=capacity_factor, train__gradient_accumulation=1)
     mesh = mesh_of(**sizes)
     schedule = learning_rate_schedule(config.optimizer, STEPS)
