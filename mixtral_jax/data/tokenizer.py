@@ -218,7 +218,8 @@ def _find_mistral(spec: str) -> Path:
     files = [Path(folder) / "data" / _MISTRAL_FILES[spec] for folder in folders or ()]
     require(
         any(file.is_file() for file in files),
-        f"data.tokenizer={spec} needs the package mistral-common: pip install 'mixtral_jax[mistral]', or use train:N",
+        f"data.tokenizer={spec} needs the package mistral-common: pip install 'mixtral_jax[mistral]', "
+        "or name a .model file",
     )
     return next(file for file in files if file.is_file())
 
