@@ -68,6 +68,11 @@ class Tokenizer:
             np.concatenate([head, *self._encode_rest(rest)]) for head, (_, *rest) in zip(heads, chunks, strict=True)
         ]
 
+    def control_id(self, piece: str) -> int | None:
+        """The id of a control piece such as `[INST]`, which no text encodes to; None if there is no such piece."""
+        token = self._processor.piece_to_id(piece)
+        return token if self._processor.is_control(token) else None
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids below `vocab_size`; control ids stand for none."""
         return self._processor.decode([int(token) for token in ids])
