@@ -22,20 +22,14 @@ class Rows:
     num_slots: int
 
 
-def check_prompts(
-    prompts: Sequence[Sequence[int]], settings: Sequence[Settings], vocab_size: int, context: int
-) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context: int) -> None:
     """Makes sure that the model can read the prompts, and that there is room to continue them.
 
     Raises:
         ConfigError: names the rule, the sizes and the fix.
     """
     require(prompts, "there must be at least one prompt")
-    require(
-        len(settings) == len(prompts),
-        f"{len(prompts)} prompts need as many settings, or one for all, not {len(settings)}",
-    )
-    for ids, asked in zip(prompts, settings, strict=True):
+    for ids in prompts:
         require(len(ids), "a prompt must have at least one token, such as the beginning of text (BOS)")
         low, high = min(ids), max(ids)
         require(
@@ -43,9 +37,8 @@ def check_prompts(
             f"a prompt has the id {low if low < 0 else high}, but ids of this model run from 0 to {vocab_size - 1}",
         )
         require(
-            len(ids) + asked.max_new_tokens <= context,
-            f"a prompt of {len(ids)} tokens and max_new_tokens={asked.max_new_tokens} are more than the model's "
-            f"context of {context}: shorten the prompt, or ask for fewer tokens",
+            len(ids) < context,
+            f"a prompt of {len(ids)} tokens leaves no room in a context of {context}: shorten it, or set a longer one",
         )
 
 

@@ -111,7 +111,7 @@ class Generator:
 
     Args:
         tokenizer: for text; without one, prompts are ids, there are no stop strings, and no end of text.
-        context: the most tokens that a prompt and its continuation may have together.
+        context: the most tokens that a prompt and its continuation have together; there, a continuation ends.
     """
 
     def __init__(self, model: Transformer, mesh: jax.sharding.Mesh, tokenizer: Tokenizer | None, context: int):
@@ -153,7 +153,8 @@ class Generator:
             is_answer: the text begins with its first word, not with the space that parts this from the prompt's last.
         """
         asked = [settings] * len(prompts) if isinstance(settings, Settings) else list(settings)
-        check_prompts(prompts, asked, self.model.config.vocab_size, self.context)
+        check_prompts(prompts, self.model.config.vocab_size, self.context)
+        asked = [s.within(self.context - len(ids)) for ids, s in zip(prompts, asked, strict=True)]
         continuations = [self._begin(() if is_answer else ids, s) for ids, s in zip(prompts, asked, strict=True)]
         return self._run(prompts, asked, continuations, speed or Speed(), tokens_at_once)
 

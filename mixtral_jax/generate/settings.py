@@ -32,3 +32,7 @@ class Settings:
         require(self.top_k >= 0, f"top_k={self.top_k} must be at least 1, or 0 to keep all tokens")
         require(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2**32)")
         require(all(self.stop), "stop strings must not be empty: everything would stop at once")
+
+    def within(self, room: int) -> "Settings":
+        """The same, for where there is room for so many tokens."""
+        return dataclasses.replace(self, max_new_tokens=min(self.max_new_tokens, room))

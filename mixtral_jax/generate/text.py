@@ -78,7 +78,12 @@ class TextStream:
         begins = [at for at in (self._text.find(stop, self._end) for stop in self._stop) if at >= 0]
         self.is_stopped = bool(begins)
         self._end = min(begins, default=len(self._text) - (0 if is_last else self._unfinished_stop()))
-        self.num_ids = bisect.bisect_right(self._lengths, self._end) if begins else len(self._lengths)
+        self.num_ids = self._count_ids() if begins else len(self._lengths)
+
+    def _count_ids(self) -> int:
+        """Those that the text up to its end needs; one that reaches beyond it is none of them."""
+        count = bisect.bisect_left(self._lengths, self._end)
+        return count + (0 < self._end == self._lengths[count])
 
     def _unfinished_stop(self) -> int:
         """Characters at the end that may turn out to be the beginning of a stop string."""

@@ -14,7 +14,7 @@ from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.dispatch.choose import choose_transport
 from mixtral_jax.model.dispatch.region import ARRIVED
 from mixtral_jax.model.layers import Projection, RMSNorm
-from mixtral_jax.model.moe import MoE
+from mixtral_jax.model.moe import ExpertsOfLayer, MoE
 from mixtral_jax.model.router import Routing
 from mixtral_jax.parallel.rules import AxisRules
 
@@ -122,15 +122,24 @@ class Transformer(nnx.Module):
             segment_ids_BT = jnp.ones_like(tokens_BT)
 
         def apply_block(x_BTD, layer):
-            block, key_values = layer
+            block, key_values, index = layer
             of_layer = past and Past(key_values, past.segment_ids_BS)
+            if reads_in_place:
+                block.moe.experts = ExpertsOfLayer(self.blocks.moe.experts, index)
             output = block(x_BTD, positions_BT, segment_ids_BT, of_layer)
             return output.x_BTD, (output.routing, output.key_values if gives_key_values else None)
 
+        reads_in_place = past is not None and self._holds_experts_as_used()
         body = jax.checkpoint(apply_block, policy=REMAT_POLICIES[self.config.remat])
-        layers = (self.blocks, past and past.key_values)
+        indices = jnp.arange(self.config.num_layers) if reads_in_place else None
+        layers = (self.blocks, past and past.key_values, indices)
         x_BTD, (routing, key_values) = jax.lax.scan(body, self._embed(tokens_BT), layers)
         return BlockOutput(x_BTD, routing, key_values)
+
+    def _holds_experts_as_used(self) -> bool:
+        """Whether weights of experts are neither cast nor gathered on their way: they may be read from the stack."""
+        is_cast = self.config.param_dtype != self.config.dtype
+        return not is_cast and jax.sharding.get_abstract_mesh().shape["fsdp"] == 1
 
     def to_logits(self, x_BTD: jax.Array) -> jax.Array:
         """Next-token logits [B, T, V] of what leaves the blocks, in the compute dtype."""
