@@ -13,7 +13,7 @@ from mixtral_jax.cli.flags import run_command
 from mixtral_jax.config import ConfigError
 
 # Verb -> file in this folder.
-VERBS = {"bench": "bench", "doctor": "doctor", "plan": "plan"}
+VERBS = {"bench": "bench", "chat": "chat", "doctor": "doctor", "generate": "generate", "plan": "plan"}
 
 
 def main() -> NoReturn:

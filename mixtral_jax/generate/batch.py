@@ -38,7 +38,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context: in
         )
         require(
             len(ids) < context,
-            f"a prompt of {len(ids)} tokens leaves no room in a context of {context}: shorten it, or set a longer one",
+            f"a prompt of {len(ids)} tokens leaves no room in a context of {context}: shorten it",
         )
 
 

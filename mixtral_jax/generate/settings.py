@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
+from typing import Any
 
 from mixtral_jax.config import require
 
@@ -32,6 +34,11 @@ class Settings:
         require(self.top_k >= 0, f"top_k={self.top_k} must be at least 1, or 0 to keep all tokens")
         require(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2**32)")
         require(all(self.stop), "stop strings must not be empty: everything would stop at once")
+
+    @classmethod
+    def of(cls, *, stop: str | Iterable[str] = (), **others: Any) -> "Settings":
+        """Settings by their names; `stop` may also be a single string, or a list."""
+        return cls(stop=(stop,) if isinstance(stop, str) else tuple(stop), **others)
 
     def within(self, room: int) -> "Settings":
         """The same, for where there is room for so many tokens."""
