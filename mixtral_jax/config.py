@@ -7,6 +7,10 @@ Knows no jax, so that reading or checking a config starts no back end. What depe
 import dataclasses
 from typing import Literal
 
+TemplateName = Literal["auto", "v1", "v3"]
+LiteralInst = Literal["reject", "keep", "strip"]
+ChatFormat = Literal["auto", "messages", "interactions", "conversations", "alpaca", "prompt_completion", "text"]
+
 
 class ConfigError(ValueError):
     """The command, the config or the data it names is wrong: one clear line, exit code 2."""
@@ -149,6 +153,21 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """How rows become conversations, and those become ids (docs/chat_data.md); instruct tuning reads it.
+
+    `template="auto"` is v3 where the tokenizer has its control tokens, else v1. `literal_inst`: what v1 does with a
+    text that contains its own `[INST]`. `format="auto"` looks at each row. `long_rows`: what becomes of a conversation
+    longer than `train.sequence_length`: its end is cut off, it is left out, or the run ends.
+    """
+
+    template: TemplateName = "auto"
+    literal_inst: LiteralInst = "reject"
+    format: ChatFormat = "auto"
+    long_rows: Literal["cut", "drop", "error"] = "cut"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What to train on. `path` and `tokenizer` take the forms listed in docs/data.md.
 
@@ -161,6 +180,7 @@ class DataConfig:
     text_field: str = "text"
     held_out_fraction: float = 0.02
     max_bad_fraction: float = 0.01
+    chat: ChatConfig = ChatConfig()
 
     def __post_init__(self):
         require(self.path, "data.path must name a file, a folder, a glob, hub:NAME, or python-stdlib")

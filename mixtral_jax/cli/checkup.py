@@ -18,8 +18,8 @@ from jax import P
 
 from mixtral_jax.cli.workdir import find_blind_processes
 from mixtral_jax.config import Config, ConfigError
+from mixtral_jax.data.cache import default_cache_dir
 from mixtral_jax.data.sources import HUB, fingerprint_source
-from mixtral_jax.data.text import default_cache_dir
 from mixtral_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from mixtral_jax.parallel.agreement import Member
 from mixtral_jax.parallel.coordinator import Scheduler

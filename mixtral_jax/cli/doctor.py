@@ -16,7 +16,7 @@ from mixtral_jax.cli.flags import RunFlags, add_run_flags, make_parser, parse_co
 from mixtral_jax.cli.output import claim_stdout
 from mixtral_jax.cli.start import choose_kernels, describe_experts, prepare_devices
 from mixtral_jax.config import Config, ConfigError
-from mixtral_jax.data.text import default_cache_dir
+from mixtral_jax.data.cache import default_cache_dir
 from mixtral_jax.model.transformer import count_parameters, model_maker
 from mixtral_jax.parallel.agreement import (
     ALIKE,

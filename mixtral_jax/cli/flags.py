@@ -29,8 +29,14 @@ class RunFlags:
     launch: Launch
 
 
-class _Parser(argparse.ArgumentParser):
+class FlagParser(argparse.ArgumentParser):
+    """Answers a wrong flag with a `ConfigError`, and takes no abbreviations."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
+
     def error(self, message: str) -> NoReturn:
+        """What argparse calls when flags are wrong."""
         raise ConfigError(f"{message} (--help lists the flags)")
 
 
@@ -91,7 +97,7 @@ def make_parser(description: str | None, default_config: str, verb: str | None =
         "mixtral_jax/config.py; configs to start from: configs/"
     )
     prog = f"mixtral-jax {verb}" if verb else None
-    parser = _Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+    parser = FlagParser(prog=prog, description=description, epilog=epilog)
     default = SHIPPED / default_config
     parser.add_argument(
         "--config",
@@ -104,7 +110,7 @@ def make_parser(description: str | None, default_config: str, verb: str | None =
 
 def make_verb_parser(description: str | None, verb: str) -> argparse.ArgumentParser:
     """A parser of a verb that takes no config; its errors are `ConfigError`s."""
-    return _Parser(prog=f"mixtral-jax {verb}", description=description, allow_abbrev=False)
+    return FlagParser(prog=f"mixtral-jax {verb}", description=description)
 
 
 def parse_path(text: str) -> Path:

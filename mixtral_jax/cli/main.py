@@ -13,7 +13,9 @@ from mixtral_jax.cli.flags import run_command
 from mixtral_jax.config import ConfigError
 
 # Verb -> file in this folder.
-VERBS = {"bench": "bench", "chat": "chat", "doctor": "doctor", "generate": "generate", "plan": "plan"}
+VERBS = {
+    "generate": "generate", "chat": "chat", "data": "data", "bench": "bench", "plan": "plan", "doctor": "doctor",
+}  # fmt: skip
 
 
 def main() -> NoReturn:

@@ -13,13 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mixtral_jax.config import require
+from mixtral_jax.config import LiteralInst, TemplateName, require
 from mixtral_jax.data.chat_errors import LiteralInstException
 from mixtral_jax.data.messages import JOINT, Message, Mode, check_structure, read_messages
 from mixtral_jax.data.tokenizer import Tokenizer
-
-Version = Literal["v1", "v3"]
-LiteralInst = Literal["reject", "keep", "strip"]
 
 # Mistral's guardrailing page: what `safe_prompt` of its API puts before a conversation, as system text.
 SAFE_PROMPT = (
@@ -70,7 +67,7 @@ class ChatTemplate:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        version: Literal["auto", "v1", "v3"] = "auto",
+        version: TemplateName = "auto",
         *,
         literal_inst: LiteralInst = "reject",
     ):
@@ -80,7 +77,7 @@ class ChatTemplate:
             version != "v3" or has_controls,
             f"template v3 needs a tokenizer with control tokens {_BEGIN} and {_END}, like mixtral-v3: use template v1",
         )
-        self.version: Version = "v3" if has_controls and version != "v1" else "v1"
+        self.version: Literal["v1", "v3"] = "v3" if has_controls and version != "v1" else "v1"
         self._literal_inst = literal_inst if self.version == "v1" else "keep"
         self._controls = controls
         self._tokenizer = tokenizer
@@ -121,8 +118,10 @@ class ChatTemplate:
             merged[index] = Message("user", JOINT.join([*systems, merged[index].content]))
         return [self._answer(message) if message.role == "assistant" else self._ask(message) for message in merged]
 
-    def lay_out_text(self, text: str) -> list[Turn]:
-        """A text without a template, all of it learnt."""
+    def lay_out_text(self, text: str, *, mode: Mode = "training") -> list[Turn]:
+        """A text without a template: all of it learnt, or to be continued."""
+        if mode == "serving":
+            return [Turn(text)]
         return [Turn(text, after=(self._tokenizer.eos_id,), is_supervised=True)]
 
     def encode_turns(self, conversations: Sequence[Sequence[Turn]]) -> list[EncodedChat]:

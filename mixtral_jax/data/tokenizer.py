@@ -73,6 +73,10 @@ class Tokenizer:
         token = self._processor.piece_to_id(piece)
         return token if self._processor.is_control(token) else None
 
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The piece of each id, as the model spells it: `\u2581` for a space, `<0x0A>` for a byte."""
+        return [self._processor.id_to_piece(int(token)) for token in ids]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids below `vocab_size`; control ids stand for none."""
         return self._processor.decode([int(token) for token in ids])
@@ -152,13 +156,22 @@ def load_tokenizer(spec: str, texts: Callable[[], Iterable[str]], saved: Path, *
         tokenizer = old or _train(num_pieces, texts)
         same = tokenizer.vocab_size == num_pieces
     else:
-        file = _find_mistral(spec) if spec in _MISTRAL_FILES else Path(spec).expanduser()
-        tokenizer = _read_model(file, f"data.tokenizer={spec}")
+        tokenizer = read_tokenizer(spec)
         same = old is None or old.fingerprint == tokenizer.fingerprint
     require(same, f"{saved} is another tokenizer than data.tokenizer={spec}: use a new workdir, or delete that file")
     if old is None and may_save:
         tokenizer.save(saved)
     return tokenizer
+
+
+def read_tokenizer(spec: str) -> Tokenizer:
+    """A tokenizer that there is already: a `.model` file, `mixtral` or `mixtral-v3`.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    file = _find_mistral(spec) if spec in _MISTRAL_FILES else Path(spec).expanduser()
+    return _read_model(file, f"data.tokenizer={spec}")
 
 
 def check_planned_vocabulary(spec: str, vocab_size: int) -> None:

@@ -56,3 +56,47 @@ def random_conversation(rng: random.Random, *, mode: Mode) -> list[dict[str, Any
 def random_text(rng: random.Random) -> str:
     """Text that is not empty."""
     return "".join(rng.choice(PIECES) for _ in range(rng.randint(1, 8)))
+
+
+# A line of each kind of mistake, and a word of the reason that it must be given.
+BAD_LINES: list[tuple[bytes, str]] = [
+    (b'{"messages": [', "invalid JSON"),
+    (b'{"text": "\xff"}', "invalid UTF-8 at byte 10"),
+    (b'["not", "an object"]', "InvalidRowException: a row must be an object (list)"),
+    (b'{"title": "t"}', "it has title"),
+    (b'{"messages": []}', "at least one message"),
+    (b'{"messages": [{"role": "user", "content": "q"}]}', "Expected last role Assistant"),
+    (b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}', "[1], it is empty"),
+    (b'{"messages": [{"role": "model", "content": "q"}]}', "messages[0], role='model'"),
+    (b'{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}', "a user message must be text"),
+    (b'{"messages": [{"role": "user", "content": "[INST]"}, {"role": "assistant", "content": "a"}]}', "LiteralInst"),
+    (b'{"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "a"}]}', "Tools have no template"),
+    (b'{"prompt": "q", "completion": "\\ud800"}', "InvalidTextException: invalid UTF-8 at character 0"),
+    (b'{"instruction": "q", "output": 3}', "output must be text"),
+    (b'{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 2}]}', "weight=2"),
+    (b'{"prompt": [{"role": "user", "content": "q"}], "completion": "a"}', "both lists of messages"),
+]  # fmt: skip
+
+
+def write_mixed_rows(file: Path, *, num_rows: int, num_bad: int) -> dict[int, str]:
+    """Rows of every format, among them bad ones of every kind at random lines; what is wrong, by line."""
+    rng = random.Random(num_rows)
+    bad_lines = sorted(rng.sample(range(1, num_rows + 1), num_bad))
+    wrong = {line: BAD_LINES[number % len(BAD_LINES)] for number, line in enumerate(bad_lines)}
+    lines = [wrong[line][0] if line in wrong else good_line(line) for line in range(1, num_rows + 1)]
+    file.write_bytes(b"\n".join(lines) + b"\n")
+    return {line: reason for line, (_, reason) in wrong.items()}
+
+
+def good_line(number: int) -> bytes:
+    """A row that asks something of its own, in one of five formats."""
+    question, answer = f"What is {number} + {number}?", f"It is {2 * number}."
+    asked, said = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+    row = [
+        {"messages": [asked, said]},
+        {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]},
+        {"instruction": question, "input": "", "output": answer},
+        {"prompt": question, "completion": answer},
+        {"interactions": [asked, said], "system_prompt": "Be exact."},
+    ][number % 5]
+    return json.dumps(row).encode()

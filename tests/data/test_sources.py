@@ -10,7 +10,9 @@ import pyarrow.parquet
 import pytest
 
 from mixtral_jax.config import ConfigError
-from mixtral_jax.data.sources import BadRow, Document, fingerprint_source, read_documents
+from mixtral_jax.data.documents import Document, read_documents
+from mixtral_jax.data.readers import BadRow
+from mixtral_jax.data.sources import fingerprint_source
 
 
 def texts(path):
