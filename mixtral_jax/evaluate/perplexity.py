@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -51,7 +51,7 @@ class TokenBytes:
 
 
 def make_evaluator(
-    batches: Sequence[Batch], token_bytes: TokenBytes, baselines: Mapping[str, float] | None = None
+    batches: Iterable[Batch], token_bytes: TokenBytes, baselines: Mapping[str, float] | None = None
 ) -> Evaluator:
     """A function from a model, as `Transformer` is one, to `eval/` figures over all of `batches`.
 
