@@ -42,8 +42,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # Batches and evaluation are passed to the loop: it imports neither data nor evaluate.
     "train.loop": (*_GROUND, *_RESULT_TYPES, *_TRAIN_PARTS, "checkpoint.run"),
     "pretrained": _MIDDLE,
-    # Held-out loss is the training loss, of the state that a step takes.
-    "evaluate": (*_MIDDLE, "pretrained", "train.loss", "train.state"),
+    # Held-out loss is the training loss.
+    "evaluate": (*_MIDDLE, "pretrained", "train.loss"),
     "lab": _UPPER,
     "plan": _UPPER,
     "cli": (*_UPPER, "lab", "plan"),

@@ -13,6 +13,7 @@ from rich.table import Table
 from mixtral_jax.cli import checkup
 from mixtral_jax.cli.checkup import Problem, in_gib
 from mixtral_jax.cli.flags import RunFlags, add_run_flags, make_parser, parse_config, read_run_flags
+from mixtral_jax.cli.output import claim_stdout
 from mixtral_jax.cli.start import choose_kernels, describe_experts, prepare_devices
 from mixtral_jax.config import Config, ConfigError
 from mixtral_jax.data.cache import default_cache_dir
@@ -42,14 +43,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     namespace, config = parse_config(parser, arguments)
     flags = read_run_flags(namespace, config)
-    # The libraries that carry collectives print on standard output: it is theirs no more.
-    with os.fdopen(os.dup(1), "w") as output:
-        os.dup2(2, 1)
-        with join_processes(flags.launch) as processes:
-            report = examine(flags, processes)
-            if processes.index == 0:
-                print(json.dumps(report), file=output) if namespace.json else show(report, output)
-        return 2 if report["problems"] else 0
+    with claim_stdout() as output, join_processes(flags.launch) as processes:
+        report = examine(flags, processes)
+        if processes.index == 0:
+            print(json.dumps(report), file=output) if namespace.json else show(report, output)
+    return 2 if report["problems"] else 0
 
 
 def examine(flags: RunFlags, processes: Processes) -> dict[str, Any]:

@@ -59,10 +59,19 @@ def start_devices(config: Config, processes: Processes) -> tuple[Config, jax.sha
         ConfigError: the processes have unequal devices, or the mesh does not fit them.
     """
     prepare_devices(config)
-    unequal = find_unequal_devices(share_devices(processes))
-    require(not unequal, f"{'; '.join(unequal)}: {EQUAL}")
+    require_equal_devices(processes)
     config = resolve_mesh(config, jax.device_count())
     return config, make_mesh(config.mesh)
+
+
+def require_equal_devices(processes: Processes) -> None:
+    """Makes sure that all processes have devices of one kind, and as many.
+
+    Raises:
+        ConfigError: names those that differ.
+    """
+    unequal = find_unequal_devices(share_devices(processes))
+    require(not unequal, f"{'; '.join(unequal)}: {EQUAL}")
 
 
 def prepare_devices(config: Config) -> None:

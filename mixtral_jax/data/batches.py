@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -103,18 +103,34 @@ def held_out_batches(
     mesh: jax.sharding.Mesh,
     rules: AxisRules,
 ) -> list[Batch]:
-    """Always the same rows, at most `num_sequences`, spread evenly over the plan.
-
-    Arrays are [1, batch_size, T]; the last batch is filled up with rows that are masked throughout.
+    """`spread_batches` of a plan that must have rows, all at once.
 
     Raises:
         ConfigError: the plan has no row.
     """
     _require_rows(plan, "held-out")
+    layout = {"mesh": mesh, "rules": rules}
+    return list(spread_batches(store, plan, num_sequences=num_sequences, batch_size=batch_size, **layout))
+
+
+def spread_batches(
+    store: TokenStore,
+    plan: PackPlan,
+    *,
+    num_sequences: int,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    rules: AxisRules,
+) -> Iterator[Batch]:
+    """Always the same rows, at most `num_sequences`, spread evenly over the plan.
+
+    Arrays are [1, batch_size, T]; the last batch is filled up with rows that are masked throughout.
+    """
     count = min(num_sequences, plan.num_rows)
     padding = [_NO_ROW] * (-count % batch_size)
-    row_ids = np.concatenate([np.arange(count) * plan.num_rows // count, padding]).astype(np.int64)
-    return [_place_rows(store, plan, ids, mesh=mesh, rules=rules) for ids in row_ids.reshape(-1, 1, batch_size)]
+    row_ids = np.concatenate([np.arange(count) * plan.num_rows // max(count, 1), padding]).astype(np.int64)
+    for ids in row_ids.reshape(-1, 1, batch_size):
+        yield _place_rows(store, plan, ids, mesh=mesh, rules=rules)
 
 
 def _shuffle(first: int, end: int, seed: int) -> grain.MapDataset:

@@ -63,16 +63,33 @@ def prepare_text(
     may_save = is_writer or saved != tokenizer_path
     tokenizer = load_tokenizer(config.tokenizer, lambda: _train_texts(config, corpus), saved, may_save=may_save)
     check_vocabulary(tokenizer, vocab_size)
+    prepared = _tokenize(config, corpus, tokenizer, cache_dir / f"{key}-{tokenizer.fingerprint[:16]}")
+    if is_writer and saved != tokenizer_path:
+        tokenizer.save(tokenizer_path)
+    return prepared
+
+
+def tokenize_text(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path | None = None) -> PreparedText:
+    """`prepare_text` with a tokenizer that there is already; `config.tokenizer` may say anything.
+
+    Raises:
+        ConfigError: nothing to read, or too many bad rows.
+    """
+    cache_dir = cache_dir or default_cache_dir()
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    corpus = Corpus(config, lambda source: read_documents(source.path, config.text_field))
+    return _tokenize(config, corpus, tokenizer, cache_dir / f"{_fingerprint_data(config)}-{tokenizer.fingerprint[:16]}")
+
+
+def _tokenize(config: DataConfig, corpus: Corpus[Document], tokenizer: Tokenizer, folder: Path) -> PreparedText:
     cached = open_or_write(
-        cache_dir / f"{key}-{tokenizer.fingerprint[:16]}",
+        folder,
         Tokenizing(
             items=lambda: _split(config, corpus), count=lambda: corpus.count,
             encode=lambda documents: _encode(tokenizer, documents), vocab_size=tokenizer.vocab_size,
         ),
     )  # fmt: skip
     cached.count.check(config)
-    if is_writer and saved != tokenizer_path:
-        tokenizer.save(tokenizer_path)
     if cached.count.num_bad:
         log.warning("data.path=%s: %d bad rows are left out", config.path, cached.count.num_bad)
     return PreparedText(cached.train, cached.held_out, tokenizer, cached.count.num_bad)

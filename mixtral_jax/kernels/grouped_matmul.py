@@ -3,7 +3,7 @@
 `blocks` is a batched matmul and loops over blocks of rows with a trip count known only at run time, so that it
 does next to no work for rows that are not there, however skewed the routing. `ragged_dot` is XLA's own: a real grouped
 kernel on TPU, but on CPU, and on GPU in many releases, it multiplies every row by every expert.
-`tokamax` has kernels for TPU and NVIDIA GPUs.
+`tokamax` has kernels for TPU and NVIDIA GPUs. Instead of `blocks`, few rows of a layer go through `few_rows`.
 
 Rows past the last expert's may hold anything; what comes out for them is unspecified, and their
 gradients are ignored.
@@ -14,7 +14,7 @@ from typing import Literal
 import jax
 
 from mixtral_jax.config import DispatchConfig, require
-from mixtral_jax.kernels import blocks, tokamax
+from mixtral_jax.kernels import blocks, few_rows, tokamax
 from mixtral_jax.kernels.choice import Choice
 from mixtral_jax.kernels.groups import RowGroups
 
@@ -61,3 +61,19 @@ def grouped_swiglu(
         return blocks.grouped_swiglu(x_RD, gate_EDF, up_EDF, down_EFD, groups)
     gate_RF, up_RF = (grouped_matmul(x_RD, weight, groups, kernel) for weight in (gate_EDF, up_EDF))
     return grouped_matmul(jax.nn.silu(gate_RF) * up_RF, down_EFD, groups, kernel)
+
+
+def swiglu_of_layer(
+    x_RD: jax.Array,
+    gate_LEDF: jax.Array,
+    up_LEDF: jax.Array,
+    down_LEFD: jax.Array,
+    groups: RowGroups,
+    kernel: Kernel,
+    layer: jax.Array,
+) -> jax.Array:
+    """`grouped_swiglu` with the matrices of one layer of a stack, where there is no gradient to be had."""
+    if kernel == "blocks":
+        return few_rows.grouped_swiglu(x_RD, gate_LEDF, up_LEDF, down_LEFD, groups.rows_per_expert_E, layer)
+    gate_EDF, up_EDF, down_EFD = gate_LEDF[layer], up_LEDF[layer], down_LEFD[layer]
+    return grouped_swiglu(x_RD, gate_EDF, up_EDF, down_EFD, groups, kernel)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mixtral_jax.config import DispatchConfig, ModelConfig, RouterConfig
-from mixtral_jax.kernels.grouped_matmul import Kernel, grouped_matmul, grouped_swiglu
+from mixtral_jax.kernels.grouped_matmul import Kernel, grouped_matmul, grouped_swiglu, swiglu_of_layer
 from mixtral_jax.kernels.groups import RowGroups
 from mixtral_jax.model.dispatch.choose import TRANSPORTS
 from mixtral_jax.model.dispatch.region import dispatch
@@ -45,12 +45,32 @@ class Experts(nnx.Module):
         self.down = ExpertProjection((E, F, D), ("expert", "mlp", "embed"), kernel, **shared)
 
     def __call__(self, x_RD: jax.Array, groups: RowGroups) -> jax.Array:
-        projections = (self.gate, self.up, self.down)
-        if all(type(projection) is ExpertProjection for projection in projections):
-            gate_EDF, up_EDF, down_EFD = (projection.weight[...] for projection in projections)
-            return grouped_swiglu(x_RD, gate_EDF, up_EDF, down_EFD, groups, self.kernel)
+        if weights := self.plain_weights():
+            return grouped_swiglu(x_RD, *weights, groups, self.kernel)
         hidden_RF = jax.nn.silu(self.gate(x_RD, groups)) * self.up(x_RD, groups)
         return self.down(hidden_RF, groups)
+
+    def plain_weights(self) -> tuple[jax.Array, jax.Array, jax.Array] | None:
+        """Those of gate, up and down, unless one is no plain projection."""
+        projections = (self.gate, self.up, self.down)
+        if any(type(projection) is not ExpertProjection for projection in projections):
+            return None
+        gate_EDF, up_EDF, down_EFD = (projection.weight[...] for projection in projections)
+        return gate_EDF, up_EDF, down_EFD
+
+
+class ExpertsOfLayer(nnx.Module):
+    """The experts of one layer of a stack, for a few rows and no gradient: weights are read where they lie."""
+
+    def __init__(self, stack: Experts, layer: jax.Array):
+        self.stack = stack
+        self.layer = nnx.data(layer)
+        self.kernel: Kernel = stack.kernel
+
+    def __call__(self, x_RD: jax.Array, groups: RowGroups) -> jax.Array:
+        if weights := self.stack.plain_weights():
+            return swiglu_of_layer(x_RD, *weights, groups, self.kernel, self.layer)
+        return jax.tree.map(lambda weight: weight[self.layer], self.stack)(x_RD, groups)
 
 
 class MoE(nnx.Module):
@@ -69,9 +89,12 @@ class MoE(nnx.Module):
     def __call__(self, x_BTD: jax.Array, is_real_BT: jax.Array) -> tuple[jax.Array, Routing]:
         routing = self.router(x_BTD, is_real_BT)
         # Cast before the gather: weights travel in the compute dtype.
-        experts = jax.tree.map(lambda weight: weight.astype(jnp.dtype(self.dtype)), self.experts)
+        experts = jax.tree.map(self._cast, self.experts)
         routes = (routing.experts_BTA, routing.weights_BTA, routing.is_kept_BTA)
         is_checked = self.experts.kernel != "tokamax"
         home = dispatch(experts, self.transport, self.num_experts, x_BTD, routes, self.rules, is_checked=is_checked)
         sums = dataclasses.replace(routing.sums, overflowed=home.overflowed.astype(jnp.float32))
         return home.y_BTD, dataclasses.replace(routing, sums=sums)
+
+    def _cast(self, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(self.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf

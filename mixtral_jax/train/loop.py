@@ -28,14 +28,14 @@ class TrainLoop:
     """Everything a run needs besides its state.
 
     `batches` yields, from the first step not yet done, a batch and its hash; `evaluate` gives `eval/`
-    figures; `record` is saved with every checkpoint, and holds the tokens seen so far.
+    figures of the model; `record` is saved with every checkpoint, and holds the tokens seen so far.
     """
 
     config: TrainConfig
     checkpoint: CheckpointConfig
     train_step: TrainStep
     batches: Iterator[tuple[Batch, str]]
-    evaluate: Callable[[TrainState], dict[str, Any]]
+    evaluate: Callable[[Any], dict[str, Any]]
     checkpoints: RunCheckpoints
     log: MetricLog
     console: Console
@@ -69,7 +69,7 @@ class TrainLoop:
                     record = {"step": step, **_to_host(metrics), **meter.read(), "batch_hash": batch_hash}
                     check_finite(record)
                     if is_evaluating:
-                        record |= self.evaluate(state)
+                        record |= self.evaluate(state.model())
                     if is_logging:
                         self.log.write(record)
                         progress.report(record)
