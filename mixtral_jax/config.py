@@ -7,15 +7,14 @@ Knows no jax, so that reading or checking a config starts no back end. What depe
 import dataclasses
 from typing import Literal
 
+from mixtral_jax.config_errors import ConfigError, require
+from mixtral_jax.config_finetune import FinetuneConfig, LoRAConfig
 
-class ConfigError(ValueError):
-    """The command, the config or the data it names is wrong: one clear line, exit code 2."""
-
-
-def require(condition: object, message: str) -> None:
-    """Raises `ConfigError(message)` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(message)
+__all__ = [
+    "CheckpointConfig", "Config", "ConfigError", "DataConfig", "DispatchConfig", "FinetuneConfig", "LoRAConfig",
+    "LoadBalanceConfig", "LogConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "RouterConfig", "TrainConfig",
+    "require",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,7 +258,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run."""
+    """A whole run: of pretraining, or with `finetune` of tuning."""
 
     model: ModelConfig
     router: RouterConfig = RouterConfig()
@@ -269,6 +268,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    finetune: FinetuneConfig | None = None
     log: LogConfig = LogConfig()
 
     def __post_init__(self):
