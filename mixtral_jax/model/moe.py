@@ -17,13 +17,16 @@ from mixtral_jax.parallel.rules import AxisRules
 
 
 class ExpertProjection(nnx.Module):
-    """One matrix per expert; multiplies rows that are sorted by expert."""
+    """One matrix per expert; multiplies rows that are sorted by expert. `init`, `variable`: as of `Projection`."""
 
-    def __init__(self, shape: tuple[int, int, int], axes: tuple[str, str, str], kernel: Kernel, *,
-                 config: ModelConfig, rules: AxisRules, rngs: nnx.Rngs):  # fmt: skip
+    def __init__(self, shape: tuple[int, int, int], axes: tuple[str | None, str | None, str | None], kernel: Kernel, *,
+                 config: ModelConfig, rules: AxisRules, rngs: nnx.Rngs,
+                 init: nnx.Initializer | None = None, variable: type[nnx.Param] = nnx.Param):  # fmt: skip
+        self.axes = axes
+        self.rules = rules
         self.kernel: Kernel = kernel
-        init = nnx.initializers.normal(config.initializer_range)
-        self.weight = nnx.Param(init(rngs.params(), shape, config.param_dtype, out_sharding=rules.spec(*axes)))
+        init = init or nnx.initializers.normal(config.initializer_range)
+        self.weight = variable(init(rngs.params(), shape, config.param_dtype, out_sharding=rules.spec(*axes)))
 
     def __call__(self, x_RD: jax.Array, groups: RowGroups) -> jax.Array:
         return grouped_matmul(x_RD, self.weight[...], groups, self.kernel)
