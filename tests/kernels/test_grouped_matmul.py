@@ -81,6 +81,20 @@ def test_matmul_and_its_gradients_are_those_of_a_loop_over_experts(kernel):
         assert relative_norm(a, b) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kernel", ["blocks", "ragged_dot"])
+def test_three_projections_one_by_one_give_every_bit_of_swiglu_at_once(kernel, dtype):
+    rows = jnp.array([300, 0, 17, 83], jnp.int32)
+    x, gate, up, down = (array.astype(dtype) for array in inputs())
+
+    def one_by_one(x, gate, up, down):
+        hidden = jax.nn.silu(grouped_matmul(x, gate, rows, kernel)) * grouped_matmul(x, up, rows, kernel)
+        return grouped_matmul(hidden, down, rows, kernel)
+
+    at_once = jax.jit(lambda *arrays: grouped_swiglu(*arrays, rows, kernel))(x, gate, up, down)
+    np.testing.assert_array_equal(jax.jit(one_by_one)(x, gate, up, down), at_once)
+
+
 @pytest.mark.parametrize("num_rows", [1, 7, 255, 257])
 def test_any_number_of_rows_will_do(num_rows):
     arrays = inputs(num_rows)
