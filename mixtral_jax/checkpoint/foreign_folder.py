@@ -13,14 +13,14 @@ from mixtral_jax.config import ConfigError, require
 _MAX_BYTES = 100_000_000
 
 
-def find_file(folder: Path, name: str) -> Path | None:
-    """The file `name` of the folder, or None if there is none.
+def find_file(folder: Path, name: str, said_by: str = "this program") -> Path | None:
+    """The file `name` of the folder, or None if there is none. `said_by` is whose word the name is.
 
     Raises:
         ConfigError: the name leaves the folder, itself or by symbolic links, or is not of a regular file.
     """
     is_plain = name and name not in (".", "..") and not set(name) & set("/\\\0")
-    require(is_plain, f"{folder} names a file {name!r}: it must be one of the folder itself, without / and ..")
+    require(is_plain, f"{said_by} is in {name!r}, it says: that must be a file of the folder itself, without / and ..")
     path, folder = folder / name, folder.resolve()
     if not path.is_symlink() and not path.exists():
         return None

@@ -21,6 +21,7 @@ def require_room(path: Path, num_bytes: int) -> None:
         free = shutil.disk_usage(above).free
     except OSError as error:
         raise ConfigError(f"{path} cannot be made: {error}") from None
+    require(above.is_dir(), f"{path} cannot be made: {above} is no folder")
     require(is_free, f"{path} exists: name a new folder, or delete that one")
     require(free > num_bytes, f"{path} needs {num_bytes / 1e9:,.1f} GB, and its disk has {free / 1e9:,.1f} GB free")
 

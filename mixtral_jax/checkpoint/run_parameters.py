@@ -42,14 +42,17 @@ def open_parameters(step: Path) -> dict[str, StoredArray]:
     state = step / "state"
     metadata = read_object(state / "_METADATA")
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
-    keys = _find_keys(metadata)
+    try:
+        keys = _find_keys(metadata)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{state / '_METADATA'} is damaged: {type(error).__name__}: {error}") from None
     missing = [parameter for parameter in PARAMETERS if parameter not in keys]
     require(not missing, f"{step} is not a checkpoint of a Mixtral: it lacks {', '.join(missing)}")
     return {parameter: _open_array(state, keys[parameter], metadata, context) for parameter in PARAMETERS}
 
 
 def _find_keys(metadata: Mapping[str, Any]) -> dict[str, str]:
-    entries = metadata.get("tree_metadata", {}).values()
+    entries = metadata["tree_metadata"].values()
     keys = {part["key"] for entry in entries for part in entry["key_metadata"]}
     candidates = {parameter: [parameter_key(section, parameter) for section in _SECTIONS] for parameter in PARAMETERS}
     return {parameter: key for parameter, options in candidates.items() for key in options if key in keys}
@@ -61,7 +64,11 @@ def _open_array(state: Path, key: str, metadata: Mapping[str, Any], context: ten
         files = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}, "path": f"{key}/"}
     else:
         files = {"driver": "file", "path": f"{folder}/{key}/"}
-    spec = {"driver": "zarr3" if metadata.get("use_zarr3") else "zarr", "kvstore": files}
+    spec = {
+        "driver": "zarr3" if metadata.get("use_zarr3") else "zarr",
+        "kvstore": files,
+        "fill_missing_data_reads": False,  # Else a chunk that is not there would be read as zeros.
+    }
     try:
         array = tensorstore.open(spec, context=context, read=True, open=True).result()
     except ValueError as error:

@@ -65,11 +65,12 @@ def open_shards(folder: Path, index: Path) -> dict[str, FileTensor]:
         raise ConfigError(f"{index} must have a weight_map from tensors to files")
     tensors: dict[str, FileTensor] = {}
     wrong = []
-    for name in sorted(set(weight_map.values())):
-        require(name.endswith(".safetensors"), f"{index} names {name!r}, which is no .safetensors file")
-        path = find_file(folder, name)
+    for name, first in {name: tensor for tensor, name in reversed(weight_map.items())}.items():
+        said = f"{index}: tensor {first!r}"
+        path = find_file(folder, name, said)
+        require(name.endswith(".safetensors"), f"{said} is in {name!r}, it says: that is no .safetensors file")
         if path is None:
-            raise ConfigError(f"{index} names {name}, which is not there")
+            raise ConfigError(f"{said} is in {name!r}, it says: that is not there")
         here = open_file(path)
         wrong += [f"{tensor} is in {name}, unsaid" for tensor in here if weight_map.get(tensor) != name]
         tensors |= here
@@ -106,12 +107,18 @@ def _are_sizes(values: Any) -> bool:
 
 def _check_tiling(path: Path, tensors: list[FileTensor], start: int, size: int) -> None:
     """Makes sure that the tensors follow each other up to the end of the file."""
+    ordered = sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes))
+    for tensor in ordered:
+        require(
+            tensor.offset + tensor.nbytes <= size,
+            f"{path} is truncated or damaged: tensor {tensor.name} ends at byte {tensor.offset + tensor.nbytes:,} of "
+            f"{size:,}",
+        )
     end, last = start, "the header"
-    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
+    for tensor in ordered:
         how = "overlaps" if tensor.offset < end else "leaves a gap after"
-        require(tensor.offset == end, f"{path}: tensor {tensor.name} {how} {last}")
+        require(tensor.offset == end, f"{path} is damaged: tensor {tensor.name} {how} {last}")
         end, last = tensor.offset + tensor.nbytes, tensor.name
-        require(end <= size, f"{path} is truncated: it has {size:,} bytes, and {last} ends at {end:,}")
     require(end == size, f"{path} is damaged: {size - end:,} bytes after {last} are of no tensor")
 
 
