@@ -14,7 +14,7 @@ from mixtral_jax.cli.flags import RunFlags
 from mixtral_jax.cli.open_data import find_tokenizer
 from mixtral_jax.cli.start import Run, start_run
 from mixtral_jax.cli.training import pretrain
-from mixtral_jax.config import Config, FinetuneConfig, OptimizerConfig, RouterConfig
+from mixtral_jax.config import Config, FinetuneConfig, OptimizerConfig, RouterConfig, require
 from mixtral_jax.data.sources import fingerprint_source
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.finetune.tunable import make_tunable
@@ -76,7 +76,9 @@ def find_base(flags: RunFlags, workdir: Path, processes: Processes, stop: StopSi
     finetune = config.finetune
     assert finetune is not None
     if finetune.base is not None:
-        return open_base(Path(finetune.base), config)
+        folder = Path(finetune.base).expanduser()
+        require(folder.is_dir(), f"finetune.base={folder} is no folder: name a run, a step of it, or other weights")
+        return open_base(folder, config)
     plain = dataclasses.replace(flags, config=plan_base(config, finetune), workdir=workdir / "base")
     run = start_run(plain, processes)
     _check_tuning(config, run)
