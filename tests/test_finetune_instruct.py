@@ -143,5 +143,5 @@ def test_wrong_flags_are_named_with_what_would_be_right(flags, words):
 
 def test_a_base_that_is_not_there_is_named(tmp_path):
     flags = parse_tuning_flags(["--config.finetune.base=nowhere"], description="", default_config="instruct/tiny.py")
-    with pytest.raises(ConfigError, match="finetune.base=nowhere is no folder"):
+    with pytest.raises(ConfigError, match=r"finetune\.base=nowhere is no folder"):
         find_base(flags.run, tmp_path, Processes(), StopSignal())
