@@ -43,7 +43,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     initializer_range: float = 0.02
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     remat: Literal["full", "dots", "none"] = "full"
     attention: Literal["auto", "xla", "splash"] = "auto"
 

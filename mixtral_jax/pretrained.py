@@ -15,9 +15,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mixtral_jax.checkpoint.huggingface import load_weights, read_config
-from mixtral_jax.config import Config, ConfigError, MeshConfig, TrainConfig, require
-from mixtral_jax.data.chat import SAFE_PROMPT, ChatTemplate, LiteralInst
+from mixtral_jax.checkpoint.on_devices import load_model
+from mixtral_jax.checkpoint.weights import open_weights
+from mixtral_jax.config import Config, ConfigError, LiteralInst, MeshConfig, require
+from mixtral_jax.data.chat import SAFE_PROMPT, ChatTemplate
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.generate.generator import Generator, Speed
 from mixtral_jax.generate.settings import Settings
@@ -25,7 +26,7 @@ from mixtral_jax.model.balance import load_balance_loss
 from mixtral_jax.model.transformer import ModelOutput, Transformer, model_maker, resolve_dispatch
 from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, matmul_precision, resolve_mesh
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = typing.get_args(Dtype)
 Prompt = str | Sequence[int]
 
@@ -179,34 +180,32 @@ def load_pretrained(
 ) -> Pretrained:
     """The model in `folder`, sharded over `mesh`; each process reads the parts that its devices hold.
 
+    No route is dropped, whatever capacity the model was trained with.
+
     Args:
-        folder: a Hugging Face folder.
-        dtype: what the model is held and computed in; None keeps that of the folder.
+        folder: a run's workdir (its newest checkpoint), one step of it, or a folder of Hugging Face or of Mistral.
+        dtype: what the weights are held in, and computed in, except that float16 is computed in float32; None keeps
+            that of the folder.
         mesh: one, or the sizes of one over all devices; by default with as many on `expert` as divide the experts, and
             the rest on `data`.
 
     Raises:
         ConfigError: the folder holds no Mixtral, or a damaged one, or the mesh does not fit; says what and where.
     """
-    folder = Path(folder)
-    theirs = read_config(folder)
-    model = theirs.model if dtype is None else dataclasses.replace(theirs.model, dtype=dtype, param_dtype=dtype)
-    # Prompts are of any length: flash attention is for those of training.
-    model = dataclasses.replace(model, attention="xla")
+    weights = open_weights(Path(folder))
+    if dtype is not None:
+        weights = weights.astype(dtype)
     if isinstance(mesh, jax.sharding.Mesh):
         sizes, num_devices = MeshConfig(**{axis: mesh.shape[axis] for axis in MESH_AXES}), mesh.size
     else:
         sizes, num_devices = mesh or MeshConfig(), jax.device_count()
-    train = TrainConfig(num_steps=1, batch_size=num_devices, sequence_length=2)
-    config = resolve_mesh(Config(model=model, router=theirs.router, mesh=sizes, train=train), num_devices)
+    config = weights.architecture.config(batch_size=num_devices)
+    # Whatever it was trained with, elsewhere perhaps.
+    model = dataclasses.replace(config.model, attention="auto")
+    config = resolve_mesh(dataclasses.replace(config, model=model, mesh=sizes), num_devices)
     mesh = mesh if isinstance(mesh, jax.sharding.Mesh) else make_mesh(config.mesh)
     platform = mesh.devices.flat[0].platform
     config = dataclasses.replace(config, dispatch=resolve_dispatch(config, platform))
     with jax.set_mesh(mesh):
-        weights = load_weights(folder, jax.eval_shape(model_maker(config, platform)))
-    return Pretrained(config, weights, _read_tokenizer(folder), mesh)
-
-
-def _read_tokenizer(folder: Path) -> Tokenizer | None:
-    path = folder / "tokenizer.model"
-    return Tokenizer(path.read_bytes()) if path.exists() else None
+        loaded = load_model(weights.parameters, jax.eval_shape(model_maker(config, platform)))
+    return Pretrained(config, loaded, weights.tokenizer, mesh)

@@ -14,8 +14,8 @@ from mixtral_jax.config import ConfigError
 
 # Verb -> file in this folder.
 VERBS = {
-    "generate": "generate", "chat": "chat", "evaluate": "evaluate", "data": "data",
-    "bench": "bench", "plan": "plan", "doctor": "doctor",
+    "import": "import_weights", "export": "export", "generate": "generate", "chat": "chat", "evaluate": "evaluate",
+    "data": "data", "bench": "bench", "plan": "plan", "doctor": "doctor",
 }  # fmt: skip
 
 
