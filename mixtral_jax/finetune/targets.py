@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from mixtral_jax.config import ConfigError, FinetuneConfig, require
 
 PRESETS = {
-    "attention": "attention.*",
-    "attention+experts": "attention.*,moe.experts.*",
-    "attention+experts+router": "attention.*,moe.experts.*,moe.router.*",
+    "attention": ("attention.*",),
+    "attention+experts": ("attention.*", "moe.experts.*"),
+    "attention+experts+router": ("attention.*", "moe.experts.*", "moe.router.*"),
 }
 
 
@@ -19,7 +19,7 @@ def match_targets(config: FinetuneConfig, names: Sequence[str]) -> list[str]:
         ConfigError: a pattern matches nothing, or what the config says of the router contradicts it.
     """
     asked = config.lora.targets
-    patterns = [pattern.strip() for pattern in PRESETS.get(asked, asked).split(",")]
+    patterns = [pattern for part in asked.split(",") for pattern in PRESETS.get(part.strip(), (part.strip(),))]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise ConfigError(

@@ -99,6 +99,20 @@ def test_matmul_and_its_gradients_are_those_of_a_loop_over_experts(kernel):
         assert relative_norm(a, b) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kernel", ["blocks", "ragged_dot"])
+def test_three_projections_one_by_one_give_every_bit_of_swiglu_at_once(kernel, dtype):
+    groups = groups_of([300, 0, 17, 83])
+    x, gate, up, down = (array.astype(dtype) for array in inputs())
+
+    def one_by_one(x, gate, up, down):
+        hidden = jax.nn.silu(grouped_matmul(x, gate, groups, kernel)) * grouped_matmul(x, up, groups, kernel)
+        return grouped_matmul(hidden, down, groups, kernel)
+
+    at_once = jax.jit(lambda *arrays: grouped_swiglu(*arrays, groups, kernel))(x, gate, up, down)
+    np.testing.assert_array_equal(jax.jit(one_by_one)(x, gate, up, down), at_once)
+
+
 @pytest.mark.parametrize("balanced_rows", [1, 400, 4000])
 @pytest.mark.parametrize("num_rows", [1, 7, 255, 257, 600])
 def test_any_number_of_rows_will_do_whatever_was_expected(num_rows, balanced_rows):
