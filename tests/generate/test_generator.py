@@ -17,8 +17,7 @@ from mixtral_jax.model.transformer import model_maker
 from tests.cases import RULES, mesh_of, small_config
 from tests.data.chat_cases import train_tokenizer
 
-HF = Path(__file__).parents[1] / "golden" / "hf_tiny"
-MESHES = {"one device": {}, "expert=4, tensor=2": {"expert": 4, "tensor": 2}}
+GOLDEN = Path(__file__).parents[1] / "golden"
 SPREAD = {"fsdp": 2, "expert": 2, "tensor": 2}
 LONGER = list(range(3, 60))
 
@@ -31,15 +30,10 @@ def generator_of(config, mesh, tokenizer=None, context=512):
 @pytest.fixture(scope="module")
 def golden():
     """The prompt of row 0 and what follows it in transformers, greedily."""
-    with np.load(HF / "expected.npz") as file:
+    with np.load(GOLDEN / "hf_tiny" / "expected.npz") as file:
         ids, prompt = file["greedy_ids_row0"].tolist(), file["input_ids"][0].tolist()
     assert ids[: len(prompt)] == prompt
     return prompt, ids[len(prompt) :]
-
-
-@pytest.fixture(scope="module", params=MESHES.values(), ids=list(MESHES))
-def loaded(request):
-    return mixtral_jax.load_pretrained(HF, dtype="float32", mesh=mesh_of(**request.param))
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +52,15 @@ def continue_without_cache(logits_of, prompt, count):
     return ids[len(prompt) :]
 
 
-def test_greedy_continuation_is_that_of_transformers(loaded, golden):
+@pytest.mark.parametrize(("folder", "sizes"), [
+    ("hf_tiny", {}), ("hf_tiny", {"expert": 4, "tensor": 2}), ("mistral_tiny", {}),
+])  # fmt: skip
+def test_greedy_continuation_is_that_of_transformers(folder, sizes, golden):
     prompt, expected = golden
-    generator = Generator(loaded.model, loaded.mesh, None, 256)
-    settings = Settings(max_new_tokens=len(expected))
-    assert generator.generate([prompt], settings)[0].ids == expected
-    others = generator.generate([LONGER, prompt, [1]], settings)
-    assert others[1].ids == expected
+    loaded = mixtral_jax.load_pretrained(GOLDEN / folder, dtype="float32", mesh=mesh_of(**sizes))
+    assert loaded.generate(prompt, max_new_tokens=len(expected)) == expected
+    assert loaded.generate([LONGER, prompt, [1]], max_new_tokens=len(expected))[1] == expected
     assert continue_without_cache(loaded.logits, prompt, len(expected)) == expected
-    assert [other.finish_reason for other in others] == ["length"] * 3
 
 
 @pytest.mark.parametrize(("sizes", "first"), [({}, 4), (SPREAD, 1)], ids=str)
