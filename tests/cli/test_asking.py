@@ -22,7 +22,7 @@ from mixtral_jax.config import ConfigError, DataConfig
 from mixtral_jax.generate.settings import Settings
 from tests.cases import mesh_of, small_config
 from tests.data.chat_cases import train_tokenizer
-from tests.runs import environment
+from tests.runs import environment, free_port
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hf_tiny"
 
@@ -56,6 +56,26 @@ def test_generate_writes_the_continuation_and_nothing_else_on_standard_output(fo
     output, errors = process.communicate(timeout=240)
     assert (process.returncode, output) == (0, expected), errors
     assert "prefill" in errors and "tokens/s" in errors and "ended:" in errors
+
+
+def test_several_processes_write_one_continuation_and_must_be_asked_for_the_same(folder, loaded):
+    def run(*own):
+        meet = [
+            f"--coordinator=127.0.0.1:{free_port()}",
+            "--num_processes=2",
+            "--mesh.cpu_devices=2",
+            "--mesh.expert=4",
+        ]
+        shared = ["--prompt=def main(", "--max_new_tokens=5", "--temperature=0.9"]
+        processes = [start(folder, "generate", *meet, *shared, f"--process_id={i}", *own[i : i + 1]) for i in range(2)]
+        return [(*process.communicate(timeout=240), process.returncode) for process in processes]
+
+    (first, errors, code), (second, _, other_code) = run()
+    assert (code, other_code) == (0, 0), errors
+    assert (first, second) == (loaded.generate("def main(", max_new_tokens=5, temperature=0.9), "")
+    for output, errors, code in run("--seed=1", "--seed=2"):
+        assert (output, code) == ("", 2)
+        assert "process 1 has other flags" in errors
 
 
 def test_chat_answers_each_line_in_the_light_of_those_before_and_leaves_at_ctrl_c(folder, loaded):
