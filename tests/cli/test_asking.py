@@ -60,14 +60,9 @@ def test_generate_writes_the_continuation_and_nothing_else_on_standard_output(fo
 
 def test_several_processes_write_one_continuation_and_must_be_asked_for_the_same(folder, loaded):
     def run(*own):
-        meet = [
-            f"--coordinator=127.0.0.1:{free_port()}",
-            "--num_processes=2",
-            "--mesh.cpu_devices=2",
-            "--mesh.expert=4",
-        ]
-        shared = ["--prompt=def main(", "--max_new_tokens=5", "--temperature=0.9"]
-        processes = [start(folder, "generate", *meet, *shared, f"--process_id={i}", *own[i : i + 1]) for i in range(2)]
+        shared = ["--num_processes=2", f"--coordinator=127.0.0.1:{free_port()}", "--mesh.cpu_devices=2"]
+        shared += ["--mesh.expert=4", "--prompt=def main(", "--max_new_tokens=5", "--temperature=0.9"]
+        processes = [start(folder, "generate", *shared, f"--process_id={i}", *own[i : i + 1]) for i in range(2)]
         return [(*process.communicate(timeout=240), process.returncode) for process in processes]
 
     (first, errors, code), (second, _, other_code) = run()
