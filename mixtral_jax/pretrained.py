@@ -6,7 +6,6 @@ template, `generate` writes.
 
 import dataclasses
 import functools
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +26,6 @@ from mixtral_jax.model.transformer import ModelOutput, Transformer, model_maker,
 from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, matmul_precision, resolve_mesh
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-DTYPES = typing.get_args(Dtype)
 Prompt = str | Sequence[int]
 
 # Mixtral's own. Rotary positions have no end: what a model was trained on is no bound, but memory is.
