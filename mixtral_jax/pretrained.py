@@ -6,7 +6,6 @@ template, `generate` writes.
 
 import dataclasses
 import functools
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,17 +16,17 @@ from jax.experimental import multihost_utils
 
 from mixtral_jax.checkpoint.on_devices import load_model
 from mixtral_jax.checkpoint.weights import open_weights
-from mixtral_jax.config import Config, ConfigError, MeshConfig, require
-from mixtral_jax.data.chat import SAFE_PROMPT, ChatTemplate, LiteralInst
+from mixtral_jax.config import Config, ConfigError, LiteralInst, MeshConfig, require
+from mixtral_jax.data.chat import SAFE_PROMPT, ChatTemplate
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.generate.generator import Generator, Speed
 from mixtral_jax.generate.settings import Settings
 from mixtral_jax.model.balance import load_balance_loss
 from mixtral_jax.model.transformer import ModelOutput, Transformer, model_maker, resolve_dispatch
 from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, matmul_precision, resolve_mesh
+from mixtral_jax.parallel.rules import AxisRules
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-DTYPES = typing.get_args(Dtype)
 Prompt = str | Sequence[int]
 
 # Mixtral's own. Rotary positions have no end: what a model was trained on is no bound, but memory is.
@@ -195,17 +194,19 @@ def load_pretrained(
     weights = open_weights(Path(folder))
     if dtype is not None:
         weights = weights.astype(dtype)
-    # Prompts are of any length: flash attention is for those of training.
-    model = dataclasses.replace(weights.architecture.model, attention="xla")
     if isinstance(mesh, jax.sharding.Mesh):
         sizes, num_devices = MeshConfig(**{axis: mesh.shape[axis] for axis in MESH_AXES}), mesh.size
     else:
         sizes, num_devices = mesh or MeshConfig(), jax.device_count()
     config = weights.architecture.config(batch_size=num_devices)
+    # Whatever it was trained with, elsewhere perhaps.
+    model = dataclasses.replace(config.model, attention="auto")
     config = resolve_mesh(dataclasses.replace(config, model=model, mesh=sizes), num_devices)
     mesh = mesh if isinstance(mesh, jax.sharding.Mesh) else make_mesh(config.mesh)
     platform = mesh.devices.flat[0].platform
     config = dataclasses.replace(config, dispatch=resolve_dispatch(config, platform))
+    # Not cut over `expert`, as in training: dense weights would be gathered anew for each token that is written.
+    rules = AxisRules(dense_embed="fsdp")
     with jax.set_mesh(mesh):
-        loaded = load_model(weights.parameters, jax.eval_shape(model_maker(config, platform)))
+        loaded = load_model(weights.parameters, jax.eval_shape(model_maker(config, platform, rules)))
     return Pretrained(config, loaded, weights.tokenizer, mesh)

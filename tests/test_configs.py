@@ -16,7 +16,7 @@ COMMANDS = {
     "pretrain": "python train.py",
     "instruct": "python finetune_instruct.py",
     "ablations": "python -m mixtral_jax ablate",
-    "bench": "python -m mixtral_jax bench --layer",
+    "bench": "python -m mixtral_jax bench --{name}",
 }
 SHIPPED = sorted(path for folder in COMMANDS for path in (CONFIGS / folder).glob("*.py") if path.stem != "__init__")
 # The config of a script that is run without --config.
@@ -35,7 +35,9 @@ def test_a_shipped_config_builds(path: Path) -> None:
 def test_a_shipped_config_names_its_command(path: Path) -> None:
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
     name = f"{path.parent.name}/{path.name}"
-    command = COMMANDS[path.parent.name] + ("" if name in DEFAULTS else f" --config=configs/{name}")
+    command = COMMANDS[path.parent.name].format(name=path.stem) + (
+        "" if name in DEFAULTS else f" --config=configs/{name}"
+    )
     assert command in docstring
 
 

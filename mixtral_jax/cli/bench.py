@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mixtral_jax.cli.bench_generate import describe_generate, measure_generate
 from mixtral_jax.cli.bench_layer import describe_layer, measure_layer
 from mixtral_jax.cli.flags import make_parser, parse_config
 from mixtral_jax.cli.start import start_devices
@@ -28,14 +29,18 @@ WARMUP, MEASURED = 2, 8
 
 
 def main(arguments: list[str]) -> int:
-    """`bench --config=F [--layer] [--json] [--config.KEY=VALUE ...]`."""
+    """`bench --config=F [--layer | --generate] [--json] [--config.KEY=VALUE ...]`."""
     parser = make_parser(__doc__, "pretrain/tiny.py", "bench")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    parser.add_argument("--layer", action="store_true", help="one MoE layer beside transformers', not the train step")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--layer", action="store_true", help="one MoE layer beside transformers', not the train step")
+    what.add_argument("--generate", action="store_true", help="prefill and decode beside transformers'")
     flags, config = parse_config(parser, arguments)
     config, mesh = start_devices(config, Processes())
     if flags.layer:
         figures, describe = measure_layer(config, mesh), describe_layer
+    elif flags.generate:
+        figures, describe = measure_generate(config, mesh), describe_generate
     else:
         figures, describe = measure(config, mesh), describe_step
     print(json.dumps(figures) if flags.json else describe(figures))

@@ -1,5 +1,6 @@
 """Talks with an instruct model in the terminal."""
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from typing import IO, Any
@@ -49,20 +50,24 @@ class Conversation:
         self._speed = Speed()
 
     def run(self, questions: Iterator[str]) -> None:
-        """Answers each; says at the end how fast that was."""
-        for question in questions:
-            self._messages.append({"role": "user", "content": question})
-            try:
-                answer = self._answer(sys.stdout)
-            except ConfigError as error:
-                note(f"error: {error}")
-                answer = ""
-            if answer:
-                self._messages.append({"role": "assistant", "content": answer})
-            else:
-                self._messages.pop()  # A template holds no question without an answer.
+        """Answers each, until there is none or at Ctrl-C; says at the end how fast that was."""
+        with contextlib.suppress(KeyboardInterrupt):
+            for question in questions:
+                self._take(question)
         if self._speed.prompt_tokens:
-            note(self._speed)
+            note(f"\n{self._speed}" if sys.stdin.isatty() else self._speed)
+
+    def _take(self, question: str) -> None:
+        self._messages.append({"role": "user", "content": question})
+        try:
+            answer = self._answer(sys.stdout)
+        except ConfigError as error:
+            note(f"error: {error}")
+            answer = ""
+        if answer:
+            self._messages.append({"role": "assistant", "content": answer})
+        else:
+            self._messages.pop()  # A template holds no question without an answer.
 
     def _answer(self, output: IO[str]) -> str:
         """Writes the answer as it comes; at Ctrl-C it ends where it is."""
@@ -82,19 +87,14 @@ class Conversation:
 
 
 def read_messages(source: IO[str]) -> Iterator[str]:
-    """The lines of `source` that are not blank, until its end (Ctrl-D) or Ctrl-C; a terminal is asked for them."""
+    """The lines of `source` that are not blank; a terminal is asked for them, until Ctrl-D."""
     if source.isatty():
         import readline  # noqa: F401  It lets `input` edit lines.
 
         note("Ctrl-D leaves, Ctrl-C ends an answer")
-    try:
-        while line := _read_line(source):
-            if line.strip():
-                yield line.strip("\n")
-    except KeyboardInterrupt:
-        pass
-    if source.isatty():
-        note("")
+    while line := _read_line(source):
+        if line.strip():
+            yield line.strip("\n")
 
 
 def _read_line(source: IO[str]) -> str:

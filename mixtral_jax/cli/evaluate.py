@@ -24,6 +24,7 @@ from mixtral_jax.config_mapping import build
 from mixtral_jax.data.batches import spread_batches
 from mixtral_jax.data.chats import prepare_chats
 from mixtral_jax.data.packing import PackPlan, plan_rows
+from mixtral_jax.data.sources import fingerprint_source
 from mixtral_jax.data.store import TokenStore
 from mixtral_jax.data.text import tokenize_text
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -70,6 +71,7 @@ def main(arguments: list[str]) -> int:
     parser.epilog = f"{parser.epilog}; --data.path=F and other --data.KEY=VALUE name the data, as in training"
     flags, model, sections = parse_model_flags(parser, arguments, data=DataConfig)
     require(any(argument.startswith("--data.path=") for argument in arguments), "--data.path=F must name the data")
+    fingerprint_source(sections["data"].path)  # Whether there are any, before much is loaded.
     with claim_stdout() as output, join_processes(model.launch) as processes:
         loaded = open_model(model, processes)
         task = plan_task(flags, sections["data"], loaded)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mixtral_jax.checkpoint.stored import DTYPES
 from mixtral_jax.cli.flags import add_process_flags, parse_path, parse_sections, read_process_flags
 from mixtral_jax.cli.start import require_equal_devices
 from mixtral_jax.config import MeshConfig, require
@@ -14,7 +15,7 @@ from mixtral_jax.generate.settings import Settings
 from mixtral_jax.parallel.coordinator import Launch
 from mixtral_jax.parallel.mesh import use_virtual_cpu_devices
 from mixtral_jax.parallel.processes import Processes
-from mixtral_jax.pretrained import DTYPES, Dtype, Pretrained, load_pretrained
+from mixtral_jax.pretrained import Dtype, Pretrained, load_pretrained
 
 
 @dataclasses.dataclass(frozen=True)

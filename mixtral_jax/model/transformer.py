@@ -87,7 +87,7 @@ class Transformer(nnx.Module):
         self.blocks = jax.vmap(lambda rngs: Block(config, router, dispatch, rules, rngs))(rngs.split(config.num_layers))
         self.norm = RMSNorm(config)
         self.unembed = Projection(
-            "BTD,DV->BTV", (config.hidden_size, config.vocab_size), ("embed", "vocab"),
+            "BTD,DV->BTV", (config.hidden_size, config.vocab_size), ("dense_embed", "vocab"),
             config=config, rules=rules, rngs=rngs,
         )  # fmt: skip
 

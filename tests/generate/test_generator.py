@@ -15,10 +15,8 @@ from mixtral_jax.generate.generator import Generator, Speed
 from mixtral_jax.generate.settings import Settings
 from mixtral_jax.model.transformer import model_maker
 from tests.cases import RULES, mesh_of, small_config
-from tests.data.chat_cases import train_tokenizer
 
-HF = Path(__file__).parents[1] / "golden" / "hf_tiny"
-MESHES = {"one device": {}, "expert=4, tensor=2": {"expert": 4, "tensor": 2}}
+GOLDEN = Path(__file__).parents[1] / "golden"
 SPREAD = {"fsdp": 2, "expert": 2, "tensor": 2}
 LONGER = list(range(3, 60))
 
@@ -31,15 +29,10 @@ def generator_of(config, mesh, tokenizer=None, context=512):
 @pytest.fixture(scope="module")
 def golden():
     """The prompt of row 0 and what follows it in transformers, greedily."""
-    with np.load(HF / "expected.npz") as file:
+    with np.load(GOLDEN / "hf_tiny" / "expected.npz") as file:
         ids, prompt = file["greedy_ids_row0"].tolist(), file["input_ids"][0].tolist()
     assert ids[: len(prompt)] == prompt
     return prompt, ids[len(prompt) :]
-
-
-@pytest.fixture(scope="module", params=MESHES.values(), ids=list(MESHES))
-def loaded(request):
-    return mixtral_jax.load_pretrained(HF, dtype="float32", mesh=mesh_of(**request.param))
 
 
 @pytest.fixture(scope="module")
@@ -58,21 +51,20 @@ def continue_without_cache(logits_of, prompt, count):
     return ids[len(prompt) :]
 
 
-def test_greedy_continuation_is_that_of_transformers(loaded, golden):
+@pytest.mark.parametrize(("folder", "sizes"), [
+    ("hf_tiny", {}), ("hf_tiny", {"expert": 4, "tensor": 2}), ("mistral_tiny", {}),
+])  # fmt: skip
+def test_greedy_continuation_is_that_of_transformers(folder, sizes, golden):
     prompt, expected = golden
-    generator = Generator(loaded.model, loaded.mesh, None, 256)
-    settings = Settings(max_new_tokens=len(expected))
-    assert generator.generate([prompt], settings)[0].ids == expected
-    others = generator.generate([LONGER, prompt, [1]], settings)
-    assert others[1].ids == expected
+    loaded = mixtral_jax.load_pretrained(GOLDEN / folder, dtype="float32", mesh=mesh_of(**sizes))
+    assert loaded.generate(prompt, max_new_tokens=len(expected)) == expected
+    assert loaded.generate([LONGER, prompt, [1]], max_new_tokens=len(expected))[1] == expected
     assert continue_without_cache(loaded.logits, prompt, len(expected)) == expected
-    assert [other.finish_reason for other in others] == ["length"] * 3
 
 
-@pytest.mark.parametrize(("sizes", "first"), [({}, 4), (SPREAD, 1)], ids=str)
-def test_cached_logits_are_those_of_a_run_over_everything(sizes, first):
-    """Rows of unequal length, fed `first` tokens at once, then one at a time."""
-    config, mesh = small_config(), mesh_of(**sizes)
+def test_cached_logits_are_those_of_a_run_over_everything():
+    """Rows of unequal length, fed four tokens at once, then one at a time."""
+    config, mesh = small_config(), mesh_of(**SPREAD)
     rng = np.random.default_rng(0)
     lengths = np.array([9, 16, 5, 12, 16, 1, 7, 0])
     tokens = rng.integers(0, 96, (8, 16 + 7), dtype=np.int32)  # A row's own begin `16 - length` columns in.
@@ -97,7 +89,7 @@ def test_cached_logits_are_those_of_a_run_over_everything(sizes, first):
         expected = jax.jit(model)(*cut(0, 23)).logits_BTV
         logits, cache = begin(model, *cut(0, 16))
         parts = [logits]
-        for begins, ends in itertools.pairwise([16, *range(16 + first, 24)]):
+        for begins, ends in itertools.pairwise([16, 20, 21, 22, 23]):
             logits, cache = go_on(model, cache, *cut(begins, ends))
             parts.append(logits)
     got = np.concatenate([np.asarray(part) for part in parts], axis=1)
@@ -117,7 +109,6 @@ def test_company_and_mesh_change_no_continuation(small):
     ]  # fmt: skip
     together = [row.ids for row in small.generate(prompts, settings)]
     assert [len(ids) for ids in together] == [10, 6, 9, 10]
-    assert [small.generate([p], s)[0].ids for p, s in zip(prompts[:2], settings[:2], strict=True)] == together[:2]
     assert [row.ids for row in small.generate(prompts[::-1], settings[::-1])] == together[::-1]
     spread = generator_of(small_config(), mesh_of(**SPREAD))
     assert [row.ids for row in spread.generate(prompts, settings)] == together
@@ -145,7 +136,7 @@ def compilations():
 
 
 def test_each_program_is_compiled_once_for_a_bucket_of_sizes_and_not_counted_as_speed():
-    generator, speed = generator_of(small_config(), mesh_of(expert=2)), Speed()
+    generator, speed = generator_of(small_config(), mesh_of(expert=2)), Speed()  # Batches of one or two are one size.
     with compilations() as count:
         generator.generate([[1] * 5, [1] * 7], Settings(max_new_tokens=6), speed)
         assert count() == 2
@@ -177,41 +168,34 @@ def test_a_cache_is_written_in_place(small):
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache.past.key_values))
 
 
-def test_a_row_that_is_over_gets_nothing_more_and_the_others_go_on(small):
-    """Ends at the end of text, and at a stop string, which needs a tokenizer: one that calls greedy's 4th token EOS."""
-    expected = [row.ids for row in small.generate([[1, 2], [3]], Settings(max_new_tokens=12))]
-    last = expected[0][3]
-    assert last not in expected[0][:3]
+class Numbers:
+    """A tokenizer of 50 pieces for a model of 96: writes each id as a number and a space."""
 
-    class Numbers:
-        """Writes each id as a number and a space."""
+    vocab_size, bos_id, eos_id = 50, 1, -1
 
-        vocab_size, bos_id, eos_id = 96, 1, last
-
-        def decode(self, ids):
-            return "".join(f"{token} " for token in ids)
-
-    ended = Generator(small.model, small.mesh, Numbers(), 512)
-    row, other = ended.generate([[1, 2], [3]], Settings(max_new_tokens=12))
-    assert (row.ids, row.finish_reason) == (expected[0][:3], "stop")
-    assert row.text == Numbers().decode(row.ids)
-    cut = expected[1].index(last) if last in expected[1] else 12
-    assert other.ids == expected[1][:cut]
-
-    number = next(i for i in range(2, 12) if expected[1][i] not in expected[1][:i])
-    stop = f" {expected[1][number]} "
-    row, other = ended.generate([[1, 2], [3]], [Settings(max_new_tokens=2), Settings(max_new_tokens=12, stop=(stop,))])
-    assert (row.ids, row.finish_reason) == (expected[0][:2], "length")
-    assert (other.text, other.finish_reason) == (Numbers().decode(expected[1][:number])[:-1], "stop")
+    def decode(self, ids):
+        return "".join(f"{token} " for token in ids)
 
 
-def test_ids_without_a_meaning_are_never_written():
-    """The model has 96 rows, the tokenizer's 400 pieces are cut to the first 40."""
-    tokenizer = train_tokenizer()
-    tokenizer.vocab_size = 40
-    generator = generator_of(small_config(), mesh_of(), tokenizer)
-    row = generator.generate([[1]], Settings(max_new_tokens=32, temperature=2.0))[0]
-    assert max(row.ids) < 40
+def test_a_row_ends_at_the_end_of_text_or_a_stop_string_and_the_others_go_on(small):
+    tokenizer = Numbers()
+    generator = Generator(small.model, small.mesh, tokenizer, 512)
+    prompts = [[1, 2], [3]]
+    first, second = (row.ids for row in generator.generate(prompts, Settings(max_new_tokens=12)))
+    assert max(first + second) < 50, "ids without a piece are never written"
+
+    place = next(i for i in range(1, 12) if first[i] not in first[:i])
+    tokenizer.eos_id = first[place]
+    row, other = generator.generate(prompts, Settings(max_new_tokens=12))
+    assert (row.ids, row.text, row.finish_reason) == (first[:place], tokenizer.decode(first[:place]), "stop")
+    assert other.ids == [*second, first[place]][: [*second, first[place]].index(first[place])]
+
+    tokenizer.eos_id = -1
+    place = next(i for i in range(1, 12) if second[i] not in second[:i])
+    settings = [Settings(max_new_tokens=2), Settings(max_new_tokens=12, stop=(f" {second[place]} ",))]
+    row, other = generator.generate(prompts, settings)
+    assert (row.ids, row.finish_reason) == (first[:2], "length")
+    assert (other.text, other.finish_reason) == (tokenizer.decode(second[:place])[:-1], "stop")
 
 
 def test_a_continuation_ends_at_the_context(small):

@@ -102,7 +102,7 @@ def test_matmul_and_its_gradients_are_those_of_a_loop_over_experts(kernel):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kernel", ["blocks", "ragged_dot"])
 def test_three_projections_one_by_one_give_every_bit_of_swiglu_at_once(kernel, dtype):
-    groups = groups_of((300, 0, 17, 83))
+    groups = groups_of([300, 0, 17, 83])
     x, gate, up, down = (array.astype(dtype) for array in inputs())
 
     def one_by_one(x, gate, up, down):
