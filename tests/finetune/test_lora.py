@@ -20,7 +20,10 @@ from mixtral_jax.train.step import TrainStep, make_train_step
 from tests.cases import mesh_of, on_mesh, packed_batch, relative_norm, small_config
 
 STEPS = 5
-MESHES = {"expert=4,fsdp=2": {"expert": 4, "fsdp": 2}, "fsdp=2,expert=2,tensor=2": {"fsdp": 2, "expert": 2, "tensor": 2}}
+MESHES = {
+    "expert=4,fsdp=2": {"expert": 4, "fsdp": 2},
+    "fsdp=2,expert=2,tensor=2": {"fsdp": 2, "expert": 2, "tensor": 2},
+}
 
 
 def tuning_config(*, rank: int = 3, dropout: float = 0.0, **overrides: Any) -> Config:
