@@ -61,7 +61,8 @@ def start_tuning(folder: Path, *flags: str) -> subprocess.Popen:
         f"--config={TINY_INSTRUCT}", f"--config.data.path={folder / 'chats.jsonl'}", "--config.mesh.cpu_devices=4",
         f"--config.finetune.pretrain.path={folder / 'text.txt'}", "--config.finetune.pretrain.num_steps=12",
         "--config.finetune.pretrain.batch_size=8", "--config.train.num_steps=12", "--config.train.eval_every=6",
-        "--config.model.num_layers=1", "--config.model.num_experts=4", "--config.optimizer.learning_rate=0.01",
+        "--config.train.sequence_length=64", "--config.model.num_layers=1", "--config.model.num_experts=4",
+        "--config.optimizer.learning_rate=0.01",
     )  # fmt: skip
     return start(folder, *chosen, *flags, program=(str(ROOT / "finetune_instruct.py"),))
 

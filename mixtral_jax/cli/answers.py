@@ -92,7 +92,7 @@ def report_answers(run: Run, data: ChatData, base: Answers, tuned: Answers) -> N
          "tuned": after.text}
         for question, before, after in zip(pick_asked(data), base.answers, tuned.answers, strict=True)
     ]  # fmt: skip
-    for row in rows[:_SHOWN]:
+    for row in rows[:: -(-count // _SHOWN)]:
         say(f"\n[bold]{'question':<12}[/]", end="")
         say(row["question"], markup=False)
         for who in ("expected", "base", "tuned"):
