@@ -11,6 +11,7 @@ from mixtral_jax.cli.flags import parse_run_flags, run_command
 from mixtral_jax.cli.open_data import open_text
 from mixtral_jax.cli.open_state import open_state
 from mixtral_jax.cli.start import Run, describe_run, start_run
+from mixtral_jax.config import require
 from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.parallel.processes import join_processes
 from mixtral_jax.train.loop import EXIT_CODES, Outcome, StopSignal, TrainLoop
@@ -51,6 +52,7 @@ def pretrain(run: Run, stop: StopSignal) -> Outcome:
 
 def main(arguments: list[str]) -> int:
     flags = parse_run_flags(arguments, description=__doc__, default_config="pretrain/tiny.py")
+    require(flags.config.finetune is None, "the config has a section finetune: run finetune_instruct.py with it")
     with join_processes(flags.launch) as processes, StopSignal(processes.count) as stop:
         return EXIT_CODES[pretrain(start_run(flags, processes), stop)]
 

@@ -7,19 +7,18 @@ Knows no jax, so that reading or checking a config starts no back end. What depe
 import dataclasses
 from typing import Literal
 
+from mixtral_jax.config_errors import ConfigError, require
+from mixtral_jax.config_finetune import FinetuneConfig, LoRAConfig
+
+__all__ = [
+    "ChatConfig", "ChatFormat", "CheckpointConfig", "Config", "ConfigError", "DataConfig", "DispatchConfig",
+    "FinetuneConfig", "LiteralInst", "LoRAConfig", "LoadBalanceConfig", "LogConfig", "MeshConfig", "ModelConfig",
+    "OptimizerConfig", "RouterConfig", "TemplateName", "TrainConfig", "require",
+]  # fmt: skip
+
 TemplateName = Literal["auto", "v1", "v3"]
 LiteralInst = Literal["reject", "keep", "strip"]
 ChatFormat = Literal["auto", "messages", "interactions", "conversations", "alpaca", "prompt_completion", "text"]
-
-
-class ConfigError(ValueError):
-    """The command, the config or the data it names is wrong: one clear line, exit code 2."""
-
-
-def require(condition: object, message: str) -> None:
-    """Raises `ConfigError(message)` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(message)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -279,7 +278,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run."""
+    """A whole run: of pretraining, or with `finetune` of tuning."""
 
     model: ModelConfig
     router: RouterConfig = RouterConfig()
@@ -289,6 +288,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    finetune: FinetuneConfig | None = None
     log: LogConfig = LogConfig()
 
     def __post_init__(self):

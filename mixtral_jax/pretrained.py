@@ -24,6 +24,7 @@ from mixtral_jax.generate.settings import Settings
 from mixtral_jax.model.balance import load_balance_loss
 from mixtral_jax.model.transformer import ModelOutput, Transformer, model_maker, resolve_dispatch
 from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, matmul_precision, resolve_mesh
+from mixtral_jax.parallel.rules import AxisRules
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Prompt = str | Sequence[int]
@@ -204,6 +205,8 @@ def load_pretrained(
     mesh = mesh if isinstance(mesh, jax.sharding.Mesh) else make_mesh(config.mesh)
     platform = mesh.devices.flat[0].platform
     config = dataclasses.replace(config, dispatch=resolve_dispatch(config, platform))
+    # Not cut over `expert`, as in training: dense weights would be gathered anew for each token that is written.
+    rules = AxisRules(dense_embed="fsdp")
     with jax.set_mesh(mesh):
-        loaded = load_model(weights.parameters, jax.eval_shape(model_maker(config, platform)))
+        loaded = load_model(weights.parameters, jax.eval_shape(model_maker(config, platform, rules)))
     return Pretrained(config, loaded, weights.tokenizer, mesh)

@@ -8,6 +8,7 @@ transformers. Nothing here is run: transformers does that, of folders that were 
 from typing import Literal
 
 from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.data.vocabulary import read_vocabulary
 
 # System texts are joined, neighbours of one role merged, and a chat that begins with an answer gets an empty question.
 _TURNS = r"""
@@ -56,5 +57,4 @@ CHAT_TEMPLATES = {"v1": _TURNS + _V1, "v3": _TURNS + _V3}
 
 def find_version(tokenizer: Tokenizer) -> Literal["v1", "v3"]:
     """v3 where the tokenizer has control pieces for it, else v1."""
-    controls = {piece.text for piece in tokenizer.vocabulary() if piece.kind == "control"}
-    return "v3" if {"[INST]", "[/INST]"} <= controls else "v1"
+    return "v3" if {"[INST]", "[/INST]"} <= set(read_vocabulary(tokenizer).find("control")) else "v1"

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mixtral_jax.config import require
-from mixtral_jax.data.tokenizer import Piece, Tokenizer
+from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.data.vocabulary import Piece, read_vocabulary
 
 _SPACE = "\u2581"
 
@@ -21,13 +22,14 @@ def make_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     Raises:
         ConfigError: the SentencePiece model is not like Mixtral's: no BPE that leaves text as it is.
     """
+    vocabulary = read_vocabulary(tokenizer)
     require(
-        tokenizer.is_like_mixtral,
+        vocabulary.is_like_mixtral,
         "the tokenizer cannot be written for Hugging Face: it is no SentencePiece model of the kind BPE with byte "
         "fallback that puts a space before a text and leaves it as it is otherwise; without a tokenizer.model the "
         "weights are exported alone",
     )
-    pieces = tokenizer.vocabulary()
+    pieces = vocabulary.pieces
     bos = pieces[tokenizer.bos_id].text
     return {
         "version": "1.0",
@@ -61,7 +63,7 @@ def make_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": next(piece.text for piece in pieces if piece.kind == "unknown"),
+            "unk_token": vocabulary.find("unknown")[0],
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,
@@ -106,12 +108,12 @@ def find_merges(pieces: Sequence[Piece]) -> list[list[str]]:
 
 def make_tokenizer_config(tokenizer: Tokenizer, chat_template: str, context_length: int) -> dict[str, Any]:
     """The tokenizer_config.json: names for special pieces, and the template of chats."""
-    pieces = tokenizer.vocabulary()
+    vocabulary = read_vocabulary(tokenizer)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": pieces[tokenizer.bos_id].text,
-        "eos_token": pieces[tokenizer.eos_id].text,
-        "unk_token": next(piece.text for piece in pieces if piece.kind == "unknown"),
+        "bos_token": vocabulary.pieces[tokenizer.bos_id].text,
+        "eos_token": vocabulary.pieces[tokenizer.eos_id].text,
+        "unk_token": vocabulary.find("unknown")[0],
         "add_bos_token": True,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,

@@ -17,7 +17,8 @@ from mixtral_jax.cli.output import claim_stdout
 from mixtral_jax.cli.start import choose_kernels, describe_experts, prepare_devices
 from mixtral_jax.config import Config, ConfigError
 from mixtral_jax.data.cache import default_cache_dir
-from mixtral_jax.model.transformer import count_parameters, model_maker
+from mixtral_jax.finetune.tunable import make_tunable
+from mixtral_jax.model.transformer import count_parameters
 from mixtral_jax.parallel.agreement import (
     ALIKE,
     EQUAL,
@@ -107,11 +108,12 @@ def _examine_plan(config: Config, workdir: Path, found: list[Problem], is_whole:
     if not is_whole:
         return plan
     mesh = make_mesh(config.mesh)
-    make_model = model_maker(config, device.platform)
+    tunable = make_tunable(config, device.platform)
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
+    optimizer = make_optimizer(config.optimizer, schedule, config.finetune)
     with jax.set_mesh(mesh):
-        count = count_parameters(jax.eval_shape(make_model))
-        leaves = jax.tree.leaves(abstract_state(make_model, make_optimizer(config.optimizer, schedule)))
+        count = count_parameters(jax.eval_shape(tunable.make_model))
+        leaves = jax.tree.leaves(abstract_state(tunable.make_model, optimizer, tunable.trainable))
     shards = [jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in leaves]
     plan |= {
         "mesh": {axis: mesh.shape[axis] for axis in MESH_AXES},

@@ -20,10 +20,11 @@ def print_plan(plan: Plan, console: Console) -> None:
     step, topology = plan.step, plan.target.topology
     mesh = " ".join(f"{axis}={size}" for axis, size in mesh_shape(step.mesh).items() if size > 1) or "one device"
     train = step.config.train
+    part = "" if step.trained == step.parameters else f", {step.trained.total:,} trained"
     console.print(
         f"[bold]{topology.name}[/]: {topology.num_devices} devices as {mesh}; {train.batch_size} sequences of "
         f"{train.sequence_length:,} tokens a step\n"
-        f"{step.parameters.total:,} parameters, {step.parameters.active:,} active"
+        f"{step.parameters.total:,} parameters, {step.parameters.active:,} active{part}"
     )
     if plan.target.is_estimate:
         console.print(

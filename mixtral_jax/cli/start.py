@@ -10,11 +10,13 @@ from rich.console import Console
 from mixtral_jax.cli.flags import RunFlags
 from mixtral_jax.cli.workdir import open_workdir
 from mixtral_jax.config import Config, require
+from mixtral_jax.finetune.trained import describe_trained
+from mixtral_jax.finetune.tunable import make_tunable
 from mixtral_jax.kernels.attention import choose_attention
 from mixtral_jax.kernels.choice import Choice
 from mixtral_jax.kernels.grouped_matmul import choose_kernel
 from mixtral_jax.model.dispatch.choose import choose_transport
-from mixtral_jax.model.transformer import count_parameters, model_maker
+from mixtral_jax.model.transformer import count_parameters
 from mixtral_jax.parallel.agreement import EQUAL, find_unequal_devices, require_agreement, share_devices
 from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, matmul_precision, resolve_mesh, use_virtual_cpu_devices
 from mixtral_jax.parallel.processes import Processes
@@ -85,8 +87,10 @@ def describe_run(run: Run) -> None:
     """Says what is about to happen: devices, mesh, who holds which experts, parameters, kernel."""
     config, mesh, say = run.config, run.mesh, run.console.print
     device = mesh.devices.flat[0]
+    tunable = make_tunable(config, device.platform)
     with jax.set_mesh(mesh):
-        count = count_parameters(jax.eval_shape(model_maker(config, device.platform)))
+        model = jax.eval_shape(tunable.make_model)
+    count = count_parameters(model)
     virtual = " (virtual: one CPU pretends)" if device.platform == "cpu" and mesh.size > 1 else ""
     say(f"[bold]workdir[/]     {run.workdir}")
     say(f"[bold]devices[/]     {mesh.size} x {device.device_kind}{virtual}, {jax.process_count()} process(es)")
@@ -97,6 +101,8 @@ def describe_run(run: Run) -> None:
         f"[bold]parameters[/]  {count.total:,} in all, {count.active:,} active a token "
         f"(top-{config.router.num_experts_per_token} of {config.model.num_experts} experts)"
     )
+    if config.finetune:
+        say(describe_trained(model, tunable.trainable))
     say(f"[bold]computes[/]    in {config.model.dtype}")
     for part, choice in choose_kernels(config, device.platform).items():
         say(f"[bold]{part:<12}[/]{choice}")

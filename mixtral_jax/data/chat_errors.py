@@ -1,12 +1,13 @@
 """What can be wrong with a conversation, a class for each kind of mistake, and where it is.
 
-Kinds that mistral-common also has bear its names and its words, so that a search for one finds the other. A mistake is
-shown as `Kind: rule (where, messages[i], what was found)`, which `describe` gives.
+Kinds that mistral-common also has bear its names and its words, so that a search for one finds the other.
 """
 
 from typing import Literal
 
 from mixtral_jax.config import ConfigError
+
+_SHOWN = 80  # Characters of what was found.
 
 
 class ChatException(ConfigError):
@@ -16,24 +17,27 @@ class ChatException(ConfigError):
         rule: what holds for every conversation, and does not for this one.
         message: the index of the message at fault, from 0; None where it is the conversation as a whole.
         found: what was there instead, if that needs words.
-        origin: where the conversation was read, such as `chats.jsonl:17`; set by whoever knows it.
+        origin: where the conversation was read, such as `chats.jsonl:17`; set by whoever read it.
     """
 
     def __init__(self, rule: str, *, message: int | None = None, found: str = ""):
         super().__init__(rule)
         self.rule = rule
         self.message = message
-        self.found = found
+        self.found = found if len(found) <= _SHOWN else f"{found[:_SHOWN]}..."
         self.origin = ""
 
     def __str__(self) -> str:
-        place = f"messages[{self.message}]" if self.message is not None else ""
-        details = ", ".join(filter(None, (self.origin, place, self.found)))
-        return f"{self.rule} ({details})" if details else self.rule
+        return self._explain(self.origin)
 
     def describe(self) -> str:
-        """The kind of mistake, and the mistake."""
-        return f"{type(self).__name__}: {self}"
+        """The kind of mistake and all there is to say but for the row: `Kind: rule (messages[1], what was found)`."""
+        return f"{type(self).__name__}: {self._explain()}"
+
+    def _explain(self, *where: str) -> str:
+        place = f"messages[{self.message}]" if self.message is not None else ""
+        details = ", ".join(filter(None, (*where, place, self.found)))
+        return f"{self.rule} ({details})" if details else self.rule
 
 
 class InvalidMessageStructureException(ChatException):

@@ -73,12 +73,23 @@ def read_chats(
     Raises:
         ConfigError: at once, when there is nothing to read; at a file that cannot be read.
     """
-    rows = read_rows(path, FIELDS)
-    return (row if isinstance(row, BadRow) else read_chat(row, template, format=format, mode=mode) for row in rows)
+
+    def judge(row: RawRow | BadRow) -> Chat | BadRow:
+        try:
+            return row if isinstance(row, BadRow) else read_chat(row, template, format=format, mode=mode)
+        except ChatException as error:
+            return _as_bad_row(error)
+
+    return map(judge, read_rows(path, FIELDS))
 
 
-def read_chat(row: RawRow, template: ChatTemplate, *, format: ChatFormat, mode: Mode) -> Chat | BadRow:
-    """The conversation in a row, or what is wrong with it."""
+def read_chat(row: RawRow, template: ChatTemplate, *, format: ChatFormat = "auto", mode: Mode = "training") -> Chat:
+    """The conversation in a row.
+
+    Raises:
+        ChatException: what is wrong with it, in which row and message.
+    """
+    system: list[Message] = []
     try:
         fields = _require_fields(row.value)
         name = _find_format(fields) if format == "auto" else format
@@ -87,14 +98,12 @@ def read_chat(row: RawRow, template: ChatTemplate, *, format: ChatFormat, mode: 
             return Chat(template.lay_out_text(text, mode=mode), (), text, row.origin)
         messages = _READERS[name](fields)
         system = _read_system(fields, messages)
-        try:
-            turns = template.lay_out([*system, *messages], mode=mode)
-        except ChatException as error:
-            _count_without(len(system), error)
-            raise
+        turns = template.lay_out([*system, *messages], mode=mode)
         return Chat(turns, [*system, *messages], _make_key(fields, messages), row.origin)
     except ChatException as error:
-        return BadRow(row.origin, error.describe(), type(error).__name__)
+        _count_without(len(system), error)
+        error.origin = row.origin
+        raise
 
 
 def drop_unsupervised(rows: Iterator[Chat | BadRow]) -> Iterator[Chat | BadRow]:
@@ -103,8 +112,13 @@ def drop_unsupervised(rows: Iterator[Chat | BadRow]) -> Iterator[Chat | BadRow]:
         if isinstance(row, Chat) and not any(turn.is_supervised for turn in row.turns):
             rule = "a conversation must have an answer to train on"
             error = NoSupervisedTokenException(rule, found="every weight is 0")
-            row = BadRow(row.origin, error.describe(), type(error).__name__)
+            error.origin = row.origin
+            row = _as_bad_row(error)
         yield row
+
+
+def _as_bad_row(error: ChatException) -> BadRow:
+    return BadRow(error.origin, error.describe(), type(error).__name__)
 
 
 def _require_fields(value: object) -> _Row:
@@ -195,6 +209,8 @@ def _read_system(row: _Row, messages: Sequence[Message]) -> list[Message]:
         return []
     if len(fields) > 1 or any(message.role == "system" for message in messages):
         raise InvalidSystemPromptException("a row must have one system prompt: a field of that name, or messages")
+    if not isinstance(row[fields[0]], str):
+        raise InvalidSystemPromptException(f"{fields[0]} must be text", found=type(row[fields[0]]).__name__)
     return read_messages([{"role": "system", "content": row[fields[0]]}])
 
 

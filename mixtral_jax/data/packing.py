@@ -94,7 +94,8 @@ def plan_rows(store: TokenStore, sequence_length: int, *, long_documents: LongDo
     require(
         not num_long or long_documents != "error",
         f"{num_long} of {len(num_pairs)} conversations are longer than train.sequence_length={sequence_length}, the "
-        f"longest of {num_pairs.max(initial=0) + 1} tokens: lengthen it, or set data.chat.long_rows to cut or drop",
+        f"longest of {num_pairs.max(initial=0) + 1} tokens: lengthen it, or set data.chat.long_rows to cut or drop "
+        f"(mixtral-jax data validate --sequence_length={sequence_length} names them)",
     )
     all_pieces = _cut_pieces(store, num_pairs, sequence_length, long_documents)
     pieces = all_pieces.select(all_pieces.supervised > 0)

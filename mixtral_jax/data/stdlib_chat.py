@@ -67,7 +67,10 @@ def _ask_about(entry: _Entry) -> Iterator[dict[str, Any]]:
 
 
 def _read_module(module: str, file: Path) -> Iterator[_Entry]:
-    tree = ast.parse(file.read_bytes())
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return  # Distributions ship a few for other Pythons.
     seen = set()
     for prefix, node in _find_functions(tree):
         name = f"{module}.{prefix}{node.name}"

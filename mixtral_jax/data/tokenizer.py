@@ -3,7 +3,6 @@
 Which text to train on, and where documents begin and end, is for `text` to say.
 """
 
-import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -12,11 +11,9 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
 from mixtral_jax.config import ConfigError, require
 
@@ -31,28 +28,11 @@ _ENCODED_CHUNKS = 64
 _SPACE = "\u2581"  # Stands for a space in pieces.
 
 
-PieceKind = Literal["text", "control", "unknown", "byte"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """An entry of a tokenizer's vocabulary.
-
-    Attributes:
-        text: as the model spells it, with `\u2581` for a space.
-        score: of two pieces that could be formed, that of the higher score is.
-        kind: `text`, `control` (stands for no text), `unknown`, or `byte` (one that no text piece covers).
-    """
-
-    text: str
-    score: float
-    kind: PieceKind
-
-
 class Tokenizer:
     """A SentencePiece model.
 
     Attributes:
+        model: its bytes, as in its file.
         fingerprint: sha256, in hex, of the model's bytes.
         bytes_per_token: int64 [vocab_size], the bytes of UTF-8 text each piece stands for.
         prefix_bytes: those of the pieces of a text beyond the text's own: the space that Mixtral's puts before it.
@@ -62,7 +42,7 @@ class Tokenizer:
     """
 
     def __init__(self, model: bytes):
-        self._model = model
+        self.model = model
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
@@ -98,10 +78,6 @@ class Tokenizer:
         """The piece of each id, as the model spells it: `\u2581` for a space, `<0x0A>` for a byte."""
         return [self._processor.id_to_piece(int(token)) for token in ids]
 
-    def vocabulary(self) -> list[Piece]:
-        """All pieces, by id."""
-        return [self._describe(token) for token in range(self.vocab_size)]
-
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids below `vocab_size`; control ids stand for none."""
         return self._processor.decode([int(token) for token in ids])
@@ -111,7 +87,7 @@ class Tokenizer:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not the process id: in containers on one storage it is often the same.
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        temporary.write_bytes(self._model)
+        temporary.write_bytes(self.model)
         temporary.replace(path)
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -140,22 +116,6 @@ class Tokenizer:
             start = end
         yield text[max(start - 1, 0) :]
 
-    @property
-    def is_like_mixtral(self) -> bool:
-        """Whether it is BPE with byte fallback that puts a space before a text, and leaves it as it is otherwise.
-
-        Pieces that are found before all others may only be names in brackets, as Mixtral's `[REFERENCE_DOC_0]`.
-        """
-        spec = sentencepiece_model_pb2.ModelProto.FromString(self._model)  # pyright: ignore[reportAttributeAccessIssue]
-        first = [piece.piece for piece in spec.pieces if piece.type == piece.USER_DEFINED]
-        return (
-            spec.trainer_spec.model_type == spec.trainer_spec.BPE
-            and spec.trainer_spec.byte_fallback
-            and self._keeps_text
-            and self.prefix_bytes == 1
-            and all(piece.startswith("[") and piece.endswith("]") for piece in first)
-        )
-
     @functools.cached_property
     def _pairs(self) -> set[str]:
         """Neighbouring characters of all pieces."""
@@ -167,15 +127,6 @@ class Tokenizer:
         """Whether the model encodes text as it is, as Mixtral's do; others rewrite characters or strip spaces."""
         probe = " \ufb01\n\t\uff21  x"
         return self._processor.normalize(probe).endswith(probe.replace(" ", _SPACE))
-
-    def _describe(self, token: int) -> Piece:
-        processor = self._processor
-        kind: PieceKind = "text"
-        if processor.is_byte(token):
-            kind = "byte"
-        elif processor.is_control(token) or processor.is_unknown(token):
-            kind = "control" if processor.is_control(token) else "unknown"
-        return Piece(processor.id_to_piece(token), processor.get_score(token), kind)
 
     def _count_bytes(self, token: int) -> int:
         processor = self._processor
@@ -268,7 +219,8 @@ def _find_mistral(spec: str) -> Path:
     files = [Path(folder) / "data" / _MISTRAL_FILES[spec] for folder in folders or ()]
     require(
         any(file.is_file() for file in files),
-        f"data.tokenizer={spec} needs the package mistral-common: pip install 'mixtral_jax[mistral]', or use train:N",
+        f"data.tokenizer={spec} needs the package mistral-common: pip install 'mixtral_jax[mistral]', "
+        "or name a .model file",
     )
     return next(file for file in files if file.is_file())
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.filterlib import Filter
 
 from mixtral_jax.config import Config, DispatchConfig, ModelConfig, RouterConfig
 from mixtral_jax.kernels.attention import KeyValues, Past, choose_attention
@@ -86,7 +87,7 @@ class Transformer(nnx.Module):
         self.blocks = jax.vmap(lambda rngs: Block(config, router, dispatch, rules, rngs))(rngs.split(config.num_layers))
         self.norm = RMSNorm(config)
         self.unembed = Projection(
-            "BTD,DV->BTV", (config.hidden_size, config.vocab_size), ("embed", "vocab"),
+            "BTD,DV->BTV", (config.hidden_size, config.vocab_size), ("dense_embed", "vocab"),
             config=config, rules=rules, rngs=rngs,
         )  # fmt: skip
 
@@ -152,18 +153,26 @@ class Transformer(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a model, and those that work on one token (both embeddings counted)."""
+    """Parameters of a model; those that work on one token; and those of them that multiply, as an embedding does not."""
 
     total: int
     active: int
+    multiplying: int
 
 
-def count_parameters(model: Transformer) -> ParameterCount:
-    """Counts a model, or the shapes of one (`jax.eval_shape` of its maker): nothing need be allocated."""
-    total = sum(leaf.size for leaf in jax.tree.leaves(model))
-    in_experts = sum(leaf.size for leaf in jax.tree.leaves(model.blocks.moe.experts))
-    E = model.config.num_experts
-    return ParameterCount(total, total - in_experts * (E - model.num_experts_per_token) // E)
+def count_parameters(model: Transformer, kind: Filter = nnx.Param) -> ParameterCount:
+    """Counts a model, or the shapes of one (`jax.eval_shape` of its maker): nothing need be allocated.
+
+    `kind` tells the parameters that are counted from the others.
+    """
+    E, chosen = model.config.num_experts, model.num_experts_per_token
+    total = active = looked_up = 0
+    for path, leaf in jax.tree.flatten_with_path(nnx.state(model, kind))[0]:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        total += leaf.size
+        active += leaf.size * chosen // E if "experts" in names else leaf.size
+        looked_up += leaf.size if "embedding_VD" in names else 0
+    return ParameterCount(total, active, active - looked_up)
 
 
 def resolve_dispatch(config: Config, platform: str) -> DispatchConfig:

@@ -87,6 +87,7 @@ def _check_divisibility(config: Config) -> None:
         ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", mesh.tensor),
         ("model.intermediate_size", model.intermediate_size, "mesh.tensor", mesh.tensor),
         ("model.vocab_size", model.vocab_size, "mesh.tensor", mesh.tensor),
+        ("model.hidden_size", model.hidden_size, "mesh.fsdp x mesh.expert", mesh.fsdp * (mesh.expert or 1)),
         ("model.hidden_size", model.hidden_size, "mesh.fsdp x mesh.tensor", mesh.fsdp * mesh.tensor),
         (
             f"a micro-batch (train.batch_size={train.batch_size} / train.gradient_accumulation="

@@ -13,8 +13,8 @@ class AxisRules:
     """Maps each logical axis to the mesh axes that shard it.
 
     Experts are spread over `expert`; every weight is cut over `fsdp` on its model dimension and over
-    `tensor` on its wide one. Tokens use all of data, fsdp and expert, so that no device repeats the
-    attention of another.
+    `tensor` on its wide one. Dense weights are cut over `expert` as well, where they would be copies.
+    Tokens use all of data, fsdp and expert, so that no device repeats the attention of another.
     """
 
     # Activations.
@@ -23,6 +23,7 @@ class AxisRules:
     act_vocab: MeshAxes = "tensor"
     # Weights.
     embed: MeshAxes = "fsdp"
+    dense_embed: MeshAxes = ("fsdp", "expert")
     heads: MeshAxes = "tensor"
     kv_heads: MeshAxes = "tensor"
     mlp: MeshAxes = "tensor"
@@ -43,5 +44,5 @@ class AxisRules:
         return P(*mesh_axes)
 
     def gathered(self, *axes: str | None) -> P:
-        """Layout of a weight in use: as `spec`, with its FSDP shards gathered."""
-        return self.spec(*(None if axis == "embed" else axis for axis in axes))
+        """Layout of a weight in use: as `spec`, with the shards of its model dimension gathered."""
+        return self.spec(*(None if axis in ("embed", "dense_embed") else axis for axis in axes))

@@ -1,18 +1,13 @@
 """Folders that are damaged, or made to do harm: refused in a line that says what and where, and nothing is written.
 
-Each kind is a function that spoils a good folder, and words of the answer.
+Each kind is a function that spoils a good folder, and words of the answer. Pickles: `test_hostile_pickles`.
 """
 
-import dataclasses
-import io
 import json
 import os
-import pickle
 import struct
 import subprocess
 import sys
-import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +16,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mixtral_jax.checkpoint.layouts import HUGGING_FACE, MISTRAL
+from mixtral_jax.checkpoint.layouts import HUGGING_FACE
 from mixtral_jax.checkpoint.weights import open_weights
-from mixtral_jax.cli.main import run_verb
 from mixtral_jax.config import ConfigError
 from tests.checkpoint.folders import (
     SMALL,
@@ -32,22 +26,13 @@ from tests.checkpoint.folders import (
     tensors_of,
     write_config,
     write_index,
-    write_params,
     write_shards,
-    write_torch,
 )
+from tests.checkpoint.refusals import Kind, Spoil, check_refusal, edit_raw, link_outside, write_raw
 
-Spoil = Callable[[Path], Any]
+ROOT = str(Path(__file__).parents[2])
 FILE, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors"
 W2 = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """What is wrong, and what must be said of it."""
-
-    spoil: Spoil
-    words: tuple[str, ...]
 
 
 # --- One file of Hugging Face -------------------------------------------------------------------------------------
@@ -91,14 +76,6 @@ def replace_header(text: bytes, length: int | None = None) -> Spoil:
     return lambda folder: join_file(folder / FILE, text, b"", length)
 
 
-def write_raw(name: str, raw: bytes) -> Spoil:
-    return lambda folder: (folder / name).write_bytes(raw)
-
-
-def edit_raw(change: Callable[[bytes], bytes], name: str = FILE) -> Spoil:
-    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
-
-
 def edit_config(**changes: Any) -> Spoil:
     return lambda folder: write_config(folder, SMALL, **changes)
 
@@ -117,16 +94,6 @@ def be_a_pipe(folder: Path) -> None:
     """Whoever opens it waits for ever."""
     (folder / FILE).unlink()
     os.mkfifo(folder / FILE)
-
-
-def link_outside(name: str) -> Spoil:
-    def spoil(folder: Path) -> None:
-        outside = folder.parent / "secret"
-        outside.write_bytes((folder / name).read_bytes())
-        (folder / name).unlink()
-        (folder / name).symlink_to("../secret")
-
-    return spoil
 
 
 def link_to_nothing(folder: Path) -> None:
@@ -161,8 +128,8 @@ HEADERS = {
     "a tensor beyond the end": Kind(
         edit_entry(data_offsets=[10**9, 10**9 + 4 * 12 * 10]), (FILE, W2, "ends at byte 1,000,")
     ),
-    "a truncated file": Kind(edit_raw(lambda raw: raw[:-100]), (FILE, "truncated", "ends at byte")),
-    "bytes behind the last tensor": Kind(edit_raw(lambda raw: raw + b"12345678"), (FILE, "8 bytes", "no tensor")),
+    "a truncated file": Kind(edit_raw(FILE, lambda raw: raw[:-100]), (FILE, "truncated", "ends at byte")),
+    "bytes behind the last tensor": Kind(edit_raw(FILE, lambda raw: raw + b"12345678"), (FILE, "8 bytes", "no tensor")),
     "a dtype that nobody knows": Kind(edit_entry(dtype="F7"), (FILE, W2, "'F7'", "BF16")),
     "a dtype that is no text": Kind(edit_entry(dtype=[1]), (FILE, W2, "dtype [1]")),
     "integers": Kind(edit_entry(dtype="I32"), (FILE, W2, "'I32'", "BF16")),
@@ -263,7 +230,7 @@ INDICES = {
     "an index that is no JSON": Kind(write_raw(INDEX, b"weight_map"), (INDEX, "not JSON")),
     "a shard that is not there": Kind(lambda folder: (folder / SHARD).unlink(), (INDEX, SHARD, "not there")),
     "a shard that links outside": Kind(link_outside(SHARD), (SHARD, "symbolic link", "secret")),
-    "a truncated shard": Kind(edit_raw(lambda raw: raw[:-9], SHARD), (SHARD, "truncated")),
+    "a truncated shard": Kind(edit_raw(SHARD, lambda raw: raw[:-9]), (SHARD, "truncated")),
     "an index of a tensor that is not there": Kind(
         edit_index(lambda weight_map: weight_map.update(ghost=SHARD)), (INDEX, "ghost", "is not in", SHARD)
     ),
@@ -271,133 +238,6 @@ INDICES = {
         edit_index(lambda weight_map: weight_map.pop(W2)), (INDEX, W2, "unsaid")
     ),
 }
-
-
-# --- Files of torch -----------------------------------------------------------------------------------------------
-
-
-class Run:
-    """Unpickled, it would make a file."""
-
-    def __init__(self, *call: Any):
-        self.call = call
-
-    def __reduce__(self) -> Any:
-        return self.call[0], self.call[1:]
-
-
-def write_pickle(instructions: bytes, **entries: bytes) -> Spoil:
-    def spoil(folder: Path) -> None:
-        with zipfile.ZipFile(folder / "consolidated.00.pth", "w") as archive:
-            archive.writestr("archive/data.pkl", instructions)
-            for name, raw in entries.items():
-                archive.writestr("archive/" + name.replace("__", "/"), raw)
-
-    return spoil
-
-
-def rewrite_zip(change: Callable[[str, bytes], bytes | None], compression: int = zipfile.ZIP_STORED) -> Spoil:
-    def spoil(folder: Path) -> None:
-        path = folder / "consolidated.00.pth"
-        with zipfile.ZipFile(path) as archive:
-            entries = {name: change(name, archive.read(name)) for name in archive.namelist()}
-        with zipfile.ZipFile(path, "w", compression) as archive:
-            for name, raw in entries.items():
-                if raw is not None:
-                    archive.writestr(name, raw)
-
-    return spoil
-
-
-def save_again(change: Callable[[dict[str, Any]], Any]) -> Spoil:
-    def spoil(folder: Path) -> None:
-        tensors: dict[str, Any] = tensors_of(MISTRAL, random_parameters(SMALL), SMALL)
-        write_torch(folder / "consolidated.00.pth", change(tensors))
-
-    return spoil
-
-
-def pickled(value: Any, protocol: int = 2) -> bytes:
-    file = io.BytesIO()
-    pickle.Pickler(file, protocol).dump(value)
-    return file.getvalue()
-
-
-PTH = "consolidated.00.pth"
-WQ = "layers.0.attention.wq.weight"
-PICKLES = {
-    "a pickle that runs a command": Kind(
-        write_pickle(pickled({"a": Run(os.system, "touch executed")})), (PTH, "posix.system", "refused")
-    ),
-    "a pickle that evaluates text": Kind(
-        write_pickle(pickled({"a": Run(eval, "open('executed', 'w')")}, 4)), (PTH, "builtins.eval", "refused")
-    ),
-    "a pickle that imports": Kind(
-        write_pickle(pickled({"a": Run(__import__, "antigravity")})), (PTH, "__import__", "refused")
-    ),
-    "a pickle with an old instruction": Kind(
-        write_pickle(b"(S'touch executed'\nios\nsystem\n."), (PTH, "instruction STRING")
-    ),
-    "a pickle that asks for an object by name": Kind(write_pickle(b"cbuiltins\ngetattr\n."), (PTH, "builtins.getattr")),
-    "a pickle of an enormous memory": Kind(write_pickle(b"\x80\x02}r\xff\xff\xff\x7f."), (PTH, "place 2147483647")),
-    "a pickle that breaks off": Kind(write_pickle(pickled({"a": 1})[:-3]), (PTH, "data.pkl is damaged")),
-    "a pickle of something else": Kind(write_pickle(pickled([1])), (PTH, "list", "dictionary")),
-    "a pickle of numbers": Kind(write_pickle(pickled({"a": 1})), (PTH, "a is of type int")),
-    "a pickle in a pickle": Kind(save_again(lambda tensors: {"model": tensors}), (PTH, "model is of type dict")),
-    "a zip without a pickle": Kind(
-        rewrite_zip(lambda name, raw: None if name.endswith("pkl") else raw), (PTH, "data.pkl")
-    ),
-    "a storage that is not there": Kind(
-        rewrite_zip(lambda name, raw: None if name.endswith("data/3") else raw), (PTH, "storage '3'", "not in the file")
-    ),
-    "a storage that is too short": Kind(
-        rewrite_zip(lambda name, raw: raw[:-4] if name.endswith("data/3") else raw), (PTH, "storage '3'", "need")
-    ),
-    "compressed numbers": Kind(rewrite_zip(lambda _, raw: raw, zipfile.ZIP_DEFLATED), (PTH, "is compressed")),
-    "numbers the other way round": Kind(
-        rewrite_zip(lambda name, raw: b"big" if name.endswith("byteorder") else raw), (PTH, "byte order")
-    ),
-    "a truncated zip": Kind(edit_raw(lambda raw: raw[: len(raw) // 2], PTH), (PTH, "truncated")),
-    "a pickle of torch before 1.6": Kind(write_raw(PTH, pickled({"a": 1})), (PTH, "before 1.6")),
-    "a tensor that reaches out of its storage": Kind(
-        rewrite_zip(
-            lambda name, raw: raw.replace(b"K\x18K\x0c\x86", b"K\x18K\x0d\x86") if name.endswith("pkl") else raw
-        ),
-        (PTH, WQ, "reaches out"),
-    ),
-    "a file of eight that is missing": Kind(
-        lambda folder: (folder / PTH).rename(folder / "consolidated.01.pth"), ("consolidated.01.pth", "one is missing")
-    ),
-    "a tensor in two files": Kind(
-        lambda folder: (folder / "consolidated.01.pth").write_bytes((folder / PTH).read_bytes()),
-        ("consolidated.01.pth", WQ, "in another file too"),
-    ),
-    "weights twice": Kind(
-        lambda folder: save_file({"a": np.zeros(1, np.float32)}, folder / "consolidated.safetensors"),
-        ("has both consolidated.safetensors and", PTH),
-    ),
-    "params with a key of another model": Kind(
-        lambda folder: write_params(folder, SMALL, vision_encoder={}), ("params.json", "vision_encoder")
-    ),
-    "params without experts": Kind(lambda folder: write_params(folder, SMALL, moe=None), ("params.json", "moe=None")),
-    "params with a window": Kind(
-        lambda folder: write_params(folder, SMALL, sliding_window=4096), ("params.json", "sliding_window=4096")
-    ),
-    "params that are text": Kind(
-        lambda folder: write_params(folder, SMALL, dim="12"), ("params.json", "'12'", "number")
-    ),
-    "params with another base of positions": Kind(
-        lambda folder: write_params(folder, SMALL, rope_theta=[1]), ("params.json", "rope_theta=[1]")
-    ),
-}
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty one, and the place to work in."""
-    (tmp_path / "weights").mkdir()
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "weights"
 
 
 @pytest.mark.parametrize("kind", [*HEADERS, *FILES, *ACCOUNTS, *CONFIGS])
@@ -412,28 +252,6 @@ def test_a_spoiled_index_is_refused(kind, folder):
     write_config(folder, SMALL)
     write_shards(folder, "model", tensors_of(HUGGING_FACE, random_parameters(SMALL), SMALL), 2)
     check_refusal(INDICES[kind], folder)
-
-
-@pytest.mark.parametrize("kind", PICKLES)
-def test_a_spoiled_file_of_torch_is_refused_and_runs_nothing(kind, folder):
-    write_params(folder, SMALL)
-    write_torch(folder / PTH, tensors_of(MISTRAL, random_parameters(SMALL), SMALL))
-    open_weights(folder)  # It is good so far.
-    check_refusal(PICKLES[kind], folder)
-
-
-def check_refusal(kind: Kind, folder: Path) -> None:
-    kind.spoil(folder)
-    before = sorted(folder.parent.rglob("*"))
-    start = time.monotonic()
-    with pytest.raises(ConfigError) as raised:
-        run_verb(["import", f"--from={folder}", "--to=run"])
-    assert time.monotonic() - start < 5
-    message = str(raised.value)
-    assert message.isprintable(), message
-    for word in kind.words:
-        assert word in message
-    assert sorted(folder.parent.rglob("*")) == before
 
 
 def test_a_snapshot_may_not_link_beside_its_own_blobs(tmp_path):
@@ -465,6 +283,3 @@ def test_the_command_says_it_in_one_line_and_exits_2(folder):
     assert done.stderr.startswith(f"error: {folder / FILE} is damaged")
     assert done.stderr.count("\n") == 1
     assert not Path("run").exists()
-
-
-ROOT = str(Path(__file__).parents[2])

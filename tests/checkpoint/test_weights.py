@@ -207,6 +207,12 @@ def test_of_a_run_the_parameters_alone_are_opened(workdir, monkeypatch):
     assert opened == ["trained"] * len(PARAMETERS)
 
 
+def test_a_run_keeps_its_layers_apart(workdir):
+    """So that one is read at a time, whatever the sharding was."""
+    for name, stored in open_weights(workdir).parameters.items():
+        assert stored.chunk[0] == 1 or len(stored.shape) == 2 or not name.startswith("blocks/"), name
+
+
 def test_a_run_without_a_checkpoint_says_so(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ConfigError, match="has not saved a checkpoint yet"):

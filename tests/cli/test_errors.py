@@ -63,6 +63,7 @@ def test_none_numbers_and_text_are_read_as_the_key_wants_them():
     ({"expert": 16}, 16, ["model.num_experts=8", "mesh.expert=16"]),
     ({"tensor": 4}, 8, ["model.num_kv_heads=2", "mesh.tensor=4"]),
     ({"data": 16}, 16, ["train.batch_size", "16"]),
+    ({"fsdp": 8, "expert": 8}, 64, ["model.hidden_size=32", "mesh.fsdp x mesh.expert=64"]),
     ({"data": -1, "fsdp": -1}, 8, ["data and fsdp", "-1"]),
 ])  # fmt: skip
 def test_a_mesh_that_does_not_fit_is_refused(mesh, devices, words):

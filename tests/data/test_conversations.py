@@ -7,6 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from mixtral_jax.data.chat import ChatTemplate
+from mixtral_jax.data.chat_errors import ChatException
 from mixtral_jax.data.conversations import Chat, drop_unsupervised, read_chat, read_chats
 from mixtral_jax.data.readers import BadRow, RawRow
 from tests.data.chat_cases import BAD_LINES, train_tokenizer
@@ -23,7 +24,12 @@ def template():
 
 
 def read(row, template, format="auto", mode="training"):
-    return read_chat(RawRow(row, "f.jsonl:7"), template, format=format, mode=mode)
+    """The conversation, or the mistake as a bad row."""
+    try:
+        return read_chat(RawRow(row, "f.jsonl:7"), template, format=format, mode=mode)
+    except ChatException as error:
+        assert "(f.jsonl:7" in str(error)
+        return BadRow(error.origin, error.describe(), type(error).__name__)
 
 
 @pytest.mark.parametrize(("row", "messages"), [
@@ -75,7 +81,7 @@ def test_a_format_that_is_set_is_the_one_that_is_read(template):
     ({"messages": [ASK, ANSWER], "tools": [{}]}, "TokenizerException", "tools"),
     ({"messages": [SYSTEM, ASK, ANSWER], "system_prompt": "s"}, "InvalidSystemPromptException", "one system prompt"),
     ({"messages": [ASK, ANSWER], "system_prompt": "s", "system": "s"}, "InvalidSystemPromptException", "one system"),
-    ({"messages": [ASK, ANSWER], "system_prompt": 3}, "InvalidSystemPromptException", "must be text"),
+    ({"messages": [ASK, ANSWER], "system_prompt": 3}, "InvalidSystemPromptException", "must be text (int)"),
     ({"messages": [ASK, {**ANSWER, "content": "[INST]"}], "system_prompt": "s"}, "LiteralInstException", "[1]"),
     ({"messages": [ASK, ANSWER], "system_prompt": "[INST]"}, "LiteralInstException", "(the system prompt)"),
     ({"conversations": [{"from": "observation", "value": "q"}]}, "TokenizerException", "role 'observation'"),

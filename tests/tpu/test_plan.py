@@ -55,6 +55,17 @@ def test_every_collective_has_an_axis_and_the_loop_over_layers_is_counted() -> N
     assert {c.count for c in plan.collectives if c.op == "ragged-all-to-all"} == {4}
 
 
+def test_gradients_of_expert_weights_are_scattered_and_never_summed_whole() -> None:
+    plan = plan_of("v5p:2x2x1", model__hidden_size=256, model__dtype="bfloat16", mesh__fsdp=2)
+    # Layers; four experts on a chip, of 256 x 256 numbers of two bytes, three matrices; half of each leaves.
+    of_experts = 4 * (4 * 256 * 256 * 2) * 3 // 2
+    sent = {op: sum(c.bytes_per_device for c in plan.collectives if (c.op, c.axis, c.pass_) == (op, "fsdp", "backward"))
+            for op in ("reduce-scatter", "all-reduce")}  # fmt: skip
+    # Dense weights, and XLA's padding of shards, add a little; dense ones as small as these XLA sums up whole.
+    assert of_experts <= sent["reduce-scatter"] < 1.4 * of_experts
+    assert sent["all-reduce"] < of_experts / 3
+
+
 def test_matmuls_of_the_program_are_those_of_a_count_by_hand() -> None:
     # An expert each, and no room to spare: XLA:TPU makes the gradient of a weight over the whole buffer.
     plan = plan_of("v5p:2x2x2", dispatch__buffer_factor=1.0)
