@@ -45,6 +45,11 @@ def start_run(flags: RunFlags, processes: Processes) -> Run:
     Raises:
         ConfigError: the processes differ, the mesh does not fit, or the workdir holds a run of another config.
     """
+    require(
+        flags.config.model.param_dtype != "float16",
+        "model.param_dtype=float16 is for weights that are loaded: it has too few exponents to train in; use float32 or "
+        "bfloat16",
+    )
     require_agreement(processes, flags.config, flags.workdir)
     config, mesh = start_devices(flags.config, processes)
     if flags.workdir is None:
