@@ -80,3 +80,23 @@ def test_traffic_counts_slices_and_updates_and_nothing_on_the_chip() -> None:
     row = 64 * 64 * 4
     # Read and written by the slice; written by the matmul; read and written by the update; the index.
     assert count_traffic(parse_program(TRAFFIC), routed_rows=0) == 2 * row + row + 2 * row + 4
+
+
+COPIES = """\
+HloModule jit_step
+
+ENTRY %main (x: f32[64,64]) -> f32[256,64] {
+  %x = f32[64,64]{1,0} parameter(0)
+  %copy-start = (f32[64,64]{1,0:S(1)}, f32[64,64]{1,0}, u32[]{:S(2)}) copy-start(%x)
+  %near = f32[64,64]{1,0:S(1)} copy-done(%copy-start)
+  %square = f32[64,64]{1,0:S(1)} dot(%near, %near), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %gather-start = (f32[64,64]{1,0}, f32[256,64]{1,0}) all-gather-start(%x), replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %whole = f32[256,64]{1,0} all-gather-done(%gather-start)
+}
+"""
+
+
+def test_what_is_asynchronous_is_read_once_and_written_once() -> None:
+    matrix = 64 * 64 * 4
+    # Read onto the chip, and multiplied there; read again, and four times as much written.
+    assert count_traffic(parse_program(COPIES), routed_rows=0) == matrix + (1 + 4) * matrix
