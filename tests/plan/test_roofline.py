@@ -37,6 +37,13 @@ def test_a_ring_sends_both_ways_round() -> None:
     assert seconds_of("ragged-all-to-all", "v5p:4x4x4", ring) == pytest.approx(BYTES * 4 / 3 / 200e9)
 
 
+def test_an_all_to_all_waits_for_the_links_of_the_dimension_in_which_it_goes_farthest() -> None:
+    # 4 x 16 chips: rings of four, one hop apart on average, and rings of sixteen, four hops apart.
+    plane = [(0, y, z) for y in range(4) for z in range(16)]
+    assert seconds_of("all-to-all", "v5p:4x4x16", plane) == pytest.approx(BYTES * 4 * 64 / 63 / 200e9)
+    assert seconds_of("all-gather", "v5p:4x4x16", plane) == pytest.approx(BYTES / 400e9)
+
+
 def test_two_neighbours_share_one_link_and_strided_ones_pass_others() -> None:
     assert seconds_of("all-gather", "v5p:2x2x1", [(0, 0, 0), (0, 1, 0)]) == pytest.approx(BYTES / 100e9)
     assert seconds_of("all-gather", "v5p:4x4x8", [(0, 0, 0), (0, 0, 2)]) == pytest.approx(2 * BYTES / 100e9)
