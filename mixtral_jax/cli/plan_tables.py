@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from mixtral_jax.plan.compile import mesh_shape
 from mixtral_jax.plan.estimate import Plan
 from mixtral_jax.plan.meshes import describe_mesh
 from mixtral_jax.plan.sweep import Attempt
@@ -18,8 +17,7 @@ NUM_COLLECTIVES = 12
 def print_plan(plan: Plan, console: Console) -> None:
     """Prints everything there is, but for the lightest collectives."""
     step, topology = plan.step, plan.target.topology
-    mesh = " ".join(f"{axis}={size}" for axis, size in mesh_shape(step.mesh).items() if size > 1) or "one device"
-    train = step.config.train
+    train, mesh = step.config.train, describe_mesh(step.config.mesh)
     part = "" if step.trained == step.parameters else f", {step.trained.total:,} trained"
     console.print(
         f"[bold]{topology.name}[/]: {topology.num_devices} devices as {mesh}; {train.batch_size} sequences of "
@@ -69,7 +67,7 @@ def _print_memory(plan: Plan, console: Console) -> None:
     console.print(table)
     room = _readable(abs(hbm - memory.peak))
     console.print(f"[bold]{'fits' if plan.fits else 'does not fit'}[/], {room} {'left' if plan.fits else 'over'}")
-    for line in plan.to_json()["advice"]:
+    for line in plan.advice:
         console.print(f"  {line}", soft_wrap=True)
     console.print()
 

@@ -61,7 +61,7 @@ def test_none_numbers_and_text_are_read_as_the_key_wants_them():
 @pytest.mark.parametrize(("mesh", "devices", "words"), [
     ({"expert": 3}, 8, ["expert=3", "8 devices"]),
     ({"data": 2, "expert": 2}, 8, ["data=2 x expert=2", "4 of 8"]),
-    ({"expert": 16}, 16, ["model.num_experts=8", "mesh.expert=16"]),
+    ({"expert": 16}, 16, ["model.num_experts=8", "mesh.expert=16", "may take 1, 2, 4, 8"]),
     ({"tensor": 4}, 8, ["model.num_kv_heads=2", "mesh.tensor=4"]),
     ({"data": 16}, 16, ["train.batch_size", "16"]),
     ({"fsdp": 8, "expert": 8}, 64, ["model.hidden_size=32", "mesh.fsdp x mesh.expert=64"]),
