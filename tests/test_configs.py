@@ -20,7 +20,7 @@ COMMANDS = {
 }
 SHIPPED = sorted(path for folder in COMMANDS for path in (CONFIGS / folder).glob("*.py") if path.stem != "__init__")
 # The config of a script that is run without --config.
-DEFAULTS = ("pretrain/tiny.py",)
+DEFAULTS = ("pretrain/tiny.py", "instruct/tiny.py")
 NUM_DEVICES = {"tiny": 8, "mixtral_8x7b_v5p": 64, "mixtral_8x7b_v6e": 256, "mixtral_8x22b_v5p": 128}
 
 each_config = pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")

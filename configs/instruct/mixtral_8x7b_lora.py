@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
         {
             "model": models.mixtral_8x7b(),
             "router": {"load_balance": {"weight": 0.02, "normalization": "hf"}, "z_loss_weight": 0.0},
-            "mesh": {"expert": 8},
+            "mesh": {"fsdp": 4, "expert": 2},
             "data": {"path": "TEXT", "tokenizer": "mixtral"},
             "optimizer": {"learning_rate": 1e-4},
             "finetune": {"frozen_dtype": "bfloat16", "lora": {"rank": 16}},
