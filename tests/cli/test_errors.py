@@ -95,6 +95,7 @@ def test_missing_keys_are_listed():
     ("--config.data.path=nowhere", ["data.path=nowhere"]),
     ("--config.mesh.expert=3", ["expert=3", "8 devices"]),
     ("--config.model.vocab_size=100", ["model.vocab_size=100"]),
+    ("--config.finetune.lora.rank=8", ["section finetune", "finetune_instruct.py"]),
 ])  # fmt: skip
 def test_train_exits_2_with_one_line(tmp_path, argument, words):
     command = [sys.executable, str(ROOT / "train.py"), f"--config={TINY}", f"--workdir={tmp_path / 'run'}", argument]
