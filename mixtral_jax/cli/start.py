@@ -47,8 +47,7 @@ def start_run(flags: RunFlags, processes: Processes) -> Run:
     """
     require(
         flags.config.model.param_dtype != "float16",
-        "model.param_dtype=float16 is for weights that are loaded: it has too few exponents to train in; use float32 "
-        "or bfloat16",
+        "model.param_dtype=float16 is for weights that are loaded, too coarse to train in: use float32 or bfloat16",
     )
     require_agreement(processes, flags.config, flags.workdir)
     config, mesh = start_devices(flags.config, processes)
