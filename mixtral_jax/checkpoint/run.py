@@ -33,7 +33,11 @@ class RunCheckpoints:
 
     def save(self, step: int, tree: Any, record: dict[str, Any]) -> None:
         """Copies the arrays off the devices, then writes in the background."""
-        items = ocp.args.Composite(state=ocp.args.StandardSave(_flatten(tree)), record=ocp.args.JsonSave(record))
+        leaves = _flatten(tree)
+        # Stacks of matrices are cut into them, so that one can be read without the others.
+        cuts = {name: ocp.SaveArgs(shard_axes=(0,) if leaf.ndim > 2 else ()) for name, leaf in leaves.items()}
+        state = ocp.args.StandardSave(leaves, save_args=cuts)
+        items = ocp.args.Composite(state=state, record=ocp.args.JsonSave(record))
         is_saving = self._manager.save(step, args=items)
         assert is_saving, step
 

@@ -18,8 +18,8 @@ from jax import P
 
 from mixtral_jax.cli.workdir import find_blind_processes
 from mixtral_jax.config import Config, ConfigError
-from mixtral_jax.data.sources import HUB, fingerprint_source
-from mixtral_jax.data.text import default_cache_dir
+from mixtral_jax.data.cache import default_cache_dir
+from mixtral_jax.data.sources import HUB, fingerprint_source, split_sources
 from mixtral_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from mixtral_jax.parallel.agreement import Member
 from mixtral_jax.parallel.coordinator import Scheduler
@@ -84,8 +84,9 @@ def check_data(config: Config) -> list[Problem]:
 
 
 def _open_source(config: Config) -> None:
-    if not config.data.path.startswith(HUB):  # That one may be downloaded first.
-        fingerprint_source(config.data.path)
+    for source in split_sources(config.data.path):
+        if not source.path.startswith(HUB):  # That one may be downloaded first.
+            fingerprint_source(source.path)
 
 
 def _open_tokenizer(config: Config) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,18 +29,26 @@ class RunFlags:
     launch: Launch
 
 
-class _Parser(argparse.ArgumentParser):
+class FlagParser(argparse.ArgumentParser):
+    """Answers a wrong flag with a `ConfigError`, and takes no abbreviations."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
+
     def error(self, message: str) -> NoReturn:
+        """What argparse calls when flags are wrong."""
         raise ConfigError(f"{message} (--help lists the flags)")
 
 
 def run_command(command: Callable[[list[str]], int]) -> NoReturn:
-    """Exits with what `command(arguments)` returns, or with 2 and one line if the user was wrong."""
+    """Exits with what `command(arguments)` returns, with 2 and one line if the user was wrong, with 130 at Ctrl-C."""
     try:
         code = command(sys.argv[1:])
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     sys.exit(code)
 
 
@@ -52,7 +61,12 @@ def parse_run_flags(arguments: Sequence[str], *, description: str | None, defaul
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Adds --workdir and what says which processes there are."""
-    parser.add_argument("--workdir", type=_path, help="where everything is written; the same one again resumes")
+    parser.add_argument("--workdir", type=parse_path, help="where everything is written; the same one again resumes")
+    add_process_flags(parser)
+
+
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which processes there are."""
     parser.add_argument("--coordinator", help="HOST:PORT of process 0, where jax cannot find it itself")
     parser.add_argument("--num_processes", type=int, help="how many there are in all")
     parser.add_argument("--process_id", type=int, help="of this process, from 0; 0 runs on the coordinator's host")
@@ -64,8 +78,16 @@ def read_run_flags(flags: argparse.Namespace, config: Config) -> RunFlags:
     Raises:
         ConfigError: the flags about processes do not go together.
     """
-    launch = Launch(flags.coordinator, flags.num_processes, flags.process_id)
-    return RunFlags(config, flags.config, flags.workdir, launch)
+    return RunFlags(config, flags.config, flags.workdir, read_process_flags(flags))
+
+
+def read_process_flags(flags: argparse.Namespace) -> Launch:
+    """What `add_process_flags` parsed.
+
+    Raises:
+        ConfigError: the flags do not go together.
+    """
+    return Launch(flags.coordinator, flags.num_processes, flags.process_id)
 
 
 def make_parser(description: str | None, default_config: str, verb: str | None = None) -> argparse.ArgumentParser:
@@ -75,18 +97,24 @@ def make_parser(description: str | None, default_config: str, verb: str | None =
         "mixtral_jax/config.py; configs to start from: configs/"
     )
     prog = f"mixtral-jax {verb}" if verb else None
-    parser = _Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+    parser = FlagParser(prog=prog, description=description, epilog=epilog)
     default = SHIPPED / default_config
     parser.add_argument(
         "--config",
-        type=_path,
+        type=parse_path,
         default=default,
         help=f"a .py file with get_config(); by default configs/{default_config}",
     )
     return parser
 
 
-def _path(text: str) -> Path:
+def make_verb_parser(description: str | None, verb: str) -> argparse.ArgumentParser:
+    """A parser of a verb that takes no config; its errors are `ConfigError`s."""
+    return FlagParser(prog=f"mixtral-jax {verb}", description=description)
+
+
+def parse_path(text: str) -> Path:
+    """The value of a flag that names a file or a folder."""
     if not text:
         raise argparse.ArgumentTypeError("is empty: a variable that is not set?")
     return Path(text)
@@ -97,11 +125,28 @@ def parse_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> t
     flags, rest = parser.parse_known_args(arguments)
     mapping = load_config_file(flags.config)
     for argument in rest:
-        name, equals, value = argument.partition("=")
-        require(name.startswith("--config."), f"unknown flag {argument!r}; config keys are set as --config.KEY=VALUE")
-        require(equals, f"{name} needs a value: {name}=VALUE")
-        _override(mapping, name.removeprefix("--config.").split("."), value)
+        require(
+            argument.startswith("--config."), f"unknown flag {argument!r}; config keys are set as --config.KEY=VALUE"
+        )
+        _override(mapping, argument, "--config.")
     return flags, build(Config, mapping)
+
+
+def parse_sections(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], **sections: type
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The parser's flags, and some sections of the config without a config: a dataclass each, from `--NAME.KEY=VALUE`.
+
+    Raises:
+        ConfigError: names the flag, or the key and its value, and what would be right.
+    """
+    flags, rest = parser.parse_known_args(arguments)
+    mapping: dict[str, Any] = {name: {} for name in sections}
+    for argument in rest:
+        is_known = any(argument.startswith(f"--{name}.") for name in sections)
+        require(is_known, f"unknown flag {argument!r} (--help lists the flags)")
+        _override(mapping, argument, "--")
+    return flags, {name: build(section, mapping[name], f"{name}.") for name, section in sections.items()}
 
 
 def load_config_file(path: Path) -> dict[str, Any]:
@@ -123,8 +168,11 @@ def load_config_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config={path} does not run: {type(error).__name__}: {error}") from error
 
 
-def _override(mapping: dict[str, Any], keys: list[str], value: str) -> None:
-    *sections, last = keys
+def _override(mapping: dict[str, Any], argument: str, prefix: str) -> None:
+    """Sets what `SECTION.KEY=VALUE`, behind the prefix, says."""
+    name, equals, value = argument.partition("=")
+    require(equals, f"{name} needs a value: {name}=VALUE")
+    *sections, last = keys = name.removeprefix(prefix).split(".")
     for depth, section in enumerate(sections):
         mapping = mapping.setdefault(section, {})
         require(isinstance(mapping, dict), f"config key {'.'.join(keys[: depth + 1])} is a value, not a section")

@@ -18,10 +18,11 @@ def print_plan(plan: Plan, console: Console) -> None:
     """Prints everything there is, but for the lightest collectives."""
     step, topology = plan.step, plan.target.topology
     train, mesh = step.config.train, describe_mesh(step.config.mesh)
+    part = "" if step.trained == step.parameters else f", {step.trained.total:,} trained"
     console.print(
         f"[bold]{topology.name}[/]: {topology.num_devices} devices as {mesh}; {train.batch_size} sequences of "
         f"{train.sequence_length:,} tokens a step\n"
-        f"{step.parameters.total:,} parameters, {step.parameters.active:,} active"
+        f"{step.parameters.total:,} parameters, {step.parameters.active:,} active{part}"
     )
     if plan.target.is_estimate:
         console.print(

@@ -51,7 +51,7 @@ def find_blind_processes(workdir: Path, processes: Processes) -> list[int]:
         (workdir / name).touch()
     name = processes.share("workdir", name)[0]
     try:
-        sees = processes.share("workdir seen", _waits_for(workdir / name))
+        sees = processes.share("workdir seen", waits_for(workdir / name))
     finally:
         if processes.index == 0:
             (workdir / name).unlink()
@@ -70,7 +70,8 @@ def _lock(workdir: Path) -> None:
         os.close(descriptor)  # Some network file systems have no locks: there, two runs are not kept apart.
 
 
-def _waits_for(path: Path) -> bool:
+def waits_for(path: Path) -> bool:
+    """Whether what another process has written is seen here, within some seconds."""
     deadline = time.monotonic() + _VISIBLE_SECONDS
     while not path.exists():
         if time.monotonic() > deadline:

@@ -13,17 +13,19 @@ class Projection(nnx.Module):
     """An einsum with one weight, sharded at birth: how dense parts of the model multiply by a parameter.
 
     `axes` are the logical axes of the weight. Its shards are gathered, in the compute dtype, right before use.
+    `init` draws the weight, by default from the config's normal distribution; `variable` is the kind of parameter.
     """
 
     def __init__(self, equation: str, shape: tuple[int, ...], axes: tuple[str | None, ...], *,
-                 config: ModelConfig, rules: AxisRules, rngs: nnx.Rngs, dtype: str | None = None):  # fmt: skip
+                 config: ModelConfig, rules: AxisRules, rngs: nnx.Rngs, dtype: str | None = None,
+                 init: nnx.Initializer | None = None, variable: type[nnx.Param] = nnx.Param):  # fmt: skip
         self.equation = equation
         self.axes = axes
         self.rules = rules
         self.dtype = dtype or config.dtype
-        init = nnx.initializers.normal(config.initializer_range)
+        init = init or nnx.initializers.normal(config.initializer_range)
         weight = init(rngs.params(), shape, config.param_dtype, out_sharding=rules.spec(*axes))
-        self.weight = nnx.Param(weight)
+        self.weight = variable(weight)
 
     def __call__(self, x: jax.Array, out_sharding: P) -> jax.Array:
         weight = gather_weight(self.weight[...].astype(self.dtype), self.axes, self.rules)

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from mixtral_jax.config import Config, ConfigError
+from mixtral_jax.finetune.tunable import Tunable, make_tunable
 from mixtral_jax.model.dispatch.choose import choose_transport
-from mixtral_jax.model.transformer import ParameterCount, count_parameters, model_maker
+from mixtral_jax.model.transformer import ParameterCount, count_parameters
 from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.mesh import make_mesh, matmul_precision, resolve_mesh
 from mixtral_jax.parallel.rules import AxisRules
@@ -48,11 +49,12 @@ class CompiledStep:
     traced: Any
     memory: StepMemory
     parameters: ParameterCount
+    trained: ParameterCount
     seconds: float
 
 
 def compile_step(config: Config, target: Target) -> CompiledStep:
-    """Traces, lowers and compiles the step that `train.py` would run on these devices, of any size.
+    """Traces, lowers and compiles the step that a run would take on these devices, of any size.
 
     Raises:
         ConfigError: the mesh does not fit the topology, or the transport asked for does not work there.
@@ -60,9 +62,10 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
     config = fit_mesh(config, target)
     choose_transport(config, target.topology.chip.kind)  # An estimate compiles for a CPU, where all of them work.
     mesh = make_mesh(config.mesh, target.devices)
+    tunable = make_tunable(config, target.platform)
     start = time.perf_counter()
     with _as_if_on(config, mesh):
-        state, traced = _trace(config, mesh, target.platform)
+        state, traced = _trace(config, mesh, tunable)
         # Without it the compiler refuses what does not fit, and says nothing more of it.
         options: dict[str, str | bool] = {"xla_tpu_no_crash_on_oom": True} if target.platform == "tpu" else {}
         compiled = traced.lower().compile(compiler_options=options)
@@ -72,11 +75,11 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
         parameters=_bytes_per_device((state.trained, state.frozen)),
         optimizer=_bytes_per_device(state.opt_state),
     )
-    with jax.set_mesh(mesh):
-        parameters = count_parameters(jax.eval_shape(model_maker(config, target.platform)))
+    model: Any = state.model()
     return CompiledStep(
-        config, mesh, parse_program(compiled.as_text() or ""), traced.jaxpr, memory, parameters, seconds
-    )
+        config=config, mesh=mesh, program=parse_program(compiled.as_text() or ""), traced=traced.jaxpr, memory=memory,
+        parameters=count_parameters(model), trained=count_parameters(model, tunable.trainable), seconds=seconds,
+    )  # fmt: skip
 
 
 def trace_grouped(config: Config, target: Target) -> Any:
@@ -88,7 +91,7 @@ def trace_grouped(config: Config, target: Target) -> Any:
     config = dataclasses.replace(config, dispatch=dispatch)
     mesh = make_mesh(config.mesh, target.devices)
     with _as_if_on(config, mesh):
-        return _trace(config, mesh, target.platform)[1].jaxpr
+        return _trace(config, mesh, make_tunable(config, target.platform))[1].jaxpr
 
 
 def fit_mesh(config: Config, target: Target) -> Config:
@@ -120,10 +123,10 @@ def _as_if_on(config: Config, mesh: jax.sharding.Mesh) -> Iterator[None]:
         yield
 
 
-def _trace(config: Config, mesh: jax.sharding.Mesh, platform: str) -> tuple[TrainState, jax.stages.Traced]:
+def _trace(config: Config, mesh: jax.sharding.Mesh, tunable: Tunable) -> tuple[TrainState, jax.stages.Traced]:
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-    optimizer = make_optimizer(config.optimizer, schedule)
-    state = abstract_state(model_maker(config, platform), optimizer)
+    optimizer = make_optimizer(config.optimizer, schedule, config.finetune)
+    state = abstract_state(tunable.make_model, optimizer, tunable.trainable)
     train = config.train
     rows = jax.ShapeDtypeStruct(
         (train.gradient_accumulation, train.micro_batch_size, train.sequence_length),
@@ -132,7 +135,7 @@ def _trace(config: Config, mesh: jax.sharding.Mesh, platform: str) -> tuple[Trai
     )
     shapes: Any = rows  # The batch is of shapes, not of arrays.
     batch = Batch(shapes, shapes, shapes, shapes, shapes)
-    return state, make_train_step(optimizer, config.router, schedule).trace(state, batch)
+    return state, make_train_step(optimizer, config.router, schedule, tunable.perturb).trace(state, batch)
 
 
 def _bytes_per_device(tree: Any) -> int:

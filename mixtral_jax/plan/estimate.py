@@ -57,6 +57,7 @@ class Plan:
             "sequence_length": step.config.train.sequence_length,
             "parameters": step.parameters.total,
             "active_parameters": step.parameters.active,
+            "trained_parameters": step.trained.total,
             "peak_bytes_per_device": memory.peak,
             "hbm_bytes_per_device": self.hbm_bytes,
             "fits": self.fits,
@@ -90,7 +91,7 @@ def make_plan(config: Config, target: Target) -> Plan:
     routed_rows = _routed_rows(config)
     collectives = list_collectives(step.program, dict(step.mesh.shape))
     seconds = [transfer_seconds(collective, topology, _coordinates(step, target)) for collective in collectives]
-    model_flops = model_flops_per_step(config, step.parameters.active)
+    model_flops = model_flops_per_step(config, step.parameters, step.trained)
     hardware_flops = _hardware_flops(step, target, routed_rows)
     traffic = count_traffic(step.program, routed_rows)
     roofline = make_roofline(

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mixtral_jax.checkpoint.huggingface import load_weights, read_config
-from mixtral_jax.config import Config, RouterConfig, TrainConfig
+from mixtral_jax.checkpoint.on_devices import load_model
+from mixtral_jax.checkpoint.weights import open_weights
+from mixtral_jax.config import RouterConfig
 from mixtral_jax.model.transformer import ModelOutput, Transformer, model_maker
 from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.train.loss import StepTotals, sum_losses
@@ -27,10 +28,9 @@ IGNORED = -100
 
 def load(folder: Path) -> tuple[Transformer, RouterConfig]:
     """The model of a folder on the mesh in force, and the losses it was trained with."""
-    theirs = read_config(folder)
-    train = TrainConfig(num_steps=5, batch_size=8, sequence_length=8)
-    config = Config(model=theirs.model, router=theirs.router, train=train)
-    return load_weights(folder, jax.eval_shape(model_maker(config, "cpu"))), theirs.router
+    weights = open_weights(folder)
+    config = weights.architecture.config(batch_size=8)
+    return load_model(weights.parameters, jax.eval_shape(model_maker(config, "cpu"))), config.router
 
 
 def make_batch(input_ids: np.ndarray, attention_mask: np.ndarray, labels: np.ndarray) -> Batch:

@@ -9,7 +9,6 @@ from mixtral_jax.config import ConfigError
 from mixtral_jax.model.transformer import count_parameters, model_maker
 from mixtral_jax.plan.compile import StepMemory
 from mixtral_jax.plan.estimate import Plan, advise, make_plan
-from mixtral_jax.plan.flops import model_flops_per_step
 from mixtral_jax.plan.sweep import sweep
 from mixtral_jax.plan.topology import Target, parse_topology
 from tests.cases import mesh_of, small_config
@@ -75,7 +74,34 @@ def test_model_flops_are_six_a_token_and_parameter_and_attention() -> None:
     config = small_config()
     with jax.set_mesh(mesh_of()):
         active = count_parameters(jax.eval_shape(model_maker(config, "cpu"))).active
-    assert plan_of().model_flops == model_flops_per_step(config, active)
+    multiplied, attention = active - 96 * 32, 2 * 4 * 12 * 24  # But for the look-up; 2 layers of 4 heads of 12.
+    assert plan_of().model_flops == 8 * 24 * 6 * (multiplied + attention)
+
+
+def test_frozen_parameters_need_no_gradient_of_their_own() -> None:
+    plan, full = plan_of(finetune__lora__rank=4), plan_of()
+    trained = plan.step.trained
+    assert plan.step.parameters.total - trained.total == full.step.parameters.total
+    weight_gradients = 8 * 24 * 2 * full.step.parameters.multiplying
+    assert plan.model_flops == full.model_flops - weight_gradients + 8 * 24 * 6 * trained.multiplying
+    # Nor are they computed: a layer has its forward pass twice and gradients of inputs, but none of frozen weights.
+    D, F, N, K, H, E, A, T, V = 32, 48, 4, 2, 12, 8, 2, 24, 96
+    frozen, attention = 2 * D * (2 * N * H + 2 * K * H) + 2 * D * E + 6 * D * F * A, 4 * N * H * T
+    adapters = 2 * trained.active // 2
+    by_hand = 8 * T * (2 * (3 * frozen + 4 * attention + 4 * adapters) + 2 * 2 * D * V)
+    assert plan.hardware_flops == pytest.approx(by_hand, rel=0.01)
+
+
+def test_a_plan_of_adapters_has_a_small_optimizer_and_counts_what_is_trained() -> None:
+    plan = plan_of(finetune__frozen_dtype="bfloat16", mesh__expert=4, mesh__fsdp=2)
+    memory, trained = plan.step.memory, plan.step.trained.total
+    # Frozen in 2 bytes, on every device but for what is cut; adapters in 4, and two moments of each.
+    assert memory.optimizer < 2 * 4 * trained
+    assert memory.parameters < 2 * (plan.step.parameters.total - trained) + 4 * trained
+    assert memory.rest > 0
+    figures = plan.to_json()
+    assert figures["trained_parameters"] == trained
+    assert figures["fits"]
 
 
 def test_memory_is_that_of_the_state_and_more() -> None:
@@ -84,7 +110,7 @@ def test_memory_is_that_of_the_state_and_more() -> None:
     total = plan.step.parameters.total * 4
     assert memory.parameters > total / 8  # Experts are cut over the devices, the rest is on each.
     assert memory.optimizer == pytest.approx(2 * memory.parameters, rel=1e-3)
-    assert memory.peak > memory.parameters + memory.optimizer
+    assert memory.peak > 1.5 * (memory.parameters + memory.optimizer)  # Gradients and activations.
     assert plan.fits
 
 

@@ -1,0 +1,67 @@
+"""What must be known of a Mixtral besides its weights, whoever wrote it down, and what others can write down of it."""
+
+import dataclasses
+
+from mixtral_jax.config import Config, ConfigError, LoadBalanceConfig, ModelConfig, RouterConfig, TrainConfig
+
+# Of a model whose folder does not say with which losses its router was trained: transformers' defaults.
+UNKNOWN_LOSSES = RouterConfig(load_balance=LoadBalanceConfig(weight=0.001, normalization="hf"), z_loss_weight=0.0)
+
+# A Mixtral has these, or they change nothing of what it computes.
+_MODEL_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+    "num_experts", "rope_theta", "norm_eps", "initializer_range", "dtype", "param_dtype", "remat", "attention",
+    "context_length",
+)  # fmt: skip
+_ROUTER_KEYS = ("num_experts_per_token", "load_balance", "z_loss_weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """The model, its router with the losses it was trained with, and the longest sequence that it is meant for.
+
+    `notes` are for people: what was not written down, and what was taken instead.
+    """
+
+    model: ModelConfig
+    router: RouterConfig
+    context_length: int
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        self.config()
+
+    def config(self, batch_size: int = 1) -> Config:
+        """The config of a run that has this model, and nothing to train it on.
+
+        Raises:
+            ConfigError: the settings do not go together.
+        """
+        train = TrainConfig(num_steps=1, batch_size=batch_size, sequence_length=self.context_length)
+        return Config(model=self.model, router=self.router, train=train)
+
+
+def require_mixtral(architecture: Architecture) -> None:
+    """Makes sure that the model is one that Mixtral's formats have words for.
+
+    Raises:
+        ConfigError: names each key that they have none for.
+    """
+    strange = [
+        *_find_strange(architecture.model, "model", _MODEL_KEYS),
+        *_find_strange(architecture.router, "router", _ROUTER_KEYS),
+    ]
+    if strange:
+        raise ConfigError(f"a Mixtral of Hugging Face or Mistral cannot have {', '.join(strange)}")
+
+
+def _find_strange(config: object, section: str, known: tuple[str, ...]) -> list[str]:
+    """The keys beyond `known` that are not as they are by default."""
+    assert dataclasses.is_dataclass(config)
+    fields = [field for field in dataclasses.fields(config) if field.name not in known]
+    values = {field.name: (getattr(config, field.name), _default(field)) for field in fields}
+    return [f"{section}.{name}={value!r}" for name, (value, default) in values.items() if value != default]
+
+
+def _default(field: dataclasses.Field) -> object:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

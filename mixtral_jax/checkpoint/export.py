@@ -1,0 +1,121 @@
+"""Weights into a folder that other programs load: of Hugging Face (transformers, vLLM, SGLang), or of Mistral.
+
+Tensors go from file to file, a few at a time. What can go wrong with the model is found before anything is written.
+"""
+
+import contextlib
+import functools
+import json
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from mixtral_jax.checkpoint import huggingface, mistral
+from mixtral_jax.checkpoint.architecture import require_mixtral
+from mixtral_jax.checkpoint.chat_templates import CHAT_TEMPLATES, find_version
+from mixtral_jax.checkpoint.layouts import HUGGING_FACE, MISTRAL
+from mixtral_jax.checkpoint.model_card import make_model_card
+from mixtral_jax.checkpoint.relayout import as_tensors
+from mixtral_jax.checkpoint.safetensors_files import FileWriter
+from mixtral_jax.checkpoint.stored import StoredArray, run_jobs, scratch
+from mixtral_jax.checkpoint.tokenizer_json import make_tokenizer_config, make_tokenizer_json
+from mixtral_jax.checkpoint.weights import Weights
+from mixtral_jax.data.tokenizer import Tokenizer
+
+Format = Literal["hf", "mistral"]
+FORMATS = typing.get_args(Format)
+
+# Of Mixtral's tokenizer, for a model that has none.
+_BOS_ID, _EOS_ID = 1, 2
+SHARD_BYTES = 5_000_000_000
+
+
+def make_small_files(weights: Weights, format_: Format) -> dict[str, str]:
+    """All files but those of the weights and tokenizer.model, by name.
+
+    Raises:
+        ConfigError: the format has no words for the model or its tokenizer.
+    """
+    require_mixtral(weights.architecture)
+    if format_ == "mistral":
+        return {"params.json": _to_json(mistral.make_params(weights.architecture))}
+    tokenizer, architecture = weights.tokenizer, weights.architecture
+    bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (_BOS_ID, _EOS_ID)
+    dtype = architecture.model.param_dtype
+    files = {
+        "config.json": huggingface.make_config(architecture, dtype, bos_id, eos_id),
+        "generation_config.json": huggingface.make_generation_config(bos_id, eos_id),
+    }
+    if tokenizer is not None:
+        template = CHAT_TEMPLATES[find_version(tokenizer)]
+        files["tokenizer.json"] = make_tokenizer_json(tokenizer)
+        files["tokenizer_config.json"] = make_tokenizer_config(tokenizer, template, architecture.context_length)
+    return {name: _to_json(value) for name, value in files.items()} | {"README.md": make_model_card(weights)}
+
+
+def write_folder(
+    weights: Weights, folder: Path, format_: Format, report: Callable[[int], None], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes the model into an existing folder; `report` is told of bytes as they are written.
+
+    Raises:
+        ConfigError: as `make_small_files`, before anything is written; or a file that is read is damaged.
+        OSError: a file cannot be written.
+    """
+    small_files = make_small_files(weights, format_)
+    layout = MISTRAL if format_ == "mistral" else HUGGING_FACE
+    tensors = as_tensors(layout, weights.parameters, weights.architecture.model)
+    # mistral-inference reads exactly one file.
+    shards = [tensors] if format_ == "mistral" else _cut_into_shards(tensors, shard_bytes)
+    stem = "consolidated" if format_ == "mistral" else "model"
+    names = [f"{stem}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [f"{stem}.safetensors"]
+    else:
+        index = _make_index(dict(zip(names, shards, strict=True)), weights)
+        small_files[f"{stem}.safetensors.index.json"] = _to_json(index)
+    for name, text in small_files.items():
+        (folder / name).write_text(text, "utf-8")
+    if weights.tokenizer is not None:
+        weights.tokenizer.save(folder / _tokenizer_name(weights.tokenizer, format_))
+    for name, shard in zip(names, shards, strict=True):
+        _write_shard(folder / name, shard, report)
+
+
+def _cut_into_shards(tensors: Mapping[str, StoredArray], shard_bytes: int) -> list[dict[str, StoredArray]]:
+    shards: list[dict[str, StoredArray]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(stored.nbytes for stored in shards[-1].values()) + tensor.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    return shards
+
+
+def _make_index(shards: Mapping[str, Mapping[str, StoredArray]], weights: Weights) -> dict[str, Any]:
+    return {
+        "metadata": {"total_parameters": weights.num_parameters, "total_size": weights.nbytes},
+        "weight_map": {tensor: name for name, shard in shards.items() for tensor in shard},
+    }
+
+
+def _write_shard(path: Path, tensors: Mapping[str, StoredArray], report: Callable[[int], None]) -> None:
+    with contextlib.closing(FileWriter(path, tensors)) as writer:
+        for num_bytes in run_jobs(functools.partial(_copy, writer, name, tensors[name]) for name in tensors):
+            report(num_bytes)
+
+
+def _copy(writer: FileWriter, name: str, tensor: StoredArray) -> int:
+    numbers = scratch("tensor", tensor.shape, tensor.dtype)
+    tensor.read_into(tensor.whole, numbers)
+    writer.write(name, numbers)
+    return tensor.nbytes
+
+
+def _tokenizer_name(tokenizer: Tokenizer, format_: Format) -> str:
+    """mistral-inference tells the versions apart by the name of the file, and takes one without a version for v1."""
+    return "tokenizer.model.v3" if format_ == "mistral" and find_version(tokenizer) == "v3" else "tokenizer.model"
+
+
+def _to_json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,51 @@
+"""The parameters of our model by name: which dimensions each has, and how large they are.
+
+The names are those of the leaves of `model.transformer.Transformer`, which tests hold against this table. Reading a
+folder needs no model, and so no device.
+"""
+
+from mixtral_jax.config import ModelConfig
+
+# Dimensions by the letters of `mixtral_jax.model`.
+PARAMETERS = {
+    "embedding_VD": "VD",
+    "blocks/attention_norm/scale": "LD",
+    "blocks/attention/query/weight": "LDNH",
+    "blocks/attention/key/weight": "LDKH",
+    "blocks/attention/value/weight": "LDKH",
+    "blocks/attention/out/weight": "LNHD",
+    "blocks/moe_norm/scale": "LD",
+    "blocks/moe/router/gate/weight": "LDE",
+    "blocks/moe/experts/gate/weight": "LEDF",
+    "blocks/moe/experts/up/weight": "LEDF",
+    "blocks/moe/experts/down/weight": "LEFD",
+    "norm/scale": "D",
+    "unembed/weight": "DV",
+}
+
+
+def dimension_sizes(model: ModelConfig) -> dict[str, int]:
+    """How large each dimension is, by its letter."""
+    return {
+        "V": model.vocab_size,
+        "D": model.hidden_size,
+        "F": model.intermediate_size,
+        "L": model.num_layers,
+        "N": model.num_heads,
+        "K": model.num_kv_heads,
+        "H": model.head_dim,
+        "E": model.num_experts,
+    }
+
+
+def parameter_shape(parameter: str, model: ModelConfig) -> tuple[int, ...]:
+    """The shape of a parameter in a model."""
+    sizes = dimension_sizes(model)
+    return tuple(sizes[dimension] for dimension in PARAMETERS[parameter])
+
+
+def parameter_chunk(parameter: str, model: ModelConfig) -> tuple[int, ...]:
+    """The shape of what belongs together in a parameter: that of one layer and, where they are stacked, one expert."""
+    dimensions = PARAMETERS[parameter]
+    num_stacked = len(dimensions) - len(dimensions.removeprefix("LE" if "F" in dimensions else "L"))
+    return (1,) * num_stacked + parameter_shape(parameter, model)[num_stacked:]

@@ -1,0 +1,112 @@
+"""The model's parameters in a checkpoint of a run, read by the block, without the optimizer's state beside them.
+
+Where a run trained adapters, they are merged into what they adapt.
+
+`run` restores the whole state of a run onto devices. This needs no devices: tensorstore reads what Orbax has written.
+"""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore
+
+from mixtral_jax.checkpoint.foreign_folder import read_object
+from mixtral_jax.checkpoint.merged import merge
+from mixtral_jax.checkpoint.parameters import PARAMETERS
+from mixtral_jax.checkpoint.stored import Block, StoredArray
+from mixtral_jax.config import ConfigError, LoRAConfig, require
+
+# The parts of a TrainState that may hold a parameter.
+_SECTIONS = ("trained", "frozen")
+# What lies in the place of the weight of a projection that has an adapter.
+_ADAPTED = ("base/weight", "lora_a/weight", "lora_b/weight")
+# Chunks of a training run hold several layers, which are read one after the other.
+_CACHE_BYTES = 2**28
+
+
+def find_steps(checkpoints: Path) -> list[int]:
+    """The steps of the finished checkpoints in a folder, oldest first."""
+    names = [path.name for path in checkpoints.iterdir() if path.is_dir()]
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+
+def parameter_key(section: str, parameter: str) -> str:
+    """What a parameter is called in a checkpoint, if it lies in this part of a TrainState."""
+    return f"{section}/{parameter}/value"
+
+
+def open_parameters(step: Path, lora: LoRAConfig) -> dict[str, StoredArray]:
+    """The parameters in the checkpoint of one step, by name.
+
+    Args:
+        lora: of the adapters, where there are some.
+
+    Raises:
+        ConfigError: it is no checkpoint of a run, or is damaged.
+    """
+    state = step / "state"
+    metadata = read_object(state / "_METADATA")
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+    try:
+        keys = _find_keys(metadata)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{state / '_METADATA'} is damaged: {type(error).__name__}: {error}") from None
+    adapted = {name: _adapted_names(name) for name in PARAMETERS if name not in keys}
+    missing = [name for name, parts in adapted.items() if not keys.keys() >= set(parts)]
+    require(not missing, f"{step} is not a checkpoint of a Mixtral: it lacks {', '.join(missing)}")
+
+    def open_array(name: str) -> StoredArray:
+        return _open_array(state, keys[name], metadata, context)
+
+    def open_parameter(name: str) -> StoredArray:
+        if name in keys:
+            return open_array(name)
+        base, a, b = map(open_array, adapted[name])
+        return merge(base, a, b, lora.scaling)
+
+    return {name: open_parameter(name) for name in PARAMETERS}
+
+
+def _adapted_names(parameter: str) -> list[str]:
+    return [parameter.removesuffix("weight") + part for part in _ADAPTED]
+
+
+def _find_keys(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of all arrays of the model, by their names in it."""
+    entries = metadata["tree_metadata"].values()
+    keys = {part["key"] for entry in entries for part in entry["key_metadata"]}
+    named = ((section, key) for section in _SECTIONS for key in keys if key.startswith(f"{section}/"))
+    return {key.removeprefix(f"{section}/").removesuffix("/value"): key for section, key in named}
+
+
+def _open_array(state: Path, key: str, metadata: Mapping[str, Any], context: tensorstore.Context) -> StoredArray:
+    folder, name = state.absolute(), f"{state}: {key}"
+    if metadata.get("use_ocdbt"):
+        files = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}, "path": f"{key}/"}
+    else:
+        files = {"driver": "file", "path": f"{folder}/{key}/"}
+    spec = {
+        "driver": "zarr3" if metadata.get("use_zarr3") else "zarr",
+        "kvstore": files,
+        "fill_missing_data_reads": False,  # Else a chunk that is not there would be read as zeros.
+    }
+    try:
+        array = tensorstore.open(spec, context=context, read=True, open=True).result()
+    except ValueError as error:
+        raise _damaged(name, error) from None
+    chunk = tuple(size or 1 for size in array.chunk_layout.read_chunk.shape or array.shape)
+    return StoredArray(array.shape, array.dtype.numpy_dtype, chunk, functools.partial(_read_into, array, name), name)
+
+
+def _read_into(array: tensorstore.TensorStore, name: str, block: Block, target: np.ndarray) -> None:
+    try:
+        target[...] = array[block].read().result()
+    except ValueError as error:
+        raise _damaged(name, error) from None
+
+
+def _damaged(name: str, error: ValueError) -> ConfigError:
+    return ConfigError(f"{name} is damaged: {' '.join(str(error).split())[:300]}")
