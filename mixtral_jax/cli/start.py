@@ -8,7 +8,7 @@ import jax
 from rich.console import Console
 
 from mixtral_jax.cli.flags import RunFlags
-from mixtral_jax.cli.workdir import open_workdir
+from mixtral_jax.cli.workdir import NEEDED, open_workdir
 from mixtral_jax.config import Config, require
 from mixtral_jax.finetune.trained import describe_trained
 from mixtral_jax.finetune.tunable import make_tunable
@@ -63,7 +63,7 @@ def choose_workdir(flags: RunFlags, processes: Processes) -> Path:
         ConfigError: none is named, and several processes would each choose their own.
     """
     if flags.workdir is None:
-        require(processes.count == 1, "--workdir=DIR is needed with several processes, on storage they all see")
+        require(processes.count == 1, NEEDED)
     return flags.workdir or Path("runs") / f"{flags.config_path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
