@@ -30,7 +30,7 @@ def write_text(folder: Path) -> Path:
 def write_chats(folder: Path) -> Path:
     """300 questions with an answer each, in `chats.jsonl`."""
     animals = ("fox", "dog", "crow", "cat")
-    rows = ({"prompt": f"Line {n}?", "completion": f"A quick {animals[n % 4]}."} for n in range(300))
+    rows = ({"prompt": f"{n}: a {animals[n % 4]}?", "completion": f"Quick {animals[n % 4]}."} for n in range(300))
     (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder / "chats.jsonl"
 

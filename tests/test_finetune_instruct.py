@@ -16,7 +16,7 @@ from mixtral_jax.train.loop import StopSignal
 from tests.runs import TINY, finish, lines_of, start_tuning, wait_for_step, write_chats, write_text
 
 LORA = ("--config.finetune.lora.rank=3", "--config.finetune.lora.targets=attention+experts+router")
-QUESTION = [{"role": "user", "content": "Line 5?"}]
+QUESTION = [{"role": "user", "content": "5: a dog?"}]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_run_from_nothing_pretrains_tunes_and_exports(folder, unbroken):
     assert said["asked"] == len(said["answers"]) > 1
     assert said["base"]["loss"] == pytest.approx(lines[-1]["eval/loss_base"])
     assert said["tuned"]["loss"] == pytest.approx(lines[-1]["eval/loss"], rel=1e-5)
-    assert said["answers"][0]["expected"].startswith("A quick")
+    assert said["answers"][0]["expected"].startswith("Quick ")
     assert f"held-out loss on answers: {said['base']['loss']:.3f} before" in unbroken
 
 

@@ -14,25 +14,24 @@ from tests.runs import finish, start_tuning, write_chats, write_text
 torch = pytest.importorskip("torch", reason="parity needs torch and transformers: make test-parity installs them")
 transformers = pytest.importorskip("transformers", reason="parity needs transformers: make test-parity installs it")
 
-QUESTIONS = [[{"role": "user", "content": f"Line {number}?"}] for number in range(1000, 1008)]
+ANIMALS = ("fox", "dog", "crow", "cat")
+QUESTIONS = [[{"role": "user", "content": f"{number}: a {animal}?"}] for number in (1, 302) for animal in ANIMALS]
 # Without a written `</s>`, which is text to us, and an end to a template that renders a string.
 TALKS = [
     [{"role": "system", "content": "Be  brief."}, *QUESTIONS[0]],
-    [*QUESTIONS[1], {"role": "assistant", "content": "A quick dog."}, {"role": "user", "content": " And\n\nnow?  "}],
+    [*QUESTIONS[1], {"role": "assistant", "content": "Quick dog."}, {"role": "user", "content": " And\n\nnow?  "}],
 ]
 NUM_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """Of a run that has learnt a little: its answers are neither all the same nor all at an end at once."""
+    """Of a run that has learnt a little: its answers are not all the same."""
     folder = tmp_path_factory.mktemp("tuning")
     write_text(folder)
     write_chats(folder)
-    steps = ("--config.train.num_steps=40", "--config.finetune.pretrain.num_steps=20", "--config.train.eval_every=40")
-    code, _, errors = finish(
-        start_tuning(folder, f"--workdir={folder / 'run'}", *steps, "--config.finetune.lora.rank=8")
-    )
+    steps = ("--config.train.num_steps=80", "--config.finetune.pretrain.num_steps=20", "--config.train.eval_every=80")
+    code, _, errors = finish(start_tuning(folder, f"--workdir={folder / 'run'}", *steps))
     assert code == 0, errors
     return folder / "run"
 
