@@ -2,9 +2,9 @@
 
 The base stays in bfloat16; 240,123,904 parameters learn. 8 rows of 8,192 tokens a step, one a chip. Experts are at two
 places, and all weights are cut over four: room for every row that may come, so that none is ever lost, is then half of
-what an expert a chip would need. Planned, never run on that hardware: `mixtral-jax plan` finds a peak of 24.7 GiB a chip on both v6e:2x4 (29.8 GiB)
-and v5p:2x2x2 (95 GiB), and at most 6,700 and 4,500 tokens/s a chip. The learning rate is mistral-finetune's. Name the
-base, your conversations, and a workdir that every host sees; run on every host:
+what an expert a chip would need. Planned, never run on that hardware: `mixtral-jax plan` finds a peak of 24.7 GiB a
+chip on v6e:2x4 (29.8 GiB) and on v5p:2x2x2 (95 GiB), and at most 6,700 and 4,500 tokens/s a chip. The learning rate is
+mistral-finetune's. Name the base, your conversations, and a workdir that every host sees; run on every host:
 
     python finetune_instruct.py --config=configs/instruct/mixtral_8x7b_lora.py --config.finetune.base=BASE \
         --config.data.path=CHATS --workdir=DIR
