@@ -110,7 +110,9 @@ def advise(config: Config, memory: StepMemory, hbm_bytes: int, num_devices: int)
     if memory.peak <= hbm_bytes:
         return []
     state = memory.parameters + memory.optimizer
-    train, advice = config.train, []
+    train, finetune, advice = config.train, config.finetune, []
+    if finetune and finetune.lora.rank and (finetune.frozen_dtype or config.model.param_dtype) == "float32":
+        advice.append("--config.finetune.frozen_dtype=bfloat16: half of the frozen weights' bytes")
     if state < hbm_bytes:
         smallest = num_devices // config.mesh.tensor
         accumulation = train.gradient_accumulation * 2
