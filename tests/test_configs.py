@@ -49,6 +49,18 @@ def test_a_pretraining_config_fits_its_machine(name: str) -> None:
     assert mesh.expert == config.model.num_experts == 8  # An expert each.
 
 
+@pytest.mark.parametrize(("name", "num_devices"), [
+    ("mixtral_8x7b_lora", 8), ("mixtral_8x7b_full", 8), ("mixtral_8x7b_full", 16),
+])  # fmt: skip
+def test_a_tuning_config_fits_its_machines_and_trains_what_its_name_says(name: str, num_devices: int) -> None:
+    config = build(Config, load_config_file(CONFIGS / "instruct" / f"{name}.py"))
+    mesh = resolve_mesh(config, num_devices).mesh
+    assert math.prod(getattr(mesh, axis) for axis in MESH_AXES) == num_devices
+    assert config.finetune is not None
+    assert (config.finetune.lora.rank > 0) == name.endswith("lora")
+    assert config.model.num_layers == 32
+
+
 def test_configs_of_pods_keep_the_size_in_their_names() -> None:
     models = load_config_file(CONFIGS / "pretrain/mixtral_8x22b_v5p.py")["model"]
     assert (models["hidden_size"], models["num_layers"]) == (6144, 56)

@@ -89,7 +89,7 @@ def _open_step(workdir: Path, step: Path) -> Weights:
         router = build(RouterConfig, saved["router"], "router.")
         architecture = Architecture(model, router, model.context_length or saved["train"]["sequence_length"])
         finetune = build(FinetuneConfig, sections[-1], "finetune.")
-    except (ConfigError, KeyError) as error:
+    except (ConfigError, KeyError, TypeError) as error:
         raise ConfigError(f"{workdir / 'config.json'} is no config of a run: {error}") from None
     parameters = run_parameters.open_parameters(step, finetune.lora)
     if finetune.frozen_dtype:

@@ -104,7 +104,8 @@ def score(loaded: Pretrained, task: Task) -> dict[str, Any]:
     """
     tokenizer = find_tokenizer(loaded.tokenizer, task.data, loaded.config.model.vocab_size)
     stores = _open_stores(task, tokenizer)
-    plans = [plan_rows(store, task.sequence_length) for store in stores]
+    long_documents = task.data.chat.long_rows if task.is_chat else "split"
+    plans = [plan_rows(store, task.sequence_length, long_documents=long_documents) for store in stores]
     num_rows = sum(plan.num_rows for plan in plans)
     require(num_rows, f"data.path={task.data.path} gives no row to score")
     note(f"scoring {task.part} of {task.data.path}: {num_rows:,} rows of {task.sequence_length} tokens")

@@ -8,7 +8,7 @@ import jax
 from rich.console import Console
 
 from mixtral_jax.cli.flags import RunFlags
-from mixtral_jax.cli.workdir import open_workdir
+from mixtral_jax.cli.workdir import NEEDED, open_workdir
 from mixtral_jax.config import Config, require
 from mixtral_jax.finetune.trained import describe_trained
 from mixtral_jax.finetune.tunable import make_tunable
@@ -45,6 +45,10 @@ def start_run(flags: RunFlags, processes: Processes) -> Run:
     Raises:
         ConfigError: the processes differ, the mesh does not fit, or the workdir holds a run of another config.
     """
+    require(
+        flags.config.model.param_dtype != "float16",
+        "model.param_dtype=float16 is for weights that are loaded, too coarse to train in: use float32 or bfloat16",
+    )
     require_agreement(processes, flags.config, flags.workdir)
     config, mesh = start_devices(flags.config, processes)
     workdir = choose_workdir(flags, processes)
@@ -59,7 +63,7 @@ def choose_workdir(flags: RunFlags, processes: Processes) -> Path:
         ConfigError: none is named, and several processes would each choose their own.
     """
     if flags.workdir is None:
-        require(processes.count == 1, "--workdir=DIR is needed with several processes, on storage they all see")
+        require(processes.count == 1, NEEDED)
     return flags.workdir or Path("runs") / f"{flags.config_path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 

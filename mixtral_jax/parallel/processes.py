@@ -174,11 +174,17 @@ def join_processes(launch: Launch) -> Processes:
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                 shutdown_timeout_seconds=SHUTDOWN_SECONDS,
             )
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             # What jax says when neither flags nor environment name a cluster.
             if launch.coordinator is None and "coordinator_address should be defined" in str(error):
                 return Processes()
-            raise ConfigError(f"cannot join the other processes: {error}") from error
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                raise
+            # Such as a Kubernetes that lets nobody read its pods: many lines.
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"cannot join the other processes: {reason}: give --coordinator, --num_processes and --process_id"
+            ) from error
     state = distributed.global_state
     return Processes(state.process_id, state.num_processes, state.client if state.num_processes > 1 else None)
 

@@ -133,6 +133,7 @@ def test_json_has_what_scripts_rely_on() -> None:
     ({"mesh__expert": 4, "mesh__data": 1}, ["expert=4", "4 of 8", "h100:8", "expert=8"]),
     ({"mesh__fsdp": 3}, ["fsdp=3", "8 devices", "expert=8"]),
     ({"train__batch_size": 6}, ["train.batch_size", "multiple of 8"]),
+    ({"train__batch_size": 12, "train__gradient_accumulation": 4}, ["no mesh does", "multiple of 32"]),
 ])  # fmt: skip
 def test_a_mesh_that_does_not_fill_the_topology_names_those_that_would(overrides: dict, words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
@@ -140,6 +141,14 @@ def test_a_mesh_that_does_not_fill_the_topology_names_those_that_would(overrides
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_transport_that_the_chips_asked_for_lack_is_refused_though_a_cpu_has_it() -> None:
+    config = small_config(
+        dispatch__transport="ragged_all_to_all", model__num_experts=64, model__hidden_size=64, train__batch_size=64
+    )
+    with pytest.raises(ConfigError, match=r"mesh\.expert=64 GPUs, more than 32: set all_to_all"):
+        make_plan(config, Target(parse_topology("h100:64"), [], "cpu"))
 
 
 def test_advice_is_to_accumulate_where_activations_do_not_fit_and_to_cut_where_the_state_does_not() -> None:
@@ -150,6 +159,12 @@ def test_advice_is_to_accumulate_where_activations_do_not_fit_and_to_cut_where_t
     state = advise(config, StepMemory(peak=190, parameters=50, optimizer=100), 100, 8)
     assert state[0].startswith("--config.mesh.data=1 --config.mesh.fsdp=2")
     assert "16 devices" in state[-1]
+    frozen = small_config(finetune__lora__rank=4)
+    assert advise(frozen, StepMemory(peak=190, parameters=150, optimizer=1), 100, 8)[0].endswith(
+        "frozen weights' bytes"
+    )
+    frozen = small_config(finetune__lora__rank=4, finetune__frozen_dtype="bfloat16")
+    assert not any("frozen" in line for line in advise(frozen, StepMemory(190, 150, 1), 100, 8))
 
 
 def test_a_sweep_ranks_what_fits() -> None:
