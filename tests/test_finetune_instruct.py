@@ -13,9 +13,12 @@ from mixtral_jax.config import ConfigError
 from mixtral_jax.data.chat import ChatTemplate
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.train.loop import StopSignal
-from tests.runs import TINY, finish, lines_of, start_tuning, wait_for_step, write_chats, write_text
+from tests.runs import TINY, finish, free_port, lines_of, start_tuning, wait_for_step, write_chats, write_text
 
-LORA = ("--config.finetune.lora.rank=3", "--config.finetune.lora.targets=attention+experts+router")
+LORA = (
+    "--config.finetune.lora.rank=3", "--config.finetune.lora.targets=attention+experts+router",
+    "--config.dispatch.grouped_matmul=ragged_dot",  # The quickest to compile.
+)  # fmt: skip
 QUESTION = [{"role": "user", "content": "5: a dog?"}]
 
 
@@ -114,6 +117,25 @@ def test_of_several_seeds_the_best_is_exported(folder, unbroken):
     of_best = mixtral_jax.load_pretrained(folder / "seeds" / f"seed-{best}")
     np.testing.assert_array_equal(exported.logits([[1, 2, 3]]), of_best.logits([[1, 2, 3]]))
     assert exported.config.model.hidden_size == 32  # The shape is that of the base, whatever the config says.
+
+
+@pytest.mark.full
+def test_two_processes_tune_several_seeds_from_nothing_as_one_does(folder):
+    flags = (*LORA, "--seeds=2")
+    tune(folder, "one", *flags, "--config.mesh.cpu_devices=8")
+    coordinator = f"--coordinator=localhost:{free_port()}"
+    two = [
+        start_tuning(
+            folder, *flags, f"--workdir={folder / 'two'}", coordinator, "--num_processes=2", f"--process_id={index}"
+        )
+        for index in range(2)
+    ]
+    ends = [finish(process) for process in two]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    for part in ("base", "seed-0", "seed-1"):
+        losses = [[line["loss"] for line in lines_of(folder / name / part)] for name in ("one", "two")]
+        np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert (folder / "two" / "export" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(("flag", "words"), [
