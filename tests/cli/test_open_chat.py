@@ -13,8 +13,6 @@ from mixtral_jax.config import ConfigError
 from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.train.console import make_console
-from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from mixtral_jax.train.state import init_state
 from tests.cases import mesh_of, small_config
 from tests.data.chat_cases import good_line, train_tokenizer, write_mixed_rows
 
@@ -98,11 +96,8 @@ def test_what_is_left_out_is_said_with_counts(open_run, tmp_path):
 
 def test_held_out_answers_are_judged_and_questions_given(open_run, tokenizer, tmp_path):
     data, _, run = open_run(write_good(tmp_path / "f.jsonl", 200), train__eval_sequences=4)
-    config = run.config
-    schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
     with jax.set_mesh(run.mesh):
-        state = init_state(model_maker(config, "cpu"), make_optimizer(config.optimizer, schedule))
-        figures = data.evaluate(state)
+        figures = data.evaluate(model_maker(run.config, "cpu")())
     assert 5 < figures["eval/loss"] < 8 and figures["eval/tokens"] > 0
     question = data.questions[0]
     assert tokenizer.decode(question.answer.tolist()).startswith("It is")
