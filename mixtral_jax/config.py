@@ -8,12 +8,12 @@ import dataclasses
 from typing import Literal
 
 from mixtral_jax.config_errors import ConfigError, require
-from mixtral_jax.config_finetune import FinetuneConfig, LoRAConfig
+from mixtral_jax.config_finetune import FinetuneConfig, LoRAConfig, PretrainConfig
 
 __all__ = [
     "ChatConfig", "ChatFormat", "CheckpointConfig", "Config", "ConfigError", "DataConfig", "DispatchConfig",
     "FinetuneConfig", "LiteralInst", "LoRAConfig", "LoadBalanceConfig", "LogConfig", "MeshConfig", "ModelConfig",
-    "OptimizerConfig", "RouterConfig", "TemplateName", "TrainConfig", "require",
+    "OptimizerConfig", "PretrainConfig", "RouterConfig", "TemplateName", "TrainConfig", "require",
 ]  # fmt: skip
 
 TemplateName = Literal["auto", "v1", "v3"]
@@ -28,7 +28,7 @@ class ModelConfig:
     `head_dim` is free: it need not be hidden_size / num_heads. `remat` names what the backward pass
     recomputes in each layer: `full` keeps the layer's input alone, `dots` also keeps the results of
     the dense projections and the rows that arrived at the experts, `none` keeps everything. `attention`: see
-    kernels/attention.py.
+    kernels/attention.py. `context_length` is the longest sequence that it is meant for (None: that of its training).
     """
 
     vocab_size: int
@@ -46,6 +46,7 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     remat: Literal["full", "dots", "none"] = "full"
     attention: Literal["auto", "xla", "splash"] = "auto"
+    context_length: int | None = None
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):

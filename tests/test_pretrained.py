@@ -9,7 +9,8 @@ import mixtral_jax
 from mixtral_jax.config import ConfigError
 from tests.cases import mesh_of
 
-HF = Path(__file__).parent / "golden" / "hf_tiny"
+GOLDEN = Path(__file__).parent / "golden"
+HF = GOLDEN / "hf_tiny"
 # The whole range of logits is 10; measured: 5e-6.
 LOGIT_TOLERANCE = 2e-5
 
@@ -20,9 +21,10 @@ def expected() -> dict[str, np.ndarray]:
         return dict(file)
 
 
+@pytest.mark.parametrize("folder", ["hf_tiny", "mistral_tiny"])
 @pytest.mark.parametrize("sizes", [{}, {"expert": 4, "tensor": 2}], ids=str)
-def test_a_batch_of_any_size_has_the_logits_and_the_loss_of_transformers(sizes, expected):
-    loaded = mixtral_jax.load_pretrained(HF, dtype="float32", mesh=mesh_of(**sizes))
+def test_a_batch_of_any_size_has_the_logits_and_the_loss_of_transformers(folder, sizes, expected):
+    loaded = mixtral_jax.load_pretrained(GOLDEN / folder, dtype="float32", mesh=mesh_of(**sizes))
     tokens, mask = expected["input_ids"], expected["attention_mask"]
     logits = loaded.logits(tokens, mask)
     assert logits.dtype == np.float32
@@ -32,6 +34,17 @@ def test_a_batch_of_any_size_has_the_logits_and_the_loss_of_transformers(sizes, 
     np.testing.assert_allclose(loss, expected["aux_loss_with_attention_mask"], rtol=1e-5)
     assert loaded.tokenizer is None
     assert loaded.config.mesh.expert == sizes.get("expert", 1)
+
+
+def test_float16_is_held_so_and_computed_in_float32(expected):
+    held = mixtral_jax.load_pretrained(HF, dtype="float16", mesh=mesh_of())
+    model = held.config.model
+    assert (model.param_dtype, model.dtype) == ("float16", "float32")
+    assert held.model.embedding_VD[...].dtype == np.float16
+    logits = held.logits(expected["input_ids"], expected["attention_mask"])
+    is_real = expected["attention_mask"] > 0
+    # As far as the weights are rounded.
+    np.testing.assert_allclose(logits[is_real], expected["logits"][is_real], rtol=0, atol=0.02)
 
 
 def test_the_default_mesh_is_all_devices_with_experts_first():

@@ -126,9 +126,9 @@ def read_adapters(folder: Path, model: Model, lora: LoRAConfig) -> Model:
     Raises:
         ConfigError: lists every tensor that is missing, unexpected or of another shape.
     """
-    (program, *others) = [program for program, name in FILES.items() if (folder / name).is_file()] or [None]
-    if program is None or others:
-        raise ConfigError(f"{folder} must hold one of {' and '.join(FILES.values())}")
+    found: list[Program] = [program for program in FILES if (folder / FILES[program]).is_file()]
+    require(len(found) == 1, f"{folder} must hold one of {' and '.join(FILES.values())}, not {len(found)} of them")
+    program = found[0]
     scaling = read_peft_config(folder).scaling if program == "peft" else _MISTRAL_SCALING
     path = folder / FILES[program]
     try:

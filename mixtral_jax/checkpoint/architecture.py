@@ -1,8 +1,10 @@
 """What must be known of a Mixtral besides its weights, whoever wrote it down, and what others can write down of it."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from mixtral_jax.config import Config, ConfigError, LoadBalanceConfig, ModelConfig, RouterConfig, TrainConfig
+from mixtral_jax.config import Config, ConfigError, LoadBalanceConfig, ModelConfig, RouterConfig, TrainConfig, require
 
 # Of a model whose folder does not say with which losses its router was trained: transformers' defaults.
 UNKNOWN_LOSSES = RouterConfig(load_balance=LoadBalanceConfig(weight=0.001, normalization="hf"), z_loss_weight=0.0)
@@ -11,6 +13,7 @@ UNKNOWN_LOSSES = RouterConfig(load_balance=LoadBalanceConfig(weight=0.001, norma
 _MODEL_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
     "num_experts", "rope_theta", "norm_eps", "initializer_range", "dtype", "param_dtype", "remat", "attention",
+    "context_length",
 )  # fmt: skip
 _ROUTER_KEYS = ("num_experts_per_token", "load_balance", "z_loss_weight")
 
@@ -38,6 +41,19 @@ class Architecture:
         """
         train = TrainConfig(num_steps=1, batch_size=batch_size, sequence_length=self.context_length)
         return Config(model=self.model, router=self.router, train=train)
+
+
+def find_misfits(theirs: Mapping[str, Any], needed: Iterable[str], fixed: Mapping[str, Any]) -> list[str]:
+    """What is wrong with settings that must have the keys `needed`, and those of `fixed` only so, if at all."""
+    other = [key for key, only in fixed.items() if theirs.get(key, only) != only]
+    wrong = [f"{key} is missing" for key in needed if theirs.get(key) is None]
+    return wrong + [f"{key}={theirs[key]!r} must be {fixed[key]!r}" for key in other]
+
+
+def require_numbers(settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a setting is text: the command line may give numbers so, but not a file."""
+    texts = [f"{name}={value!r}" for name, value in settings.items() if isinstance(value, str)]
+    require(not texts, f"{', '.join(texts)} must be a number")
 
 
 def require_mixtral(architecture: Architecture) -> None:

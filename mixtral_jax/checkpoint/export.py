@@ -106,7 +106,7 @@ def _write_shard(path: Path, tensors: Mapping[str, StoredArray], report: Callabl
 
 
 def _copy(writer: FileWriter, name: str, tensor: StoredArray) -> int:
-    numbers = scratch(tensor.shape, tensor.dtype)
+    numbers = scratch("tensor", tensor.shape, tensor.dtype)
     tensor.read_into(tensor.whole, numbers)
     writer.write(name, numbers)
     return tensor.nbytes

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mixtral_jax.checkpoint.stored import copy_into
+from mixtral_jax.checkpoint.stored import copy_into, scratch
 from mixtral_jax.config import ConfigError
 
 # What is read at once, and put in order while it is in the cache.
@@ -77,7 +77,7 @@ class FileTensor:
         last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         span = last + self.dtype.itemsize
         if span <= _PART_BYTES or math.prod(self.shape) == 1:
-            raw = np.empty(span, np.uint8)
+            raw = scratch("part", (span,), np.dtype(np.uint8))
             file.seek(self.offset)
             if file.readinto(raw.data) < span:
                 raise ConfigError(f"{self.path} is truncated: it ends within {self.name}")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mixtral_jax.checkpoint.architecture import UNKNOWN_LOSSES, Architecture
+from mixtral_jax.checkpoint.architecture import UNKNOWN_LOSSES, Architecture, find_misfits, require_numbers
 from mixtral_jax.checkpoint.foreign_folder import read_object
 from mixtral_jax.config import ConfigError, ModelConfig, RouterConfig, require
 from mixtral_jax.config_mapping import build
@@ -41,32 +41,24 @@ def read_config(path: Path) -> Architecture:
     """
     theirs = read_object(path)
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    wrong = [f"{key} is missing" for key in (*_MODEL_KEYS, "num_experts_per_tok") if theirs.get(key) is None]
-    for key, only in _FIXED_KEYS.items():
-        if theirs.get(key, only) != only:
-            wrong.append(f"{key}={theirs[key]!r} must be {only!r}")
-    thetas = {}
+    wrong = find_misfits(theirs, (*_MODEL_KEYS, "num_experts_per_tok"), _FIXED_KEYS)
     if isinstance(rope, Mapping):
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            wrong.append(f"rope_type={rope_type!r} must be 'default'")
-        thetas = {"rope_theta": theirs.get("rope_theta"), "rope_parameters.rope_theta": rope.get("rope_theta")}
-        thetas = {key: theta for key, theta in thetas.items() if theta is not None}
+        wrong += find_misfits(rope, (), {"rope_type": "default", "type": "default"})
     else:
         wrong.append(f"rope_parameters={rope!r} must be an object")
-    if len(set(map(repr, map(_as_float, thetas.values())))) > 1:
-        wrong.append(" and ".join(f"{key}={theta}" for key, theta in thetas.items()) + " contradict each other")
     require(not wrong, f"{path} is not of a Mixtral that can be loaded: {'; '.join(wrong)}")
+    thetas = {"rope_theta": theirs.get("rope_theta"), "rope_parameters.rope_theta": rope.get("rope_theta")}
+    thetas = {key: theta for key, theta in thetas.items() if theta is not None}
     notes = () if thetas else (f"{path} has no rope_theta: taken as {_DEFAULT_ROPE_THETA:g}, as transformers does",)
     try:
-        model = _model_config(theirs, next(iter(thetas.values()), _DEFAULT_ROPE_THETA))
+        require_numbers(thetas)
+        described = " and ".join(f"{key}={theta}" for key, theta in thetas.items())
+        theta = next(iter(thetas.values()), _DEFAULT_ROPE_THETA)
+        require(all(other == theta for other in thetas.values()), f"{described} contradict each other")
+        model = _model_config(theirs, theta)
         return Architecture(model, _router_config(theirs), _context_length(theirs), notes)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def _as_float(value: Any) -> Any:
-    return float(value) if isinstance(value, int | float) else value
 
 
 def _model_config(theirs: Mapping[str, Any], rope_theta: Any) -> ModelConfig:
@@ -74,8 +66,7 @@ def _model_config(theirs: Mapping[str, Any], rope_theta: Any) -> ModelConfig:
     ours |= {name: theirs.get(key, default) for key, (name, default) in _OPTIONAL_KEYS.items()}
     ours["rope_theta"] = rope_theta
     ours["head_dim"] = theirs.get("head_dim")
-    texts = [f"{name}={value!r}" for name, value in ours.items() if isinstance(value, str)]
-    require(not texts, f"{', '.join(texts)} must be a number")
+    require_numbers(ours)
     if ours["head_dim"] is None and isinstance(ours["hidden_size"], int) and isinstance(ours["num_heads"], int):
         ours["head_dim"] = ours["hidden_size"] // max(ours["num_heads"], 1)
     return build(ModelConfig, ours | {"dtype": "float32"}, "model.")

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mixtral_jax.checkpoint.architecture import UNKNOWN_LOSSES, Architecture
+from mixtral_jax.checkpoint.architecture import UNKNOWN_LOSSES, Architecture, find_misfits, require_numbers
 from mixtral_jax.checkpoint.foreign_folder import read_object
 from mixtral_jax.config import ConfigError, ModelConfig, RouterConfig, require
 from mixtral_jax.config_mapping import build
@@ -38,9 +38,7 @@ def read_params(path: Path) -> Architecture:
     """
     theirs = read_object(path)
     moe = theirs.get("moe")
-    wrong = [f"{key} is missing" for key in _MODEL_KEYS if theirs.get(key) is None]
-    other = [key for key, only in _FIXED_KEYS.items() if theirs.get(key, only) != only]
-    wrong += [f"{key}={theirs[key]!r} must be {_FIXED_KEYS[key]!r}" for key in other]
+    wrong = find_misfits(theirs, _MODEL_KEYS, _FIXED_KEYS)
     known = {*_MODEL_KEYS, *_FIXED_KEYS, *_IGNORED_KEYS, "moe", "rope_theta"}
     wrong += [f"{key} is not of a Mixtral" for key in theirs if key not in known]
     if not isinstance(moe, dict) or moe.keys() != set(_MOE_KEYS):
@@ -50,10 +48,9 @@ def read_params(path: Path) -> Architecture:
     ours = {name: theirs[key] for key, name in _MODEL_KEYS.items()}
     theta = theirs.get("rope_theta")
     ours |= {"num_experts": moe["num_experts"], "rope_theta": _DEFAULT_ROPE_THETA if theta is None else theta}
-    texts = [f"{name}={value!r}" for name, value in (ours | moe).items() if isinstance(value, str)]
     notes = () if theta is not None else (f"{path} has no rope_theta: taken as {_DEFAULT_ROPE_THETA:g}",)
     try:
-        require(not texts, f"{', '.join(texts)} must be a number")
+        require_numbers(ours | moe)
         model = build(ModelConfig, ours | {"dtype": "float32"}, "model.")
         chosen = build(RouterConfig, {"num_experts_per_token": moe["num_experts_per_tok"]}, "router.")
         router = dataclasses.replace(UNKNOWN_LOSSES, num_experts_per_token=chosen.num_experts_per_token)

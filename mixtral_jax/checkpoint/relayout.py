@@ -13,7 +13,7 @@ import numpy as np
 from mixtral_jax.checkpoint.file_tensor import FileTensor
 from mixtral_jax.checkpoint.layouts import Layout, Place, Tensor, letter_sizes
 from mixtral_jax.checkpoint.parameters import PARAMETERS, parameter_chunk, parameter_shape
-from mixtral_jax.checkpoint.stored import Block, StoredArray, copy_into
+from mixtral_jax.checkpoint.stored import Block, StoredArray, copy_into, scratch, shape_of
 from mixtral_jax.config import ModelConfig
 
 Sizes = Mapping[str, int]
@@ -81,7 +81,10 @@ def _read_tensor(
         lettered = lettered.transpose(_transposition(place))
         if place.part is not None:
             lettered = lettered[place.part : place.part + 1]
-        copy_into(lettered, parameters[place.parameter].read(tuple(part)).reshape(lettered.shape))
+        parameter = parameters[place.parameter]
+        source = scratch("parameter", shape_of(tuple(part)), parameter.dtype)
+        parameter.read_into(tuple(part), source)
+        copy_into(lettered, source.reshape(lettered.shape))
     if whole is not target:
         target[...] = whole[block]
 

@@ -1,40 +1,32 @@
-"""Parameters from other files into a checkpoint of a run, by the block: a model needs no memory to be imported.
+"""Chunks of parameters, already on disk, as a checkpoint of a run: Orbax makes it, so it is one as `run` saves.
 
-Orbax writes the checkpoint, and asks here for the numbers, so it is one as `run` saves and restores.
+With `zarr_chunks` a model is imported from file to file; no more of it is in memory than a few chunks.
 """
 
 import contextlib
-import functools
-import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-import tensorstore
 
-from mixtral_jax.checkpoint.run_parameters import parameter_key
-from mixtral_jax.checkpoint.stored import Block, StoredArray, blocks_of, run_jobs, scratch, write_numbers
+from mixtral_jax.checkpoint.stored import StoredArray
+from mixtral_jax.checkpoint.zarr_chunks import describe_chunks
 
 
-def save_parameters(
-    checkpoints: Path, parameters: Mapping[str, StoredArray], record: Mapping[str, Any], report: Callable[[int], None]
-) -> None:
-    """Writes the checkpoint of step 0, of parameters alone; each process writes its share.
+def adopt_chunks(checkpoints: Path, arrays: Mapping[str, StoredArray], folder: Path, record: Mapping[str, Any]) -> None:
+    """Makes the checkpoint of step 0 of arrays that `write_chunks` has written into `folder`, by moving them.
 
-    Args:
-        record: is saved beside them, as with a checkpoint of `run`.
-        report: is told the bytes of each block that is written.
+    All processes call it, when all have written their chunks. `record` is saved beside the arrays.
     """
-    tree = {parameter_key("trained", parameter): stored for parameter, stored in parameters.items()}
-    items = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), record=ocp.args.JsonSave(dict(record)))
-    with _without_warnings(), contextlib.closing(_make_manager(checkpoints, _StreamHandler(report))) as manager:
+    items = ocp.args.Composite(state=ocp.args.PyTreeSave(dict(arrays)), record=ocp.args.JsonSave(dict(record)))
+    with _without_warnings(), contextlib.closing(_make_manager(checkpoints, _AdoptHandler(folder))) as manager:
         manager.save(0, args=items)
 
 
-def _make_manager(checkpoints: Path, handler: "_StreamHandler") -> ocp.CheckpointManager:
+def _make_manager(checkpoints: Path, handler: "_AdoptHandler") -> ocp.CheckpointManager:
     registry = ocp.type_handlers.create_type_handler_registry((StoredArray, handler))
     handlers = {
         # Each chunk in a file of its own: the other format collects what it is given in memory.
@@ -57,26 +49,22 @@ def _without_warnings() -> Iterator[None]:
         logger.setLevel(level)
 
 
-class _StreamHandler(ocp.type_handlers.TypeHandler):
-    """How Orbax is to write a `StoredArray`: as it writes a jax.Array, but a chunk at a time."""
+class _AdoptHandler(ocp.type_handlers.TypeHandler):
+    """How Orbax is to write a `StoredArray`: as it writes a jax.Array, but the numbers are there already."""
 
-    def __init__(self, report: Callable[[int], None]):
-        self._report = report
+    def __init__(self, folder: Path):
+        self._folder = folder
 
     def typestr(self) -> str:
         return "jax.Array"  # What it will be when it is restored.
 
     async def serialize(self, values: Sequence[StoredArray], infos: Sequence[Any], args: Any = None) -> list[Any]:
-        folders = [Path(info.parent_dir / info.name) for info in infos]
-        for stored, folder in zip(values, folders, strict=True):
-            _create(stored, folder)
-        jobs = (
-            functools.partial(_write_chunk, stored, folder, block)
-            for stored, folder in zip(values, folders, strict=True)
-            for block in blocks_of(stored.shape, stored.chunk)
-        )
-        for num_bytes in run_jobs(itertools.islice(jobs, jax.process_index(), None, jax.process_count())):
-            self._report(num_bytes)
+        if jax.process_index() == 0:
+            for stored, info in zip(values, infos, strict=True):
+                place = Path(info.parent_dir / info.name)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                (self._folder / info.name).rename(place)
+                describe_chunks(place, stored)
         return []
 
     async def deserialize(self, infos: Sequence[Any], args: Any = None) -> list[Any]:
@@ -84,27 +72,3 @@ class _StreamHandler(ocp.type_handlers.TypeHandler):
 
     async def metadata(self, infos: Sequence[Any]) -> list[Any]:
         raise NotImplementedError("is read as a jax.Array")
-
-
-def _create(stored: StoredArray, folder: Path) -> None:
-    spec = {
-        "driver": "zarr",
-        "kvstore": {"driver": "file", "path": f"{folder}/"},
-        "dtype": stored.dtype.name,
-        "metadata": {"shape": stored.shape, "chunks": stored.chunk, "compressor": None},
-    }
-    # All processes create the same, so whoever comes first may.
-    tensorstore.open(spec, create=True, open=True).result()
-
-
-def _write_chunk(stored: StoredArray, folder: Path, block: Block) -> int:
-    """Writes a chunk as zarr has it: its numbers and nothing else, in a file named after its place.
-
-    tensorstore would copy the numbers first, and wait for the disk; that took several times as long.
-    """
-    numbers = scratch(stored.chunk, stored.dtype)
-    stored.read_into(block, numbers)
-    place = ".".join(str(part.start // size) for part, size in zip(block, stored.chunk, strict=True))
-    with open(folder / place, "xb", buffering=0) as file:
-        write_numbers(file.fileno(), numbers, 0)
-    return numbers.nbytes

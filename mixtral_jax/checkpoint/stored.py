@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 import ml_dtypes
 import numpy as np
@@ -27,7 +27,8 @@ _WRITE_BYTES = 2**17
 
 
 class _Scratch(threading.local):
-    raw = np.empty(0, np.uint8)
+    def __init__(self):
+        self.raw: dict[str, np.ndarray] = {}
 
 
 _of_this_thread = _Scratch()
@@ -87,12 +88,13 @@ def shape_of(block: Block) -> tuple[int, ...]:
     return tuple(part.stop - part.start for part in block)
 
 
-def scratch(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array that is good until this thread asks for the next: fresh memory takes the system long to give."""
+def scratch(use: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array that is good until this thread asks for the next of the same use: fresh memory is slow to come by."""
     num_bytes = math.prod(shape) * dtype.itemsize
-    if _of_this_thread.raw.nbytes < num_bytes:
-        _of_this_thread.raw = np.empty(num_bytes, np.uint8)
-    return _of_this_thread.raw[:num_bytes].view(dtype).reshape(shape)
+    raw = _of_this_thread.raw.get(use)
+    if raw is None or raw.nbytes < num_bytes:
+        raw = _of_this_thread.raw[use] = np.empty(num_bytes, np.uint8)
+    return raw[:num_bytes].view(dtype).reshape(shape)
 
 
 def copy_into(target: np.ndarray, source: np.ndarray) -> None:
@@ -121,7 +123,7 @@ def blocks_of(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Block]
         yield tuple(slice(a, min(a + step, size)) for a, step, size in zip(starts, chunk, shape, strict=True))
 
 
-def run_jobs(jobs: Iterable[Callable[[], int]]) -> Iterator[int]:
+def run_jobs(jobs: Iterable[Callable[[], int]]) -> Generator[int]:
     """Runs jobs that read and write in threads, and gives what each returns as they end; the first error ends it."""
     with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
         futures = [pool.submit(job) for job in jobs]

@@ -65,7 +65,8 @@ def measure(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     tunable = make_tunable(config, mesh.devices.flat[0].platform)
     with jax.set_mesh(mesh):
         state, batch = init_state(tunable.make_model, optimizer, tunable.trainable), _made_up_batch(config, mesh)
-        counts = [count_parameters(state.model(), kind) for kind in (nnx.Param, tunable.trainable)]
+        model: Any = state.model()
+        counts = [count_parameters(model, kind) for kind in (nnx.Param, tunable.trainable)]
         step = make_train_step(optimizer, config.router, schedule, tunable.perturb).lower(state, batch).compile()
         seconds = []
         for _ in range(WARMUP + MEASURED):

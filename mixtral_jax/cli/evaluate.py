@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mixtral_jax.cli.flags import make_verb_parser
+from mixtral_jax.cli.open_data import find_tokenizer
 from mixtral_jax.cli.open_model import add_model_flags, note, open_model, parse_model_flags
 from mixtral_jax.cli.output import claim_stdout
 from mixtral_jax.config import DataConfig, TrainConfig, require
@@ -26,7 +27,7 @@ from mixtral_jax.data.packing import PackPlan, plan_rows
 from mixtral_jax.data.sources import fingerprint_source
 from mixtral_jax.data.store import TokenStore
 from mixtral_jax.data.text import tokenize_text
-from mixtral_jax.data.tokenizer import Tokenizer, check_vocabulary, read_tokenizer
+from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.evaluate.perplexity import TokenBytes, make_evaluator
 from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.parallel.mesh import matmul_precision
@@ -101,7 +102,7 @@ def score(loaded: Pretrained, task: Task) -> dict[str, Any]:
     Raises:
         ConfigError: there is nothing to read, or no tokenizer to read it with.
     """
-    tokenizer = _find_tokenizer(loaded, task.data)
+    tokenizer = find_tokenizer(loaded.tokenizer, task.data, loaded.config.model.vocab_size)
     stores = _open_stores(task, tokenizer)
     long_documents = task.data.chat.long_rows if task.is_chat else "split"
     plans = [plan_rows(store, task.sequence_length, long_documents=long_documents) for store in stores]
@@ -115,16 +116,6 @@ def score(loaded: Pretrained, task: Task) -> dict[str, Any]:
     note(f"scored {figures['eval/tokens']:,} tokens in {time.monotonic() - start:.1f} s")
     figures = {name.removeprefix("eval/"): value for name, value in figures.items()}
     return figures | {"data": task.data.path, "part": task.part, "sequence_length": task.sequence_length}
-
-
-def _find_tokenizer(loaded: Pretrained, data: DataConfig) -> Tokenizer:
-    if loaded.tokenizer is not None:
-        return loaded.tokenizer
-    is_named = data.tokenizer and not data.tokenizer.startswith("train:")
-    require(is_named, "the checkpoint came without a tokenizer: name the one it was trained with by --data.tokenizer=T")
-    tokenizer = read_tokenizer(data.tokenizer)
-    check_vocabulary(tokenizer, loaded.config.model.vocab_size)
-    return tokenizer
 
 
 def _open_stores(task: Task, tokenizer: Tokenizer) -> list[TokenStore]:

@@ -1,17 +1,27 @@
 """Weights of Hugging Face or Mistral into a workdir."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import json
+import shutil
+import threading
 import time
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 from mixtral_jax.checkpoint.new_folder import make_mark, new_folder, require_room
+from mixtral_jax.checkpoint.run_parameters import parameter_key
 from mixtral_jax.checkpoint.stored import DTYPES
 from mixtral_jax.checkpoint.weights import Weights, open_weights
+from mixtral_jax.checkpoint.zarr_chunks import write_chunks
 from mixtral_jax.cli.byte_progress import byte_progress
 from mixtral_jax.cli.flags import add_process_flags, make_verb_parser, parse_path, read_process_flags
 from mixtral_jax.config import MeshConfig
+from mixtral_jax.parallel.coordinator import find_scheduler
 from mixtral_jax.train.console import make_console
 
 if TYPE_CHECKING:
@@ -30,38 +40,69 @@ def main(arguments: list[str]) -> int:
     if flags.dtype:
         weights = weights.astype(flags.dtype)
     require_room(flags.to, weights.nbytes)
-    # Not before the folder is known to be good: it starts jax.
+    launch = read_process_flags(flags)
+    if launch.coordinator is None and find_scheduler() is None:
+        import_weights(weights, flags.to)
+        return 0
     from mixtral_jax.parallel.processes import join_processes
 
-    with join_processes(read_process_flags(flags)) as processes:
+    with join_processes(launch) as processes:
         import_weights(weights, flags.to, processes)
     return 0
 
 
-def import_weights(weights: Weights, to: Path, processes: "Processes") -> None:
-    """Makes the workdir `to`; each process writes its share of the weights.
+def import_weights(weights: Weights, to: Path, processes: "Processes | None" = None) -> None:
+    """Makes the workdir `to`; each of several processes writes its share of the weights.
 
     Raises:
         ConfigError: a file that is read is damaged.
         SystemExit: code 1, with a line; a file cannot be written.
     """
-    from mixtral_jax.checkpoint.run_writer import save_parameters
-
     start = time.monotonic()
-    is_writer = processes.index == 0
-    mark = processes.share("mark", make_mark())[0]
+    index, count = (processes.index, processes.count) if processes else (0, 1)
+    mark = processes.share("mark", make_mark())[0] if processes else make_mark()
+    arrays = {parameter_key("trained", parameter): stored for parameter, stored in weights.parameters.items()}
     with (
-        new_folder(to, mark, is_writer=is_writer) as folder,
-        byte_progress("importing", weights.nbytes // processes.count, is_shown=is_writer) as report,
+        new_folder(to, mark, is_writer=index == 0) as folder,
+        byte_progress("importing", weights.nbytes // count, is_shown=index == 0) as report,
     ):
-        # Returns once all processes have written their share.
-        save_parameters(folder / "checkpoints", weights.parameters, {"tokens": 0, "data": ""}, report)
-        if is_writer:
+        chunks = folder / "chunks"
+        with _copy_in_background(write_chunks(chunks, arrays, index, count), report):
+            # Starts jax and Orbax meanwhile.
+            from mixtral_jax.checkpoint.run_writer import adopt_chunks
+        if processes:
+            processes.share("chunks are written", "")
+        adopt_chunks(folder / "checkpoints", arrays, chunks, {"tokens": 0, "data": ""})
+        if index == 0:
+            shutil.rmtree(chunks)
             _write_rest(weights, folder)
-    console = make_console(is_writer)
+    _describe(weights, to, time.monotonic() - start, make_console(index == 0))
+
+
+@contextlib.contextmanager
+def _copy_in_background(copied: Generator[int], report: Callable[[int], None]) -> Iterator[None]:
+    """Copies while the block runs, and until all is done, unless it raises; `report` is told of the bytes."""
+    is_over = threading.Event()
+
+    def copy() -> None:
+        with contextlib.closing(copied):
+            for num_bytes in copied:
+                report(num_bytes)
+                if is_over.is_set():
+                    return
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        copying = pool.submit(copy)
+        try:
+            yield
+            copying.result()
+        finally:
+            is_over.set()
+
+
+def _describe(weights: Weights, to: Path, seconds: float, console: Console) -> None:
     for note in weights.architecture.notes:
         console.print(f"note: {note}")
-    seconds = time.monotonic() - start
     console.print(
         f"imported {weights.num_parameters:,} parameters in {weights.architecture.model.param_dtype} "
         f"({weights.source}) into {to}: {weights.nbytes / 1e9:.2f} GB in {seconds:.1f} s"

@@ -4,41 +4,36 @@ import dataclasses
 import hashlib
 import time
 
-from mixtral_jax.cli.open_data import PackedStores, pack_stores
+from mixtral_jax.cli.open_data import PackedStores, TrainingData, pack_stores
 from mixtral_jax.cli.start import Run
-from mixtral_jax.data.batches import TrainBatches
 from mixtral_jax.data.chat import ChatTemplate
 from mixtral_jax.data.chats import PreparedChats, Question, pick_questions, prepare_chats
 from mixtral_jax.data.tokenizer import Tokenizer
-from mixtral_jax.evaluate.perplexity import Evaluator, TokenBytes, make_evaluator
+from mixtral_jax.evaluate.perplexity import TokenBytes, make_evaluator
 
 _NUM_QUESTIONS = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatData:
-    """What an instruct tuning reads.
+class ChatData(TrainingData):
+    """What an instruct tuning reads: rows of whole conversations, whose loss mask is 1 on answers and their EOS.
 
     Attributes:
-        train_batches: rows of whole conversations; the loss mask is 1 on answers and their EOS.
-        evaluate: a judge of held-out answers.
         questions: held-out questions and the answers there should be, at most 64, as ids.
         template: for more questions.
-        fingerprint: of the conversations, the tokenizer, the template and the packing together.
+        tokenizer: of the model that is tuned.
     """
 
-    train_batches: TrainBatches
-    evaluate: Evaluator
     questions: list[Question]
     template: ChatTemplate
-    fingerprint: str
+    tokenizer: Tokenizer
 
 
 def open_chat(run: Run, tokenizer: Tokenizer) -> ChatData:
     """Reads, tokenises and packs the conversations that the config names; prints what there is and what was left out.
 
     Args:
-        tokenizer: of the model that is tuned.
+        tokenizer: of the model that is tuned; it is written into the workdir.
 
     Raises:
         ConfigError: nothing to read, too many bad rows, or settings that do not fit.
@@ -46,6 +41,8 @@ def open_chat(run: Run, tokenizer: Tokenizer) -> ChatData:
     data, say = run.config.data, run.console.print
     say(f"reading {data.path} (tokenised the first time, then cached) ...")
     start = time.monotonic()
+    if run.is_writer:
+        tokenizer.save(run.workdir / "tokenizer.model")
     chats = prepare_chats(data, tokenizer)
     packed = pack_stores(run, chats.train, chats.held_out, long_documents=data.chat.long_rows)
     for line in _describe(chats, packed, data.chat.long_rows):
@@ -58,9 +55,10 @@ def open_chat(run: Run, tokenizer: Tokenizer) -> ChatData:
     return ChatData(
         packed.train_batches,
         make_evaluator(packed.held_out, TokenBytes.of(tokenizer)),
+        hashlib.sha256(" ".join(parts).encode()).hexdigest(),
         pick_questions(chats.held_out, _NUM_QUESTIONS),
         chats.template,
-        hashlib.sha256(" ".join(parts).encode()).hexdigest(),
+        tokenizer,
     )
 
 

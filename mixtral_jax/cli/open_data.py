@@ -5,11 +5,13 @@ import hashlib
 import time
 
 from mixtral_jax.cli.start import Run
+from mixtral_jax.config import DataConfig, require
 from mixtral_jax.data.batches import TrainBatches, held_out_batches
 from mixtral_jax.data.packing import LongDocuments, PackPlan, plan_rows
 from mixtral_jax.data.sources import find_weights
 from mixtral_jax.data.store import TokenStore
 from mixtral_jax.data.text import prepare_text
+from mixtral_jax.data.tokenizer import Tokenizer, check_vocabulary, read_tokenizer
 from mixtral_jax.evaluate.ngram import measure_ngrams
 from mixtral_jax.evaluate.perplexity import Evaluator, TokenBytes, make_evaluator
 from mixtral_jax.parallel.batch import Batch
@@ -20,12 +22,15 @@ NGRAM_TOKENS = 20_000_000
 
 
 @dataclasses.dataclass(frozen=True)
-class TextData:
-    """What a pretraining run reads: rows to train on, a judge of held-out text, and what made both."""
+class TrainingData:
+    """What a run reads: rows to train on, a judge of what was held out, and what made both.
+
+    `fingerprint` is of the documents, the tokenizer and the packing together.
+    """
 
     train_batches: TrainBatches
     evaluate: Evaluator
-    fingerprint: str  # of the text, the tokens and the packing together
+    fingerprint: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,7 @@ class PackedStores:
     fingerprint: str
 
 
-def open_text(run: Run) -> TextData:
+def open_text(run: Run) -> TrainingData:
     """Reads, tokenises and packs the text that the config names; prints its size and its n-gram baselines."""
     config, say = run.config, run.console.print
     say(f"reading {config.data.path} (tokenised the first time, then cached) ...")
@@ -60,7 +65,22 @@ def open_text(run: Run) -> TextData:
     else:
         say("[bold]to beat[/]     unigram and bigram models are fitted by runs of one process only")
     evaluate = make_evaluator(packed.held_out, token_bytes, baselines)
-    return TextData(packed.train_batches, evaluate, packed.fingerprint)
+    return TrainingData(packed.train_batches, evaluate, packed.fingerprint)
+
+
+def find_tokenizer(of_model: Tokenizer | None, data: DataConfig, vocab_size: int) -> Tokenizer:
+    """The tokenizer that came with a model, or for one that came without, that of the config.
+
+    Raises:
+        ConfigError: neither is there, or it does not fit the vocabulary.
+    """
+    if of_model is not None:
+        return of_model
+    is_named = data.tokenizer and not data.tokenizer.startswith("train:")
+    require(is_named, "the checkpoint came without a tokenizer: name the one it was trained with as data.tokenizer")
+    tokenizer = read_tokenizer(data.tokenizer)
+    check_vocabulary(tokenizer, vocab_size)
+    return tokenizer
 
 
 def pack_stores(

@@ -8,7 +8,7 @@ import jax
 from rich.console import Console
 
 from mixtral_jax.cli.flags import RunFlags
-from mixtral_jax.cli.workdir import open_workdir
+from mixtral_jax.cli.workdir import NEEDED, open_workdir
 from mixtral_jax.config import Config, require
 from mixtral_jax.finetune.trained import describe_trained
 from mixtral_jax.finetune.tunable import make_tunable
@@ -45,13 +45,26 @@ def start_run(flags: RunFlags, processes: Processes) -> Run:
     Raises:
         ConfigError: the processes differ, the mesh does not fit, or the workdir holds a run of another config.
     """
+    require(
+        flags.config.model.param_dtype != "float16",
+        "model.param_dtype=float16 is for weights that are loaded, too coarse to train in: use float32 or bfloat16",
+    )
     require_agreement(processes, flags.config, flags.workdir)
     config, mesh = start_devices(flags.config, processes)
-    if flags.workdir is None:
-        require(processes.count == 1, "--workdir=DIR is needed with several processes, on storage they all see")
-    workdir = flags.workdir or Path("runs") / f"{flags.config_path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    workdir = choose_workdir(flags, processes)
     open_workdir(workdir, config, processes)
     return Run(config, mesh, workdir, make_console(processes.index == 0), processes)
+
+
+def choose_workdir(flags: RunFlags, processes: Processes) -> Path:
+    """The workdir that the flags name, or else one with the config and the time in its name.
+
+    Raises:
+        ConfigError: none is named, and several processes would each choose their own.
+    """
+    if flags.workdir is None:
+        require(processes.count == 1, NEEDED)
+    return flags.workdir or Path("runs") / f"{flags.config_path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def start_devices(config: Config, processes: Processes) -> tuple[Config, jax.sharding.Mesh]:

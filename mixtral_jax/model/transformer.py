@@ -153,7 +153,7 @@ class Transformer(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a model; those that work on one token; and those of them that multiply, as an embedding does not."""
+    """Parameters of a model; those that work on one token; and of these those that multiply: not an embedding's."""
 
     total: int
     active: int

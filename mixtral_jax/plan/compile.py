@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 
 from mixtral_jax.config import Config, ConfigError
 from mixtral_jax.finetune.tunable import Tunable, make_tunable
+from mixtral_jax.model.dispatch.choose import choose_transport
 from mixtral_jax.model.transformer import ParameterCount, count_parameters
 from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.mesh import make_mesh, matmul_precision, resolve_mesh
@@ -56,9 +57,10 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
     """Traces, lowers and compiles the step that a run would take on these devices, of any size.
 
     Raises:
-        ConfigError: the mesh does not fit the topology.
+        ConfigError: the mesh does not fit the topology, or the transport asked for does not work there.
     """
     config = fit_mesh(config, target)
+    choose_transport(config, target.topology.chip.kind)  # An estimate compiles for a CPU, where all of them work.
     mesh = make_mesh(config.mesh, target.devices)
     tunable = make_tunable(config, target.platform)
     start = time.perf_counter()
@@ -101,13 +103,15 @@ def fit_mesh(config: Config, target: Target) -> Config:
     try:
         return resolve_mesh(config, target.topology.num_devices)
     except ConfigError as error:
-        fitting = meshes_that_fit(config, target.topology.num_devices)
         name, count = target.topology.name, target.topology.num_devices
-        would = "; ".join(describe_mesh(mesh) for mesh in fitting[:4])
+        fitting = [describe_mesh(mesh) for mesh in meshes_that_fit(config, count)]
+        rows = count * config.train.gradient_accumulation
         advice = (
-            f"meshes that would: {would}" if fitting else f"no mesh does: make train.batch_size a multiple of {count}"
+            f"meshes that would: {'; '.join(fitting[:4])}"
+            if fitting
+            else f"no mesh does: make train.batch_size a multiple of {rows}"
         )
-        reason = str(error).partition(": the product")[0]
+        reason, _, _ = str(error).partition(": ")  # Its advice is for the devices that are here.
         raise ConfigError(f"{reason}, so it does not fit the {count} devices of {name}; {advice}") from None
 
 
@@ -136,8 +140,3 @@ def _trace(config: Config, mesh: jax.sharding.Mesh, tunable: Tunable) -> tuple[T
 
 def _bytes_per_device(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def mesh_shape(mesh: jax.sharding.Mesh) -> Mapping[str, int]:
-    """Sizes of the mesh's axes, in the order of its dimensions."""
-    return dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))

@@ -23,6 +23,14 @@ Outcome = Literal["finished", "stopped"]
 EXIT_CODES: dict[Outcome, int] = {"finished": 0, "stopped": 75}  # 75: EX_TEMPFAIL, run the same command again
 
 
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """How a run ended, and the state after its last step, which is saved."""
+
+    outcome: Outcome
+    state: TrainState
+
+
 @dataclasses.dataclass
 class TrainLoop:
     """Everything a run needs besides its state.
@@ -42,12 +50,12 @@ class TrainLoop:
     stop: "StopSignal"
     record: dict[str, Any]
 
-    def run(self, state: TrainState) -> Outcome:
+    def run(self, state: TrainState) -> Ending:
         """Trains to `num_steps`, or until told to stop; either way the last step is on disk on return."""
         first_step, num_steps = int(state.step), self.config.num_steps
         if first_step >= num_steps:
             self.console.print(f"nothing to do: step {first_step} of {num_steps} is already saved")
-            return "finished"
+            return Ending("finished", state)
         eval_every = self.config.eval_every or max(1, num_steps // 10)
         save_every = self.checkpoint.every or max(1, num_steps // 4)
         is_stopping, step = False, first_step
@@ -84,9 +92,9 @@ class TrainLoop:
         took = datetime.timedelta(seconds=round(time.monotonic() - started))
         if is_stopping:
             self.console.print(f"stopped after step {step}, which is saved: run the same command again to go on")
-            return "stopped"
+            return Ending("stopped", state)
         self.console.print(f"done: {num_steps - first_step} steps in {took}; step {num_steps} is saved")
-        return "finished"
+        return Ending("finished", state)
 
     def _compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
         self.console.print("compiling the train step ...")

@@ -65,6 +65,14 @@ def pickled(value: Any, protocol: int = 2) -> bytes:
     return file.getvalue()
 
 
+def nested_tuples() -> bytes:
+    """Instructions for a value of 60 tuples, one in the other, which is compared in 2**60 steps."""
+    value: Any = ()
+    for _ in range(60):
+        value = (value, value)
+    return pickled(value)[2:-1]
+
+
 PTH = "consolidated.00.pth"
 WQ = "layers.0.attention.wq.weight"
 PICKLES = {
@@ -81,7 +89,10 @@ PICKLES = {
         write_pickle(b"(S'touch executed'\nios\nsystem\n."), (PTH, "instruction STRING")
     ),
     "a pickle that asks for an object by name": Kind(write_pickle(b"cbuiltins\ngetattr\n."), (PTH, "builtins.getattr")),
-    "a pickle of an enormous memory": Kind(write_pickle(b"\x80\x02}r\xff\xff\xff\x7f."), (PTH, "place 2147483647")),
+    "a pickle of an enormous memory": Kind(write_pickle(b"\x80\x02]r\xff\xff\xff\x7f."), (PTH, "holds a list")),
+    "a pickle whose key takes for ever to look up": Kind(
+        write_pickle(b"\x80\x02}" + nested_tuples() + b"K\x01s."), (PTH, "no text")
+    ),
     "a pickle that breaks off": Kind(write_pickle(pickled({"a": 1})[:-3]), (PTH, "data.pkl is damaged")),
     "a pickle of something else": Kind(write_pickle(pickled([1])), (PTH, "list", "dictionary")),
     "a pickle of numbers": Kind(write_pickle(pickled({"a": 1})), (PTH, "a is of type int")),
@@ -93,7 +104,7 @@ PICKLES = {
         rewrite_zip(lambda name, raw: None if name.endswith("data/3") else raw), (PTH, "storage '3'", "not in the file")
     ),
     "a storage that is too short": Kind(
-        rewrite_zip(lambda name, raw: raw[:-4] if name.endswith("data/3") else raw), (PTH, "storage '3'", "need")
+        rewrite_zip(lambda name, raw: raw[:-4] if name.endswith("data/3") else raw), (PTH, "data/3", "need")
     ),
     "compressed numbers": Kind(rewrite_zip(lambda _, raw: raw, zipfile.ZIP_DEFLATED), (PTH, "is compressed")),
     "numbers the other way round": Kind(

@@ -17,7 +17,6 @@ from mixtral_jax.cli.import_weights import import_weights
 from mixtral_jax.cli.main import run_verb
 from mixtral_jax.config import ConfigError, ModelConfig, RouterConfig
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mixtral_jax.parallel.processes import Processes
 from tests.checkpoint.folders import (
     SMALL,
     architecture_of,
@@ -78,7 +77,7 @@ def test_random_models_come_back_through_both_formats_and_a_run(seed, tmp_path):
         assert found.architecture.model == wanted
         assert found.architecture.router.num_experts_per_token == chosen
         if is_imported:
-            import_weights(found, tmp_path / f"{number}-run", Processes())
+            import_weights(found, tmp_path / f"{number}-run")
             found = open_weights(tmp_path / f"{number}-run")
             assert_equal(found, weights)
             assert found.architecture.model == wanted
@@ -88,7 +87,7 @@ def test_random_models_come_back_through_both_formats_and_a_run(seed, tmp_path):
 @pytest.mark.parametrize("folder", ["hf_tiny", "mistral_tiny"])
 def test_the_files_that_other_programs_wrote_are_written_again(folder, tmp_path):
     """hf -> run -> mistral -> hf, and the other way round: tensors of equal names, bit for bit."""
-    import_weights(open_weights(GOLDEN / folder), tmp_path / "run", Processes())
+    import_weights(open_weights(GOLDEN / folder), tmp_path / "run")
     assert run_verb(["export", f"--checkpoint={tmp_path / 'run'}", f"--to={tmp_path / 'm'}", "--format=mistral"]) == 0
     assert run_verb(["export", f"--checkpoint={tmp_path / 'm'}", f"--to={tmp_path / 'h'}"]) == 0
     for found, expected in (
@@ -188,7 +187,7 @@ def test_a_tokenizer_goes_along_and_its_words_are_written_for_hugging_face(tmp_p
     assert [token["content"] for token in words["added_tokens"]] == ["<unk>", "<s>", "</s>"]
     assert {"".join(pair) for pair in words["model"]["merges"]} <= words["model"]["vocab"].keys()
     assert "[INST] " in json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"]
-    import_weights(open_weights(tmp_path), tmp_path / "run", Processes())
+    import_weights(open_weights(tmp_path), tmp_path / "run")
     found = open_weights(tmp_path / "run").tokenizer
     assert found is not None
     assert found.fingerprint == tokenizer.fingerprint
@@ -227,7 +226,7 @@ def test_nothing_is_written_where_something_lies(verb, flag, tmp_path):
 def test_an_export_that_breaks_off_leaves_nothing_behind(tmp_path):
     write_config(tmp_path, SMALL)
     save_file(tensors_of(HUGGING_FACE, random_parameters(SMALL), SMALL), tmp_path / "model.safetensors")
-    import_weights(open_weights(tmp_path), tmp_path / "run", Processes())
+    import_weights(open_weights(tmp_path), tmp_path / "run")
     (tmp_path / "run/checkpoints/0/state/trained/blocks/moe/experts/up/weight/value/1.4.0.0").unlink()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ConfigError, match=r"experts/up/weight/value is damaged: .*1\.4\.0\.0.* is missing"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mixtral_jax.cli.flags import parse_run_flags
+from mixtral_jax.cli.start import start_run
 from mixtral_jax.cli.workdir import open_workdir
 from mixtral_jax.config import Config, ConfigError, DataConfig
 from mixtral_jax.config_mapping import build
@@ -60,7 +61,7 @@ def test_none_numbers_and_text_are_read_as_the_key_wants_them():
 @pytest.mark.parametrize(("mesh", "devices", "words"), [
     ({"expert": 3}, 8, ["expert=3", "8 devices"]),
     ({"data": 2, "expert": 2}, 8, ["data=2 x expert=2", "4 of 8"]),
-    ({"expert": 16}, 16, ["model.num_experts=8", "mesh.expert=16"]),
+    ({"expert": 16}, 16, ["model.num_experts=8", "mesh.expert=16", "may take 1, 2, 4, 8"]),
     ({"tensor": 4}, 8, ["model.num_kv_heads=2", "mesh.tensor=4"]),
     ({"data": 16}, 16, ["train.batch_size", "16"]),
     ({"fsdp": 8, "expert": 8}, 64, ["model.hidden_size=32", "mesh.fsdp x mesh.expert=64"]),
@@ -94,6 +95,7 @@ def test_missing_keys_are_listed():
     ("--config.data.path=nowhere", ["data.path=nowhere"]),
     ("--config.mesh.expert=3", ["expert=3", "8 devices"]),
     ("--config.model.vocab_size=100", ["model.vocab_size=100"]),
+    ("--config.finetune.lora.rank=8", ["section finetune", "finetune_instruct.py"]),
 ])  # fmt: skip
 def test_train_exits_2_with_one_line(tmp_path, argument, words):
     command = [sys.executable, str(ROOT / "train.py"), f"--config={TINY}", f"--workdir={tmp_path / 'run'}", argument]
@@ -103,6 +105,11 @@ def test_train_exits_2_with_one_line(tmp_path, argument, words):
     assert done.stderr.strip().count("\n") == 0
     for word in words:
         assert word in done.stderr
+
+
+def test_float16_is_not_trained_in():
+    with pytest.raises(ConfigError, match=r"model\.param_dtype=float16 .* use float32 or bfloat16"):
+        start_run(parse("--config.model.param_dtype=float16"), Processes())
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):

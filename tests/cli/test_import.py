@@ -1,0 +1,140 @@
+"""Importing as a command: by several processes, and of weights that are large."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mixtral_jax.checkpoint.export import write_folder
+from mixtral_jax.checkpoint.parameters import PARAMETERS, parameter_chunk, parameter_shape
+from mixtral_jax.checkpoint.stored import DTYPES, Block, StoredArray, shape_of
+from mixtral_jax.checkpoint.weights import Weights, open_weights
+from mixtral_jax.config import ModelConfig
+from tests.checkpoint.folders import architecture_of, read_all
+from tests.runs import environment, free_port
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+# Imports, and loads what was imported: each process onto its four devices.
+PROGRAM = """
+import sys
+from pathlib import Path
+import jax
+import numpy as np
+from mixtral_jax.checkpoint.on_devices import load_model
+from mixtral_jax.checkpoint.weights import open_weights
+from mixtral_jax.cli.import_weights import import_weights
+from mixtral_jax.model.transformer import model_maker
+from mixtral_jax.parallel.coordinator import Launch
+from mixtral_jax.parallel.mesh import MESH_AXES
+from mixtral_jax.parallel.processes import join_processes
+
+address, index = sys.argv[1:3]
+source, to = map(Path, sys.argv[3:])
+jax.config.update("jax_num_cpu_devices", 4)
+with join_processes(Launch(address, 2, int(index))) as processes:
+    import_weights(open_weights(source), to, processes)
+    processes.share("imported", "")
+    weights = open_weights(to)
+    with jax.set_mesh(jax.make_mesh((1, 2, 4, 1, 1), MESH_AXES)):
+        shapes = jax.eval_shape(model_maker(weights.architecture.config(8), "cpu"))
+        model = load_model(weights.parameters, shapes, whole_bytes=0)
+    gate = model.blocks.moe.experts.gate.weight[...]
+    expected = weights.parameters["blocks/moe/experts/gate/weight"]
+    for shard in gate.addressable_shards:
+        block = tuple(slice(*part.indices(size)[:2]) for part, size in zip(shard.index, gate.shape, strict=True))
+        np.testing.assert_array_equal(shard.data, expected.read(block))
+    assert len(gate.addressable_shards) == 4
+"""
+
+
+def test_two_processes_import_a_share_each_and_load_what_their_devices_hold(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    address = f"localhost:{free_port()}"
+    arguments = [str(GOLDEN / "hf_tiny"), str(tmp_path / "run")]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "program.py"), address, str(index), *arguments],
+            env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    ended = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ended
+    assert sum("imported 480,576 parameters" in output for output, _ in ended) == 1
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["run", "xla"]
+    expected = read_all(open_weights(GOLDEN / "hf_tiny"))
+    for name, array in read_all(open_weights(tmp_path / "run")).items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+# --- A checkpoint of the shape of Mixtral 8x7B, with fewer layers -------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a program took."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def write_mixtral(folder: Path) -> int:
+    """One layer of Mixtral 8x7B and its embeddings, of noise, in bfloat16; returns the bytes."""
+    model = ModelConfig(
+        vocab_size=32_000, hidden_size=4096, intermediate_size=14_336, num_layers=1, num_heads=32, num_kv_heads=8,
+        head_dim=128, num_experts=8, param_dtype="bfloat16",
+    )  # fmt: skip
+    noise = np.random.default_rng(0).normal(size=2**22).astype(ml_dtypes.bfloat16)
+
+    def read_into(block: Block, target: np.ndarray) -> None:
+        target[...] = np.resize(noise[sum(part.start for part in block) :], shape_of(block))
+
+    parameters = {
+        name: StoredArray(
+            parameter_shape(name, model), DTYPES["bfloat16"], parameter_chunk(name, model), read_into, name
+        )
+        for name in PARAMETERS
+    }
+    weights = Weights(architecture_of(model), parameters, None, "noise")
+    write_folder(weights, folder, "hf", lambda _: None)
+    return weights.nbytes
+
+
+def run(*command: str) -> Cost:
+    start = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, command
+    return Cost(time.monotonic() - start, usage.ru_maxrss * 1024)
+
+
+@pytest.mark.full
+def test_a_large_import_is_bounded_in_memory_and_nearly_as_fast_as_a_copy(tmp_path, capsys):
+    """Prints figures: the fastest of three alternations, since other programs only slow down."""
+    (tmp_path / "weights").mkdir()
+    size = write_mixtral(tmp_path / "weights")
+    copies, imports = [], []
+    for _ in range(3):
+        copies.append(run("cp", str(tmp_path / "weights/model.safetensors"), str(tmp_path / "copy")))
+        (tmp_path / "copy").unlink()
+        arguments = ("import", f"--from={tmp_path / 'weights'}", f"--to={tmp_path / 'run'}")
+        imports.append(run(sys.executable, "-m", "mixtral_jax", *arguments))
+        shutil.rmtree(tmp_path / "run")
+    figures = {
+        "gigabytes": size / 1e9,
+        "cp_seconds": min(copy.seconds for copy in copies),
+        "import_seconds": min(cost.seconds for cost in imports),
+        "import_peak_gib": max(cost.peak_bytes for cost in imports) / 2**30,
+    }
+    with capsys.disabled():
+        print(json.dumps(figures))
+    assert max(cost.peak_bytes for cost in imports) < 1.5 * size + 2**30
+    assert figures["import_seconds"] < 2 * figures["cp_seconds"]
