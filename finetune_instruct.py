@@ -41,11 +41,12 @@ def main(arguments: list[str]) -> int:
         base = find_base(flags.run, workdir, processes, stop)
         if base is None:
             return EXIT_CODES["stopped"]
-        runs = []
+        runs: list[Tuned] = []
         for one in flags.each_seed(workdir):
-            runs.append(tune(one, base, processes, stop))
-            if runs[-1] is None:
+            tuned = tune(one, base, processes, stop)
+            if tuned is None:
                 return EXIT_CODES["stopped"]
+            runs.append(tuned)
         with stop.at_once():
             export_run(choose_best(runs, workdir).run, workdir / "export")
     return EXIT_CODES["finished"]

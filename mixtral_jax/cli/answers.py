@@ -61,16 +61,19 @@ def ask(folder: Path, run: Run, data: ChatData) -> Answers:
 
 
 def ask_base(folder: Path, run: Run, data: ChatData) -> Answers:
-    """What the base says; it is asked once, and `base_answers.json` in the workdir keeps that."""
+    """What the base says; the same is asked once, and `base_answers.json` in the workdir keeps that."""
     path = run.workdir / "base_answers.json"
-    if not run.processes.share("asked base", path.exists())[0]:
-        run.console.print("asking the base ...")
-        said = ask(folder, run, data)
-        if run.is_writer:
-            _write(path, dataclasses.asdict(said))
-        return said
-    saved = json.loads(run.processes.share("base answers", path.read_text() if run.is_writer else "")[0])
-    return Answers(**saved | {"answers": [Answer(**answer) for answer in saved["answers"]]})
+    asked = {"base": str(folder), "data": data.fingerprint, "dtype": run.config.model.dtype}
+    is_there = run.is_writer and path.exists()
+    saved = run.processes.share("base answers", json.loads(path.read_text()) if is_there else {})[0]
+    if saved.get("asked") == asked:
+        answers = [Answer(**answer) for answer in saved["said"]["answers"]]
+        return Answers(**saved["said"] | {"answers": answers})
+    run.console.print("asking the base ...")
+    said = ask(folder, run, data)
+    if run.is_writer:
+        _write(path, {"asked": asked, "said": dataclasses.asdict(said)})
+    return said
 
 
 def compare_with_base(data: ChatData, base: Answers) -> ChatData:
