@@ -102,7 +102,7 @@ def test_held_out_answers_are_judged_and_questions_given(open_run, tokenizer, tm
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
     with jax.set_mesh(run.mesh):
         state = init_state(model_maker(config, "cpu"), make_optimizer(config.optimizer, schedule))
-        figures = data.evaluate(state)
+        figures = data.evaluate(state.model())
     assert 5 < figures["eval/loss"] < 8 and figures["eval/tokens"] > 0
     question = data.questions[0]
     assert tokenizer.decode(question.answer.tolist()).startswith("It is")
