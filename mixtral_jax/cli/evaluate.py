@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mixtral_jax.cli.flags import make_verb_parser
-from mixtral_jax.cli.open_data import find_tokenizer
+from mixtral_jax.cli.open_data import SAME_DATA, find_tokenizer, name_data
 from mixtral_jax.cli.open_model import add_model_flags, note, open_model, parse_model_flags
 from mixtral_jax.cli.output import claim_stdout
 from mixtral_jax.config import DataConfig, TrainConfig, require
@@ -29,9 +29,10 @@ from mixtral_jax.data.store import TokenStore
 from mixtral_jax.data.text import tokenize_text
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.evaluate.perplexity import TokenBytes, make_evaluator
+from mixtral_jax.parallel.agreement import require_same
 from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.parallel.mesh import matmul_precision
-from mixtral_jax.parallel.processes import join_processes
+from mixtral_jax.parallel.processes import Processes, join_processes
 from mixtral_jax.pretrained import Pretrained
 
 Part = Literal["held_out", "all"]
@@ -75,7 +76,7 @@ def main(arguments: list[str]) -> int:
     with claim_stdout() as output, join_processes(model.launch) as processes:
         loaded = open_model(model, processes)
         task = plan_task(flags, sections["data"], loaded)
-        figures = score(loaded, task)
+        figures = score(loaded, task, processes)
         if processes.index == 0:
             print(json.dumps(figures), file=output)
     return 0
@@ -96,16 +97,18 @@ def plan_task(flags: argparse.Namespace, data: DataConfig, loaded: Pretrained) -
     return Task(data, part, flags.chat or run.is_chat, length, count)
 
 
-def score(loaded: Pretrained, task: Task) -> dict[str, Any]:
+def score(loaded: Pretrained, task: Task, processes: Processes) -> dict[str, Any]:
     """The figures: nats per token and their exponential, bits per byte of text, routing; and what they are of.
 
     Raises:
-        ConfigError: there is nothing to read, or no tokenizer to read it with.
+        ConfigError: there is nothing to read, or no tokenizer to read it with, or the processes read other data.
     """
     tokenizer = find_tokenizer(loaded.tokenizer, task.data, loaded.config.model.vocab_size)
     stores = _open_stores(task, tokenizer)
     long_documents = task.data.chat.long_rows if task.is_chat else "split"
     plans = [plan_rows(store, task.sequence_length, long_documents=long_documents) for store in stores]
+    said = " and ".join(name_data(plan.fingerprint) for plan in plans)
+    require_same(processes, "data", said, SAME_DATA)
     num_rows = sum(plan.num_rows for plan in plans)
     require(num_rows, f"data.path={task.data.path} gives no row to score")
     note(f"scoring {task.part} of {task.data.path}: {num_rows:,} rows of {task.sequence_length} tokens")

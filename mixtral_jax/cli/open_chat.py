@@ -4,12 +4,13 @@ import dataclasses
 import hashlib
 import time
 
-from mixtral_jax.cli.open_data import PackedStores, TrainingData, pack_stores
+from mixtral_jax.cli.open_data import SAME_DATA, PackedStores, TrainingData, name_data, pack_stores
 from mixtral_jax.cli.start import Run
 from mixtral_jax.data.chat import ChatTemplate
 from mixtral_jax.data.chats import PreparedChats, Question, pick_questions, prepare_chats
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.evaluate.perplexity import TokenBytes, make_evaluator
+from mixtral_jax.parallel.agreement import require_same
 
 _NUM_QUESTIONS = 64
 
@@ -36,7 +37,7 @@ def open_chat(run: Run, tokenizer: Tokenizer) -> ChatData:
         tokenizer: of the model that is tuned; it is written into the workdir.
 
     Raises:
-        ConfigError: nothing to read, too many bad rows, or settings that do not fit.
+        ConfigError: nothing to read, too many bad rows, or settings that do not fit; or the processes read other data.
     """
     data, say = run.config.data, run.console.print
     say(f"reading {data.path} (tokenised the first time, then cached) ...")
@@ -52,10 +53,13 @@ def open_chat(run: Run, tokenizer: Tokenizer) -> ChatData:
         f"read in {time.monotonic() - start:.0f} s"
     )
     parts = (packed.fingerprint, tokenizer.fingerprint, chats.template.version)
+    fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
+    # The base is asked about them before training compares where it stands.
+    require_same(run.processes, "conversations", name_data(fingerprint), SAME_DATA)
     return ChatData(
         packed.train_batches,
         make_evaluator(packed.held_out, TokenBytes.of(tokenizer)),
-        hashlib.sha256(" ".join(parts).encode()).hexdigest(),
+        fingerprint,
         pick_questions(chats.held_out, _NUM_QUESTIONS),
         chats.template,
         tokenizer,

@@ -20,6 +20,9 @@ from mixtral_jax.parallel.rules import AxisRules
 # Enough for a bigram model of any vocabulary here, and counted in seconds.
 NGRAM_TOKENS = 20_000_000
 
+# What to do where processes have read different data.
+SAME_DATA = "give all the same text, tokenizer and Python"
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
@@ -66,6 +69,11 @@ def open_text(run: Run) -> TrainingData:
         say("[bold]to beat[/]     unigram and bigram models are fitted by runs of one process only")
     evaluate = make_evaluator(packed.held_out, token_bytes, baselines)
     return TrainingData(packed.train_batches, evaluate, packed.fingerprint)
+
+
+def name_data(fingerprint: str) -> str:
+    """What data are called, for people to compare."""
+    return f"data {fingerprint[:12]}"
 
 
 def find_tokenizer(of_model: Tokenizer | None, data: DataConfig, vocab_size: int) -> Tokenizer:

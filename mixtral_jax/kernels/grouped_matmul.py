@@ -9,9 +9,12 @@ Rows past the last expert's may hold anything; what comes out for them is unspec
 gradients are ignored.
 """
 
+import dataclasses
+import functools
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from mixtral_jax.config import DispatchConfig, require
 from mixtral_jax.kernels import blocks, few_rows, tokamax
@@ -72,8 +75,36 @@ def swiglu_of_layer(
     kernel: Kernel,
     layer: jax.Array,
 ) -> jax.Array:
-    """`grouped_swiglu` with the matrices of one layer of a stack, where there is no gradient to be had."""
+    """`grouped_swiglu` with the matrices of one layer of a stack, where there is no gradient to be had.
+
+    To cut the layer out is to copy all its experts: kernels that can, read them where they lie.
+    """
     if kernel == "blocks":
         return few_rows.grouped_swiglu(x_RD, gate_LEDF, up_LEDF, down_LEFD, groups.rows_per_expert_E, layer)
+    arrays = (x_RD, gate_LEDF, up_LEDF, down_LEFD, groups, layer)
+    if kernel == "ragged_dot":
+        # A group without rows costs nothing on TPU alone.
+        return jax.lax.platform_dependent(*arrays, tpu=swiglu_in_stack, default=functools.partial(_cut_out, kernel))
+    return _cut_out(kernel, *arrays)
+
+
+def swiglu_in_stack(
+    x_RD: jax.Array,
+    gate_LEDF: jax.Array,
+    up_LEDF: jax.Array,
+    down_LEFD: jax.Array,
+    groups: RowGroups,
+    layer: jax.Array,
+) -> jax.Array:
+    """`swiglu_of_layer` by `ragged_dot`: the stack is one layer of L * E experts, of which all but E get no row."""
+    L, E = gate_LEDF.shape[:2]
+    none_LE = jnp.zeros_like(groups.rows_per_expert_E, shape=(L * E,))
+    rows_LE = jax.lax.dynamic_update_slice_in_dim(none_LE, groups.rows_per_expert_E, layer * E, axis=0)
+    gate_XDF, up_XDF, down_XFD = (w.reshape(L * E, *w.shape[2:]) for w in (gate_LEDF, up_LEDF, down_LEFD))
+    in_stack = dataclasses.replace(groups, rows_per_expert_E=rows_LE)
+    return grouped_swiglu(x_RD, gate_XDF, up_XDF, down_XFD, in_stack, "ragged_dot")
+
+
+def _cut_out(kernel: Kernel, x_RD, gate_LEDF, up_LEDF, down_LEFD, groups: RowGroups, layer) -> jax.Array:
     gate_EDF, up_EDF, down_EFD = gate_LEDF[layer], up_LEDF[layer], down_LEFD[layer]
     return grouped_swiglu(x_RD, gate_EDF, up_EDF, down_EFD, groups, kernel)

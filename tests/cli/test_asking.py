@@ -20,6 +20,7 @@ from mixtral_jax.cli.evaluate import Task, plan_task, score
 from mixtral_jax.cli.main import run_verb
 from mixtral_jax.config import ConfigError, DataConfig
 from mixtral_jax.generate.settings import Settings
+from mixtral_jax.parallel.processes import Processes
 from tests.cases import mesh_of, small_config
 from tests.data.chat_cases import train_tokenizer
 from tests.runs import environment, free_port
@@ -141,7 +142,7 @@ def test_answers_of_conversations_are_scored_alone(loaded, tmp_path, monkeypatch
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task = Task(DataConfig(path=str(tmp_path / "chats.jsonl")), "all", True, 64, None)
     answers = sum(len(loaded.tokenizer.encode(f"parser {word}")) + 1 for word in ("one", "two", "three"))
-    assert score(loaded, task)["tokens"] == answers
+    assert score(loaded, task, Processes())["tokens"] == answers
 
 
 def test_what_a_run_was_trained_on_is_judged_as_the_run_does(tmp_path):
@@ -188,7 +189,7 @@ def test_text_needs_a_tokenizer():
     with pytest.raises(ConfigError, match="needs a tokenizer"):
         loaded.chat([{"role": "user", "content": "text"}])
     with pytest.raises(ConfigError, match=r"data\.tokenizer"):
-        evaluate.score(loaded, Task(DataConfig(), "all", False, 64, None))
+        evaluate.score(loaded, Task(DataConfig(), "all", False, 64, None), Processes())
 
 
 def test_a_prompt_gives_what_it_is_itself(loaded):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.kernels import blocks
-from mixtral_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu, swiglu_of_layer
+from mixtral_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu, swiglu_in_stack, swiglu_of_layer
 from mixtral_jax.kernels.groups import RowGroups
 from tests.cases import relative_norm
 
@@ -65,16 +65,17 @@ def test_swiglu_and_its_gradients_are_those_of_a_loop_over_experts(kernel, rows)
             assert all(not np.asarray(gradient[e]).any() for gradient in gradients[1:])
 
 
-@pytest.mark.parametrize("kernel", ["blocks", "ragged_dot"])
+@pytest.mark.parametrize("kernel", ["blocks", "ragged_dot", "in stack"])
 @pytest.mark.parametrize("rows", [(0, 1, 0, 0), (1, 0, 0, 1), (3, 0, 70, 9), (0, 0, 0, 90), (0, 0, 0, 0)], ids=str)
 def test_swiglu_of_a_layer_of_a_stack_is_that_of_its_matrices(kernel, rows):
     R = max(sum(rows), 2)
-    x, *layer = inputs(R)
-    stack = [jnp.stack([weight + 1, weight, weight - 1]) for weight in layer]
+    x, *weights = inputs(R)
+    stack = [jnp.stack([weight + 1, weight, weight - 1]) for weight in weights]
     expert = expert_of_rows(rows, R)
     with jax.default_matmul_precision("highest"):
-        y = swiglu_of_layer(x, *stack, groups_of(rows), kernel, jnp.int32(1))
-        expected = swiglu_by_loop(x, *layer, expert)
+        arrays, layer = (x, *stack, groups_of(rows)), jnp.int32(1)
+        y = swiglu_in_stack(*arrays, layer) if kernel == "in stack" else swiglu_of_layer(*arrays, kernel, layer)
+        expected = swiglu_by_loop(x, *weights, expert)
     assert relative_norm(y[expert >= 0], expected[expert >= 0]) < 1e-5
 
 

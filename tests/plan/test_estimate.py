@@ -163,12 +163,13 @@ def test_advice_is_to_accumulate_where_activations_do_not_fit_and_to_cut_where_t
     state = advise(config, StepMemory(peak=190, parameters=50, optimizer=100), 100, 8)
     assert state[0].startswith("--config.mesh.data=1 --config.mesh.fsdp=2")
     assert "16 devices" in state[-1]
-    frozen = small_config(finetune__lora__rank=4)
-    assert advise(frozen, StepMemory(peak=190, parameters=150, optimizer=1), 100, 8)[0].endswith(
-        "frozen weights' bytes"
-    )
-    frozen = small_config(finetune__lora__rank=4, finetune__frozen_dtype="bfloat16")
-    assert not any("frozen" in line for line in advise(frozen, StepMemory(190, 150, 1), 100, 8))
+
+
+def test_advice_is_to_keep_frozen_weights_in_bfloat16_if_they_are_not() -> None:
+    memory = StepMemory(peak=190, parameters=150, optimizer=1)
+    assert "finetune.frozen_dtype=bfloat16" in advise(small_config(finetune__lora__rank=4), memory, 100, 8)[0]
+    for config in (small_config(), small_config(finetune__lora__rank=4, finetune__frozen_dtype="bfloat16")):
+        assert not any("frozen" in line for line in advise(config, memory, 100, 8))
 
 
 def test_a_sweep_ranks_what_fits() -> None:
