@@ -23,7 +23,7 @@ def tune(flags: RunFlags, base: Base, processes: Processes, stop: StopSignal) ->
     describe_run(run)
     with stop.at_once():
         data = open_chat(run, base.tokenizer)
-    before = ask_base(base.folder, run, data)
+    before = ask_base(base, run, data)
     ending = train_model(run, compare_with_base(data, before), stop, base.loader(run))
     if ending.outcome == "stopped":
         return None
@@ -43,9 +43,10 @@ def main(arguments: list[str]) -> int:
             return EXIT_CODES["stopped"]
         runs = []
         for one in flags.each_seed(workdir):
-            runs.append(tune(one, base, processes, stop))
-            if runs[-1] is None:
+            tuned = tune(one, base, processes, stop)
+            if tuned is None:
                 return EXIT_CODES["stopped"]
+            runs.append(tuned)
         with stop.at_once():
             export_run(choose_best(runs, workdir).run, workdir / "export")
     return EXIT_CODES["finished"]
