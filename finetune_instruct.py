@@ -23,7 +23,7 @@ def tune(flags: RunFlags, base: Base, processes: Processes, stop: StopSignal) ->
     describe_run(run)
     with stop.at_once():
         data = open_chat(run, base.tokenizer)
-    before = ask_base(base.folder, run, data)
+    before = ask_base(base, run, data)
     ending = train_model(run, compare_with_base(data, before), stop, base.loader(run))
     if ending.outcome == "stopped":
         return None

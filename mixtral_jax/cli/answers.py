@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 
+from mixtral_jax.cli.open_base import Base
 from mixtral_jax.cli.open_chat import ChatData
 from mixtral_jax.cli.start import Run
+from mixtral_jax.cli.workdir import write_json
 from mixtral_jax.data.chats import Question
 from mixtral_jax.generate.generator import UNSEEN
 from mixtral_jax.generate.settings import Settings
@@ -60,20 +62,20 @@ def ask(folder: Path, run: Run, data: ChatData) -> Answers:
     return Answers(figures["eval/loss"], figures["eval/bits_per_byte"], answers)
 
 
-def ask_base(folder: Path, run: Run, data: ChatData) -> Answers:
-    """What the base says; the same is asked once, and `base_answers.json` in the workdir keeps that."""
+def ask_base(base: Base, run: Run, data: ChatData) -> Answers:
+    """What the base says; it is asked once, and `base_answers.json` in the workdir keeps that for the same question."""
     path = run.workdir / "base_answers.json"
-    asked = {"base": str(folder), "data": data.fingerprint, "dtype": run.config.model.dtype}
-    is_there = run.is_writer and path.exists()
-    saved = run.processes.share("base answers", json.loads(path.read_text()) if is_there else {})[0]
-    if saved.get("asked") == asked:
-        answers = [Answer(**answer) for answer in saved["said"]["answers"]]
-        return Answers(**saved["said"] | {"answers": answers})
+    # A start that never saved may have been of another base, or of other conversations.
+    asked = [str(base.folder), base.weights.source, data.fingerprint, run.config.model.dtype]
+    kept = json.loads(path.read_text("utf-8")) if run.is_writer and path.exists() else {}
+    said = run.processes.share("base answers", kept["said"] if kept.get("asked") == asked else None)[0]
+    if said is not None:
+        return Answers(**said | {"answers": [Answer(**answer) for answer in said["answers"]]})
     run.console.print("asking the base ...")
-    said = ask(folder, run, data)
+    answers = ask(base.folder, run, data)
     if run.is_writer:
-        _write(path, {"asked": asked, "said": dataclasses.asdict(said)})
-    return said
+        write_json(path, {"asked": asked, "said": dataclasses.asdict(answers)})
+    return answers
 
 
 def compare_with_base(data: ChatData, base: Answers) -> ChatData:
@@ -110,15 +112,9 @@ def report_answers(run: Run, data: ChatData, base: Answers, tuned: Answers) -> N
             name: {"loss": said.loss, "bits_per_byte": said.bits_per_byte, "ended": said.num_ended}
             for name, said in (("base", base), ("tuned", tuned))
         }
-        _write(run.workdir / "answers.json", {"asked": count, **summary, "answers": rows})
+        write_json(run.workdir / "answers.json", {"asked": count, **summary, "answers": rows})
 
 
 def pick_asked(data: ChatData) -> list[Question]:
     """The questions that models are asked, spread over those held out."""
     return data.questions[:: max(1, len(data.questions) // NUM_ASKED)][:NUM_ASKED]
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    temporary.replace(path)

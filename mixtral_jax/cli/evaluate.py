@@ -15,6 +15,7 @@ import jax
 from rich.console import Console
 from rich.progress import track
 
+from mixtral_jax.checkpoint.foreign_folder import read_object
 from mixtral_jax.cli.flags import make_verb_parser
 from mixtral_jax.cli.open_data import SAME_DATA, find_tokenizer, name_data
 from mixtral_jax.cli.open_model import add_model_flags, note, open_model, parse_model_flags
@@ -147,9 +148,10 @@ def _iterate_batches(
 
 def _read_run(checkpoint: Path) -> _Run | None:
     """What made the checkpoint, if it is a run's workdir or one of its steps."""
-    for folder in (checkpoint, checkpoint.absolute().parents[1]):
+    for folder in (checkpoint, *checkpoint.absolute().parents[1:2]):  # A folder of the root has one parent.
         if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
-            saved = json.loads((folder / "config.json").read_text())
-            data, train = build(DataConfig, saved["data"], "data."), build(TrainConfig, saved["train"], "train.")
+            saved = read_object(folder / "config.json")
+            data = build(DataConfig, saved.get("data", {}), "data.")
+            train = build(TrainConfig, saved.get("train", {}), "train.")
             return _Run(data, train, bool(saved.get("finetune")))
     return None

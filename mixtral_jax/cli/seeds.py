@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from mixtral_jax.cli.answers import Answers
 from mixtral_jax.cli.flags import RunFlags, add_run_flags, make_parser, parse_config, read_run_flags
 from mixtral_jax.cli.start import Run
+from mixtral_jax.cli.workdir import write_json
 from mixtral_jax.config import require
 
 
@@ -76,7 +76,7 @@ def choose_best(runs: Sequence[Tuned], workdir: Path) -> Tuned:
     best.run.console.print(f"held-out loss over {len(runs)} seeds: mean {mean:.4f}, standard deviation {deviation:.4f}")
     if best.run.is_writer:
         summary = {"losses": losses, "mean": mean, "standard_deviation": deviation, "best": best.run.config.train.seed}
-        (workdir / "seeds.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(workdir / "seeds.json", summary)
     return best
 
 

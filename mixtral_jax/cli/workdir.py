@@ -7,6 +7,7 @@ import os
 import secrets
 import time
 from pathlib import Path
+from typing import Any
 
 from mixtral_jax.config import Config, ConfigError, require
 from mixtral_jax.config_mapping import changed_keys
@@ -30,12 +31,18 @@ def open_workdir(workdir: Path, config: Config, processes: Processes) -> None:
             workdir.mkdir(parents=True, exist_ok=True)
             _lock(workdir)
             _check_saved(workdir, config)
-            temporary = workdir / f"config.json.{os.getpid()}"
-            temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-            temporary.replace(workdir / "config.json")
+            write_json(workdir / "config.json", dataclasses.asdict(config))
         except OSError as error:
             raise not_writable(workdir, error.strerror or str(error)) from error
     require_seen_by_all(workdir, processes)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a file that is whole whenever it is there."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    temporary.write_text(text, "utf-8", errors="backslashreplace")  # Names of files need be no UTF-8: \udc80 in JSON.
+    temporary.replace(path)
 
 
 def not_writable(workdir: Path, reason: str) -> ConfigError:
@@ -101,7 +108,7 @@ def _check_saved(workdir: Path, config: Config) -> None:
     if not path.exists() or not any((workdir / "checkpoints").glob("[0-9]*")):
         return
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text("utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is damaged ({error}): delete it to go on with the config given now") from None
     changed = changed_keys(saved, dataclasses.asdict(config))

@@ -15,6 +15,7 @@ from typing import Generic
 
 import numpy as np
 
+from mixtral_jax.config import DataConfig
 from mixtral_jax.data.corpus import ItemT, Placed, RowCount
 from mixtral_jax.data.store import StoreWriter, Tokenized, TokenStore, flush_to_disk, open_store
 
@@ -54,12 +55,20 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mixtral_jax"
 
 
-def open_or_write(folder: Path, tokenizing: Tokenizing) -> CachedCorpus:
+def open_or_write(folder: Path, tokenizing: Tokenizing, config: DataConfig) -> CachedCorpus:
     """What lies in `folder`; tokenised into it first, if nothing does or what does is damaged.
 
     Raises:
-        ConfigError: the items cannot be read.
+        ConfigError: the items cannot be read, or too many rows are bad.
     """
+    cached = _open_or_write(folder, tokenizing)
+    cached.count.check(config)  # The limit may be another than when it was written.
+    if cached.count.num_bad:
+        log.warning("data.path=%s: %d bad rows are left out", config.path, cached.count.num_bad)
+    return cached
+
+
+def _open_or_write(folder: Path, tokenizing: Tokenizing) -> CachedCorpus:
     if folder.exists():
         try:
             return _open(folder)
@@ -77,6 +86,7 @@ def _open(folder: Path) -> CachedCorpus:
 
 def _write(folder: Path, tokenizing: Tokenizing) -> None:
     """Writes elsewhere and renames, so that `folder` is whole whenever it exists."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         _write_stores(temporary, tokenizing)

@@ -7,7 +7,6 @@ for `chat`.
 import dataclasses
 import hashlib
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,8 +21,6 @@ from mixtral_jax.data.readers import BadRow
 from mixtral_jax.data.sources import Source, fingerprint_source
 from mixtral_jax.data.store import Tokenized, TokenStore
 from mixtral_jax.data.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
 
 _CACHE_FORMAT = 1  # Raise it when the same files and config would give other stores.
 
@@ -55,7 +52,6 @@ def prepare_chats(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path | No
         ConfigError: nothing to read, too many bad rows, or a template that does not fit the tokenizer.
     """
     cache_dir = cache_dir or default_cache_dir()
-    cache_dir.mkdir(parents=True, exist_ok=True)
     template = ChatTemplate(tokenizer, config.chat.template, literal_inst=config.chat.literal_inst)
 
     def read(source: Source) -> Iterator[Chat | BadRow]:
@@ -72,12 +68,8 @@ def prepare_chats(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path | No
 
     corpus = Corpus(config, read)
     key = _fingerprint_chats(config, template, tokenizer)
-    cached = open_or_write(
-        cache_dir / f"{key}-chats", Tokenizing(items, lambda: corpus.count, encode, tokenizer.vocab_size)
-    )
-    cached.count.check(config)
-    if cached.count.num_bad:
-        log.warning("data.path=%s: %d bad rows are left out", config.path, cached.count.num_bad)
+    tokenizing = Tokenizing(items, lambda: corpus.count, encode, tokenizer.vocab_size)
+    cached = open_or_write(cache_dir / f"{key}-chats", tokenizing, config)
     return PreparedChats(cached.train, cached.held_out, template, cached.count.num_bad)
 
 

@@ -6,7 +6,6 @@ How rows are cut from the stores is for `packing`; how the documents are read, f
 import dataclasses
 import hashlib
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +18,6 @@ from mixtral_jax.data.documents import Document, read_documents
 from mixtral_jax.data.sources import fingerprint_source
 from mixtral_jax.data.store import Tokenized, TokenStore
 from mixtral_jax.data.tokenizer import Tokenizer, check_planned_vocabulary, check_vocabulary, load_tokenizer
-
-log = logging.getLogger(__name__)
 
 _CACHE_FORMAT = 3  # Raise it when the same files and config would give other stores.
 
@@ -54,7 +51,6 @@ def prepare_text(
     """
     cache_dir = cache_dir or default_cache_dir()
     check_planned_vocabulary(config.tokenizer, vocab_size)
-    cache_dir.mkdir(parents=True, exist_ok=True)
     key = _fingerprint_data(config)
     corpus = Corpus(config, lambda source: read_documents(source.path, config.text_field))
     saved = tokenizer_path
@@ -76,22 +72,16 @@ def tokenize_text(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path | No
         ConfigError: nothing to read, or too many bad rows.
     """
     cache_dir = cache_dir or default_cache_dir()
-    cache_dir.mkdir(parents=True, exist_ok=True)
     corpus = Corpus(config, lambda source: read_documents(source.path, config.text_field))
     return _tokenize(config, corpus, tokenizer, cache_dir / f"{_fingerprint_data(config)}-{tokenizer.fingerprint[:16]}")
 
 
 def _tokenize(config: DataConfig, corpus: Corpus[Document], tokenizer: Tokenizer, folder: Path) -> PreparedText:
-    cached = open_or_write(
-        folder,
-        Tokenizing(
-            items=lambda: _split(config, corpus), count=lambda: corpus.count,
-            encode=lambda documents: _encode(tokenizer, documents), vocab_size=tokenizer.vocab_size,
-        ),
+    tokenizing = Tokenizing(
+        items=lambda: _split(config, corpus), count=lambda: corpus.count,
+        encode=lambda documents: _encode(tokenizer, documents), vocab_size=tokenizer.vocab_size,
     )  # fmt: skip
-    cached.count.check(config)
-    if cached.count.num_bad:
-        log.warning("data.path=%s: %d bad rows are left out", config.path, cached.count.num_bad)
+    cached = open_or_write(folder, tokenizing, config)
     return PreparedText(cached.train, cached.held_out, tokenizer, cached.count.num_bad)
 
 

@@ -161,6 +161,7 @@ def test_what_a_run_was_trained_on_is_judged_as_the_run_does(tmp_path):
     own = Task(config.data, "held_out", False, 24, 7)
     assert plan("own.txt") == plan("own.txt", tmp_path / "checkpoints" / "3") == own
     assert plan("own.txt", part="all", num_sequences=5) == dataclasses.replace(own, part="all", num_sequences=5)
+    assert plan("own.txt", Path("/folder-of-the-root")) == Task(DataConfig(path="own.txt"), "all", False, 24, None)
     assert plan("other.txt", chat=True) == Task(DataConfig(path="other.txt"), "all", True, 24, None)
     with pytest.raises(ConfigError, match="sequence_length=1"):
         plan("own.txt", sequence_length=1)
