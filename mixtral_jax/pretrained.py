@@ -163,7 +163,7 @@ class Pretrained:
         )
         rules = self.model.rules
         sharding = jax.NamedSharding(self.mesh, rules.spec("batch", None))
-        to_add = -len(tokens_BT) % (self.mesh.size // self.mesh.shape["tensor"])
+        to_add = -len(tokens_BT) % rules.count_row_devices(self.mesh)
         rows = (np.pad(array, ((0, to_add), (0, 0))) for array in (tokens_BT, mask_BT))
         with jax.set_mesh(self.mesh), jax.default_matmul_precision(matmul_precision(self.config.model.dtype)):
             return _forward(self.model, *(jax.device_put(array, sharding) for array in rows))

@@ -53,8 +53,8 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
-    """What a workdir says of its run."""
+class _Trained:
+    """What a workdir says of the run that made a checkpoint."""
 
     data: DataConfig
     train: TrainConfig
@@ -132,7 +132,7 @@ def _iterate_batches(
     loaded: Pretrained, task: Task, stores: list[TokenStore], plans: list[PackPlan]
 ) -> Iterable[Batch]:
     """Some or all rows of each store, with a bar in a terminal."""
-    devices = loaded.mesh.size // loaded.mesh.shape["tensor"]
+    devices = loaded.model.rules.count_row_devices(loaded.mesh)
     batch_size = devices * max(1, _TOKENS_AT_ONCE // task.sequence_length)
     num_rows = sum(plan.num_rows for plan in plans)
     counts = [math.ceil((task.num_sequences or num_rows) * plan.num_rows / num_rows) for plan in plans]
@@ -146,12 +146,12 @@ def _iterate_batches(
     return track(batches, "scoring", total, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _read_run(checkpoint: Path) -> _Run | None:
+def _read_run(checkpoint: Path) -> _Trained | None:
     """What made the checkpoint, if it is a run's workdir or one of its steps."""
     for folder in (checkpoint, *checkpoint.absolute().parents[1:2]):  # A folder of the root has one parent.
         if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
             saved = read_object(folder / "config.json")
             data = build(DataConfig, saved.get("data", {}), "data.")
             train = build(TrainConfig, saved.get("train", {}), "train.")
-            return _Run(data, train, bool(saved.get("finetune")))
+            return _Trained(data, train, bool(saved.get("finetune")))
     return None

@@ -45,9 +45,9 @@ def score_pairs(loaded: Pretrained, pairs: Sequence[Pair]) -> Iterator[tuple[int
     require(all(len(pair.context) for pair in pairs), "a context must have at least one token, such as BOS")
     lengths = np.array([len(pair.context) + len(pair.continuation) - 1 for pair in pairs], np.int64)
     left = np.argsort(-lengths, kind="stable")
+    devices = loaded.model.rules.count_row_devices(loaded.mesh)
     while len(left):
         T = bucket(int(lengths[left[0]]))
-        devices = num_rows(1, loaded.mesh, loaded.model.rules)
         chosen, left = np.split(left, [devices * max(1, _TOKENS_AT_ONCE // T)])
         yield from zip(chosen.tolist(), _score_rows(loaded, [pairs[i] for i in chosen], T), strict=True)
 

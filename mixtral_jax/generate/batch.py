@@ -74,7 +74,7 @@ def lay_out_sampling(settings: Sequence[Settings], mesh: jax.sharding.Mesh, rule
 
 def num_rows(num_prompts: int, mesh: jax.sharding.Mesh, rules: AxisRules) -> int:
     """The least power of two times the devices that hold rows that has room for the prompts."""
-    devices = int(np.prod([mesh.shape[axis] for axis in rules.batch or ()]))
+    devices = rules.count_row_devices(mesh)
     return devices << (-(-num_prompts // devices) - 1).bit_length()
 
 

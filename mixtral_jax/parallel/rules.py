@@ -1,6 +1,7 @@
 """Which logical axis of an array is sharded over which mesh axes: the one place that decides layout."""
 
 import dataclasses
+import math
 
 import jax
 from jax import P
@@ -42,6 +43,10 @@ class AxisRules:
         if len(used) != len(set(used)):
             raise ValueError(f"logical axes {axes} use a mesh axis twice: {mesh_axes}")
         return P(*mesh_axes)
+
+    def count_row_devices(self, mesh: jax.sharding.Mesh) -> int:
+        """Among how many devices, or groups of them, rows are dealt: a batch has a multiple of so many."""
+        return math.prod(mesh.shape[axis] for axis in jax.tree.leaves(self.batch))
 
     def gathered(self, *axes: str | None) -> P:
         """Layout of a weight in use: as `spec`, with the shards of its model dimension gathered."""
