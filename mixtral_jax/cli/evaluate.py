@@ -86,8 +86,9 @@ def main(arguments: list[str]) -> int:
 def plan_task(flags: argparse.Namespace, data: DataConfig, loaded: Pretrained) -> Task:
     """What the flags ask for; what they leave open is as the run itself did it, if these are its data."""
     run = _read_run(flags.checkpoint)
-    length = flags.sequence_length or min(loaded.config.train.sequence_length, _LONGEST_ROW)
-    require(length >= 2, f"--sequence_length={length} must be at least 2")
+    length = flags.sequence_length
+    require(length is None or length >= 2, f"--sequence_length={length} must be at least 2")
+    length = length or min(loaded.config.train.sequence_length, _LONGEST_ROW)
     count = flags.num_sequences
     require(count is None or count >= 1, f"--num_sequences={count} must be at least 1")
     if run is None or run.data.path != data.path:

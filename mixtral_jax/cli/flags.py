@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import runpy
 import signal
 import sys
@@ -41,7 +42,10 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def run_command(command: Callable[[list[str]], int]) -> NoReturn:
-    """Exits with what `command(arguments)` returns, with 2 and one line if the user was wrong, with 130 at Ctrl-C."""
+    """Exits with what `command(arguments)` returns; with 2 and one line if the user was wrong, 130 at Ctrl-C.
+
+    Where the reader of a pipe has gone, as `head` does, nobody is there to be told: 1, without a word.
+    """
     try:
         code = command(sys.argv[1:])
     except ConfigError as error:
@@ -49,6 +53,9 @@ def run_command(command: Callable[[list[str]], int]) -> NoReturn:
         code = 2
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Or Python fails once more, at what is left to write.
+        code = 1
     sys.exit(code)
 
 

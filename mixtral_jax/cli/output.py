@@ -19,5 +19,7 @@ def claim_stdout() -> Iterator[IO[str]]:
         try:
             yield output
         finally:
-            output.flush()
-            os.dup2(output.fileno(), 1)
+            try:
+                output.flush()
+            finally:
+                os.dup2(output.fileno(), 1)

@@ -140,3 +140,22 @@ def test_a_config_file_without_a_config_is_refused(tmp_path, source, words):
         parse(f"--config={tmp_path / 'c.py'}")
     with pytest.raises(ConfigError, match="is a folder"):
         parse(f"--config={tmp_path}")
+
+
+def test_a_reader_that_has_gone_ends_a_verb_without_a_word():
+    program = """
+from mixtral_jax.cli.flags import run_command
+from mixtral_jax.cli.output import claim_stdout
+
+def main(arguments):
+    with claim_stdout() as output:
+        output.write("text")
+    return 0
+
+run_command(main)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait() == 1
+    assert process.stderr.read() == b""
+    process.stderr.close()
