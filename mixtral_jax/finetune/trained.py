@@ -21,12 +21,10 @@ class Part:
 
 
 def list_parts(model: nnx.Module, trainable: Filter) -> list[Part]:
-    """The parts of a model, or of the shapes of one, in the order of their names."""
-    names = set(trained := _count(model, trainable)) | set(everything := _count(model, nnx.Param))
-    return [
-        Part(name, trained.get(name, 0), everything.get(name, 0) - trained.get(name, 0))
-        for name in sorted(names, key=lambda name: (not name.startswith("embedding"), name))
-    ]
+    """The parts of a model, or of the shapes of one: the embedding, then all in the order of their names."""
+    trained, everything = _count(model, trainable), _count(model, nnx.Param)
+    in_order = sorted(everything, key=lambda name: (not name.startswith("embedding"), name))
+    return [Part(name, trained.get(name, 0), everything[name] - trained.get(name, 0)) for name in in_order]
 
 
 def describe_trained(model: nnx.Module, trainable: Filter) -> str:
