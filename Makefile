@@ -14,10 +14,12 @@ endif
 BIN := $(VENV)/bin
 # torch and transformers stay out of the environment that `make test` uses.
 PARITY_VENV := $(VENV)-parity
+# lm-evaluation-harness brings a hundred packages of its own.
+EVAL_VENV := $(VENV)-eval
 # libtpu compiles for TPUs that are not here.
 TPU_VENV := $(VENV)-tpu
 
-.PHONY: install train test test-all test-parity test-tpu lint types format bench clean
+.PHONY: install train test test-all test-parity test-eval test-tpu lint types format bench clean
 
 install: $(VENV)/.installed
 
@@ -25,14 +27,17 @@ train: install
 	$(BIN)/python train.py
 
 test: install
-	$(BIN)/python -m pytest --ignore=tests/parity --ignore=tests/tpu -n $(WORKERS) --dist loadscope
+	$(BIN)/python -m pytest --ignore=tests/parity --ignore=tests/eval --ignore=tests/tpu -n $(WORKERS) --dist loadscope
 
 # The whole products of settings too.
 test-all: install
-	$(BIN)/python -m pytest --ignore=tests/parity --ignore=tests/tpu -n $(WORKERS) --dist loadscope -m ''
+	$(BIN)/python -m pytest --ignore=tests/parity --ignore=tests/eval --ignore=tests/tpu -n $(WORKERS) --dist loadscope -m ''
 
 test-parity: $(PARITY_VENV)/.installed
 	$(PARITY_VENV)/bin/python -m pytest tests/parity
+
+test-eval: $(EVAL_VENV)/.installed
+	$(EVAL_VENV)/bin/python -m pytest tests/eval
 
 test-tpu: $(TPU_VENV)/.installed
 	$(TPU_VENV)/bin/python -m pytest tests/tpu
@@ -51,12 +56,14 @@ format: install
 bench: install $(PARITY_VENV)/.installed
 	$(BIN)/python -m mixtral_jax bench --config=configs/pretrain/tiny.py
 	$(PARITY_VENV)/bin/python -m mixtral_jax bench --layer --config=configs/bench/layer.py
+	$(PARITY_VENV)/bin/python -m mixtral_jax bench --generate --config=configs/bench/generate.py
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache
 
 $(VENV)/.installed: EXTRAS := test
 $(PARITY_VENV)/.installed: EXTRAS := test,parity
+$(EVAL_VENV)/.installed: EXTRAS := test,eval
 $(TPU_VENV)/.installed: EXTRAS := test,tpu
 
 # A Python without ensurepip (Debian's, unless python3-venv is there) fills the environment with its own pip.

@@ -7,15 +7,18 @@ Knows no jax, so that reading or checking a config starts no back end. What depe
 import dataclasses
 from typing import Literal
 
+from mixtral_jax.config_errors import ConfigError, require
+from mixtral_jax.config_finetune import FinetuneConfig, LoRAConfig, PretrainConfig
 
-class ConfigError(ValueError):
-    """The command, the config or the data it names is wrong: one clear line, exit code 2."""
+__all__ = [
+    "ChatConfig", "ChatFormat", "CheckpointConfig", "Config", "ConfigError", "DataConfig", "DispatchConfig",
+    "FinetuneConfig", "LiteralInst", "LoRAConfig", "LoadBalanceConfig", "LogConfig", "MeshConfig", "ModelConfig",
+    "OptimizerConfig", "PretrainConfig", "RouterConfig", "TemplateName", "TrainConfig", "require",
+]  # fmt: skip
 
-
-def require(condition: object, message: str) -> None:
-    """Raises `ConfigError(message)` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(message)
+TemplateName = Literal["auto", "v1", "v3"]
+LiteralInst = Literal["reject", "keep", "strip"]
+ChatFormat = Literal["auto", "messages", "interactions", "conversations", "alpaca", "prompt_completion", "text"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,7 @@ class ModelConfig:
     `head_dim` is free: it need not be hidden_size / num_heads. `remat` names what the backward pass
     recomputes in each layer: `full` keeps the layer's input alone, `dots` also keeps the results of
     the dense projections and the rows that arrived at the experts, `none` keeps everything. `attention`: see
-    kernels/attention.py.
+    kernels/attention.py. `context_length` is the longest sequence that it is meant for (None: that of its training).
     """
 
     vocab_size: int
@@ -43,6 +46,7 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     remat: Literal["full", "dots", "none"] = "full"
     attention: Literal["auto", "xla", "splash"] = "auto"
+    context_length: int | None = None
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
@@ -149,6 +153,21 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """How rows become conversations, and those become ids (docs/chat_data.md); instruct tuning reads it.
+
+    `template="auto"` is v3 where the tokenizer has its control tokens, else v1. `literal_inst`: what v1 does with a
+    text that contains its own `[INST]`. `format="auto"` looks at each row. `long_rows`: what becomes of a conversation
+    longer than `train.sequence_length`: its end is cut off, it is left out, or the run ends.
+    """
+
+    template: TemplateName = "auto"
+    literal_inst: LiteralInst = "reject"
+    format: ChatFormat = "auto"
+    long_rows: Literal["cut", "drop", "error"] = "cut"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What to train on. `path` and `tokenizer` take the forms listed in docs/data.md.
 
@@ -161,6 +180,7 @@ class DataConfig:
     text_field: str = "text"
     held_out_fraction: float = 0.02
     max_bad_fraction: float = 0.01
+    chat: ChatConfig = ChatConfig()
 
     def __post_init__(self):
         require(self.path, "data.path must name a file, a folder, a glob, hub:NAME, or python-stdlib")
@@ -259,7 +279,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run."""
+    """A whole run: of pretraining, or with `finetune` of tuning."""
 
     model: ModelConfig
     router: RouterConfig = RouterConfig()
@@ -269,6 +289,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    finetune: FinetuneConfig | None = None
     log: LogConfig = LogConfig()
 
     def __post_init__(self):

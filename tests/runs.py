@@ -1,4 +1,4 @@
-"""Real runs of train.py, as other processes: small enough to compile in seconds."""
+"""Real runs of the scripts, as other processes: small enough to compile in seconds."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs/pretrain/tiny.py"
+TINY_INSTRUCT = ROOT / "configs/instruct/tiny.py"
 SMALL = [
     "--config.train.log_every=1", "--config.train.batch_size=8", "--config.train.sequence_length=32",
     "--config.train.eval_sequences=8", "--config.data.tokenizer=train:320", "--config.model.vocab_size=320",
@@ -24,6 +25,14 @@ def write_text(folder: Path) -> Path:
     lines = (f"line {n}: the quick {animals[n % 4]} of {n * n % 97} hills" for n in range(400))
     (folder / "text.txt").write_text("\n".join(lines))
     return folder / "text.txt"
+
+
+def write_chats(folder: Path) -> Path:
+    """300 questions with an answer each, in `chats.jsonl`."""
+    animals = ("fox", "dog", "crow", "cat")
+    rows = ({"prompt": f"{n}: a {animals[n % 4]}?", "completion": f"Quick {animals[n % 4]}."} for n in range(300))
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "chats.jsonl"
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
@@ -44,6 +53,18 @@ def start(
         [*command, *flags], cwd=place or folder, env=environment(folder, **variables),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def start_tuning(folder: Path, *flags: str) -> subprocess.Popen:
+    """Starts finetune_instruct.py on `chats.jsonl`; without another base, one of 12 steps is pretrained on the text."""
+    chosen = (
+        f"--config={TINY_INSTRUCT}", f"--config.data.path={folder / 'chats.jsonl'}", "--config.mesh.cpu_devices=4",
+        f"--config.finetune.pretrain.path={folder / 'text.txt'}", "--config.finetune.pretrain.num_steps=12",
+        "--config.finetune.pretrain.batch_size=8", "--config.train.num_steps=12", "--config.train.eval_every=6",
+        "--config.train.sequence_length=64", "--config.model.num_layers=1", "--config.model.num_experts=4",
+        "--config.optimizer.learning_rate=0.01",
+    )  # fmt: skip
+    return start(folder, *chosen, *flags, program=(str(ROOT / "finetune_instruct.py"),))
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:

@@ -16,11 +16,11 @@ COMMANDS = {
     "pretrain": "python train.py",
     "instruct": "python finetune_instruct.py",
     "ablations": "python -m mixtral_jax ablate",
-    "bench": "python -m mixtral_jax bench --layer",
+    "bench": "python -m mixtral_jax bench --{name}",
 }
 SHIPPED = sorted(path for folder in COMMANDS for path in (CONFIGS / folder).glob("*.py") if path.stem != "__init__")
 # The config of a script that is run without --config.
-DEFAULTS = ("pretrain/tiny.py",)
+DEFAULTS = ("pretrain/tiny.py", "instruct/tiny.py")
 NUM_DEVICES = {"tiny": 8, "mixtral_8x7b_v5p": 64, "mixtral_8x7b_v6e": 256, "mixtral_8x22b_v5p": 128}
 
 each_config = pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -35,7 +35,9 @@ def test_a_shipped_config_builds(path: Path) -> None:
 def test_a_shipped_config_names_its_command(path: Path) -> None:
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
     name = f"{path.parent.name}/{path.name}"
-    command = COMMANDS[path.parent.name] + ("" if name in DEFAULTS else f" --config=configs/{name}")
+    command = COMMANDS[path.parent.name].format(name=path.stem) + (
+        "" if name in DEFAULTS else f" --config=configs/{name}"
+    )
     assert command in docstring
 
 
@@ -45,6 +47,18 @@ def test_a_pretraining_config_fits_its_machine(name: str) -> None:
     mesh = resolve_mesh(config, NUM_DEVICES[name]).mesh
     assert math.prod(getattr(mesh, axis) for axis in MESH_AXES) == NUM_DEVICES[name]
     assert mesh.expert == config.model.num_experts == 8  # An expert each.
+
+
+@pytest.mark.parametrize(("name", "num_devices"), [
+    ("mixtral_8x7b_lora", 8), ("mixtral_8x7b_full", 8), ("mixtral_8x7b_full", 16),
+])  # fmt: skip
+def test_a_tuning_config_fits_its_machines_and_trains_what_its_name_says(name: str, num_devices: int) -> None:
+    config = build(Config, load_config_file(CONFIGS / "instruct" / f"{name}.py"))
+    mesh = resolve_mesh(config, num_devices).mesh
+    assert math.prod(getattr(mesh, axis) for axis in MESH_AXES) == num_devices
+    assert config.finetune is not None
+    assert (config.finetune.lora.rank > 0) == name.endswith("lora")
+    assert config.model.num_layers == 32
 
 
 def test_configs_of_pods_keep_the_size_in_their_names() -> None:

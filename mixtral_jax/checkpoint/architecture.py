@@ -13,6 +13,7 @@ UNKNOWN_LOSSES = RouterConfig(load_balance=LoadBalanceConfig(weight=0.001, norma
 _MODEL_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
     "num_experts", "rope_theta", "norm_eps", "initializer_range", "dtype", "param_dtype", "remat", "attention",
+    "context_length",
 )  # fmt: skip
 _ROUTER_KEYS = ("num_experts_per_token", "load_balance", "z_loss_weight")
 

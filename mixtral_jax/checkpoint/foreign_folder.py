@@ -4,6 +4,7 @@ A Hugging Face cache may link from `snapshots/` to its own `blobs/`. What the fi
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def find_file(folder: Path, name: str, said_by: str = "this program") -> Path | 
     path, folder = folder / name, folder.resolve()
     if not path.is_symlink() and not path.exists():
         return None
-    target = path.resolve()
+    target = Path(os.path.realpath(path))  # Not `resolve`, which raises at a loop in Python 3.11.
     homes = [folder]
     if folder.parent.name == "snapshots":
         homes.append(folder.parents[1] / "blobs")
@@ -32,7 +33,9 @@ def find_file(folder: Path, name: str, said_by: str = "this program") -> Path | 
         any(home in target.parents for home in homes),
         f"{path} is a symbolic link that leaves the folder, to {target}: put the file itself there",
     )
-    require(target.is_file(), f"{path} is no regular file" if target.exists() else f"{path} links to nothing")
+    require(
+        target.is_file(), f"{path} is no regular file" if target.exists() else f"{path} links to nothing, or to itself"
+    )
     return path
 
 

@@ -1,5 +1,7 @@
 """The model's parameters in a checkpoint of a run, read by the block, without the optimizer's state beside them.
 
+Where a run trained adapters, they are merged into what they adapt.
+
 `run` restores the whole state of a run onto devices. This needs no devices: tensorstore reads what Orbax has written.
 """
 
@@ -12,13 +14,16 @@ import numpy as np
 import tensorstore
 
 from mixtral_jax.checkpoint.foreign_folder import read_object
+from mixtral_jax.checkpoint.merged import merge
 from mixtral_jax.checkpoint.parameters import PARAMETERS
 from mixtral_jax.checkpoint.stored import Block, StoredArray
 from mixtral_jax.checkpoint.zarr_chunks import open_chunks
-from mixtral_jax.config import ConfigError, require
+from mixtral_jax.config import ConfigError, LoRAConfig, require
 
 # The parts of a TrainState that may hold a parameter.
 _SECTIONS = ("trained", "frozen")
+# What lies in the place of the weight of a projection that has an adapter.
+_ADAPTED = ("base/weight", "lora_a/weight", "lora_b/weight")
 # Chunks of a training run hold several layers, which are read one after the other.
 _CACHE_BYTES = 2**28
 
@@ -34,8 +39,11 @@ def parameter_key(section: str, parameter: str) -> str:
     return f"{section}/{parameter}/value"
 
 
-def open_parameters(step: Path) -> dict[str, StoredArray]:
+def open_parameters(step: Path, lora: LoRAConfig) -> dict[str, StoredArray]:
     """The parameters in the checkpoint of one step, by name.
+
+    Args:
+        lora: of the adapters, where there are some.
 
     Raises:
         ConfigError: it is no checkpoint of a run, or is damaged.
@@ -47,16 +55,32 @@ def open_parameters(step: Path) -> dict[str, StoredArray]:
         keys = _find_keys(metadata)
     except (AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"{state / '_METADATA'} is damaged: {type(error).__name__}: {error}") from None
-    missing = [parameter for parameter in PARAMETERS if parameter not in keys]
+    adapted = {name: _adapted_names(name) for name in PARAMETERS if name not in keys}
+    missing = [name for name, parts in adapted.items() if not keys.keys() >= set(parts)]
     require(not missing, f"{step} is not a checkpoint of a Mixtral: it lacks {', '.join(missing)}")
-    return {parameter: _open_array(state, keys[parameter], metadata, context) for parameter in PARAMETERS}
+
+    def open_array(name: str) -> StoredArray:
+        return _open_array(state, keys[name], metadata, context)
+
+    def open_parameter(name: str) -> StoredArray:
+        if name in keys:
+            return open_array(name)
+        base, a, b = map(open_array, adapted[name])
+        return merge(base, a, b, lora.scaling)
+
+    return {name: open_parameter(name) for name in PARAMETERS}
+
+
+def _adapted_names(parameter: str) -> list[str]:
+    return [parameter.removesuffix("weight") + part for part in _ADAPTED]
 
 
 def _find_keys(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of all arrays of the model, by their names in it."""
     entries = metadata["tree_metadata"].values()
     keys = {part["key"] for entry in entries for part in entry["key_metadata"]}
-    candidates = {parameter: [parameter_key(section, parameter) for section in _SECTIONS] for parameter in PARAMETERS}
-    return {parameter: key for parameter, options in candidates.items() for key in options if key in keys}
+    named = ((section, key) for section in _SECTIONS for key in keys if key.startswith(f"{section}/"))
+    return {key.removeprefix(f"{section}/").removesuffix("/value"): key for section, key in named}
 
 
 def _open_array(state: Path, key: str, metadata: Mapping[str, Any], context: tensorstore.Context) -> StoredArray:

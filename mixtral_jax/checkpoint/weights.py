@@ -17,7 +17,7 @@ from mixtral_jax.checkpoint.foreign_folder import find_file, read_bytes, read_ob
 from mixtral_jax.checkpoint.layouts import Layout, find_layout
 from mixtral_jax.checkpoint.relayout import as_parameters
 from mixtral_jax.checkpoint.stored import DTYPES, StoredArray
-from mixtral_jax.config import ConfigError, ModelConfig, RouterConfig, require
+from mixtral_jax.config import ConfigError, FinetuneConfig, ModelConfig, RouterConfig, require
 from mixtral_jax.config_mapping import build
 from mixtral_jax.data.tokenizer import Tokenizer, check_vocabulary
 
@@ -82,14 +82,19 @@ def open_weights(folder: Path) -> Weights:
 def _open_step(workdir: Path, step: Path) -> Weights:
     saved = read_object(workdir / "config.json")
     try:
-        sections = [saved[name] for name in ("model", "router", "train")]
-        require(all(isinstance(section, dict) for section in sections), "model, router and train must be sections")
+        sections = [saved["model"], saved["router"], saved["train"], saved.get("finetune") or {}]
+        are_sections = all(isinstance(section, dict) for section in sections)
+        require(are_sections, "model, router, train and finetune must be sections")
         model = build(ModelConfig, saved["model"], "model.")
         router = build(RouterConfig, saved["router"], "router.")
-        architecture = Architecture(model, router, saved["train"]["sequence_length"])
+        architecture = Architecture(model, router, model.context_length or saved["train"]["sequence_length"])
+        finetune = build(FinetuneConfig, sections[-1], "finetune.")
     except (ConfigError, KeyError, TypeError) as error:
         raise ConfigError(f"{workdir / 'config.json'} is no config of a run: {error}") from None
-    parameters = run_parameters.open_parameters(step)
+    parameters = run_parameters.open_parameters(step, finetune.lora)
+    if finetune.frozen_dtype:
+        model = dataclasses.replace(model, param_dtype=finetune.frozen_dtype)
+        architecture = dataclasses.replace(architecture, model=model)
     record = read_object(step / "record" / "metadata")
     return Weights(architecture, parameters, _read_tokenizer(workdir, model), f"step {step.name} of a run", record)
 

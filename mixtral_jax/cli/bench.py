@@ -8,12 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from mixtral_jax.cli.bench_generate import describe_generate, measure_generate
 from mixtral_jax.cli.bench_layer import describe_layer, measure_layer
 from mixtral_jax.cli.flags import make_parser, parse_config
 from mixtral_jax.cli.start import start_devices
 from mixtral_jax.config import Config
-from mixtral_jax.model.transformer import count_parameters, model_maker
+from mixtral_jax.finetune.tunable import make_tunable
+from mixtral_jax.model.transformer import count_parameters
 from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.parallel.rules import AxisRules
@@ -26,14 +29,18 @@ WARMUP, MEASURED = 2, 8
 
 
 def main(arguments: list[str]) -> int:
-    """`bench --config=F [--layer] [--json] [--config.KEY=VALUE ...]`."""
+    """`bench --config=F [--layer | --generate] [--json] [--config.KEY=VALUE ...]`."""
     parser = make_parser(__doc__, "pretrain/tiny.py", "bench")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    parser.add_argument("--layer", action="store_true", help="one MoE layer beside transformers', not the train step")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--layer", action="store_true", help="one MoE layer beside transformers', not the train step")
+    what.add_argument("--generate", action="store_true", help="prefill and decode beside transformers'")
     flags, config = parse_config(parser, arguments)
     config, mesh = start_devices(config, Processes())
     if flags.layer:
         figures, describe = measure_layer(config, mesh), describe_layer
+    elif flags.generate:
+        figures, describe = measure_generate(config, mesh), describe_generate
     else:
         figures, describe = measure(config, mesh), describe_step
     print(json.dumps(figures) if flags.json else describe(figures))
@@ -54,19 +61,20 @@ def measure(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Compiles the real step, times it, and sets it beside a dense matmul timed in the same minute."""
     ceiling = _ceiling_flops_per_second(config, mesh.devices.flat[0]) * (1 if _is_virtual(mesh) else mesh.size)
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-    optimizer = make_optimizer(config.optimizer, schedule)
-    make_model = model_maker(config, mesh.devices.flat[0].platform)
+    optimizer = make_optimizer(config.optimizer, schedule, config.finetune)
+    tunable = make_tunable(config, mesh.devices.flat[0].platform)
     with jax.set_mesh(mesh):
-        active = count_parameters(jax.eval_shape(make_model)).active
-        state, batch = init_state(make_model, optimizer), _made_up_batch(config, mesh)
-        step = make_train_step(optimizer, config.router, schedule).lower(state, batch).compile()
+        state, batch = init_state(tunable.make_model, optimizer, tunable.trainable), _made_up_batch(config, mesh)
+        model: Any = state.model()
+        counts = [count_parameters(model, kind) for kind in (nnx.Param, tunable.trainable)]
+        step = make_train_step(optimizer, config.router, schedule, tunable.perturb).lower(state, batch).compile()
         seconds = []
         for _ in range(WARMUP + MEASURED):
             start = time.perf_counter()
             state, metrics = step(state, batch)
             jax.block_until_ready((state, metrics))
             seconds.append(time.perf_counter() - start)
-    median, flops = statistics.median(seconds[WARMUP:]), model_flops_per_step(config, active)
+    median, flops = statistics.median(seconds[WARMUP:]), model_flops_per_step(config, *counts)
     return {
         "tokens_per_second": config.train.batch_size * config.train.sequence_length / median,
         "step_seconds_median": median,

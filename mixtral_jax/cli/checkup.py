@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import P
 
-from mixtral_jax.cli.workdir import find_blind_processes
+from mixtral_jax.cli.workdir import NEEDED, not_writable, require_seen_by_all
 from mixtral_jax.config import Config, ConfigError
-from mixtral_jax.data.sources import HUB, fingerprint_source
-from mixtral_jax.data.text import default_cache_dir
+from mixtral_jax.data.cache import default_cache_dir
+from mixtral_jax.data.sources import HUB, fingerprint_source, split_sources
 from mixtral_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from mixtral_jax.parallel.agreement import Member
 from mixtral_jax.parallel.coordinator import Scheduler
@@ -84,8 +84,9 @@ def check_data(config: Config) -> list[Problem]:
 
 
 def _open_source(config: Config) -> None:
-    if not config.data.path.startswith(HUB):  # That one may be downloaded first.
-        fingerprint_source(config.data.path)
+    for source in split_sources(config.data.path):
+        if not source.path.startswith(HUB):  # That one may be downloaded first.
+            fingerprint_source(source.path)
 
 
 def _open_tokenizer(config: Config) -> None:
@@ -98,22 +99,23 @@ def _open_tokenizer(config: Config) -> None:
 def check_workdir(workdir: Path | None, processes: Processes, members: Sequence[Member]) -> list[Problem]:
     """Whether process 0 can write the workdir, and all see it. All processes must ask."""
     if any(member.workdir is None for member in members):
-        fix = "name a folder on storage that all processes share"
-        return [Problem("--workdir is not given", fix)] if processes.count > 1 else []
+        return [as_problem(ConfigError(NEEDED))] if processes.count > 1 else []
     assert workdir is not None
     is_new = not workdir.exists()
     reason = processes.share("workdir writable", why_not_writable(workdir) if processes.index == 0 else "")[0]
     if reason:
-        return [Problem(f"--workdir={workdir} cannot be written ({reason})", "name another, or mend its rights")]
-    blind = find_blind_processes(workdir, processes)
-    if processes.index == 0 and is_new:
-        workdir.rmdir()  # Looking leaves nothing behind.
-    fix = "name a folder on storage that all processes share, by the same path"
-    seers = ", ".join(map(str, blind))
-    return [Problem(f"--workdir={workdir} of process 0 is not seen by process {seers}", fix)] if blind else []
+        return [as_problem(not_writable(workdir, reason))]
+    try:
+        require_seen_by_all(workdir, processes)
+    except ConfigError as error:
+        return [as_problem(error)]
+    finally:
+        if processes.index == 0 and is_new:
+            workdir.rmdir()  # Looking leaves nothing behind.
+    return []
 
 
-def as_problem(error: ConfigError, fix: str) -> Problem:
+def as_problem(error: ConfigError, fix: str = "") -> Problem:
     """Our errors say what is wrong, a colon, and the fix; `fix` is for one that does not."""
     what, _, own = str(error).partition(": ")
     return Problem(what, own or fix)
@@ -167,4 +169,4 @@ def time_sum(mesh: jax.sharding.Mesh) -> float:
 
 def in_gib(size: int) -> str:
     """`size` bytes, for people."""
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.2f} MiB"

@@ -13,10 +13,12 @@ from rich.table import Table
 from mixtral_jax.cli import checkup
 from mixtral_jax.cli.checkup import Problem, in_gib
 from mixtral_jax.cli.flags import RunFlags, add_run_flags, make_parser, parse_config, read_run_flags
+from mixtral_jax.cli.output import claim_stdout
 from mixtral_jax.cli.start import choose_kernels, describe_experts, prepare_devices
 from mixtral_jax.config import Config, ConfigError
-from mixtral_jax.data.text import default_cache_dir
-from mixtral_jax.model.transformer import count_parameters, model_maker
+from mixtral_jax.data.cache import default_cache_dir
+from mixtral_jax.finetune.tunable import make_tunable
+from mixtral_jax.model.transformer import count_parameters
 from mixtral_jax.parallel.agreement import (
     ALIKE,
     EQUAL,
@@ -42,14 +44,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     namespace, config = parse_config(parser, arguments)
     flags = read_run_flags(namespace, config)
-    # The libraries that carry collectives print on standard output: it is theirs no more.
-    with os.fdopen(os.dup(1), "w") as output:
-        os.dup2(2, 1)
-        with join_processes(flags.launch) as processes:
-            report = examine(flags, processes)
-            if processes.index == 0:
-                print(json.dumps(report), file=output) if namespace.json else show(report, output)
-        return 2 if report["problems"] else 0
+    with claim_stdout() as output, join_processes(flags.launch) as processes:
+        report = examine(flags, processes)
+        if processes.index == 0:
+            print(json.dumps(report), file=output) if namespace.json else show(report, output)
+    return 2 if report["problems"] else 0
 
 
 def examine(flags: RunFlags, processes: Processes) -> dict[str, Any]:
@@ -109,11 +108,12 @@ def _examine_plan(config: Config, workdir: Path, found: list[Problem], is_whole:
     if not is_whole:
         return plan
     mesh = make_mesh(config.mesh)
-    make_model = model_maker(config, device.platform)
+    tunable = make_tunable(config, device.platform)
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
+    optimizer = make_optimizer(config.optimizer, schedule, config.finetune)
     with jax.set_mesh(mesh):
-        count = count_parameters(jax.eval_shape(make_model))
-        leaves = jax.tree.leaves(abstract_state(make_model, make_optimizer(config.optimizer, schedule)))
+        count = count_parameters(jax.eval_shape(tunable.make_model))
+        leaves = jax.tree.leaves(abstract_state(tunable.make_model, optimizer, tunable.trainable))
     shards = [jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in leaves]
     plan |= {
         "mesh": {axis: mesh.shape[axis] for axis in MESH_AXES},

@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,18 +30,32 @@ class RunFlags:
     launch: Launch
 
 
-class _Parser(argparse.ArgumentParser):
+class FlagParser(argparse.ArgumentParser):
+    """Answers a wrong flag with a `ConfigError`, and takes no abbreviations."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
+
     def error(self, message: str) -> NoReturn:
+        """What argparse calls when flags are wrong."""
         raise ConfigError(f"{message} (--help lists the flags)")
 
 
 def run_command(command: Callable[[list[str]], int]) -> NoReturn:
-    """Exits with what `command(arguments)` returns, or with 2 and one line if the user was wrong."""
+    """Exits with what `command(arguments)` returns; with 2 and one line if the user was wrong, 130 at Ctrl-C.
+
+    Where the reader of a pipe has gone, as `head` does, nobody is there to be told: 1, without a word.
+    """
     try:
         code = command(sys.argv[1:])
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Or Python fails once more, at what is left to write.
+        code = 1
     sys.exit(code)
 
 
@@ -88,7 +104,7 @@ def make_parser(description: str | None, default_config: str, verb: str | None =
         "mixtral_jax/config.py; configs to start from: configs/"
     )
     prog = f"mixtral-jax {verb}" if verb else None
-    parser = _Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+    parser = FlagParser(prog=prog, description=description, epilog=epilog)
     default = SHIPPED / default_config
     parser.add_argument(
         "--config",
@@ -101,7 +117,7 @@ def make_parser(description: str | None, default_config: str, verb: str | None =
 
 def make_verb_parser(description: str | None, verb: str) -> argparse.ArgumentParser:
     """A parser of a verb that takes no config; its errors are `ConfigError`s."""
-    return _Parser(prog=f"mixtral-jax {verb}", description=description, allow_abbrev=False)
+    return FlagParser(prog=f"mixtral-jax {verb}", description=description)
 
 
 def parse_path(text: str) -> Path:
@@ -116,11 +132,28 @@ def parse_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> t
     flags, rest = parser.parse_known_args(arguments)
     mapping = load_config_file(flags.config)
     for argument in rest:
-        name, equals, value = argument.partition("=")
-        require(name.startswith("--config."), f"unknown flag {argument!r}; config keys are set as --config.KEY=VALUE")
-        require(equals, f"{name} needs a value: {name}=VALUE")
-        _override(mapping, name.removeprefix("--config.").split("."), value)
+        require(
+            argument.startswith("--config."), f"unknown flag {argument!r}; config keys are set as --config.KEY=VALUE"
+        )
+        _override(mapping, argument, "--config.")
     return flags, build(Config, mapping)
+
+
+def parse_sections(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], **sections: type
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The parser's flags, and some sections of the config without a config: a dataclass each, from `--NAME.KEY=VALUE`.
+
+    Raises:
+        ConfigError: names the flag, or the key and its value, and what would be right.
+    """
+    flags, rest = parser.parse_known_args(arguments)
+    mapping: dict[str, Any] = {name: {} for name in sections}
+    for argument in rest:
+        is_known = any(argument.startswith(f"--{name}.") for name in sections)
+        require(is_known, f"unknown flag {argument!r} (--help lists the flags)")
+        _override(mapping, argument, "--")
+    return flags, {name: build(section, mapping[name], f"{name}.") for name, section in sections.items()}
 
 
 def load_config_file(path: Path) -> dict[str, Any]:
@@ -142,8 +175,11 @@ def load_config_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config={path} does not run: {type(error).__name__}: {error}") from error
 
 
-def _override(mapping: dict[str, Any], keys: list[str], value: str) -> None:
-    *sections, last = keys
+def _override(mapping: dict[str, Any], argument: str, prefix: str) -> None:
+    """Sets what `SECTION.KEY=VALUE`, behind the prefix, says."""
+    name, equals, value = argument.partition("=")
+    require(equals, f"{name} needs a value: {name}=VALUE")
+    *sections, last = keys = name.removeprefix(prefix).split(".")
     for depth, section in enumerate(sections):
         mapping = mapping.setdefault(section, {})
         require(isinstance(mapping, dict), f"config key {'.'.join(keys[: depth + 1])} is a value, not a section")

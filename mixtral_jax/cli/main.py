@@ -13,7 +13,10 @@ from mixtral_jax.cli.flags import run_command
 from mixtral_jax.config import ConfigError
 
 # Verb -> file in this folder.
-VERBS = {"import": "import_weights", "export": "export", "bench": "bench", "doctor": "doctor", "plan": "plan"}
+VERBS = {
+    "import": "import_weights", "export": "export", "generate": "generate", "chat": "chat", "evaluate": "evaluate",
+    "data": "data", "bench": "bench", "plan": "plan", "doctor": "doctor",
+}  # fmt: skip
 
 
 def main() -> NoReturn:

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 import optax
-from flax import nnx
 
 from mixtral_jax.checkpoint.run import RunCheckpoints
+from mixtral_jax.cli.open_data import SAME_DATA, name_data
 from mixtral_jax.cli.start import Run
 from mixtral_jax.config import ConfigError
-from mixtral_jax.parallel.processes import Processes
+from mixtral_jax.finetune.tunable import Tunable
+from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.parallel.agreement import require_same
 from mixtral_jax.train.state import TrainState, abstract_state, init_state
 
 
@@ -26,37 +28,38 @@ class OpenState:
 def open_state(
     run: Run,
     checkpoints: RunCheckpoints,
-    make_model: Callable[[], nnx.Module],
+    tunable: Tunable,
     optimizer: optax.GradientTransformation,
     data_fingerprint: str,
+    load_base: Callable[[], Transformer] | None = None,
 ) -> OpenState:
     """Restores the newest checkpoint, if it saw the rows of `data_fingerprint`, or initialises.
+
+    `load_base` gives weights to start from, in place of random ones.
 
     Raises:
         ConfigError: the data changed since, or the processes do not agree.
     """
     step = checkpoints.latest_step()
-    _require_agreement(run.processes, data_fingerprint, step)
+    said = f"{name_data(data_fingerprint)} at step {step or 0}"
+    require_same(run.processes, "data and step", said, f"{SAME_DATA}, and one --workdir")
     if step is None:
-        return OpenState(0, init_state(make_model, optimizer), {"tokens": 0, "data": data_fingerprint})
+        return OpenState(0, _begin(tunable, optimizer, load_base), {"tokens": 0, "data": data_fingerprint})
     record = checkpoints.read_record(step)
     if record["data"] != data_fingerprint:
         raise ConfigError(
             f"the text, the tokenizer or the packing differs from what {run.workdir} was trained on "
             f"({record['data'][:12]} -> {data_fingerprint[:12]}): restore the data, or use another --workdir"
         )
-    state = checkpoints.restore(step, abstract_state(make_model, optimizer))
+    state = checkpoints.restore(step, abstract_state(tunable.make_model, optimizer, tunable.trainable))
     run.console.print(f"resuming after step {step} of {run.config.train.num_steps}")
     return OpenState(step, state, record)
 
 
-def _require_agreement(processes: Processes, data_fingerprint: str, step: int | None) -> None:
-    """Compares over all processes: one that differs would make the others wait for ever."""
-    here = [f"data {data_fingerprint[:12]}", f"step {step or 0}"]
-    everywhere = processes.share("data and step", here)  # One of them may tokenise for hours: no limit.
-    differing = [index for index, there in enumerate(everywhere) if there != everywhere[0]]
-    if differing:
-        raise ConfigError(
-            f"process {', '.join(map(str, differing))} has {' at '.join(everywhere[differing[0]])}, but process 0 has "
-            f"{' at '.join(everywhere[0])}: give all the same text, tokenizer and Python, and one --workdir"
-        )
+def _begin(
+    tunable: Tunable, optimizer: optax.GradientTransformation, load_base: Callable[[], Transformer] | None
+) -> TrainState:
+    if load_base is None:
+        return init_state(tunable.make_model, optimizer, tunable.trainable)
+    # The base is named nowhere here: the state takes its memory.
+    return init_state(tunable.adapt, optimizer, tunable.trainable, load_base())

@@ -9,7 +9,6 @@ from rich.console import Console
 from mixtral_jax.cli.flags import make_parser, parse_config
 from mixtral_jax.cli.plan_tables import print_plan, print_sweep
 from mixtral_jax.config import Config, ConfigError, require
-from mixtral_jax.plan.compile import fit_mesh
 from mixtral_jax.plan.estimate import make_plan
 from mixtral_jax.plan.sweep import sweep
 from mixtral_jax.plan.topology import Target, open_target, parse_topology
@@ -30,8 +29,6 @@ def main(arguments: list[str]) -> int:
     target = open_target(topology, cpu_fallback=flags.cpu_fallback)
     if flags.sweep:
         return _sweep(flags, config, target, batch_sizes)
-    # Before the long part.
-    fit_mesh(config, target)
     plan = make_plan(config, target)
     if flags.json:
         print(json.dumps(plan.to_json(), indent=2))

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from mixtral_jax.plan.compile import mesh_shape
+from mixtral_jax.cli.checkup import in_gib
 from mixtral_jax.plan.estimate import Plan
 from mixtral_jax.plan.meshes import describe_mesh
 from mixtral_jax.plan.sweep import Attempt
 
-GIB = 2**30
 # Lighter ones are in --json.
 NUM_COLLECTIVES = 12
 
@@ -18,12 +17,12 @@ NUM_COLLECTIVES = 12
 def print_plan(plan: Plan, console: Console) -> None:
     """Prints everything there is, but for the lightest collectives."""
     step, topology = plan.step, plan.target.topology
-    mesh = " ".join(f"{axis}={size}" for axis, size in mesh_shape(step.mesh).items() if size > 1) or "one device"
-    train = step.config.train
+    train, mesh = step.config.train, describe_mesh(step.config.mesh)
+    part = "" if step.trained == step.parameters else f", {step.trained.total:,} trained"
     console.print(
         f"[bold]{topology.name}[/]: {topology.num_devices} devices as {mesh}; {train.batch_size} sequences of "
         f"{train.sequence_length:,} tokens a step\n"
-        f"{step.parameters.total:,} parameters, {step.parameters.active:,} active"
+        f"{step.parameters.total:,} parameters, {step.parameters.active:,} active{part}"
     )
     if plan.target.is_estimate:
         console.print(
@@ -38,14 +37,14 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def print_sweep(attempts: Sequence[Attempt], console: Console) -> None:
     """A line for each attempt, the best first."""
-    table = _table("", "mesh", ">sequences", ">GiB", "fits", ">MFU at most", ">tokens/s a device", "bound by")
+    table = _table("", "mesh", ">sequences", ">memory", "fits", ">MFU at most", ">tokens/s a device", "bound by")
     for attempt in attempts:
         plan, config, roofline = attempt.plan, attempt.plan.step.config, attempt.plan.roofline
         table.add_row(
             str(attempt.rank or "-"),
             describe_mesh(config.mesh),
             str(config.train.batch_size),
-            f"{plan.step.memory.peak / GIB:.1f}",
+            in_gib(plan.step.memory.peak),
             "yes" if plan.fits else "no",
             f"{roofline.mfu_bound:.0%}",
             f"{roofline.tokens_per_second_per_device:,.0f}",
@@ -64,11 +63,11 @@ def _print_memory(plan: Plan, console: Console) -> None:
         ("peak", memory.peak),
         (f"HBM of {plan.target.topology.chip.name}", hbm),
     ):
-        table.add_row(name, _readable(size))
+        table.add_row(name, in_gib(size))
     console.print(table)
-    room = _readable(abs(hbm - memory.peak))
+    room = in_gib(abs(hbm - memory.peak))
     console.print(f"[bold]{'fits' if plan.fits else 'does not fit'}[/], {room} {'left' if plan.fits else 'over'}")
-    for line in plan.to_json()["advice"]:
+    for line in plan.advice:
         console.print(f"  {line}", soft_wrap=True)
     console.print()
 
@@ -113,10 +112,6 @@ def _print_collectives(plan: Plan, console: Console) -> None:
     if rest:
         megabytes = sum(collective.bytes_per_device for collective, _ in rest) / 1e6
         console.print(f"and {len(rest)} lighter kinds, {megabytes:,.3f} MB in all: --json lists them")
-
-
-def _readable(size: int) -> str:
-    return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.2f} MiB"
 
 
 def _table(*headings: str) -> Table:

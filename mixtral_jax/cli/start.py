@@ -8,13 +8,15 @@ import jax
 from rich.console import Console
 
 from mixtral_jax.cli.flags import RunFlags
-from mixtral_jax.cli.workdir import open_workdir
+from mixtral_jax.cli.workdir import NEEDED, open_workdir
 from mixtral_jax.config import Config, require
+from mixtral_jax.finetune.trained import describe_trained
+from mixtral_jax.finetune.tunable import make_tunable
 from mixtral_jax.kernels.attention import choose_attention
 from mixtral_jax.kernels.choice import Choice
 from mixtral_jax.kernels.grouped_matmul import choose_kernel
 from mixtral_jax.model.dispatch.choose import choose_transport
-from mixtral_jax.model.transformer import count_parameters, model_maker
+from mixtral_jax.model.transformer import count_parameters
 from mixtral_jax.parallel.agreement import EQUAL, find_unequal_devices, require_agreement, share_devices
 from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, matmul_precision, resolve_mesh, use_virtual_cpu_devices
 from mixtral_jax.parallel.processes import Processes
@@ -49,11 +51,20 @@ def start_run(flags: RunFlags, processes: Processes) -> Run:
     )
     require_agreement(processes, flags.config, flags.workdir)
     config, mesh = start_devices(flags.config, processes)
-    if flags.workdir is None:
-        require(processes.count == 1, "--workdir=DIR is needed with several processes, on storage they all see")
-    workdir = flags.workdir or Path("runs") / f"{flags.config_path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    workdir = choose_workdir(flags, processes)
     open_workdir(workdir, config, processes)
     return Run(config, mesh, workdir, make_console(processes.index == 0), processes)
+
+
+def choose_workdir(flags: RunFlags, processes: Processes) -> Path:
+    """The workdir that the flags name, or else one with the config and the time in its name.
+
+    Raises:
+        ConfigError: none is named, and several processes would each choose their own.
+    """
+    if flags.workdir is None:
+        require(processes.count == 1, NEEDED)
+    return flags.workdir or Path("runs") / f"{flags.config_path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def start_devices(config: Config, processes: Processes) -> tuple[Config, jax.sharding.Mesh]:
@@ -63,10 +74,19 @@ def start_devices(config: Config, processes: Processes) -> tuple[Config, jax.sha
         ConfigError: the processes have unequal devices, or the mesh does not fit them.
     """
     prepare_devices(config)
-    unequal = find_unequal_devices(share_devices(processes))
-    require(not unequal, f"{'; '.join(unequal)}: {EQUAL}")
+    require_equal_devices(processes)
     config = resolve_mesh(config, jax.device_count())
     return config, make_mesh(config.mesh)
+
+
+def require_equal_devices(processes: Processes) -> None:
+    """Makes sure that all processes have devices of one kind, and as many.
+
+    Raises:
+        ConfigError: names those that differ.
+    """
+    unequal = find_unequal_devices(share_devices(processes))
+    require(not unequal, f"{'; '.join(unequal)}: {EQUAL}")
 
 
 def prepare_devices(config: Config) -> None:
@@ -80,8 +100,10 @@ def describe_run(run: Run) -> None:
     """Says what is about to happen: devices, mesh, who holds which experts, parameters, kernel."""
     config, mesh, say = run.config, run.mesh, run.console.print
     device = mesh.devices.flat[0]
+    tunable = make_tunable(config, device.platform)
     with jax.set_mesh(mesh):
-        count = count_parameters(jax.eval_shape(model_maker(config, device.platform)))
+        model = jax.eval_shape(tunable.make_model)
+    count = count_parameters(model)
     virtual = " (virtual: one CPU pretends)" if device.platform == "cpu" and mesh.size > 1 else ""
     say(f"[bold]workdir[/]     {run.workdir}")
     say(f"[bold]devices[/]     {mesh.size} x {device.device_kind}{virtual}, {jax.process_count()} process(es)")
@@ -92,6 +114,8 @@ def describe_run(run: Run) -> None:
         f"[bold]parameters[/]  {count.total:,} in all, {count.active:,} active a token "
         f"(top-{config.router.num_experts_per_token} of {config.model.num_experts} experts)"
     )
+    if config.finetune:
+        say(describe_trained(model, tunable.trainable))
     say(f"[bold]computes[/]    in {config.model.dtype}")
     for part, choice in choose_kernels(config, device.platform).items():
         say(f"[bold]{part:<12}[/]{choice}")

@@ -7,6 +7,7 @@ import os
 import secrets
 import time
 from pathlib import Path
+from typing import Any
 
 from mixtral_jax.config import Config, ConfigError, require
 from mixtral_jax.config_mapping import changed_keys
@@ -14,6 +15,9 @@ from mixtral_jax.parallel.processes import Processes
 
 # Network file systems remember for some seconds that a file was not there.
 _VISIBLE_SECONDS = 15.0
+
+# Each of several processes would choose a folder of its own.
+NEEDED = "--workdir is needed with several processes: name a folder on storage that all of them share"
 
 
 def open_workdir(workdir: Path, config: Config, processes: Processes) -> None:
@@ -27,22 +31,40 @@ def open_workdir(workdir: Path, config: Config, processes: Processes) -> None:
             workdir.mkdir(parents=True, exist_ok=True)
             _lock(workdir)
             _check_saved(workdir, config)
-            temporary = workdir / f"config.json.{os.getpid()}"
-            temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-            temporary.replace(workdir / "config.json")
+            write_json(workdir / "config.json", dataclasses.asdict(config))
         except OSError as error:
-            raise ConfigError(
-                f"--workdir={workdir} cannot be written ({error}): name a folder that you may write"
-            ) from error
-    blind = find_blind_processes(workdir, processes)
-    if blind:
-        raise ConfigError(
-            f"--workdir={workdir} of process 0 is not seen by process {', '.join(map(str, blind))}: name a folder on "
-            "storage that all processes share, by the same path"
-        )
+            raise not_writable(workdir, error.strerror or str(error)) from error
+    require_seen_by_all(workdir, processes)
 
 
-def find_blind_processes(workdir: Path, processes: Processes) -> list[int]:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a file that is whole whenever it is there."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    temporary.write_text(text, "utf-8", errors="backslashreplace")  # Names of files need be no UTF-8: \udc80 in JSON.
+    temporary.replace(path)
+
+
+def not_writable(workdir: Path, reason: str) -> ConfigError:
+    """What to say of a workdir in which no file can be made."""
+    return ConfigError(f"--workdir={workdir} cannot be written ({reason}): name another, or mend its rights")
+
+
+def require_seen_by_all(workdir: Path, processes: Processes) -> None:
+    """Makes sure that all processes see what process 0 writes into `workdir`, an existing folder there.
+
+    Raises:
+        ConfigError: names those that do not.
+    """
+    blind = _find_blind(workdir, processes)
+    require(
+        not blind,
+        f"--workdir={workdir} of process 0 is not seen by process {', '.join(map(str, blind))}: name a folder on "
+        "storage that all processes share, by the same path",
+    )
+
+
+def _find_blind(workdir: Path, processes: Processes) -> list[int]:
     """The processes that do not see a file which process 0 puts into `workdir`, an existing folder there."""
     if processes.count == 1:
         return []
@@ -51,7 +73,7 @@ def find_blind_processes(workdir: Path, processes: Processes) -> list[int]:
         (workdir / name).touch()
     name = processes.share("workdir", name)[0]
     try:
-        sees = processes.share("workdir seen", _waits_for(workdir / name))
+        sees = processes.share("workdir seen", waits_for(workdir / name))
     finally:
         if processes.index == 0:
             (workdir / name).unlink()
@@ -70,7 +92,8 @@ def _lock(workdir: Path) -> None:
         os.close(descriptor)  # Some network file systems have no locks: there, two runs are not kept apart.
 
 
-def _waits_for(path: Path) -> bool:
+def waits_for(path: Path) -> bool:
+    """Whether what another process has written is seen here, within some seconds."""
     deadline = time.monotonic() + _VISIBLE_SECONDS
     while not path.exists():
         if time.monotonic() > deadline:
@@ -85,7 +108,7 @@ def _check_saved(workdir: Path, config: Config) -> None:
     if not path.exists() or not any((workdir / "checkpoints").glob("[0-9]*")):
         return
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text("utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is damaged ({error}): delete it to go on with the config given now") from None
     changed = changed_keys(saved, dataclasses.asdict(config))

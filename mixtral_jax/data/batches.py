@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -19,7 +19,7 @@ import numpy as np
 
 from mixtral_jax.config import require
 from mixtral_jax.data.packing import PackPlan, make_row
-from mixtral_jax.data.text import TokenStore
+from mixtral_jax.data.store import TokenStore
 from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.rules import AxisRules
 
@@ -33,14 +33,15 @@ class TrainBatches:
 
     Global row i is row `permutation(seed, epoch)[i % num_rows]` of the plan, epoch = i // num_rows;
     batch b is the global rows from b * batch_size. A plan smaller than a batch is read several times
-    in it.
+    in it. With weights, sources are dealt out evenly in that proportion, each in epochs of its own.
 
     Args:
         batch_size: sequences in a batch, over all processes.
         gradient_accumulation: micro-batches they are dealt into; changes the shape, not the rows.
+        weights: the parts of the sources; None: each row of the plan once an epoch.
 
     Raises:
-        ConfigError: the plan has no row.
+        ConfigError: the plan has no row, or none of a source that has a weight.
     """
 
     def __init__(
@@ -53,11 +54,12 @@ class TrainBatches:
         seed: int,
         mesh: jax.sharding.Mesh,
         rules: AxisRules,
+        weights: Sequence[float] | None = None,
     ):
         _require_rows(plan, "train")
         self._plan = plan
         self._shape = (gradient_accumulation, batch_size // gradient_accumulation)
-        self._order = grain.MapDataset.range(plan.num_rows).seed(seed).shuffle().repeat()
+        self._order = _mix(plan, seed, weights) if weights else _shuffle(0, plan.num_rows, seed)
         self._place = functools.partial(_place_rows, store, plan, mesh=mesh, rules=rules)
 
     def iterate(self, start: int) -> Generator[tuple[Batch, str], None, None]:
@@ -84,6 +86,10 @@ class TrainBatches:
 
     def _make(self, number: int) -> tuple[Batch, str]:
         row_ids = self.row_ids(number)
+        require(
+            self._plan.num_supervised[row_ids].any(),
+            f"batch {number} has no token to learn: its mean loss would be 0 / 0. Leave such rows out of data.path",
+        )
         digest = hashlib.sha256(self._plan.fingerprint.encode() + row_ids.tobytes())
         return self._place(row_ids.reshape(self._shape)), digest.hexdigest()[:16]
 
@@ -97,18 +103,49 @@ def held_out_batches(
     mesh: jax.sharding.Mesh,
     rules: AxisRules,
 ) -> list[Batch]:
-    """Always the same rows, at most `num_sequences`, spread evenly over the plan.
-
-    Arrays are [1, batch_size, T]; the last batch is filled up with rows that are masked throughout.
+    """`spread_batches` of a plan that must have rows, all at once.
 
     Raises:
         ConfigError: the plan has no row.
     """
     _require_rows(plan, "held-out")
+    layout = {"mesh": mesh, "rules": rules}
+    return list(spread_batches(store, plan, num_sequences=num_sequences, batch_size=batch_size, **layout))
+
+
+def spread_batches(
+    store: TokenStore,
+    plan: PackPlan,
+    *,
+    num_sequences: int,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    rules: AxisRules,
+) -> Iterator[Batch]:
+    """Always the same rows, at most `num_sequences`, spread evenly over the plan.
+
+    Arrays are [1, batch_size, T]; the last batch is filled up with rows that are masked throughout.
+    """
     count = min(num_sequences, plan.num_rows)
     padding = [_NO_ROW] * (-count % batch_size)
-    row_ids = np.concatenate([np.arange(count) * plan.num_rows // count, padding]).astype(np.int64)
-    return [_place_rows(store, plan, ids, mesh=mesh, rules=rules) for ids in row_ids.reshape(-1, 1, batch_size)]
+    row_ids = np.concatenate([np.arange(count) * plan.num_rows // max(count, 1), padding]).astype(np.int64)
+    for ids in row_ids.reshape(-1, 1, batch_size):
+        yield _place_rows(store, plan, ids, mesh=mesh, rules=rules)
+
+
+def _shuffle(first: int, end: int, seed: int) -> grain.MapDataset:
+    """Row ids without end, in another order every epoch."""
+    return grain.MapDataset.range(first, end).seed(seed).shuffle().repeat()
+
+
+def _mix(plan: PackPlan, seed: int, weights: Sequence[float]) -> grain.MapDataset:
+    """Row ids of all sources, dealt out by their weights."""
+    ends = list(itertools.accumulate(plan.rows_by_source))
+    ends += [plan.num_rows] * (len(weights) - len(ends))
+    for source, (first, end) in enumerate(itertools.pairwise([0, *ends])):
+        require(end > first, f"data.path: source {source + 1} has a weight, and no row to train on: leave it out")
+    parts = [_shuffle(first, end, seed) for first, end in itertools.pairwise([0, *ends])]
+    return grain.MapDataset.mix(parts, list(weights))
 
 
 def _require_rows(plan: PackPlan, side: str) -> None:

@@ -1,45 +1,51 @@
 """Reads the rows of one file, by the form that its suffix names.
 
-A row that gives no document becomes a `BadRow` that says where it is and what is wrong with it; a
-file that gives no rows is an error, since what it should have held is lost. Which files to read is
-for `sources` to say.
+A line that is no row becomes a `BadRow` that says where it is and what is wrong with it; a file that gives no rows is
+an error, since what it should have held is lost. Which files to read, and what a row must hold, is for others to say.
 """
 
 import csv
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mixtral_jax.config import ConfigError
 
+INVALID_JSON = "invalid JSON"
+INVALID_UTF8 = "invalid UTF-8"
+
 
 @dataclasses.dataclass(frozen=True)
-class Document:
-    """One text to train on; `origin` is where it was read, such as `file.jsonl:17`."""
+class RawRow:
+    """What was read of a row, whatever it holds; `origin` is where, such as `file.jsonl:17`."""
 
-    text: str
+    value: object
     origin: str
 
 
 @dataclasses.dataclass(frozen=True)
 class BadRow:
-    """A row that gives no document, and why."""
+    """A row that cannot be used, and why; `kind` is the same for all rows with the same mistake."""
 
     origin: str
     reason: str
+    kind: str
 
 
-def read_file(file: Path, text_field: str) -> Iterator[Document | BadRow]:
+def read_file(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     """The rows of a file; one whose suffix is not in `READERS` is text.
+
+    Args:
+        fields: what will be asked for: columns of other names are not read, and a text is filed under the first.
 
     Raises:
         ConfigError: the file, or what is left of it, cannot be read; names it and the reason.
     """
     try:
-        yield from READERS.get(file.suffix, _read_text)(file, text_field)
+        yield from READERS.get(file.suffix, _read_text)(file, fields)
     except (OSError, ValueError, RuntimeError, csv.Error) as error:  # pyarrow's own errors are among these.
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
@@ -47,59 +53,39 @@ def read_file(file: Path, text_field: str) -> Iterator[Document | BadRow]:
         ) from error
 
 
-def judge(row: object, text_field: str, origin: str) -> Document | BadRow:
-    """The document in a row, or what is wrong with it."""
-    if not isinstance(row, Mapping):
-        return BadRow(origin, f"a row must be an object with the field {text_field!r}, not {type(row).__name__}")
-    if text_field not in row:
-        names = ", ".join(map(str, row)) or "none"
-        return BadRow(origin, f"no field {text_field!r}; it has {names} (data.text_field names the field)")
-    text = row[text_field]
-    if not isinstance(text, str):
-        return BadRow(origin, f"field {text_field!r} must be text, not {type(text).__name__}")
-    if not text.strip():
-        return BadRow(origin, "empty text")
+def _read_json_line(line: bytes, origin: str) -> RawRow | BadRow:
     try:
-        text.encode()
-    except UnicodeEncodeError as error:  # Lone surrogates: \ud800 in JSON, or bytes a reader could not decode.
-        return BadRow(origin, f"invalid UTF-8 at character {error.start}")
-    return Document(text, origin)
-
-
-def _judge_json(line: bytes, text_field: str, origin: str) -> Document | BadRow:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
+        return RawRow(json.loads(line.decode("utf-8-sig")), origin)
     except UnicodeDecodeError as error:
-        return BadRow(origin, f"invalid UTF-8 at byte {error.start}")
+        return BadRow(origin, f"{INVALID_UTF8} at byte {error.start}", INVALID_UTF8)
     except (ValueError, RecursionError) as error:
-        return BadRow(origin, f"invalid JSON: {error}")
-    return judge(row, text_field, origin)
+        return BadRow(origin, f"{INVALID_JSON}: {error}", INVALID_JSON)
 
 
-def _read_text(file: Path, text_field: str) -> Iterator[Document | BadRow]:
+def _read_text(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    yield judge({text_field: text}, text_field, str(file))
+    yield RawRow({fields[0]: text}, str(file))
 
 
-def _read_json_lines(file: Path, text_field: str) -> Iterator[Document | BadRow]:
+def _read_json_lines(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     # Binary, so that a line of invalid UTF-8 is bad alone.
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield _judge_json(line.rstrip(b"\r\n"), text_field, f"{file}:{number}")
+                yield _read_json_line(line.rstrip(b"\r\n"), f"{file}:{number}")
 
 
-def _read_json(file: Path, text_field: str) -> Iterator[Document | BadRow]:
+def _read_json(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     content = file.read_bytes()
     try:
         rows = json.loads(content.decode("utf-8-sig"))
     except ValueError:
         if not _begins_with_json_line(content):
             raise
-        yield from _read_json_lines(file, text_field)  # Many a JSON Lines file is named `.json`.
+        yield from _read_json_lines(file, fields)  # Many a JSON Lines file is named `.json`.
         return
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
-        yield judge(row, text_field, f"{file}:{number}")
+        yield RawRow(row, f"{file}:{number}")
 
 
 def _begins_with_json_line(content: bytes) -> bool:
@@ -110,25 +96,25 @@ def _begins_with_json_line(content: bytes) -> bool:
     return True
 
 
-def _read_csv(file: Path, text_field: str) -> Iterator[Document | BadRow]:
+def _read_csv(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     csv.field_size_limit(sys.maxsize)  # The default, 128 KB, is less than many a document.
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         reader = csv.DictReader(lines)
         last_line = reader.line_num if reader.fieldnames else 0
         for row in reader:
-            yield judge(row, text_field, f"{file}:{last_line + 1}")
+            yield RawRow(row, f"{file}:{last_line + 1}")
             last_line = reader.line_num
 
 
-def _read_parquet(file: Path, text_field: str) -> Iterator[Document | BadRow]:
+def _read_parquet(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file) as table:
-        columns = [text_field] if text_field in table.schema_arrow.names else None
-        yield from _judge_columns(table.iter_batches(batch_size=1024, columns=columns), text_field, file)
+        columns = [name for name in fields if name in table.schema_arrow.names] or None
+        yield from _read_columns(table.iter_batches(batch_size=1024, columns=columns), fields, file)
 
 
-def _read_arrow(file: Path, text_field: str) -> Iterator[Document | BadRow]:
+def _read_arrow(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     import pyarrow
 
     with pyarrow.memory_map(str(file)) as source:
@@ -138,27 +124,27 @@ def _read_arrow(file: Path, text_field: str) -> Iterator[Document | BadRow]:
         else:  # The streaming form, which `datasets` writes.
             source.seek(0)
             batches = pyarrow.ipc.open_stream(source)
-        yield from _judge_columns(batches, text_field, file)
+        yield from _read_columns(batches, fields, file)
 
 
-def _judge_columns(batches: Any, text_field: str, file: Path) -> Iterator[Document | BadRow]:
-    """The rows of record batches, counted from 1."""
+def _read_columns(batches: Any, fields: Sequence[str], file: Path) -> Iterator[RawRow | BadRow]:
+    """The rows of record batches, counted from 1; all names and no values where none of `fields` is among them."""
     number = 0
     for batch in batches:
         names = batch.schema.names
-        texts = batch.column(text_field) if text_field in names else [None] * batch.num_rows
-        for text in texts:
+        columns = {name: batch.column(name) for name in fields if name in names}
+        for place in range(batch.num_rows):
             number += 1
             origin = f"{file}:{number}"
             try:
-                row = {text_field: text.as_py()} if text is not None else dict.fromkeys(names)
+                row = {name: column[place].as_py() for name, column in columns.items()} or dict.fromkeys(names)
             except UnicodeDecodeError as error:
-                yield BadRow(origin, f"invalid UTF-8 at byte {error.start}")
+                yield BadRow(origin, f"{INVALID_UTF8} at byte {error.start}", INVALID_UTF8)
             else:
-                yield judge(row, text_field, origin)
+                yield RawRow(row, origin)
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Document | BadRow]]] = {
+READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[RawRow | BadRow]]] = {
     ".txt": _read_text,
     ".jsonl": _read_json_lines,
     ".json": _read_json,

@@ -1,70 +1,125 @@
 """Finds what `data.path` names and reads its rows, whatever files they lie in.
 
-How a file is read is for `readers`; how many bad rows are too many is for `text` to judge, as are
-tokens and the held-out split.
+How a file is read is for `readers`; what a row becomes, for `documents` and `conversations`; how many bad ones are too
+many, for `corpus`.
 """
 
+import dataclasses
 import glob
 import hashlib
-import os
+import math
 import platform
-import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mixtral_jax.config import ConfigError, require
-from mixtral_jax.data.readers import READERS, BadRow, Document, judge, read_file
+from mixtral_jax.data.readers import READERS, BadRow, RawRow, read_file
+from mixtral_jax.data.stdlib import list_stdlib, stdlib_root, walk
+from mixtral_jax.data.stdlib_chat import make_conversations
 
 STDLIB = "python-stdlib"
+STDLIB_CHAT = "python-stdlib-chat"
 HUB = "hub:"
 
-# Beside code worth learning from, the standard library holds installed packages, its own tests, and
-# modules that are tables written out by a program.
-_STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 # What `datasets` notes about a folder of Arrow files; not rows.
 _BOOKKEEPING = {"dataset_info.json", "dataset_dict.json", "state.json"}
 
 
-def read_documents(path: str, text_field: str) -> Iterator[Document | BadRow]:
-    """The rows `path` names, always in the same order.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One of the places that `data.path` names; `weight` is its part of the rows of a batch, before all are divided by
+    their sum, or None: as much as it holds."""
+
+    path: str
+    weight: float | None = None
+
+
+def split_sources(path: str) -> list[Source]:
+    """The sources in a value of `data.path`: one, or several as `PATH[:WEIGHT],PATH[:WEIGHT]`.
+
+    Where one has a weight, the others have 1 unless they say otherwise. A name that exists as it is written is one
+    source, whatever commas and colons are in it.
+
+    Raises:
+        ConfigError: a source is empty or named twice, or a weight is not positive.
+    """
+    parts = [path] if Path(path).expanduser().exists() else path.split(",")
+    sources = [_split_weight(part.strip()) for part in parts]
+    paths = [source.path for source in sources]
+    for name in paths:
+        require(name, f"data.path={path} has an empty source: write PATH:WEIGHT,PATH:WEIGHT")
+        require(paths.count(name) == 1, f"data.path={path} names {name} twice: give it one weight instead")
+    if any(source.weight is not None for source in sources):
+        sources = [dataclasses.replace(source, weight=source.weight or 1.0) for source in sources]
+    return sources
+
+
+def find_weights(path: str) -> list[float] | None:
+    """The weights of the sources in a value of `data.path`; None if they have none."""
+    weights = [source.weight for source in split_sources(path)]
+    return None if None in weights else [weight for weight in weights if weight is not None]
+
+
+def _split_weight(part: str) -> Source:
+    name, _, weight = part.rpartition(":")
+    if not name or f"{name}:" == HUB or Path(part).expanduser().exists():
+        return Source(part)
+    try:
+        number = float(weight)
+    except ValueError:
+        return Source(part)
+    require(0 < number < math.inf, f"data.path: the weight of {name}:{weight} must be a positive number")
+    return Source(name, number)
+
+
+def read_rows(path: str, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
+    """The rows of one source, always in the same order.
 
     Args:
-        path: a value of `data.path` (docs/data.md lists its forms).
-        text_field: the field, or column, that holds the text of a row.
+        path: of a `Source` (docs/data.md lists its forms).
+        fields: those that will be asked for (see `read_file`).
 
     Raises:
         ConfigError: at once, when there is nothing to read; at a file that cannot be read.
     """
     if path.startswith(HUB):
         rows = enumerate(_load_hub(path), start=1)
-        return (judge(row, text_field, f"{path}:{number}") for number, row in rows)
-    return (row for file in _list_files(path) for row in read_file(file, text_field))
+        return (RawRow(row, f"{path}:{number}") for number, row in rows)
+    if path == STDLIB_CHAT:
+        rows = enumerate(make_conversations(stdlib_root(), list_stdlib()), start=1)
+        return (RawRow(row, f"{path}:{number}") for number, row in rows)
+    return (row for file in _list_files(path) for row in read_file(file, fields))
 
 
 def fingerprint_source(path: str) -> str:
-    """A hex hash of the names, sizes and times of the files that `path` names: it changes when they do."""
-    if path.startswith(HUB):
-        files = [Path(cached["filename"]) for cached in _load_hub(path).cache_files]
-    else:
-        files = _list_files(path)
-    digest = hashlib.sha256(f"{path} {platform.python_version() if path == STDLIB else ''}".encode())
-    for file in files:
-        stat = file.stat()
-        digest.update(f"\n{file.absolute()} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape"))
+    """A hex hash of the names, sizes and times of the files that `path`, of any form, names: changes when they do."""
+    digest = hashlib.sha256(path.encode(errors="surrogateescape"))
+    for source in split_sources(path):
+        if source.path in (STDLIB, STDLIB_CHAT):
+            digest.update(platform.python_version().encode())
+        for file in _list_source(source.path):
+            stat = file.stat()
+            digest.update(f"\n{file.absolute()} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def _list_source(path: str) -> list[Path]:
+    if path.startswith(HUB):
+        return [Path(cached["filename"]) for cached in _load_hub(path).cache_files]
+    return list_stdlib() if path == STDLIB_CHAT else _list_files(path)
 
 
 def _list_files(path: str) -> list[Path]:
     if path == STDLIB:
-        return _list_stdlib()
+        return list_stdlib()
     place = Path(path).expanduser()
     forms = ", ".join(READERS)
     if place.is_file():
         require(place.suffix in READERS, f"data.path={path} is none of {forms}: convert it, or rename it")
         return [place]
     if place.is_dir():
-        found = _walk(place, lambda name: name.startswith("."))
+        found = walk(place, lambda name: name.startswith("."))
     else:
         found = map(Path, glob.glob(str(place), recursive=True))
         require(
@@ -73,22 +128,6 @@ def _list_files(path: str) -> list[Path]:
     files = sorted(file for file in found if file.suffix in READERS and file.is_file())
     files = [file for file in files if file.name not in _BOOKKEEPING]
     require(files, f"data.path={path} holds no readable file: it must hold at least one of {forms}")
-    return files
-
-
-def _walk(root: Path, is_skipped: Callable[[str], bool]) -> Iterator[Path]:
-    """The files in and below `root`, without entering folders of a skipped name: they may hold millions."""
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not is_skipped(name)]
-        yield from (Path(folder, name) for name in files if not is_skipped(name))
-
-
-def _list_stdlib() -> list[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
-    found = _walk(root, _STDLIB_SKIPPED.__contains__)
-    # Some `__init__.py` are empty on purpose: nothing to learn, and nothing to warn about.
-    files = sorted(file for file in found if file.suffix == ".py" and file.stat().st_size > 1)
-    require(files, f"data.path={STDLIB}: this Python has no .py sources under {root}; name a file or a folder instead")
     return files
 
 

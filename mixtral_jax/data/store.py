@@ -1,6 +1,6 @@
 """Token stores: tokenised documents in files, written once from end to end and read from anywhere.
 
-Which documents go into which store, and where stores lie, is for `text` to say.
+Which documents go into which store, and where stores lie, is for `cache` and its callers to say.
 """
 
 import array
@@ -14,47 +14,91 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
+class Tokenized:
+    """A document as ids, BOS and EOS included.
+
+    Attributes:
+        tokens: int [num_tokens].
+        loss_mask: int [num_tokens], 1 on what is to be learnt; None: all of it.
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenStore:
-    """Tokenised documents, end to end: each is BOS, its ids, EOS.
+    """Tokenised documents, end to end: each begins with BOS, and most end with EOS.
 
     Attributes:
         tokens: uint16 or uint32 [num_tokens], read from disk as needed.
         offsets: int64 [num_documents + 1]; document d is `tokens[offsets[d]:offsets[d + 1]]`.
-        fingerprint: sha256, in hex, of the tokens and the lengths.
+        fingerprint: sha256, in hex, of the tokens, the lengths and the mask.
+        loss_mask: uint8 [num_tokens], 1 on what is to be learnt; None: all of it.
+        documents_by_source: how many documents came from each source, in order; empty: all from one.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     fingerprint: str
+    loss_mask: np.ndarray | None = None
+    documents_by_source: tuple[int, ...] = ()
+
+    @property
+    def num_documents(self) -> int:
+        """How many documents there are."""
+        return len(self.offsets) - 1
+
+    def read(self, document: int, start: int = 0, length: int | None = None) -> Tokenized:
+        """`length` tokens of a document from its token `start`; all that follow, if None."""
+        first, end = self.offsets[document] + start, self.offsets[document + 1]
+        span = slice(first, end if length is None else min(end, first + length))
+        return Tokenized(self.tokens[span], None if self.loss_mask is None else self.loss_mask[span])
 
 
 class StoreWriter:
-    """Writes a token store, document by document; leaving the context completes it."""
+    """Writes a token store, document by document; leaving the context completes it. All have a mask, or none has."""
 
     def __init__(self, folder: Path, dtype: np.dtype):
         folder.mkdir()
         self._folder = folder
         self._dtype = dtype
-        self._file = (folder / "tokens").open("wb")
+        self._tokens = (folder / "tokens").open("wb")
+        self._masks = (folder / "loss_mask").open("wb")
+        self._has_masks = False
         self._lengths = array.array("q")
+        self._by_source: list[int] = []
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> "StoreWriter":
         return self
 
-    def add(self, ids: np.ndarray) -> None:
-        """Appends a document, BOS and EOS included."""
-        tokens = ids.astype(self._dtype).tobytes()
-        self._file.write(tokens)
+    def add(self, document: Tokenized, source: int = 0) -> None:
+        """Appends a document of a source; sources come in order."""
+        tokens = document.tokens.astype(self._dtype).tobytes()
+        self._tokens.write(tokens)
         self._digest.update(tokens)
-        self._lengths.append(len(ids))
+        if document.loss_mask is not None:
+            self._has_masks = True
+            mask = document.loss_mask.astype(np.uint8).tobytes()
+            self._masks.write(mask)
+            self._digest.update(mask)
+        self._lengths.append(len(document.tokens))
+        self._by_source += [0] * (source + 1 - len(self._by_source))
+        self._by_source[source] += 1
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        self._tokens.close()
+        self._masks.close()
         lengths = np.array(self._lengths, np.int64)
         self._digest.update(lengths.tobytes())
         np.save(self._folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
-        summary = {"dtype": self._dtype.name, "fingerprint": self._digest.hexdigest()}
+        summary = {
+            "dtype": self._dtype.name,
+            "has_masks": self._has_masks,
+            "documents_by_source": self._by_source,
+            "fingerprint": self._digest.hexdigest(),
+        }
         (self._folder / "summary.json").write_text(json.dumps(summary))
 
 
@@ -66,11 +110,18 @@ def open_store(folder: Path) -> TokenStore:
     """
     summary = json.loads((folder / "summary.json").read_text())
     offsets = np.load(folder / "offsets.npy")
-    file = folder / "tokens"
-    size, expected = file.stat().st_size, int(offsets[-1]) * np.dtype(summary["dtype"]).itemsize
+    num_tokens = int(offsets[-1])
+    tokens = _map(folder / "tokens", np.dtype(summary["dtype"]), num_tokens)
+    masks = _map(folder / "loss_mask", np.dtype(np.uint8), num_tokens) if summary["has_masks"] else None
+    return TokenStore(tokens, offsets, summary["fingerprint"], masks, tuple(summary["documents_by_source"]))
+
+
+def _map(file: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    """The file as an array that is read from disk as needed."""
+    size, expected = file.stat().st_size, count * dtype.itemsize
     if size != expected:
         raise ValueError(f"{file} holds {size} bytes instead of {expected}")
-    return TokenStore(np.memmap(file, summary["dtype"], mode="r"), offsets, summary["fingerprint"])
+    return np.memmap(file, dtype, mode="r")
 
 
 def flush_to_disk(folder: Path) -> None:

@@ -69,6 +69,15 @@ class Tokenizer:
             np.concatenate([head, *self._encode_rest(rest)]) for head, (_, *rest) in zip(heads, chunks, strict=True)
         ]
 
+    def control_id(self, piece: str) -> int | None:
+        """The id of a control piece such as `[INST]`, which no text encodes to; None if there is no such piece."""
+        token = self._processor.piece_to_id(piece)
+        return token if self._processor.is_control(token) else None
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The piece of each id, as the model spells it: `\u2581` for a space, `<0x0A>` for a byte."""
+        return [self._processor.id_to_piece(int(token)) for token in ids]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids below `vocab_size`; control ids stand for none."""
         return self._processor.decode([int(token) for token in ids])
@@ -148,13 +157,22 @@ def load_tokenizer(spec: str, texts: Callable[[], Iterable[str]], saved: Path, *
         tokenizer = old or _train(num_pieces, texts)
         same = tokenizer.vocab_size == num_pieces
     else:
-        file = _find_mistral(spec) if spec in _MISTRAL_FILES else Path(spec).expanduser()
-        tokenizer = _read_model(file, f"data.tokenizer={spec}")
+        tokenizer = read_tokenizer(spec)
         same = old is None or old.fingerprint == tokenizer.fingerprint
     require(same, f"{saved} is another tokenizer than data.tokenizer={spec}: use a new workdir, or delete that file")
     if old is None and may_save:
         tokenizer.save(saved)
     return tokenizer
+
+
+def read_tokenizer(spec: str) -> Tokenizer:
+    """A tokenizer that there is already: a `.model` file, `mixtral` or `mixtral-v3`.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    file = _find_mistral(spec) if spec in _MISTRAL_FILES else Path(spec).expanduser()
+    return _read_model(file, f"data.tokenizer={spec}")
 
 
 def check_planned_vocabulary(spec: str, vocab_size: int) -> None:
@@ -201,7 +219,8 @@ def _find_mistral(spec: str) -> Path:
     files = [Path(folder) / "data" / _MISTRAL_FILES[spec] for folder in folders or ()]
     require(
         any(file.is_file() for file in files),
-        f"data.tokenizer={spec} needs the package mistral-common: pip install 'mixtral_jax[mistral]', or use train:N",
+        f"data.tokenizer={spec} needs the package mistral-common: pip install 'mixtral_jax[mistral]', "
+        "or name a .model file",
     )
     return next(file for file in files if file.is_file())
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,11 +12,11 @@ import numpy as np
 
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.model.balance import RoutingSums, router_metrics
+from mixtral_jax.model.transformer import ModelOutput
 from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.train.loss import cross_entropy
-from mixtral_jax.train.state import TrainState
 
-Evaluator = Callable[[TrainState], dict[str, Any]]
+Evaluator = Callable[[Any], dict[str, Any]]
 
 
 @jax.tree_util.register_dataclass
@@ -51,9 +51,9 @@ class TokenBytes:
 
 
 def make_evaluator(
-    batches: Sequence[Batch], token_bytes: TokenBytes, baselines: Mapping[str, float] | None = None
+    batches: Iterable[Batch], token_bytes: TokenBytes, baselines: Mapping[str, float] | None = None
 ) -> Evaluator:
-    """A function from a state to `eval/` figures over all of `batches`.
+    """A function from a model, as `Transformer` is one, to `eval/` figures over all of `batches`.
 
     Bits per byte divides by the bytes of text that the predicted tokens stand for. `baselines` (bits per
     byte by name, on the same tokens) are given back beside them.
@@ -61,17 +61,17 @@ def make_evaluator(
     per_token_V = token_bytes.per_token.astype(np.int32)
 
     @jax.jit
-    def sum_batch(state: TrainState, batch: Batch) -> _EvalSums:
+    def sum_batch(model: Callable[..., ModelOutput], batch: Batch) -> _EvalSums:
         micro = jax.tree.map(lambda rows: rows[0], batch)
-        output = state.model()(micro.tokens, micro.positions, micro.segment_ids)
+        output = model(micro.tokens, micro.positions, micro.segment_ids)
         losses_BT = cross_entropy(output.logits_BTV, micro.targets) * micro.loss_mask.astype(jnp.float32)
         sharding = jax.typeof(micro.targets).sharding
         piece_bytes_BT = jnp.asarray(per_token_V).at[micro.targets].get(out_sharding=sharding)
         bytes_BT = token_bytes.in_text(piece_bytes_BT, micro.tokens) * micro.loss_mask
         return _EvalSums(jnp.sum(losses_BT), jnp.sum(micro.loss_mask), jnp.sum(bytes_BT), output.routing.sums)
 
-    def evaluate(state: TrainState) -> dict[str, Any]:
-        sums = functools.reduce(functools.partial(jax.tree.map, jnp.add), (sum_batch(state, b) for b in batches))
+    def evaluate(model: Any) -> dict[str, Any]:
+        sums = functools.reduce(functools.partial(jax.tree.map, jnp.add), (sum_batch(model, b) for b in batches))
         nats, tokens, num_bytes = float(sums.nats), int(sums.tokens), int(sums.bytes)
         loss = nats / tokens
         routing = {

@@ -1,176 +1,196 @@
-"""Grouped matmuls as loops over blocks of rows, with their own gradients.
+"""Grouped matmuls without a kernel: a batched matmul over the head of every group, loops over its tail.
 
-An expert's rows are cut into blocks of `BLOCK`. How many blocks there are is known only at run time,
-so the cost is that of the rows that are there, rounded up to a block an expert, however skewed the
-routing. The whole SwiGLU of a block runs in one loop body: on a CPU the block stays in cache between
-the three matmuls.
-
-The last block of an expert reaches into the rows of the next, who overwrites what it writes there;
-arrays are a block longer than their rows, so that the very last one has where to reach.
+The head of a group, its first rows up to half of what a balanced routing gives, is padded and goes
+through one batched matmul with the heads of the others. Its tail is cut into blocks, large ones and
+then small ones for the rest, whose number is known only at run time: so the cost is that of the
+rows that are there, however skewed the routing. On a CPU the first part saves copies of weights and
+of their gradients, an expert at a time; the second saves the padding.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-BLOCK = 256
+from mixtral_jax.kernels.groups import RowGroups
+
+# Rows of the blocks of a tail. Below 64, a matmul on a CPU costs as much as one of 64.
+LARGE, SMALL = 256, 64
+
+# (rows of a group [b, X], the weights of its expert) -> results [b, Y].
+Apply = Callable[[jax.Array, Any], jax.Array]
 
 
-@jax.custom_vjp
-def grouped_matmul(x_RD: jax.Array, weight_EDF: jax.Array, rows_per_expert_E: jax.Array) -> jax.Array:
+def grouped_matmul(x_RD: jax.Array, weight_EDF: jax.Array, groups: RowGroups) -> jax.Array:
     """y[r] = x[r] @ weight[expert of r]; see `kernels.grouped_matmul`."""
-    x_PD = _lengthen(x_RD)
-
-    def multiply(weight_DF, block, y_PF):
-        return block.write(y_PF, block.read(x_PD) @ weight_DF)
-
-    y_PF = _zeros(x_PD, weight_EDF.shape[-1])
-    return _for_each_block(rows_per_expert_E, multiply, weight_EDF, y_PF)[: len(x_RD)]
+    return _apply_to_groups(jnp.matmul, x_RD, weight_EDF, groups)
 
 
-def _matmul_forward(x_RD, weight_EDF, rows_per_expert_E):
-    return grouped_matmul(x_RD, weight_EDF, rows_per_expert_E), (x_RD, weight_EDF, rows_per_expert_E)
-
-
-def _matmul_backward(residuals, dy_RF):
-    x_RD, weight_EDF, rows_per_expert_E = residuals
-    x_PD, dy_PF = _lengthen(x_RD), _lengthen(dy_RF)
-
-    def differentiate(weight_DF, block, dx_PD, dweight_DF):
-        dy_bF = block.read_own(dy_PF)
-        return block.write(dx_PD, dy_bF @ weight_DF.T), dweight_DF + _outer(block.read(x_PD), dy_bF)
-
-    dx_PD, dweight_EDF = _sum_each_block(rows_per_expert_E, differentiate, weight_EDF, jnp.zeros_like(x_PD))
-    return dx_PD[: len(x_RD)], dweight_EDF, None
-
-
-grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-@jax.custom_vjp
 def grouped_swiglu(
-    x_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, rows_per_expert_E: jax.Array
+    x_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, groups: RowGroups
 ) -> jax.Array:
     """y[r] = down(silu(gate(x[r])) * up(x[r])) of the expert of r; see `kernels.grouped_matmul`."""
-    x_PD = _lengthen(x_RD)
-
-    def apply(weights, block, y_PD):
-        gate_DF, up_DF, down_FD = weights
-        x_bD = block.read(x_PD)
-        return block.write(y_PD, (jax.nn.silu(x_bD @ gate_DF) * (x_bD @ up_DF)) @ down_FD)
-
-    weights = (gate_EDF, up_EDF, down_EFD)
-    return _for_each_block(rows_per_expert_E, apply, weights, jnp.zeros_like(x_PD))[: len(x_RD)]
+    return _apply_to_groups(_swiglu, x_RD, (gate_EDF, up_EDF, down_EFD), groups)
 
 
-def _swiglu_forward(x_RD, gate_EDF, up_EDF, down_EFD, rows_per_expert_E):
-    x_PD = _lengthen(x_RD)
-
-    def apply(weights, block, results):
-        gate_DF, up_DF, down_FD = weights
-        y_PD, gated_PF, upped_PF = results
-        x_bD = block.read(x_PD)
-        gated_bF, upped_bF = x_bD @ gate_DF, x_bD @ up_DF
-        y_bD = (jax.nn.silu(gated_bF) * upped_bF) @ down_FD
-        return block.write(y_PD, y_bD), block.write(gated_PF, gated_bF), block.write(upped_PF, upped_bF)
-
-    F, weights = gate_EDF.shape[-1], (gate_EDF, up_EDF, down_EFD)
-    zeros = (jnp.zeros_like(x_PD), _zeros(x_PD, F), _zeros(x_PD, F))
-    y_PD, gated_PF, upped_PF = _for_each_block(rows_per_expert_E, apply, weights, zeros)
-    return y_PD[: len(x_RD)], (x_RD, gated_PF, upped_PF, weights, rows_per_expert_E)
+def _swiglu(x_bD: jax.Array, weights: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    gate_DF, up_DF, down_FD = weights
+    return _activate(x_bD @ gate_DF, x_bD @ up_DF) @ down_FD
 
 
-def _swiglu_backward(residuals, dy_RD):
-    x_RD, gated_PF, upped_PF, weights, rows_per_expert_E = residuals
-    x_PD, dy_PD = _lengthen(x_RD), _lengthen(dy_RD)
-
-    def differentiate(weights, block, dx_PD, dweights):
-        gate_DF, up_DF, down_FD = weights
-        dgate_DF, dup_DF, ddown_FD = dweights
-        x_bD, dy_bD = block.read(x_PD), block.read_own(dy_PD)
-        gated_bF, upped_bF = block.read(gated_PF), block.read(upped_PF)
-        sigmoid_bF = jax.nn.sigmoid(gated_bF)
-        silu_bF = gated_bF * sigmoid_bF
-        dhidden_bF = dy_bD @ down_FD.T
-        dupped_bF = dhidden_bF * silu_bF
-        dgated_bF = dhidden_bF * upped_bF * (sigmoid_bF + silu_bF * (1 - sigmoid_bF))
-        dx_PD = block.write(dx_PD, dgated_bF @ gate_DF.T + dupped_bF @ up_DF.T)
-        ddown_FD += _outer(silu_bF * upped_bF, dy_bD)
-        return dx_PD, (dgate_DF + _outer(x_bD, dgated_bF), dup_DF + _outer(x_bD, dupped_bF), ddown_FD)
-
-    dx_PD, dweights = _sum_each_block(rows_per_expert_E, differentiate, weights, jnp.zeros_like(x_PD))
-    return dx_PD[: len(x_RD)], *dweights, None
+@jax.checkpoint  # The backward pass keeps what the matmuls gave, and nothing in between.
+def _activate(gated_bF: jax.Array, upped_bF: jax.Array) -> jax.Array:
+    return jax.nn.silu(gated_bF) * upped_bF
 
 
-grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _apply_to_groups(apply: Apply, x_RX: jax.Array, weights: Any, groups: RowGroups) -> jax.Array:
+    """`apply` to the rows of each group with its own weights, of which each leaf is [E, ...]; zero elsewhere."""
+    return _forward(apply, x_RX, weights, groups)[0]
+
+
+def _forward(apply: Apply, x_RX: jax.Array, weights: Any, groups: RowGroups) -> tuple[jax.Array, Any]:
+    heads = _Heads.of(groups, len(x_RX))
+    y_ECY, pull_back = jax.vjp(jax.vmap(apply), heads.take(x_RX), weights)
+    x_PX = _lengthen(x_RX)
+
+    def add_tail(_, own_weights, tail, y_PY):
+        return tail.fold(lambda block, y_PY: block.add(y_PY, apply(block.read(x_PX), own_weights)), y_PY)
+
+    y_PY = _fold_tails(groups, heads.length, weights, add_tail, _lengthen(heads.put_back(y_ECY)))
+    return y_PY[: len(x_RX)], (pull_back, heads, x_RX, weights, groups)
+
+
+def _backward(apply: Apply, residuals: Any, dy_RY: jax.Array) -> tuple[jax.Array, Any, None]:
+    pull_back, heads, x_RX, weights, groups = residuals
+    dx_ECX, dweights = pull_back(heads.take(dy_RY))
+    x_PX, dy_PY = _lengthen(x_RX), _lengthen(dy_RY)
+
+    def add_tail(expert, own_weights, tail, carry):
+        dx_PX, dweights = carry
+
+        def add_block(block, carry):
+            dx_PX, own_sum = carry
+            _, pull_back = jax.vjp(apply, block.read(x_PX), own_weights)
+            dx_bX, own_part = pull_back(block.mask(block.read(dy_PY)))
+            return block.add(dx_PX, dx_bX), jax.tree.map(jnp.add, own_sum, own_part)
+
+        # Many small parts would vanish in bfloat16.
+        zeros = jax.tree.map(lambda weight: jnp.zeros_like(weight, dtype=jnp.float32), own_weights)
+        dx_PX, own_sum = tail.fold(add_block, (dx_PX, zeros))
+        return dx_PX, jax.tree.map(lambda whole, own: _add_at(whole, expert, own), dweights, own_sum)
+
+    start = (_lengthen(heads.put_back(dx_ECX)), jax.tree.map(lambda leaf: leaf.astype(jnp.float32), dweights))
+    dx_PX, dweights = _fold_tails(groups, heads.length, weights, add_tail, start)
+    return dx_PX[: len(x_RX)], jax.tree.map(lambda leaf, weight: leaf.astype(weight.dtype), dweights, weights), None
+
+
+_apply_to_groups.defvjp(_forward, _backward)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Heads:
+    """The first C rows of each group: where they are among all rows, and where each row is among them."""
+
+    row_EC: jax.Array  # R where the group has fewer
+    place_R: jax.Array  # E * C for a row of no head
+
+    @classmethod
+    def of(cls, groups: RowGroups, num_rows: int) -> "_Heads":
+        E = len(groups.rows_per_expert_E)
+        C = -(-groups.balanced_rows // (2 * E))
+        ends_E = jnp.cumsum(groups.rows_per_expert_E)
+        starts_E = ends_E - groups.rows_per_expert_E
+        row_EC = starts_E[:, None] + jnp.arange(C)[None]
+        expert_R = jnp.searchsorted(ends_E, jnp.arange(num_rows), side="right", method="compare_all")
+        place_R = jnp.arange(num_rows) - starts_E[jnp.minimum(expert_R, E - 1)]
+        is_in_R = (expert_R < E) & (place_R < C)
+        return cls(
+            row_EC=jnp.where(row_EC < ends_E[:, None], row_EC, num_rows),
+            place_R=jnp.where(is_in_R, expert_R * C + place_R, E * C),
+        )
+
+    @property
+    def length(self) -> int:
+        return self.row_EC.shape[1]
+
+    def take(self, x_RX: jax.Array) -> jax.Array:
+        """[E, C, X], zero where there is no row. Transpose: `put_back`."""
+        return x_RX.at[self.row_EC].get(mode="fill", fill_value=0)
+
+    def put_back(self, y_ECY: jax.Array) -> jax.Array:
+        """[R, Y], zero in rows of no head. Transpose: `take`."""
+        return y_ECY.reshape(-1, y_ECY.shape[-1]).at[self.place_R].get(mode="fill", fill_value=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """`BLOCK` rows from `start` on, of which those before `end` are the expert's own."""
+    """`size` rows from `start` on, of which those before `end` are the group's own."""
+
+    start: jax.Array
+    end: jax.Array
+    size: int
+
+    def read(self, array_PX: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(array_PX, self.start, self.size)
+
+    def mask(self, block_bX: jax.Array) -> jax.Array:
+        """Zero in the rows of others."""
+        return jnp.where((self.start + jnp.arange(self.size) < self.end)[:, None], block_bX, 0)
+
+    def add(self, array_PX: jax.Array, block_bX: jax.Array) -> jax.Array:
+        """Into the group's own rows."""
+        summed_bX = self.read(array_PX) + self.mask(block_bX)
+        return jax.lax.dynamic_update_slice_in_dim(array_PX, summed_bX, self.start, axis=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tail:
+    """The rows of a group from `start` to `end`."""
 
     start: jax.Array
     end: jax.Array
 
-    def read(self, array_PX: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(array_PX, self.start, BLOCK)
+    def fold(self, body: Callable[[_Block, Any], Any], carry: Any) -> Any:
+        """Folds `body(block, carry)` over large blocks, while they are full, and then small ones."""
+        num_large = (self.end - self.start) // LARGE
+        rest = self.start + num_large * LARGE
+        num_small = (self.end - rest + SMALL - 1) // SMALL
+        for start, num_blocks, size in ((self.start, num_large, LARGE), (rest, num_small, SMALL)):
 
-    def read_own(self, array_PX: jax.Array) -> jax.Array:
-        """The expert's own rows, zero elsewhere: what may be summed over rows."""
-        row_b = self.start + jnp.arange(BLOCK)
-        return jnp.where((row_b < self.end)[:, None], self.read(array_PX), 0)
+            def step(i, carry, start=start, size=size):
+                return body(_Block(start + i * size, self.end, size), carry)
 
-    def write(self, array_PX: jax.Array, block_bX: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(array_PX, block_bX, self.start, axis=0)
-
-
-def _for_each_block(rows_per_expert_E: jax.Array, body: Callable, weights: Any, carry: Any) -> Any:
-    """Folds `body(own weights, block, carry)` over the blocks of each expert in turn; `weights` are [E, ...]."""
-    for e in range(len(rows_per_expert_E)):
-        carry = _fold_expert(rows_per_expert_E, e, body, weights, carry)
-    return carry
+            carry = jax.lax.fori_loop(0, num_blocks, step, carry)
+        return carry
 
 
-def _sum_each_block(rows_per_expert_E: jax.Array, body: Callable, weights: Any, dx_PD: jax.Array) -> Any:
-    """Folds `body(own weights, block, dx, gradients of these)` likewise; the gradients come out [E, ...].
-
-    They are summed in float32, for many small parts would vanish in bfloat16; and one expert at a time,
-    since XLA:CPU adds into a part of an array on one core only.
-    """
-    gradients = []
-    for e in range(len(rows_per_expert_E)):
-        zeros = jax.tree.map(lambda weight: jnp.zeros_like(weight, shape=weight.shape[1:], dtype=jnp.float32), weights)
-
-        def step(own_weights, block, carry):
-            return body(own_weights, block, *carry)
-
-        dx_PD, own = _fold_expert(rows_per_expert_E, e, step, weights, (dx_PD, zeros))
-        gradients.append(own)
-    return dx_PD, jax.tree.map(lambda weight, *own: jnp.stack(own).astype(weight.dtype), weights, *gradients)
-
-
-def _fold_expert(rows_per_expert_E: jax.Array, e: int, body: Callable, weights: Any, carry: Any) -> Any:
-    end = jnp.sum(rows_per_expert_E[: e + 1])
-    start = end - rows_per_expert_E[e]
-    own_weights = jax.tree.map(lambda weight: weight[e], weights)  # Here: in the loop, it is a copy for every block.
+def _fold_tails(
+    groups: RowGroups, head_length: int, weights: Any, body: Callable[[jax.Array, Any, _Tail, Any], Any], carry: Any
+) -> Any:
+    """Folds `body(expert, its weights, tail, carry)` over the groups that are longer than their head."""
+    ends_E = jnp.cumsum(groups.rows_per_expert_E)
+    lengths_E = jnp.maximum(groups.rows_per_expert_E - head_length, 0)
+    longest_first_E = jnp.argsort(-lengths_E)
 
     def step(i, carry):
-        return body(own_weights, _Block(start + i * BLOCK, end), carry)
+        e = longest_first_E[i]
+        own_weights = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, e, keepdims=False), weights)
+        return body(e, own_weights, _Tail(ends_E[e] - lengths_E[e], ends_E[e]), carry)
 
-    return jax.lax.fori_loop(0, (end - start + BLOCK - 1) // BLOCK, step, carry)
+    return jax.lax.fori_loop(0, jnp.sum(lengths_E > 0), step, carry)
 
 
-def _outer(x_bX: jax.Array, dy_bY: jax.Array) -> jax.Array:
-    return jnp.matmul(x_bX.T, dy_bY, preferred_element_type=jnp.float32)
+def _add_at(whole_EXY: jax.Array, e: jax.Array, own_XY: jax.Array) -> jax.Array:
+    """Not `.at[e].add`, a scatter."""
+    sum_XY = jax.lax.dynamic_index_in_dim(whole_EXY, e, keepdims=False) + own_XY
+    return jax.lax.dynamic_update_index_in_dim(whole_EXY, sum_XY, e, axis=0)
 
 
 def _lengthen(x_RX: jax.Array) -> jax.Array:
-    """P = R + BLOCK rows."""
-    return jnp.concatenate([x_RX, jnp.zeros_like(x_RX, shape=(BLOCK, x_RX.shape[1]))])
-
-
-def _zeros(like_RX: jax.Array, width: int) -> jax.Array:
-    return jnp.zeros_like(like_RX, shape=(like_RX.shape[0], width))
+    """P = R + LARGE rows: the last block of the last group may reach beyond."""
+    return jnp.concatenate([x_RX, jnp.zeros_like(x_RX, shape=(LARGE, x_RX.shape[1]))])

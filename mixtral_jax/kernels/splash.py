@@ -16,9 +16,14 @@ def find_obstacle(head_dim: int, sequence_length: int, platform: str) -> str:
         return "a TPU"
     if head_dim % _LANES:
         return f"model.head_dim={head_dim} to be a multiple of {_LANES}"
-    if sequence_length % _LANES:
+    if not fits(sequence_length):
         return f"train.sequence_length={sequence_length} to be a multiple of {_LANES}"
     return ""
+
+
+def fits(num_tokens: int) -> bool:
+    """Whether rows of so many tokens are whole tiles."""
+    return num_tokens % _LANES == 0
 
 
 def attend(

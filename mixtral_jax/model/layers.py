@@ -12,25 +12,42 @@ from mixtral_jax.parallel.rules import AxisRules
 class Projection(nnx.Module):
     """An einsum with one weight, sharded at birth: how dense parts of the model multiply by a parameter.
 
-    `axes` are the logical axes of the weight. Its FSDP shards are gathered, in the compute dtype,
-    right before use; the transpose of that gather scatters the gradient.
+    `axes` are the logical axes of the weight. Its shards are gathered, in the compute dtype, right before use.
+    `init` draws the weight, by default from the config's normal distribution; `variable` is the kind of parameter.
     """
 
     def __init__(self, equation: str, shape: tuple[int, ...], axes: tuple[str | None, ...], *,
-                 config: ModelConfig, rules: AxisRules, rngs: nnx.Rngs, dtype: str | None = None):  # fmt: skip
+                 config: ModelConfig, rules: AxisRules, rngs: nnx.Rngs, dtype: str | None = None,
+                 init: nnx.Initializer | None = None, variable: type[nnx.Param] = nnx.Param):  # fmt: skip
         self.equation = equation
         self.axes = axes
         self.rules = rules
         self.dtype = dtype or config.dtype
-        init = nnx.initializers.normal(config.initializer_range)
+        init = init or nnx.initializers.normal(config.initializer_range)
         weight = init(rngs.params(), shape, config.param_dtype, out_sharding=rules.spec(*axes))
-        self.weight = nnx.Param(weight)
+        self.weight = variable(weight)
 
     def __call__(self, x: jax.Array, out_sharding: P) -> jax.Array:
-        weight = jax.reshard(self.weight[...].astype(self.dtype), self.rules.gathered(*self.axes))
+        weight = gather_weight(self.weight[...].astype(self.dtype), self.axes, self.rules)
         # A float32 projection in a bfloat16 model (the router) must not be computed in bfloat16 passes.
         precision = "highest" if self.dtype == "float32" else None
         return jnp.einsum(self.equation, x, weight, precision=precision, out_sharding=out_sharding)
+
+
+def gather_weight(weight: jax.Array, axes: tuple[str | None, ...], rules: AxisRules) -> jax.Array:
+    """A dense weight as `rules.gathered` lays it out, for each device to use on its own tokens.
+
+    `reduced` says that other devices use it on other tokens, so that its gradient stays a sum yet to be made.
+    In two steps, since XLA scatters a sum over some of its mesh axes, but makes one over all of them whole:
+    the transpose is a reduce-scatter over `fsdp`, and then a sum of those shards over the other axes.
+    """
+    stored, whole = rules.spec(*axes), rules.gathered(*axes)
+    if stored == whole:
+        return weight
+    over_fsdp = rules.spec(*("embed" if axis == "dense_embed" else axis for axis in axes))
+    tokens = frozenset(jax.tree.leaves(rules.batch))
+    weight = jax.reshard(weight, P(*over_fsdp, reduced=tokens - {"fsdp"}))
+    return jax.reshard(weight, P(*whole, reduced=tokens))
 
 
 class RMSNorm(nnx.Module):

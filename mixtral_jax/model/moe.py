@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mixtral_jax.config import DispatchConfig, ModelConfig, RouterConfig
-from mixtral_jax.kernels.grouped_matmul import Kernel, grouped_matmul, grouped_swiglu
+from mixtral_jax.kernels.grouped_matmul import Kernel, grouped_matmul, grouped_swiglu, swiglu_of_layer
+from mixtral_jax.kernels.groups import RowGroups
 from mixtral_jax.model.dispatch.choose import TRANSPORTS
 from mixtral_jax.model.dispatch.region import dispatch
 from mixtral_jax.model.router import Router, Routing
@@ -16,22 +17,25 @@ from mixtral_jax.parallel.rules import AxisRules
 
 
 class ExpertProjection(nnx.Module):
-    """One matrix per expert; multiplies rows that are sorted by expert."""
+    """One matrix per expert; multiplies rows that are sorted by expert. `init`, `variable`: as of `Projection`."""
 
-    def __init__(self, shape: tuple[int, int, int], axes: tuple[str, str, str], kernel: Kernel, *,
-                 config: ModelConfig, rules: AxisRules, rngs: nnx.Rngs):  # fmt: skip
+    def __init__(self, shape: tuple[int, int, int], axes: tuple[str | None, str | None, str | None], kernel: Kernel, *,
+                 config: ModelConfig, rules: AxisRules, rngs: nnx.Rngs,
+                 init: nnx.Initializer | None = None, variable: type[nnx.Param] = nnx.Param):  # fmt: skip
+        self.axes = axes
+        self.rules = rules
         self.kernel: Kernel = kernel
-        init = nnx.initializers.normal(config.initializer_range)
-        self.weight = nnx.Param(init(rngs.params(), shape, config.param_dtype, out_sharding=rules.spec(*axes)))
+        init = init or nnx.initializers.normal(config.initializer_range)
+        self.weight = variable(init(rngs.params(), shape, config.param_dtype, out_sharding=rules.spec(*axes)))
 
-    def __call__(self, x_RD: jax.Array, rows_per_expert_E: jax.Array) -> jax.Array:
-        return grouped_matmul(x_RD, self.weight[...], rows_per_expert_E, self.kernel)
+    def __call__(self, x_RD: jax.Array, groups: RowGroups) -> jax.Array:
+        return grouped_matmul(x_RD, self.weight[...], groups, self.kernel)
 
 
 class Experts(nnx.Module):
     """SwiGLU experts (arXiv 2002.05202) on contiguous rows; knows nothing of routing.
 
-    Each projection may be replaced by another callable on (x_RD, rows_per_expert_E): the fused kernel
+    Each projection may be replaced by another callable on (x_RD, groups): the fused kernel
     runs when all three are plain.
     """
 
@@ -43,13 +47,33 @@ class Experts(nnx.Module):
         self.up = ExpertProjection((E, D, F), ("expert", "embed", "mlp"), kernel, **shared)
         self.down = ExpertProjection((E, F, D), ("expert", "mlp", "embed"), kernel, **shared)
 
-    def __call__(self, x_RD: jax.Array, rows_per_expert_E: jax.Array) -> jax.Array:
+    def __call__(self, x_RD: jax.Array, groups: RowGroups) -> jax.Array:
+        if weights := self.plain_weights():
+            return grouped_swiglu(x_RD, *weights, groups, self.kernel)
+        hidden_RF = jax.nn.silu(self.gate(x_RD, groups)) * self.up(x_RD, groups)
+        return self.down(hidden_RF, groups)
+
+    def plain_weights(self) -> tuple[jax.Array, jax.Array, jax.Array] | None:
+        """Those of gate, up and down, unless one is no plain projection."""
         projections = (self.gate, self.up, self.down)
-        if all(type(projection) is ExpertProjection for projection in projections):
-            gate_EDF, up_EDF, down_EFD = (projection.weight[...] for projection in projections)
-            return grouped_swiglu(x_RD, gate_EDF, up_EDF, down_EFD, rows_per_expert_E, self.kernel)
-        hidden_RF = jax.nn.silu(self.gate(x_RD, rows_per_expert_E)) * self.up(x_RD, rows_per_expert_E)
-        return self.down(hidden_RF, rows_per_expert_E)
+        if any(type(projection) is not ExpertProjection for projection in projections):
+            return None
+        gate_EDF, up_EDF, down_EFD = (projection.weight[...] for projection in projections)
+        return gate_EDF, up_EDF, down_EFD
+
+
+class ExpertsOfLayer(nnx.Module):
+    """The experts of one layer of a stack, for a few rows and no gradient: weights are read where they lie."""
+
+    def __init__(self, stack: Experts, layer: jax.Array):
+        self.stack = stack
+        self.layer = nnx.data(layer)
+        self.kernel: Kernel = stack.kernel
+
+    def __call__(self, x_RD: jax.Array, groups: RowGroups) -> jax.Array:
+        if weights := self.stack.plain_weights():
+            return swiglu_of_layer(x_RD, *weights, groups, self.kernel, self.layer)
+        return jax.tree.map(lambda weight: weight[self.layer], self.stack)(x_RD, groups)
 
 
 class MoE(nnx.Module):
@@ -68,9 +92,12 @@ class MoE(nnx.Module):
     def __call__(self, x_BTD: jax.Array, is_real_BT: jax.Array) -> tuple[jax.Array, Routing]:
         routing = self.router(x_BTD, is_real_BT)
         # Cast before the gather: weights travel in the compute dtype.
-        experts = jax.tree.map(lambda weight: weight.astype(jnp.dtype(self.dtype)), self.experts)
+        experts = jax.tree.map(self._cast, self.experts)
         routes = (routing.experts_BTA, routing.weights_BTA, routing.is_kept_BTA)
         is_checked = self.experts.kernel != "tokamax"
         home = dispatch(experts, self.transport, self.num_experts, x_BTD, routes, self.rules, is_checked=is_checked)
         sums = dataclasses.replace(routing.sums, overflowed=home.overflowed.astype(jnp.float32))
         return home.y_BTD, dataclasses.replace(routing, sums=sums)
+
+    def _cast(self, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(self.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf

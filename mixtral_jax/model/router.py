@@ -67,12 +67,15 @@ def fits_capacity(
 
     An expert takes at most ceil(capacity_factor * k * n / E) routes from a sequence of n real tokens,
     those of highest weight first, ties by position. Decided per sequence, so that neither the mesh
-    nor the transport changes what is dropped.
+    nor the transport changes what is dropped. Weights are compared to 16 bits after the point: the first
+    tokens of the documents of a row are often one token, whose weights would tie but for rounding.
     """
     B, T, A = experts_BTA.shape
     # A table, in float64, less what rounding may add to a product that is whole (1.1 * 2 * 200 / 8 = 55).
     capacity_of_n = np.ceil(capacity_factor * A * np.arange(T + 1) / num_experts - 1e-9).astype(np.int32)
     capacity_B1 = jnp.asarray(capacity_of_n)[jnp.sum(is_real_BT, axis=1, keepdims=True, dtype=jnp.int32)]
+
+    rounded_BTA = jnp.round(weights_BTA * 2**16)
 
     def rank_in_expert(experts_TA, weights_TA, is_real_T):
         expert_R = jnp.where(is_real_T[:, None], experts_TA, num_experts).reshape(-1)
@@ -82,5 +85,5 @@ def fits_capacity(
         _, rank_R = jax.lax.sort((order_R, index_R - start_R), num_keys=1)
         return rank_R.reshape(T, A)
 
-    rank_BTA = jax.vmap(rank_in_expert)(experts_BTA, weights_BTA, is_real_BT)
+    rank_BTA = jax.vmap(rank_in_expert)(experts_BTA, rounded_BTA, is_real_BT)
     return rank_BTA < capacity_B1[..., None]

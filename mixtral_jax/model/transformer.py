@@ -6,15 +6,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.filterlib import Filter
 
 from mixtral_jax.config import Config, DispatchConfig, ModelConfig, RouterConfig
-from mixtral_jax.kernels.attention import choose_attention
+from mixtral_jax.kernels.attention import KeyValues, Past, choose_attention
 from mixtral_jax.kernels.grouped_matmul import choose_kernel
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.dispatch.choose import choose_transport
 from mixtral_jax.model.dispatch.region import ARRIVED
 from mixtral_jax.model.layers import Projection, RMSNorm
-from mixtral_jax.model.moe import MoE
+from mixtral_jax.model.moe import ExpertsOfLayer, MoE
 from mixtral_jax.model.router import Routing
 from mixtral_jax.parallel.rules import AxisRules
 
@@ -37,6 +38,16 @@ class ModelOutput:
     routing: Routing
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockOutput:
+    """What leaves a block, or all of them: routing and keys and values then have a leading L."""
+
+    x_BTD: jax.Array
+    routing: Routing
+    key_values: KeyValues | None
+
+
 class Block(nnx.Module):
     """Pre-norm attention and mixture of experts, each with a residual."""
 
@@ -49,11 +60,12 @@ class Block(nnx.Module):
         self.moe = MoE(config, router, dispatch, rules, rngs)
 
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
-    ) -> tuple[jax.Array, Routing]:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT)
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, past: Past | None = None
+    ) -> BlockOutput:
+        attended = self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT, past)
+        x_BTD = x_BTD + attended.y_BTD
         y_BTD, routing = self.moe(self.moe_norm(x_BTD), segment_ids_BT > 0)
-        return x_BTD + y_BTD, routing
+        return BlockOutput(x_BTD + y_BTD, routing, attended.key_values)
 
 
 class Transformer(nnx.Module):
@@ -75,7 +87,7 @@ class Transformer(nnx.Module):
         self.blocks = jax.vmap(lambda rngs: Block(config, router, dispatch, rules, rngs))(rngs.split(config.num_layers))
         self.norm = RMSNorm(config)
         self.unembed = Projection(
-            "BTD,DV->BTV", (config.hidden_size, config.vocab_size), ("embed", "vocab"),
+            "BTD,DV->BTV", (config.hidden_size, config.vocab_size), ("dense_embed", "vocab"),
             config=config, rules=rules, rngs=rngs,
         )  # fmt: skip
 
@@ -87,19 +99,52 @@ class Transformer(nnx.Module):
         `segment_ids_BT` numbers the documents of a row from 1 and is 0 at padding, which is neither
         attended to, routed nor counted; `positions_BT` restart in each. By default a row is one document.
         """
+        output = self.run_blocks(tokens_BT, positions_BT, segment_ids_BT)
+        return ModelOutput(self.to_logits(output.x_BTD), output.routing)
+
+    def run_blocks(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+        past: Past | None = None,
+        *,
+        gives_key_values: bool = False,
+    ) -> BlockOutput:
+        """As a call, up to the logits.
+
+        `past`, of all layers, is what these tokens attend to besides each other: those of their own segment that came
+        before. Keys and values of the new tokens are given where asked for; training has no use for them.
+        """
         rows = self.rules.spec("batch", None)
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape, out_sharding=rows)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
 
-        def apply_block(x_BTD, block):
-            return block(x_BTD, positions_BT, segment_ids_BT)
+        def apply_block(x_BTD, layer):
+            block, key_values, index = layer
+            of_layer = past and Past(key_values, past.segment_ids_BS)
+            if reads_in_place:
+                block.moe.experts = ExpertsOfLayer(self.blocks.moe.experts, index)
+            output = block(x_BTD, positions_BT, segment_ids_BT, of_layer)
+            return output.x_BTD, (output.routing, output.key_values if gives_key_values else None)
 
-        policy = REMAT_POLICIES[self.config.remat]
-        x_BTD, routing = jax.lax.scan(jax.checkpoint(apply_block, policy=policy), self._embed(tokens_BT), self.blocks)
-        logits_BTV = self.unembed(self.norm(x_BTD), self.rules.spec("batch", None, "act_vocab"))
-        return ModelOutput(logits_BTV, routing)
+        reads_in_place = past is not None and self._holds_experts_as_used()
+        body = jax.checkpoint(apply_block, policy=REMAT_POLICIES[self.config.remat])
+        indices = jnp.arange(self.config.num_layers) if reads_in_place else None
+        layers = (self.blocks, past and past.key_values, indices)
+        x_BTD, (routing, key_values) = jax.lax.scan(body, self._embed(tokens_BT), layers)
+        return BlockOutput(x_BTD, routing, key_values)
+
+    def _holds_experts_as_used(self) -> bool:
+        """Whether weights of experts are neither cast nor gathered on their way: they may be read from the stack."""
+        is_cast = self.config.param_dtype != self.config.dtype
+        return not is_cast and jax.sharding.get_abstract_mesh().shape["fsdp"] == 1
+
+    def to_logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Next-token logits [B, T, V] of what leaves the blocks, in the compute dtype."""
+        return self.unembed(self.norm(x_BTD), self.rules.spec("batch", None, "act_vocab"))
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         table_VD = jax.reshard(self.embedding_VD[...].astype(self.config.dtype), self.rules.spec(None, None))
@@ -108,18 +153,26 @@ class Transformer(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a model, and those that work on one token (both embeddings counted)."""
+    """Parameters of a model; those that work on one token; and of these those that multiply: not an embedding's."""
 
     total: int
     active: int
+    multiplying: int
 
 
-def count_parameters(model: Transformer) -> ParameterCount:
-    """Counts a model, or the shapes of one (`jax.eval_shape` of its maker): nothing need be allocated."""
-    total = sum(leaf.size for leaf in jax.tree.leaves(model))
-    in_experts = sum(leaf.size for leaf in jax.tree.leaves(model.blocks.moe.experts))
-    E = model.config.num_experts
-    return ParameterCount(total, total - in_experts * (E - model.num_experts_per_token) // E)
+def count_parameters(model: Transformer, kind: Filter = nnx.Param) -> ParameterCount:
+    """Counts a model, or the shapes of one (`jax.eval_shape` of its maker): nothing need be allocated.
+
+    `kind` tells the parameters that are counted from the others.
+    """
+    E, chosen = model.config.num_experts, model.num_experts_per_token
+    total = active = looked_up = 0
+    for path, leaf in jax.tree.flatten_with_path(nnx.state(model, kind))[0]:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        total += leaf.size
+        active += leaf.size * chosen // E if "experts" in names else leaf.size
+        looked_up += leaf.size if "embedding_VD" in names else 0
+    return ParameterCount(total, active, active - looked_up)
 
 
 def resolve_dispatch(config: Config, platform: str) -> DispatchConfig:

@@ -92,6 +92,19 @@ def require_agreement(processes: Processes, config: Config, workdir: Path | None
     return members
 
 
+def require_same(processes: Processes, name: str, said: str, fix: str) -> None:
+    """Makes sure that all processes say the same of `name`: one that differs would make the others wait for ever.
+
+    Raises:
+        ConfigError: who says what else than process 0, and `fix`; the same line on every process.
+    """
+    told = processes.share(name, said)  # What it is of may have taken one of them hours: no limit.
+    others = [index for index, there in enumerate(told) if there != told[0]]
+    if others:
+        who = ", ".join(map(str, others))
+        raise ConfigError(f"process {who} has {told[others[0]]}, but process 0 has {told[0]}: {fix}")
+
+
 def share_devices(processes: Processes) -> list[LocalDevices]:
     """The devices of every process, in order. Touches the devices of this one."""
     local = jax.local_devices()

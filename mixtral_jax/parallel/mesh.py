@@ -30,7 +30,7 @@ def resolve_mesh(config: Config, num_devices: int) -> Config:
         ConfigError: the axes do not fill the devices, or a dimension does not divide over its axis.
     """
     resolved = dataclasses.replace(config, mesh=_fill_mesh(config.mesh, num_devices, config.model.num_experts))
-    _check_divisibility(resolved)
+    _check_divisibility(resolved, num_devices)
     return resolved
 
 
@@ -79,7 +79,7 @@ def _device_advice(num_devices: int) -> str:
     )
 
 
-def _check_divisibility(config: Config) -> None:
+def _check_divisibility(config: Config, num_devices: int) -> None:
     mesh, model, train = config.mesh, config.model, config.train
     rules = (
         ("model.num_experts", model.num_experts, "mesh.expert", mesh.expert),
@@ -87,6 +87,7 @@ def _check_divisibility(config: Config) -> None:
         ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", mesh.tensor),
         ("model.intermediate_size", model.intermediate_size, "mesh.tensor", mesh.tensor),
         ("model.vocab_size", model.vocab_size, "mesh.tensor", mesh.tensor),
+        ("model.hidden_size", model.hidden_size, "mesh.fsdp x mesh.expert", mesh.fsdp * (mesh.expert or 1)),
         ("model.hidden_size", model.hidden_size, "mesh.fsdp x mesh.tensor", mesh.fsdp * mesh.tensor),
         (
             f"a micro-batch (train.batch_size={train.batch_size} / train.gradient_accumulation="
@@ -97,4 +98,10 @@ def _check_divisibility(config: Config) -> None:
         ),
     )
     for name, value, axis, size in rules:
-        require(value % (size or 1) == 0, f"{name}={value} must be a multiple of {axis}={size}: change either")
+        if value % (size or 1):
+            common = math.gcd(value, num_devices)
+            fitting = ", ".join(str(fits) for fits in range(1, common + 1) if common % fits == 0)
+            raise ConfigError(
+                f"{name}={value} must be a multiple of {axis}={size}: of {num_devices} devices, {axis} may take "
+                f"{fitting}"
+            )

@@ -5,6 +5,7 @@ while a collective hangs. One process that stops tells the others why, and they 
 would let them wait for its heartbeats, or for ever. What is compared is for `agreement`.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -56,6 +57,7 @@ class Processes:
         self.index = index
         self.count = count
         self._client = client
+        self._rounds: collections.Counter[str] = collections.Counter()
         self._is_over = threading.Event()
         self._ending = threading.Lock()  # Whichever thread holds it ends the process.
         self._watch = threading.Thread(target=self._watch_others, name="processes", daemon=True)
@@ -64,7 +66,7 @@ class Processes:
         """Gives every process's value of `name`, in their order, to each; values are what JSON can hold.
 
         Args:
-            name: of this exchange; a name serves once.
+            name: of this exchange; whenever a name comes again, it comes again on all of them.
             seconds: how long to wait for the others; None waits as long as they live.
 
         Raises:
@@ -72,7 +74,8 @@ class Processes:
         """
         if self._client is None:
             return [value]
-        folder = f"{_ROOT}/{name}/"
+        self._rounds[name] += 1
+        folder = f"{_ROOT}/{name}/{self._rounds[name]}/"
         self._client.key_value_set(f"{folder}{self.index}", json.dumps(value))
         start, pause = time.monotonic(), 0.01
         while len(found := self._client.key_value_dir_get(folder)) < self.count:
@@ -171,11 +174,17 @@ def join_processes(launch: Launch) -> Processes:
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                 shutdown_timeout_seconds=SHUTDOWN_SECONDS,
             )
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             # What jax says when neither flags nor environment name a cluster.
             if launch.coordinator is None and "coordinator_address should be defined" in str(error):
                 return Processes()
-            raise ConfigError(f"cannot join the other processes: {error}") from error
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                raise
+            # Such as a Kubernetes that lets nobody read its pods: many lines.
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"cannot join the other processes: {reason}: give --coordinator, --num_processes and --process_id"
+            ) from error
     state = distributed.global_state
     return Processes(state.process_id, state.num_processes, state.client if state.num_processes > 1 else None)
 

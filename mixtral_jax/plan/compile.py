@@ -4,14 +4,16 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 from mixtral_jax.config import Config, ConfigError
-from mixtral_jax.model.transformer import ParameterCount, count_parameters, model_maker
+from mixtral_jax.finetune.tunable import Tunable, make_tunable
+from mixtral_jax.model.dispatch.choose import choose_transport
+from mixtral_jax.model.transformer import ParameterCount, count_parameters
 from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.mesh import make_mesh, matmul_precision, resolve_mesh
 from mixtral_jax.parallel.rules import AxisRules
@@ -47,20 +49,23 @@ class CompiledStep:
     traced: Any
     memory: StepMemory
     parameters: ParameterCount
+    trained: ParameterCount
     seconds: float
 
 
 def compile_step(config: Config, target: Target) -> CompiledStep:
-    """Traces, lowers and compiles the step that `train.py` would run on these devices, of any size.
+    """Traces, lowers and compiles the step that a run would take on these devices, of any size.
 
     Raises:
-        ConfigError: the mesh does not fit the topology.
+        ConfigError: the mesh does not fit the topology, or the transport asked for does not work there.
     """
     config = fit_mesh(config, target)
+    choose_transport(config, target.topology.chip.kind)  # An estimate compiles for a CPU, where all of them work.
     mesh = make_mesh(config.mesh, target.devices)
+    tunable = make_tunable(config, target.platform)
     start = time.perf_counter()
     with _as_if_on(config, mesh):
-        state, traced = _trace(config, mesh, target.platform)
+        state, traced = _trace(config, mesh, tunable)
         # Without it the compiler refuses what does not fit, and says nothing more of it.
         options: dict[str, str | bool] = {"xla_tpu_no_crash_on_oom": True} if target.platform == "tpu" else {}
         compiled = traced.lower().compile(compiler_options=options)
@@ -70,11 +75,11 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
         parameters=_bytes_per_device((state.trained, state.frozen)),
         optimizer=_bytes_per_device(state.opt_state),
     )
-    with jax.set_mesh(mesh):
-        parameters = count_parameters(jax.eval_shape(model_maker(config, target.platform)))
+    model: Any = state.model()
     return CompiledStep(
-        config, mesh, parse_program(compiled.as_text() or ""), traced.jaxpr, memory, parameters, seconds
-    )
+        config=config, mesh=mesh, program=parse_program(compiled.as_text() or ""), traced=traced.jaxpr, memory=memory,
+        parameters=count_parameters(model), trained=count_parameters(model, tunable.trainable), seconds=seconds,
+    )  # fmt: skip
 
 
 def trace_grouped(config: Config, target: Target) -> Any:
@@ -86,7 +91,7 @@ def trace_grouped(config: Config, target: Target) -> Any:
     config = dataclasses.replace(config, dispatch=dispatch)
     mesh = make_mesh(config.mesh, target.devices)
     with _as_if_on(config, mesh):
-        return _trace(config, mesh, target.platform)[1].jaxpr
+        return _trace(config, mesh, make_tunable(config, target.platform))[1].jaxpr
 
 
 def fit_mesh(config: Config, target: Target) -> Config:
@@ -98,13 +103,15 @@ def fit_mesh(config: Config, target: Target) -> Config:
     try:
         return resolve_mesh(config, target.topology.num_devices)
     except ConfigError as error:
-        fitting = meshes_that_fit(config, target.topology.num_devices)
         name, count = target.topology.name, target.topology.num_devices
-        would = "; ".join(describe_mesh(mesh) for mesh in fitting[:4])
+        fitting = [describe_mesh(mesh) for mesh in meshes_that_fit(config, count)]
+        rows = count * config.train.gradient_accumulation
         advice = (
-            f"meshes that would: {would}" if fitting else f"no mesh does: make train.batch_size a multiple of {count}"
+            f"meshes that would: {'; '.join(fitting[:4])}"
+            if fitting
+            else f"no mesh does: make train.batch_size a multiple of {rows}"
         )
-        reason = str(error).partition(": the product")[0]
+        reason, _, _ = str(error).partition(": ")  # Its advice is for the devices that are here.
         raise ConfigError(f"{reason}, so it does not fit the {count} devices of {name}; {advice}") from None
 
 
@@ -116,10 +123,10 @@ def _as_if_on(config: Config, mesh: jax.sharding.Mesh) -> Iterator[None]:
         yield
 
 
-def _trace(config: Config, mesh: jax.sharding.Mesh, platform: str) -> tuple[TrainState, jax.stages.Traced]:
+def _trace(config: Config, mesh: jax.sharding.Mesh, tunable: Tunable) -> tuple[TrainState, jax.stages.Traced]:
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-    optimizer = make_optimizer(config.optimizer, schedule)
-    state = abstract_state(model_maker(config, platform), optimizer)
+    optimizer = make_optimizer(config.optimizer, schedule, config.finetune)
+    state = abstract_state(tunable.make_model, optimizer, tunable.trainable)
     train = config.train
     rows = jax.ShapeDtypeStruct(
         (train.gradient_accumulation, train.micro_batch_size, train.sequence_length),
@@ -128,13 +135,8 @@ def _trace(config: Config, mesh: jax.sharding.Mesh, platform: str) -> tuple[Trai
     )
     shapes: Any = rows  # The batch is of shapes, not of arrays.
     batch = Batch(shapes, shapes, shapes, shapes, shapes)
-    return state, make_train_step(optimizer, config.router, schedule).trace(state, batch)
+    return state, make_train_step(optimizer, config.router, schedule, tunable.perturb).trace(state, batch)
 
 
 def _bytes_per_device(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def mesh_shape(mesh: jax.sharding.Mesh) -> Mapping[str, int]:
-    """Sizes of the mesh's axes, in the order of its dimensions."""
-    return dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))

@@ -8,7 +8,7 @@ import numpy as np
 
 from mixtral_jax.config import Config
 from mixtral_jax.plan.collectives import Collective, list_collectives
-from mixtral_jax.plan.compile import CompiledStep, StepMemory, compile_step, mesh_shape, trace_grouped
+from mixtral_jax.plan.compile import CompiledStep, StepMemory, compile_step, trace_grouped
 from mixtral_jax.plan.flops import count_program_flops, count_traced_flops, model_flops_per_step
 from mixtral_jax.plan.roofline import Roofline, make_roofline, transfer_seconds
 from mixtral_jax.plan.topology import Target
@@ -38,6 +38,11 @@ class Plan:
         """Whether the fullest moment of a step fits."""
         return self.step.memory.peak <= self.hbm_bytes
 
+    @property
+    def advice(self) -> list[str]:
+        """What to change so that it fits; empty if it does."""
+        return advise(self.step.config, self.step.memory, self.hbm_bytes, self.target.topology.num_devices)
+
     def to_json(self) -> dict[str, Any]:
         """The plan as numbers and names, for `--json`."""
         step, memory, topology = self.step, self.step.memory, self.target.topology
@@ -46,12 +51,13 @@ class Plan:
             "num_devices": topology.num_devices,
             "compiled_for": self.target.platform,
             "is_estimate": self.target.is_estimate,
-            "mesh": dict(mesh_shape(step.mesh)),
+            "mesh": dict(step.mesh.shape),
             "batch_size": step.config.train.batch_size,
             "gradient_accumulation": step.config.train.gradient_accumulation,
             "sequence_length": step.config.train.sequence_length,
             "parameters": step.parameters.total,
             "active_parameters": step.parameters.active,
+            "trained_parameters": step.trained.total,
             "peak_bytes_per_device": memory.peak,
             "hbm_bytes_per_device": self.hbm_bytes,
             "fits": self.fits,
@@ -60,7 +66,7 @@ class Plan:
                 "optimizer_bytes_per_device": memory.optimizer,
                 "activation_bytes_per_device": memory.rest,
             },
-            "advice": advise(step.config, memory, self.hbm_bytes, topology.num_devices),
+            "advice": self.advice,
             "model_flops_per_step": self.model_flops,
             "hardware_flops_per_step": self.hardware_flops,
             "hbm_traffic_bytes_per_device": self.hbm_traffic,
@@ -83,9 +89,9 @@ def make_plan(config: Config, target: Target) -> Plan:
     step = compile_step(config, target)
     config, topology = step.config, target.topology
     routed_rows = _routed_rows(config)
-    collectives = list_collectives(step.program, dict(mesh_shape(step.mesh)))
+    collectives = list_collectives(step.program, dict(step.mesh.shape))
     seconds = [transfer_seconds(collective, topology, _coordinates(step, target)) for collective in collectives]
-    model_flops = model_flops_per_step(config, step.parameters.active)
+    model_flops = model_flops_per_step(config, step.parameters, step.trained)
     hardware_flops = _hardware_flops(step, target, routed_rows)
     traffic = count_traffic(step.program, routed_rows)
     roofline = make_roofline(
@@ -104,7 +110,9 @@ def advise(config: Config, memory: StepMemory, hbm_bytes: int, num_devices: int)
     if memory.peak <= hbm_bytes:
         return []
     state = memory.parameters + memory.optimizer
-    train, advice = config.train, []
+    train, finetune, advice = config.train, config.finetune, []
+    if finetune and finetune.lora.rank and (finetune.frozen_dtype or config.model.param_dtype) == "float32":
+        advice.append("--config.finetune.frozen_dtype=bfloat16: half of the frozen weights' bytes")
     if state < hbm_bytes:
         smallest = num_devices // config.mesh.tensor
         accumulation = train.gradient_accumulation * 2

@@ -15,14 +15,16 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from mixtral_jax.config import Config
+from mixtral_jax.model.transformer import ParameterCount
 from mixtral_jax.plan.hlo import Array, Computation, Instruction, Program
 
 
-def model_flops_per_step(config: Config, active_parameters: int) -> int:
-    """Useful FLOPs, without recomputation: 6 a token and active parameter but for the embedding look-up,
-    and 6 N H T a token and layer for the scores and values of causal attention (PaLM, appendix B, halved)."""
+def model_flops_per_step(config: Config, parameters: ParameterCount, trained: ParameterCount) -> int:
+    """Useful FLOPs, without recomputation: 6 a token and active parameter but for the embedding look-up, or 4 where it
+    is frozen and needs no gradient of its own; and 6 N H T a token and layer for the scores and values of
+    causal attention (PaLM, appendix B, halved). `trained` are those of the parameters that learn."""
     model, train = config.model, config.train
-    per_token = 6 * (active_parameters - model.vocab_size * model.hidden_size)
+    per_token = 4 * parameters.multiplying + 2 * trained.multiplying
     per_token += 6 * model.num_layers * model.num_heads * model.head_dim * train.sequence_length
     return per_token * train.batch_size * train.sequence_length
 

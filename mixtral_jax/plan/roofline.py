@@ -62,32 +62,36 @@ def transfer_seconds(collective: Collective, topology: Topology, coordinates: np
     goes_to_all = "all-to-all" in collective.op
     if topology.chip.kind == "gpu":
         return _gpu_seconds(collective.bytes_per_device, topology.chip, members[:, 0], goes_to_all=goes_to_all)
-    distances = _distances(members, topology)
-    np.fill_diagonal(distances, np.iinfo(distances.dtype).max)
-    nearest = distances.min(axis=1).mean()
-    np.fill_diagonal(distances, 0)
-    # An all-to-all crosses every link between two members; the others pass on what they got from a neighbour.
-    hops = distances.sum() / (len(members) * (len(members) - 1)) if goes_to_all else nearest
-    return float(collective.bytes_per_device * hops) / (_links(members, topology) * topology.chip.link_bytes_per_second)
+    links = _links(members, topology)
+    hops, links = _hops(members, topology)[links > 0], links[links > 0]
+    if goes_to_all:
+        # By a shortest way, it crosses in each dimension as many links as two members are apart there.
+        others = len(members) - 1
+        hops_per_link = np.max(np.sum(hops, axis=(1, 2)) / len(members) / others / links)
+    else:
+        # The others pass on what they got from a neighbour, in all dimensions at once.
+        apart = np.sum(hops, axis=0)
+        nearest = np.min(apart, axis=1, where=apart > 0, initial=sum(topology.shape))
+        hops_per_link = np.mean(nearest) / np.sum(links)
+    return float(collective.bytes_per_device * hops_per_link) / topology.chip.link_bytes_per_second
 
 
-def _links(members: np.ndarray, topology: Topology) -> float:
-    """Links of a member on average, along the dimensions in which the group spreads."""
-    links = 0.0
+def _links(members: np.ndarray, topology: Topology) -> np.ndarray:
+    """Links of a member on average along each dimension; none where the group does not spread."""
+    links = []
     for dimension, size in enumerate(topology.shape):
         extent = len(np.unique(members[:, dimension]))
         closes = extent == size and _wraps(topology, dimension)
-        links += 2.0 if closes else 2 * (extent - 1) / extent
-    return links
+        links.append(2.0 if closes else 2 * (extent - 1) / extent)
+    return np.array(links)
 
 
-def _distances(members: np.ndarray, topology: Topology) -> np.ndarray:
-    """Hops between any two members, [members, members]."""
-    total = np.zeros((len(members), len(members)), np.int64)
-    for dimension, size in enumerate(topology.shape):
-        apart = np.abs(members[:, None, dimension] - members[None, :, dimension])
-        total += np.minimum(apart, size - apart) if _wraps(topology, dimension) else apart
-    return total
+def _hops(members: np.ndarray, topology: Topology) -> np.ndarray:
+    """How far apart any two members are along each dimension, [dimensions, members, members]."""
+    apart = np.abs(members[:, None] - members[None]).transpose(2, 0, 1)
+    wraps = np.array([_wraps(topology, dimension) for dimension in range(len(topology.shape))])
+    around = np.array(topology.shape)[:, None, None] - apart
+    return np.where(wraps[:, None, None], np.minimum(apart, around), apart)
 
 
 def _wraps(topology: Topology, dimension: int) -> bool:

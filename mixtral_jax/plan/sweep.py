@@ -46,9 +46,9 @@ def sweep(
             f"{roofline.tokens_per_second_per_device:,.0f} tokens/s a device, bound by {roofline.bound_by}"
         )
     if not plans:
-        sizes = ", ".join(map(str, batch_sizes))
-        count = target.topology.num_devices
-        raise ConfigError(f"no mesh of {count} devices takes batches of {sizes}: give multiples of {count}")
+        sizes, count = ", ".join(map(str, batch_sizes)), target.topology.num_devices
+        rows = count * config.train.gradient_accumulation
+        raise ConfigError(f"no mesh of {count} devices takes batches of {sizes}: give multiples of {rows}")
     return _rank(plans)
 
 

@@ -110,4 +110,4 @@ def _nearest(size: str, slices: Sequence[str]) -> str:
         asked = 64
     chips = {name: math.prod(map(int, name.split("x"))) for name in slices}
     nearest = sorted(sorted(slices, key=lambda name: abs(chips[name] - asked))[:7], key=chips.__getitem__)
-    return f"{', '.join(nearest)} near it, in all {len(slices)} from {slices[0]} to 16x16x24"
+    return f"{', '.join(nearest)} near it, in all {len(slices)} from {slices[0]} to {slices[-1]}"

@@ -12,7 +12,8 @@ from mixtral_jax.plan.hlo import Computation, Instruction, Program
 # They move nothing, or what they run is counted itself.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "call-start",
-    "after-all", "add-dependency", "opt-barrier", "partition-id", "replica-id", "iota", "async-start",
+    "call-done", "after-all", "add-dependency", "opt-barrier", "partition-id", "replica-id", "iota", "async-start",
+    "async-done",
 }  # fmt: skip
 _SLICES = ("slice", "dynamic-slice", "gather")
 
@@ -32,13 +33,15 @@ def count_traffic(program: Program, routed_rows: int) -> int:
 
 def _traffic(program: Program, computation: Computation, instruction: Instruction, routed_rows: int) -> float:
     opcode = instruction.opcode
-    if opcode.endswith(("-done", "-update")) or "AllocateBuffer" in instruction.rest:
+    if opcode.endswith("-update") or "AllocateBuffer" in instruction.rest:
         return 0
     operands = [_in_hbm(operand) for operand in computation.operands(instruction)]
     result = _in_hbm(instruction)
+    # What is asynchronous is read by its start, whose type lists all that takes part, and written by its done.
     if opcode.endswith("-start"):
-        # Its type lists what it takes, what it makes, and a place for flags.
-        return sum(operands) + sum(array.num_bytes for array in instruction.results[1:2] if array.is_in_hbm)
+        return sum(operands)
+    if opcode.endswith("-done"):
+        return result
     if opcode == "fusion":
         called = instruction.computation("calls")
         assert called, instruction.rest[:200]

@@ -23,31 +23,39 @@ Outcome = Literal["finished", "stopped"]
 EXIT_CODES: dict[Outcome, int] = {"finished": 0, "stopped": 75}  # 75: EX_TEMPFAIL, run the same command again
 
 
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """How a run ended, and the state after its last step, which is saved."""
+
+    outcome: Outcome
+    state: TrainState
+
+
 @dataclasses.dataclass
 class TrainLoop:
     """Everything a run needs besides its state.
 
     `batches` yields, from the first step not yet done, a batch and its hash; `evaluate` gives `eval/`
-    figures; `record` is saved with every checkpoint, and holds the tokens seen so far.
+    figures of the model; `record` is saved with every checkpoint, and holds the tokens seen so far.
     """
 
     config: TrainConfig
     checkpoint: CheckpointConfig
     train_step: TrainStep
     batches: Iterator[tuple[Batch, str]]
-    evaluate: Callable[[TrainState], dict[str, Any]]
+    evaluate: Callable[[Any], dict[str, Any]]
     checkpoints: RunCheckpoints
     log: MetricLog
     console: Console
     stop: "StopSignal"
     record: dict[str, Any]
 
-    def run(self, state: TrainState) -> Outcome:
+    def run(self, state: TrainState) -> Ending:
         """Trains to `num_steps`, or until told to stop; either way the last step is on disk on return."""
         first_step, num_steps = int(state.step), self.config.num_steps
         if first_step >= num_steps:
             self.console.print(f"nothing to do: step {first_step} of {num_steps} is already saved")
-            return "finished"
+            return Ending("finished", state)
         eval_every = self.config.eval_every or max(1, num_steps // 10)
         save_every = self.checkpoint.every or max(1, num_steps // 4)
         is_stopping, step = False, first_step
@@ -69,7 +77,7 @@ class TrainLoop:
                     record = {"step": step, **_to_host(metrics), **meter.read(), "batch_hash": batch_hash}
                     check_finite(record)
                     if is_evaluating:
-                        record |= self.evaluate(state)
+                        record |= self.evaluate(state.model())
                     if is_logging:
                         self.log.write(record)
                         progress.report(record)
@@ -84,9 +92,9 @@ class TrainLoop:
         took = datetime.timedelta(seconds=round(time.monotonic() - started))
         if is_stopping:
             self.console.print(f"stopped after step {step}, which is saved: run the same command again to go on")
-            return "stopped"
+            return Ending("stopped", state)
         self.console.print(f"done: {num_steps - first_step} steps in {took}; step {num_steps} is saved")
-        return "finished"
+        return Ending("finished", state)
 
     def _compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
         self.console.print("compiling the train step ...")

@@ -1,11 +1,12 @@
 """AdamW with warm-up, cosine decay and clipping."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 
-from mixtral_jax.config import OptimizerConfig
+from mixtral_jax.config import FinetuneConfig, OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -24,8 +25,14 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
     return lambda step: schedule(step + 1)
 
 
-def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clips by global norm, then AdamW (arXiv 1711.05101) that decays matrices only."""
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule, finetune: FinetuneConfig | None = None
+) -> optax.GradientTransformation:
+    """Clips by global norm, then AdamW (arXiv 1711.05101) that decays matrices only.
+
+    In tuning, the router may learn at another rate, its decay with it.
+    """
+    factor = finetune.router_learning_rate_factor if finetune else 1.0
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
@@ -34,15 +41,19 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
             b2=config.beta2,
             eps=config.epsilon,
             weight_decay=config.weight_decay,
-            mask=_is_matrix,
+            mask=lambda params: _by_name(params, lambda names: "scale" not in names),
         ),
+        optax.masked(optax.scale(factor), lambda params: _by_name(params, lambda names: "router" in names)),
     )
 
 
-def _is_matrix(params: Any) -> Any:
-    """False for the scales of norms. By name, not by rank: in the stack of layers every array has one more."""
+def _by_name(params: Any, is_chosen: Callable[[set[str | None]], bool]) -> Any:
+    """True for the parameters chosen by the names on their paths.
 
-    def by_name(path: tuple[Any, ...], _: jax.Array) -> bool:
-        return "scale" not in {getattr(key, "key", getattr(key, "name", None)) for key in path}
+    Not by rank, which would not tell the scale of a norm, for one: in the stack of layers every array has one more.
+    """
 
-    return jax.tree_util.tree_map_with_path(by_name, params)
+    def by_path(path: tuple[Any, ...], _: jax.Array) -> bool:
+        return is_chosen({getattr(key, "key", getattr(key, "name", None)) for key in path})
+
+    return jax.tree_util.tree_map_with_path(by_path, params)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.nnx.filterlib import Filter
 from jax import P
 
 
@@ -26,9 +27,9 @@ class TrainState:
 
     @classmethod
     def create(
-        cls, model: nnx.Module, optimizer: optax.GradientTransformation, trainable: type = nnx.Param
+        cls, model: nnx.Module, optimizer: optax.GradientTransformation, trainable: Filter = nnx.Param
     ) -> "TrainState":
-        """The state before the first step; variables of type `trainable` will learn."""
+        """The state before the first step; variables that `trainable` lets through will learn."""
         graphdef, trained, frozen = nnx.split(model, trainable, ...)
         return cls(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained), graphdef)
 
@@ -38,14 +39,24 @@ class TrainState:
 
 
 def init_state(
-    make_model: Callable[[], nnx.Module], optimizer: optax.GradientTransformation, trainable: type = nnx.Param
+    make_model: Callable[..., nnx.Module],
+    optimizer: optax.GradientTransformation,
+    trainable: Filter = nnx.Param,
+    *bases: nnx.Module,
 ) -> TrainState:
-    """A fresh state whose arrays are born sharded on the mesh in force; none is ever whole on a host."""
-    return jax.jit(lambda: TrainState.create(make_model(), optimizer, trainable))()
+    """A fresh state whose arrays are born sharded on the mesh in force; none is ever whole on a host.
+
+    `bases` are models that `make_model` takes to make another of them; their arrays are given up to it.
+    """
+
+    def create(*bases: nnx.Module) -> TrainState:
+        return TrainState.create(make_model(*bases), optimizer, trainable)
+
+    return jax.jit(create, donate_argnums=range(len(bases)))(*bases)
 
 
 def abstract_state(
-    make_model: Callable[[], nnx.Module], optimizer: optax.GradientTransformation, trainable: type = nnx.Param
+    make_model: Callable[[], nnx.Module], optimizer: optax.GradientTransformation, trainable: Filter = nnx.Param
 ) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`, without allocating: what a restore fills."""
     mesh = jax.sharding.get_mesh()

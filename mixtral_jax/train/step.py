@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import typing
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +21,20 @@ Metrics = dict[str, jax.Array]
 TrainStep = jax.stages.Wrapped  # (TrainState, Batch) -> (TrainState, Metrics)
 
 
+# A model, the number of the step, and of the micro-batch in it -> the model that the loss is of.
+Perturb = Callable[[Any, jax.Array, jax.Array], Any]
+
+
 def make_train_step(
-    optimizer: optax.GradientTransformation, router: RouterConfig, schedule: optax.Schedule
+    optimizer: optax.GradientTransformation,
+    router: RouterConfig,
+    schedule: optax.Schedule,
+    perturb: Perturb | None = None,
 ) -> TrainStep:
     """The compiled step; it gives up its state's buffers to the new one.
 
-    Gradients of micro-batches are summed in the parameters' dtype, one micro-batch at a time.
+    Gradients of micro-batches are summed in the parameters' dtype, one micro-batch at a time. Frozen
+    parameters have none. `perturb` makes noise that belongs to training alone, as dropout is.
     """
 
     @functools.partial(jax.jit, donate_argnames="state")
@@ -33,14 +43,15 @@ def make_train_step(
             supervised=jnp.maximum(jnp.sum(batch.loss_mask), 1).astype(jnp.float32),
             real=jnp.maximum(jnp.sum(batch.segment_ids > 0), 1).astype(jnp.float32),
         )
-        compute = functools.partial(_value_and_grad, state, totals, router)
-        micro_shapes = jax.tree.map(lambda rows: rows[0], batch)
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(x), jax.eval_shape(compute, micro_shapes))
+        compute = functools.partial(_value_and_grad, state, totals, router, perturb)
+        micro_batches = (jnp.arange(batch.tokens.shape[0]), batch)
+        micro_shapes = jax.tree.map(lambda rows: rows[0], micro_batches)
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x), jax.eval_shape(compute, *micro_shapes))
 
-        def accumulate(summed, micro):
-            return jax.tree.map(jnp.add, summed, compute(micro)), None
+        def accumulate(summed, micro_batch):
+            return jax.tree.map(jnp.add, summed, compute(*micro_batch)), None
 
-        (parts, grads), _ = jax.lax.scan(accumulate, zeros, batch)
+        (parts, grads), _ = jax.lax.scan(accumulate, zeros, micro_batches)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         metrics = step_metrics(parts) | {
             "grad_norm": optax.tree.norm(grads),
@@ -56,12 +67,26 @@ def make_train_step(
 def peak_memory_bytes(step: jax.stages.Compiled) -> int | None:
     """What a compiled step needs of each device's memory; None where the back end does not say."""
     memory = step.memory_analysis()
-    return memory.peak_memory_in_bytes if memory else None
+    if not memory:
+        return None
+    (device, *_) = jax.tree.leaves(step.input_shardings)[0].device_set
+    if device.platform == "cpu":  # XLA:CPU leaves temporaries out of its peak.
+        kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return kept + memory.temp_size_in_bytes
+    return memory.peak_memory_in_bytes
 
 
-def _value_and_grad(state: TrainState, totals: StepTotals, router: RouterConfig, micro: Batch):
+def _value_and_grad(
+    state: TrainState,
+    totals: StepTotals,
+    router: RouterConfig,
+    perturb: Perturb | None,
+    number: jax.Array,
+    micro: Batch,
+):
     def loss_of(trained):
-        model = dataclasses.replace(state, trained=trained).model()
+        model: Any = dataclasses.replace(state, trained=trained).model()
+        model = perturb(model, state.step, number) if perturb else model
         output = model(micro.tokens, micro.positions, micro.segment_ids)
         parts = sum_losses(output, jnp.asarray(micro.targets), jnp.asarray(micro.loss_mask), totals, router)
         return parts.total_loss, parts

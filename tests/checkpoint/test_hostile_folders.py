@@ -96,9 +96,12 @@ def be_a_pipe(folder: Path) -> None:
     os.mkfifo(folder / FILE)
 
 
-def link_to_nothing(folder: Path) -> None:
-    (folder / FILE).unlink()
-    (folder / FILE).symlink_to("elsewhere.safetensors")
+def link_to(target: str) -> Spoil:
+    def spoil(folder: Path) -> None:
+        (folder / FILE).unlink()
+        (folder / FILE).symlink_to(target)
+
+    return spoil
 
 
 def name_as_qwen(tensors: dict[str, np.ndarray]) -> None:
@@ -146,7 +149,8 @@ FILES = {
     "a pipe in the place of a file": Kind(be_a_pipe, (FILE, "no regular file")),
     "weights that link outside": Kind(link_outside(FILE), (FILE, "symbolic link", "secret")),
     "a config that links outside": Kind(link_outside("config.json"), ("config.json", "symbolic link", "secret")),
-    "a link to nothing": Kind(link_to_nothing, (FILE, "links to nothing")),
+    "a link to nothing": Kind(link_to("elsewhere.safetensors"), (FILE, "links to nothing")),
+    "a link to itself": Kind(link_to(FILE), (FILE, "links to nothing, or to itself")),
     "no weights": Kind(lambda folder: (folder / FILE).unlink(), (FILE, "no weights")),
     "weights as a pickle alone": Kind(
         lambda folder: (folder / FILE).rename(folder / "pytorch_model.bin"), ("pytorch_model.bin", "may run code")

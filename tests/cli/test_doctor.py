@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from mixtral_jax.cli import checkup
+from mixtral_jax.cli.workdir import open_workdir
+from mixtral_jax.config import ConfigError
+from mixtral_jax.parallel.agreement import introduce
 from mixtral_jax.parallel.coordinator import Scheduler
 from mixtral_jax.parallel.processes import Processes
 from tests.cases import mesh_of, small_config
@@ -41,6 +44,33 @@ def test_doctor_lists_every_problem_with_its_fix(tmp_path):
     assert all(problem["fix"] for problem in problems)
 
 
+class OneOfThree(Processes):
+    """Process 0 of three, of which the last sees nothing of what the others see."""
+
+    def __init__(self):
+        super().__init__(0, 3)
+
+    def share(self, name, value, seconds=None):
+        return [value, value, False if name == "workdir seen" else value]
+
+
+def test_a_workdir_that_one_process_does_not_see_is_a_problem_and_stops_a_run(tmp_path):
+    members = introduce(OneOfThree(), small_config(), tmp_path / "new")
+    (problem,) = checkup.check_workdir(tmp_path / "new", OneOfThree(), members)
+    assert problem.what == f"--workdir={tmp_path / 'new'} of process 0 is not seen by process 2"
+    assert "storage that all processes share" in problem.fix
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ConfigError, match=r"not seen by process 2: name a folder"):
+        open_workdir(tmp_path / "new", small_config(), OneOfThree())
+
+
+def test_several_processes_need_a_workdir(tmp_path):
+    members = introduce(OneOfThree(), small_config(), None)
+    (problem,) = checkup.check_workdir(None, OneOfThree(), members)
+    assert problem.what == "--workdir is needed with several processes"
+    assert problem.fix
+
+
 def test_a_scheduler_that_started_more_processes_than_met_is_a_problem():
     alone = Processes()
     assert checkup.check_launch(alone, None) == []
@@ -70,7 +100,7 @@ def test_accelerators_left_unused_are_a_problem(tmp_path, files, platform, num_l
 
 def test_disk_must_hold_the_checkpoints_to_come(tmp_path):
     assert checkup.check_disk(30 * GIB, 10 * GIB, 2, tmp_path) == []
-    assert "30.0 GiB" in checkup.check_disk(29 * GIB, 10 * GIB, 2, tmp_path)[0].what
+    assert "30.00 GiB" in checkup.check_disk(29 * GIB, 10 * GIB, 2, tmp_path)[0].what
     for step in ("10", "20"):
         (tmp_path / "checkpoints" / step).mkdir(parents=True)
     assert checkup.check_disk(10 * GIB, 10 * GIB, 2, tmp_path) == []

@@ -61,9 +61,10 @@ def test_none_numbers_and_text_are_read_as_the_key_wants_them():
 @pytest.mark.parametrize(("mesh", "devices", "words"), [
     ({"expert": 3}, 8, ["expert=3", "8 devices"]),
     ({"data": 2, "expert": 2}, 8, ["data=2 x expert=2", "4 of 8"]),
-    ({"expert": 16}, 16, ["model.num_experts=8", "mesh.expert=16"]),
+    ({"expert": 16}, 16, ["model.num_experts=8", "mesh.expert=16", "may take 1, 2, 4, 8"]),
     ({"tensor": 4}, 8, ["model.num_kv_heads=2", "mesh.tensor=4"]),
     ({"data": 16}, 16, ["train.batch_size", "16"]),
+    ({"fsdp": 8, "expert": 8}, 64, ["model.hidden_size=32", "mesh.fsdp x mesh.expert=64"]),
     ({"data": -1, "fsdp": -1}, 8, ["data and fsdp", "-1"]),
 ])  # fmt: skip
 def test_a_mesh_that_does_not_fit_is_refused(mesh, devices, words):
@@ -94,6 +95,7 @@ def test_missing_keys_are_listed():
     ("--config.data.path=nowhere", ["data.path=nowhere"]),
     ("--config.mesh.expert=3", ["expert=3", "8 devices"]),
     ("--config.model.vocab_size=100", ["model.vocab_size=100"]),
+    ("--config.finetune.lora.rank=8", ["section finetune", "finetune_instruct.py"]),
 ])  # fmt: skip
 def test_train_exits_2_with_one_line(tmp_path, argument, words):
     command = [sys.executable, str(ROOT / "train.py"), f"--config={TINY}", f"--workdir={tmp_path / 'run'}", argument]
@@ -138,3 +140,22 @@ def test_a_config_file_without_a_config_is_refused(tmp_path, source, words):
         parse(f"--config={tmp_path / 'c.py'}")
     with pytest.raises(ConfigError, match="is a folder"):
         parse(f"--config={tmp_path}")
+
+
+def test_a_reader_that_has_gone_ends_a_verb_without_a_word():
+    program = """
+from mixtral_jax.cli.flags import run_command
+from mixtral_jax.cli.output import claim_stdout
+
+def main(arguments):
+    with claim_stdout() as output:
+        output.write("text")
+    return 0
+
+run_command(main)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait() == 1
+    assert process.stderr.read() == b""
+    process.stderr.close()

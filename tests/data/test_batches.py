@@ -1,5 +1,6 @@
 """Batches: one order for every process count, resumable by one integer, and laid out on the mesh."""
 
+import dataclasses
 import threading
 
 import jax
@@ -10,7 +11,7 @@ from mixtral_jax.config import ConfigError, MeshConfig
 from mixtral_jax.data import batches
 from mixtral_jax.data.batches import TrainBatches, held_out_batches
 from mixtral_jax.data.packing import make_row, plan_rows
-from mixtral_jax.data.text import TokenStore
+from mixtral_jax.data.store import TokenStore
 from mixtral_jax.parallel.batch import batch_spec
 from mixtral_jax.parallel.mesh import make_mesh
 from mixtral_jax.parallel.rules import AxisRules
@@ -185,3 +186,35 @@ def test_a_plan_without_rows_is_a_config_error():
         make_batches(store=empty, plan=plan)
     with pytest.raises(ConfigError, match="no held-out row"):
         held_out_batches(empty, plan, num_sequences=4, batch_size=BATCH, mesh=make_mesh(MESHES[0]), rules=AxisRules())
+
+
+SOURCES = dataclasses.replace(STORE, documents_by_source=(45, 15))
+
+
+def test_sources_are_dealt_out_by_their_weights_each_in_epochs_of_its_own():
+    plan = plan_rows(SOURCES, LENGTH)
+    first, second = plan.rows_by_source
+    batches = TrainBatches(
+        SOURCES, plan, batch_size=BATCH, gradient_accumulation=1, seed=3, mesh=make_mesh(MESHES[0]), rules=AxisRules(),
+        weights=[1.0, 3.0],
+    )  # fmt: skip
+    rows = np.concatenate([batches.row_ids(number) for number in range(10)])
+    np.testing.assert_array_equal(rows[8:16], batches.row_ids(1))
+    assert (rows < first).sum() == 20 and (rows >= first).sum() == 60
+    own = rows[rows >= first][: second * (60 // second)].reshape(-1, second)
+    assert all(sorted(epoch) == list(range(first, first + second)) for epoch in own)
+    assert len({tuple(epoch) for epoch in own}) > 1
+
+
+def test_a_source_with_a_weight_and_no_row_is_a_config_error():
+    with pytest.raises(ConfigError, match="source 2 has a weight, and no row"):
+        TrainBatches(
+            STORE, PLAN, batch_size=BATCH, gradient_accumulation=1, seed=3, mesh=make_mesh(MESHES[0]),
+            rules=AxisRules(), weights=[1.0, 3.0],
+        )  # fmt: skip
+
+
+def test_a_batch_without_a_token_to_learn_is_a_config_error():
+    plan = dataclasses.replace(PLAN, num_supervised=np.zeros(PLAN.num_rows, np.int64))
+    with pytest.raises(ConfigError, match="batch 2 has no token to learn"):
+        next(make_batches(plan=plan).iterate(2))

@@ -1,10 +1,13 @@
 """Packed rows: every target once, nothing from another document, little padding."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from mixtral_jax.config import ConfigError
 from mixtral_jax.data.packing import make_row, plan_rows
-from mixtral_jax.data.text import TokenStore
+from mixtral_jax.data.store import TokenStore
 
 
 def make_store(lengths, seed=0):
@@ -94,3 +97,60 @@ def test_row_i_does_not_depend_on_the_rows_read_before(lumpy):
 
 def test_an_empty_store_has_no_row():
     assert plan_rows(make_store([]), 8).num_rows == 0
+
+
+def make_chats(lengths, seed=0):
+    """Documents of these lengths with random masks; those of an even number end in a token to be learnt."""
+    store = make_store(lengths, seed)
+    mask = np.random.default_rng(seed + 1).integers(0, 2, len(store.tokens)).astype(np.uint8)
+    mask[store.offsets[:-1]] = 0
+    mask[store.offsets[1:][::2] - 1] = 1
+    return dataclasses.replace(store, loss_mask=mask)
+
+
+CHAT_LENGTHS = np.random.default_rng(2).integers(2, 40, 200)
+
+
+@pytest.mark.parametrize(("long", "sequence_length"), [("cut", 64), ("cut", 13), ("drop", 13), ("split", 13)])
+def test_the_mask_goes_with_its_targets(long, sequence_length):
+    store = make_chats(CHAT_LENGTHS)
+    plan = plan_rows(store, sequence_length, long_documents=long)
+    learnt = store.loss_mask[np.argsort(store.tokens)]  # Of token id + 1.
+    for row, num_supervised in zip(make_rows(store, plan), plan.num_supervised, strict=True):
+        used = row.segment_ids > 0
+        np.testing.assert_array_equal(row.loss_mask[used], learnt[row.targets[used] - 1])
+        assert not row.loss_mask[~used].any()
+        assert row.loss_mask.sum() == num_supervised > 0
+
+
+def test_long_conversations_are_cut_dropped_or_an_error():
+    lengths = np.array([12, 30, 5, 13, 8])
+    store = dataclasses.replace(make_store(lengths), loss_mask=np.ones(lengths.sum(), np.uint8))
+    cut, drop = (plan_rows(store, 11, long_documents=long) for long in ("cut", "drop"))
+    assert cut.num_long == drop.num_long == 2
+    assert sorted(cut.lengths) == [4, 7, 11, 11, 11] and not cut.starts.any()
+    assert sorted(drop.lengths) == [4, 7, 11] and set(drop.documents) == {0, 2, 4}
+    with pytest.raises(ConfigError, match=r"2 of 5 .*sequence_length=11, the longest of 30 tokens: .*cut or drop"):
+        plan_rows(store, 11, long_documents="error")
+    assert plan_rows(store, 29, long_documents="error").num_long == 0
+
+
+def test_documents_of_which_nothing_is_left_to_learn_are_left_out_and_counted():
+    lengths = np.array([6, 9, 4])
+    mask = np.zeros(lengths.sum(), np.uint8)
+    mask[[5, 14, 18]] = 1  # The last of each.
+    store = dataclasses.replace(make_store(lengths), loss_mask=mask)
+    plan = plan_rows(store, 6, long_documents="cut")
+    assert plan.num_unsupervised == 1 and set(plan.documents) == {0, 2}
+    assert plan_rows(store, 8, long_documents="cut").num_unsupervised == 0
+    assert plan_rows(dataclasses.replace(store, loss_mask=mask * 0), 8).num_rows == 0
+
+
+def test_no_row_holds_two_sources():
+    store = dataclasses.replace(make_chats(CHAT_LENGTHS), documents_by_source=(120, 0, 80))
+    plan = plan_rows(store, 64, long_documents="cut")
+    source_of_row = np.repeat([0, 1, 2], plan.rows_by_source)
+    assert plan.rows_by_source[1] == 0 and len(source_of_row) == plan.num_rows
+    for row, source in enumerate(source_of_row):
+        documents = plan.documents[plan.row_offsets[row] : plan.row_offsets[row + 1]]
+        assert {2 * (document >= 120) for document in documents} == {source}

@@ -10,7 +10,9 @@ import pyarrow.parquet
 import pytest
 
 from mixtral_jax.config import ConfigError
-from mixtral_jax.data.sources import BadRow, Document, fingerprint_source, read_documents
+from mixtral_jax.data.documents import Document, read_documents
+from mixtral_jax.data.readers import BadRow
+from mixtral_jax.data.sources import Source, find_weights, fingerprint_source, split_sources
 
 
 def texts(path):
@@ -245,3 +247,40 @@ def test_the_fingerprint_of_the_standard_library_follows_the_python(monkeypatch)
     before = fingerprint_source("python-stdlib")
     monkeypatch.setattr("platform.python_version", lambda: f"{sys.version_info.major}.99")
     assert fingerprint_source("python-stdlib") != before
+
+
+@pytest.mark.parametrize(("path", "sources", "weights"), [
+    ("a.txt", [Source("a.txt")], None),
+    ("a.txt, b", [Source("a.txt"), Source("b")], None),
+    ("a.txt:2,b:0.5", [Source("a.txt", 2.0), Source("b", 0.5)], [2.0, 0.5]),
+    ("hub:x/y:train:3,hub:z", [Source("hub:x/y:train", 3.0), Source("hub:z", 1.0)], [3.0, 1.0]),
+    ("hub:7", [Source("hub:7")], None),
+])  # fmt: skip
+def test_sources_and_their_weights_are_told_apart(path, sources, weights):
+    assert split_sources(path) == sources
+    assert find_weights(path) == weights
+
+
+def test_a_name_that_exists_is_one_source_whatever_is_in_it(tmp_path):
+    write_file(tmp_path / "a,b:2.txt", ["text"])
+    assert split_sources(str(tmp_path / "a,b:2.txt")) == [Source(str(tmp_path / "a,b:2.txt"))]
+    (tmp_path / "c:3").mkdir()
+    assert find_weights(f"{tmp_path / 'c:3'},d") is None
+
+
+@pytest.mark.parametrize(("path", "words"), [
+    ("a,,b", "empty source"), ("a,b:2,a", "names a twice"), ("a:0,b", "positive"), ("a:-1,b", "positive"),
+    ("a:nan,b", "positive"), ("a:inf,b", "positive"),
+])  # fmt: skip
+def test_sources_that_make_no_sense_are_a_config_error(path, words):
+    with pytest.raises(ConfigError, match=words):
+        split_sources(path)
+
+
+def test_the_fingerprint_covers_every_source(tmp_path):
+    for name in "ab":
+        write_file(tmp_path / f"{name}.txt", [name])
+    path = f"{tmp_path / 'a.txt'}:2,{tmp_path / 'b.txt'}"
+    before = fingerprint_source(path)
+    write_file(tmp_path / "b.txt", ["other"])
+    assert fingerprint_source(path) != before

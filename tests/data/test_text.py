@@ -173,8 +173,8 @@ def test_a_process_killed_while_writing_leaves_no_half_cache(tmp_path):
 import os
 from pathlib import Path
 from mixtral_jax.config import DataConfig
-from mixtral_jax.data import text
-text.StoreWriter.__exit__ = lambda *error: os._exit(9)
+from mixtral_jax.data import cache, text
+cache.StoreWriter.__exit__ = lambda *error: os._exit(9)
 config = DataConfig(path={str(corpus)!r}, tokenizer="train:290", held_out_fraction=0.2)
 text.prepare_text(config, 512, Path({str(tmp_path / "run" / "tokenizer.model")!r}), Path({str(tmp_path / "cache")!r}))
 """

@@ -28,7 +28,7 @@ def test_held_out_loss_and_bits_are_sums_over_all_batches_divided_once():
         state = init_state(model_maker(config, "cpu"), optax.sgd(0.0))
         figures = make_evaluator(
             [on_mesh(b, mesh) for b in batches], TokenBytes(bytes_per_token, BOS, 1), {"coin": 8.0}
-        )(state)
+        )(state.model())
         nats = num_bytes = tokens = 0.0
         for batch in batches:
             rows = (batch.tokens[0], batch.positions[0], batch.segment_ids[0])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mixtral_jax.kernels import blocks
-from mixtral_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from mixtral_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu, swiglu_in_stack, swiglu_of_layer
+from mixtral_jax.kernels.groups import RowGroups
 from tests.cases import relative_norm
 
 D, F = 24, 40
@@ -19,6 +20,10 @@ SPLITS = {
 def expert_of_rows(rows, R):
     expert = np.repeat(np.arange(len(rows)), rows)
     return np.concatenate([expert, np.full(R - len(expert), -1)])
+
+
+def groups_of(rows, balanced_rows=400):
+    return RowGroups(jnp.asarray(rows, jnp.int32), balanced_rows)
 
 
 def inputs(R=400, seed=0):
@@ -42,7 +47,7 @@ def test_swiglu_and_its_gradients_are_those_of_a_loop_over_experts(kernel, rows)
     used = (expert >= 0)[:, None]
 
     def of_kernel(*arrays):
-        y = grouped_swiglu(*arrays, jnp.asarray(rows, jnp.int32), kernel)
+        y = grouped_swiglu(*arrays, groups_of(rows), kernel)
         return jnp.sum(jnp.where(used, y, 0) ** 2), jnp.where(used, y, 0)
 
     def of_loop(*arrays):
@@ -60,6 +65,20 @@ def test_swiglu_and_its_gradients_are_those_of_a_loop_over_experts(kernel, rows)
             assert all(not np.asarray(gradient[e]).any() for gradient in gradients[1:])
 
 
+@pytest.mark.parametrize("kernel", ["blocks", "ragged_dot", "in stack"])
+@pytest.mark.parametrize("rows", [(0, 1, 0, 0), (1, 0, 0, 1), (3, 0, 70, 9), (0, 0, 0, 90), (0, 0, 0, 0)], ids=str)
+def test_swiglu_of_a_layer_of_a_stack_is_that_of_its_matrices(kernel, rows):
+    R = max(sum(rows), 2)
+    x, *weights = inputs(R)
+    stack = [jnp.stack([weight + 1, weight, weight - 1]) for weight in weights]
+    expert = expert_of_rows(rows, R)
+    with jax.default_matmul_precision("highest"):
+        arrays, layer = (x, *stack, groups_of(rows)), jnp.int32(1)
+        y = swiglu_in_stack(*arrays, layer) if kernel == "in stack" else swiglu_of_layer(*arrays, kernel, layer)
+        expected = swiglu_by_loop(x, *weights, expert)
+    assert relative_norm(y[expert >= 0], expected[expert >= 0]) < 1e-5
+
+
 @pytest.mark.parametrize("kernel", ["blocks", "ragged_dot"])
 def test_matmul_and_its_gradients_are_those_of_a_loop_over_experts(kernel):
     x, weight, *_ = inputs()
@@ -73,7 +92,7 @@ def test_matmul_and_its_gradients_are_those_of_a_loop_over_experts(kernel):
         expert = expert_of_rows(rows, 400)
         return sum(jnp.where((expert == e)[:, None], x @ weight[e], 0) for e in range(4))
 
-    kernel_loss = loss(lambda x, w: grouped_matmul(x, w, jnp.asarray(rows, jnp.int32), kernel))
+    kernel_loss = loss(lambda x, w: grouped_matmul(x, w, groups_of(rows), kernel))
     with jax.default_matmul_precision("highest"):
         got = jax.jit(jax.value_and_grad(kernel_loss, argnums=(0, 1)))(x, weight)
         expected = jax.value_and_grad(loss(by_loop), argnums=(0, 1))(x, weight)
@@ -81,11 +100,26 @@ def test_matmul_and_its_gradients_are_those_of_a_loop_over_experts(kernel):
         assert relative_norm(a, b) < 1e-5
 
 
-@pytest.mark.parametrize("num_rows", [1, 7, 255, 257])
-def test_any_number_of_rows_will_do(num_rows):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kernel", ["blocks", "ragged_dot"])
+def test_three_projections_one_by_one_give_every_bit_of_swiglu_at_once(kernel, dtype):
+    groups = groups_of([300, 0, 17, 83])
+    x, gate, up, down = (array.astype(dtype) for array in inputs())
+
+    def one_by_one(x, gate, up, down):
+        hidden = jax.nn.silu(grouped_matmul(x, gate, groups, kernel)) * grouped_matmul(x, up, groups, kernel)
+        return grouped_matmul(hidden, down, groups, kernel)
+
+    at_once = jax.jit(lambda *arrays: grouped_swiglu(*arrays, groups, kernel))(x, gate, up, down)
+    np.testing.assert_array_equal(jax.jit(one_by_one)(x, gate, up, down), at_once)
+
+
+@pytest.mark.parametrize("balanced_rows", [1, 400, 4000])
+@pytest.mark.parametrize("num_rows", [1, 7, 255, 257, 600])
+def test_any_number_of_rows_will_do_whatever_was_expected(num_rows, balanced_rows):
     arrays = inputs(num_rows)
     rows = (num_rows // 2, 0, num_rows - num_rows // 2, 0)
-    y = blocks.grouped_swiglu(*arrays, jnp.asarray(rows, jnp.int32))
+    y = blocks.grouped_swiglu(*arrays, groups_of(rows, balanced_rows))
     assert relative_norm(y, swiglu_by_loop(*arrays, expert_of_rows(rows, num_rows))) < 1e-5
 
 
@@ -93,7 +127,7 @@ def test_gradients_of_many_bfloat16_rows_are_summed_in_float32():
     rng = np.random.default_rng(0)
     x, weight = (jnp.asarray(rng.uniform(size=shape), jnp.bfloat16) for shape in ((16_384, D), (1, D, F)))
     dy = jnp.asarray(rng.uniform(size=(len(x), F)), jnp.bfloat16)
-    _, pull_back = jax.vjp(lambda weight: blocks.grouped_matmul(x, weight, jnp.array([len(x)], jnp.int32)), weight)
+    _, pull_back = jax.vjp(lambda weight: blocks.grouped_matmul(x, weight, groups_of([len(x)], len(x))), weight)
     expected = np.asarray(x, np.float32).T @ np.asarray(dy, np.float32)
     (dweight,) = pull_back(dy)
     # Rounded once; 64 blocks summed in bfloat16 are off by 6e-3.

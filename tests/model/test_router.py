@@ -33,3 +33,10 @@ def test_capacity_of_a_sequence_does_not_depend_on_its_neighbours():
     together = fits_capacity(experts, weights, real, 2, 0.5)
     alone = fits_capacity(experts[1:2], weights[1:2], real[1:2], 2, 0.5)
     np.testing.assert_array_equal(together[1:2], alone)
+
+
+def test_rounding_does_not_decide_between_routes_of_equal_weight():
+    weights = np.full((1, 8, 1), 0.42817664, np.float32)
+    weights[0, 5:] += 2.0**-24
+    kept = fits_capacity(np.zeros((1, 8, 1), np.int32), weights, np.ones((1, 8), bool), 2, 1.0)
+    np.testing.assert_array_equal(np.asarray(kept)[0, :, 0], np.arange(8) < 4)

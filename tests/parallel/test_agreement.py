@@ -2,6 +2,9 @@
 
 import dataclasses
 
+import pytest
+
+from mixtral_jax.config import ConfigError
 from mixtral_jax.parallel.agreement import (
     LocalDevices,
     Member,
@@ -10,6 +13,7 @@ from mixtral_jax.parallel.agreement import (
     find_versions,
     flatten,
     introduce,
+    require_same,
 )
 from mixtral_jax.parallel.processes import Processes
 from tests.cases import small_config
@@ -73,3 +77,9 @@ def test_a_process_alone_introduces_itself_to_itself(tmp_path):
     (alone,) = introduce(Processes(), CONFIG, tmp_path)
     assert (alone.index, alone.workdir) == (0, str(tmp_path))
     assert set(alone.versions) >= {"python", "jax", "jaxlib", "flax", "mixtral_jax"}
+
+
+def test_processes_that_read_other_data_are_named():
+    require_same(Scripted(["data a", "data a"]), "data", "data a", "give all the same")
+    with pytest.raises(ConfigError, match=r"^process 1, 3 has data b, but process 0 has data a: give all the same$"):
+        require_same(Scripted(["data b", "data a", "data c"]), "data", "data a", "give all the same")

@@ -98,6 +98,16 @@ def test_the_only_slurm_task_of_a_node_gets_all_its_gpus(variables, expected):
     assert processes.find_local_device_ids(variables) == expected
 
 
+def test_a_cluster_that_jax_cannot_ask_is_one_line_with_the_flags_that_do_without(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("Kubernetes API Error: 403 - Forbidden\nIt appears that the service account\nmay not")
+
+    monkeypatch.setattr(processes.jax.distributed, "initialize", refuse)
+    with pytest.raises(ConfigError, match=r"403 - Forbidden It appears .* may not: give --coordinator") as error:
+        processes.join_processes(Launch())
+    assert "\n" not in str(error.value)
+
+
 def test_processes_that_never_come_end_the_wait_with_a_line():
     """jax itself would abort with a stack trace."""
     program = (

@@ -9,7 +9,6 @@ from mixtral_jax.config import ConfigError
 from mixtral_jax.model.transformer import count_parameters, model_maker
 from mixtral_jax.plan.compile import StepMemory
 from mixtral_jax.plan.estimate import Plan, advise, make_plan
-from mixtral_jax.plan.flops import model_flops_per_step
 from mixtral_jax.plan.sweep import sweep
 from mixtral_jax.plan.topology import Target, parse_topology
 from tests.cases import mesh_of, small_config
@@ -75,17 +74,48 @@ def test_model_flops_are_six_a_token_and_parameter_and_attention() -> None:
     config = small_config()
     with jax.set_mesh(mesh_of()):
         active = count_parameters(jax.eval_shape(model_maker(config, "cpu"))).active
-    assert plan_of().model_flops == model_flops_per_step(config, active)
+    multiplied, attention = active - 96 * 32, 2 * 4 * 12 * 24  # But for the look-up; 2 layers of 4 heads of 12.
+    assert plan_of().model_flops == 8 * 24 * 6 * (multiplied + attention)
 
 
-def test_memory_is_that_of_the_state_and_more() -> None:
-    plan = plan_of()
-    memory = plan.step.memory
-    total = plan.step.parameters.total * 4
-    assert memory.parameters > total / 8  # Experts are cut over the devices, the rest is on each.
+def test_frozen_parameters_need_no_gradient_of_their_own() -> None:
+    plan, full = plan_of(finetune__lora__rank=4), plan_of()
+    trained = plan.step.trained
+    assert plan.step.parameters.total - trained.total == full.step.parameters.total
+    weight_gradients = 8 * 24 * 2 * full.step.parameters.multiplying
+    assert plan.model_flops == full.model_flops - weight_gradients + 8 * 24 * 6 * trained.multiplying
+    # Nor are they computed: a layer has its forward pass twice and gradients of inputs, but none of frozen weights.
+    D, F, N, K, H, E, A, T, V = 32, 48, 4, 2, 12, 8, 2, 24, 96
+    frozen, attention = 2 * D * (2 * N * H + 2 * K * H) + 2 * D * E + 6 * D * F * A, 4 * N * H * T
+    adapters = 2 * trained.active // 2
+    by_hand = 8 * T * (2 * (3 * frozen + 4 * attention + 4 * adapters) + 2 * 2 * D * V)
+    assert plan.hardware_flops == pytest.approx(by_hand, rel=0.01)
+
+
+def test_a_plan_of_adapters_has_a_small_optimizer_and_counts_what_is_trained() -> None:
+    plan = plan_of(finetune__frozen_dtype="bfloat16", mesh__expert=4, mesh__fsdp=2)
+    memory, trained = plan.step.memory, plan.step.trained.total
+    # Frozen in 2 bytes, on every device but for what is cut; adapters in 4, and two moments of each.
+    assert memory.optimizer < 2 * 4 * trained
+    assert memory.parameters < 2 * (plan.step.parameters.total - trained) + 4 * trained
+    assert memory.rest > 0
+    figures = plan.to_json()
+    assert figures["trained_parameters"] == trained
+    assert figures["fits"]
+
+
+def test_parameters_of_a_device_are_its_shards() -> None:
+    """Experts and dense weights are cut over all eight devices; embedding, router and norms are on each."""
+    memory, D, E, V, L = plan_of().step.memory, 32, 8, 96, 2
+    whole = V * D + L * (D * E + 2 * D) + D
+    assert memory.parameters == 4 * (whole + (plan_of().step.parameters.total - whole) // 8)
     assert memory.optimizer == pytest.approx(2 * memory.parameters, rel=1e-3)
+
+
+def test_the_peak_is_the_state_and_more() -> None:
+    memory = plan_of().step.memory
     assert memory.peak > memory.parameters + memory.optimizer
-    assert plan.fits
+    assert plan_of().fits
 
 
 def test_json_has_what_scripts_rely_on() -> None:
@@ -107,6 +137,7 @@ def test_json_has_what_scripts_rely_on() -> None:
     ({"mesh__expert": 4, "mesh__data": 1}, ["expert=4", "4 of 8", "h100:8", "expert=8"]),
     ({"mesh__fsdp": 3}, ["fsdp=3", "8 devices", "expert=8"]),
     ({"train__batch_size": 6}, ["train.batch_size", "multiple of 8"]),
+    ({"train__batch_size": 12, "train__gradient_accumulation": 4}, ["no mesh does", "multiple of 32"]),
 ])  # fmt: skip
 def test_a_mesh_that_does_not_fill_the_topology_names_those_that_would(overrides: dict, words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
@@ -114,6 +145,14 @@ def test_a_mesh_that_does_not_fill_the_topology_names_those_that_would(overrides
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_transport_that_the_chips_asked_for_lack_is_refused_though_a_cpu_has_it() -> None:
+    config = small_config(
+        dispatch__transport="ragged_all_to_all", model__num_experts=64, model__hidden_size=64, train__batch_size=64
+    )
+    with pytest.raises(ConfigError, match=r"mesh\.expert=64 GPUs, more than 32: set all_to_all"):
+        make_plan(config, Target(parse_topology("h100:64"), [], "cpu"))
 
 
 def test_advice_is_to_accumulate_where_activations_do_not_fit_and_to_cut_where_the_state_does_not() -> None:
@@ -124,6 +163,13 @@ def test_advice_is_to_accumulate_where_activations_do_not_fit_and_to_cut_where_t
     state = advise(config, StepMemory(peak=190, parameters=50, optimizer=100), 100, 8)
     assert state[0].startswith("--config.mesh.data=1 --config.mesh.fsdp=2")
     assert "16 devices" in state[-1]
+
+
+def test_advice_is_to_keep_frozen_weights_in_bfloat16_if_they_are_not() -> None:
+    memory = StepMemory(peak=190, parameters=150, optimizer=1)
+    assert "finetune.frozen_dtype=bfloat16" in advise(small_config(finetune__lora__rank=4), memory, 100, 8)[0]
+    for config in (small_config(), small_config(finetune__lora__rank=4, finetune__frozen_dtype="bfloat16")):
+        assert not any("frozen" in line for line in advise(config, memory, 100, 8))
 
 
 def test_a_sweep_ranks_what_fits() -> None:

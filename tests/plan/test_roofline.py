@@ -37,6 +37,13 @@ def test_a_ring_sends_both_ways_round() -> None:
     assert seconds_of("ragged-all-to-all", "v5p:4x4x4", ring) == pytest.approx(BYTES * 4 / 3 / 200e9)
 
 
+def test_an_all_to_all_waits_for_the_links_of_the_dimension_in_which_it_goes_farthest() -> None:
+    # 4 x 16 chips: rings of four, one hop apart on average, and rings of sixteen, four hops apart.
+    plane = [(0, y, z) for y in range(4) for z in range(16)]
+    assert seconds_of("all-to-all", "v5p:4x4x16", plane) == pytest.approx(BYTES * 4 * 64 / 63 / 200e9)
+    assert seconds_of("all-gather", "v5p:4x4x16", plane) == pytest.approx(BYTES / 400e9)
+
+
 def test_two_neighbours_share_one_link_and_strided_ones_pass_others() -> None:
     assert seconds_of("all-gather", "v5p:2x2x1", [(0, 0, 0), (0, 1, 0)]) == pytest.approx(BYTES / 100e9)
     assert seconds_of("all-gather", "v5p:4x4x8", [(0, 0, 0), (0, 0, 2)]) == pytest.approx(2 * BYTES / 100e9)
@@ -80,3 +87,23 @@ def test_traffic_counts_slices_and_updates_and_nothing_on_the_chip() -> None:
     row = 64 * 64 * 4
     # Read and written by the slice; written by the matmul; read and written by the update; the index.
     assert count_traffic(parse_program(TRAFFIC), routed_rows=0) == 2 * row + row + 2 * row + 4
+
+
+COPIES = """\
+HloModule jit_step
+
+ENTRY %main (x: f32[64,64]) -> f32[256,64] {
+  %x = f32[64,64]{1,0} parameter(0)
+  %copy-start = (f32[64,64]{1,0:S(1)}, f32[64,64]{1,0}, u32[]{:S(2)}) copy-start(%x)
+  %near = f32[64,64]{1,0:S(1)} copy-done(%copy-start)
+  %square = f32[64,64]{1,0:S(1)} dot(%near, %near), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %gather-start = (f32[64,64]{1,0}, f32[256,64]{1,0}) all-gather-start(%x), replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %whole = f32[256,64]{1,0} all-gather-done(%gather-start)
+}
+"""
+
+
+def test_what_is_asynchronous_is_read_once_and_written_once() -> None:
+    matrix = 64 * 64 * 4
+    # Read onto the chip, and multiplied there; read again, and four times as much written.
+    assert count_traffic(parse_program(COPIES), routed_rows=0) == matrix + (1 + 4) * matrix

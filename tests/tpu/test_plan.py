@@ -24,8 +24,8 @@ def plan_of(topology: str, **overrides: int | str | float) -> Plan:
     """Of the default run, with keys of its sections changed."""
     mapping = load_config_file(ROOT / "configs/pretrain/tiny.py")
     for name, value in overrides.items():
-        section, _, key = name.partition("__")
-        mapping.setdefault(section, {})[key] = value
+        *sections, key = name.split("__")
+        functools.reduce(lambda inner, section: inner.setdefault(section, {}), sections, mapping)[key] = value
     return make_plan(build(Config, mapping), open_target(parse_topology(topology), cpu_fallback=False))
 
 
@@ -55,6 +55,17 @@ def test_every_collective_has_an_axis_and_the_loop_over_layers_is_counted() -> N
     assert {c.count for c in plan.collectives if c.op == "ragged-all-to-all"} == {4}
 
 
+def test_gradients_of_expert_weights_are_scattered_and_never_summed_whole() -> None:
+    plan = plan_of("v5p:2x2x1", model__hidden_size=256, model__dtype="bfloat16", mesh__fsdp=2)
+    # Layers; four experts on a chip, of 256 x 256 numbers of two bytes, three matrices; half of each leaves.
+    of_experts = 4 * (4 * 256 * 256 * 2) * 3 // 2
+    sent = {op: sum(c.bytes_per_device for c in plan.collectives if (c.op, c.axis, c.pass_) == (op, "fsdp", "backward"))
+            for op in ("reduce-scatter", "all-reduce")}  # fmt: skip
+    # Dense weights, and XLA's padding of shards, add a little; dense ones as small as these XLA sums up whole.
+    assert of_experts <= sent["reduce-scatter"] < 1.4 * of_experts
+    assert sent["all-reduce"] < of_experts / 3
+
+
 def test_matmuls_of_the_program_are_those_of_a_count_by_hand() -> None:
     # An expert each, and no room to spare: XLA:TPU makes the gradient of a weight over the whole buffer.
     plan = plan_of("v5p:2x2x2", dispatch__buffer_factor=1.0)
@@ -69,11 +80,27 @@ def test_tokamax_is_planned_as_if_on_the_target_and_multiplies_no_empty_rows(mon
     assert plan.hardware_flops == flops_by_hand()
 
 
-def flops_by_hand() -> int:
-    """Of the default run: layers forward, again, and twice for the gradients; the unembedding not again."""
+def flops_by_hand(rank: int = 0) -> int:
+    """Of the default run: layers forward, again, and twice for the gradients; the unembedding not again.
+
+    With adapters of a rank on attention and experts, what is frozen has the gradients of its inputs alone.
+    """
     D, F, N, K, H, E, A, T, V = 128, 256, 4, 2, 32, 8, 2, 128, 2048
-    layer = 2 * D * (2 * N * H + 2 * K * H) + 4 * N * H * T + 2 * D * E + 6 * D * F * A
-    return 16 * T * (4 * 4 * layer + 3 * 2 * D * V)
+    weights, attention = 2 * D * (2 * N * H + 2 * K * H) + 2 * D * E + 6 * D * F * A, 4 * N * H * T
+    adapters = 2 * rank * (2 * (D + N * H) + 2 * (D + K * H) + 3 * (D + F) * A)
+    times = 3 if rank else 4
+    return 16 * T * (4 * (times * weights + 4 * attention + 4 * adapters) + (times - 1) * 2 * D * V)
+
+
+def test_tuning_adapters_takes_no_gradient_and_no_moments_of_frozen_weights() -> None:
+    adapters = {"finetune__lora__rank": 8, "finetune__frozen_dtype": "bfloat16"}
+    plan = plan_of("v5p:2x2x2", dispatch__buffer_factor=1.0, **adapters)
+    full = plan_of("v5p:2x2x2", dispatch__buffer_factor=1.0)
+    assert plan.hardware_flops == pytest.approx(flops_by_hand(rank=8), rel=0.01)
+    assert plan.step.memory.parameters < 0.6 * full.step.memory.parameters
+    assert plan.step.memory.optimizer < 0.2 * full.step.memory.optimizer
+    assert plan.step.memory.peak < full.step.memory.peak
+    assert plan.step.trained.total < 0.15 * plan.step.parameters.total
 
 
 def test_what_does_not_fit_is_still_planned_and_says_what_to_change() -> None:

@@ -29,7 +29,7 @@ def remember_gradients():
 
 @functools.cache
 def trajectory(capacity_factor, **sizes):
-    """Losses of 12 steps at learning rate 3e-4, first gradients, and routes before the first and after the last."""
+    """Losses and drops of 12 steps at learning rate 3e-4, first gradients, first and last routes."""
     config = small_config(dispatch__capacity_factor=capacity_factor, train__gradient_accumulation=1)
     mesh = mesh_of(**sizes)
     schedule = learning_rate_schedule(config.optimizer, STEPS)
@@ -41,7 +41,7 @@ def trajectory(capacity_factor, **sizes):
         micro = jax.tree.map(lambda rows: rows[0], batch)
         return state.model()(micro.tokens, micro.positions, micro.segment_ids).routing.experts_BTA
 
-    losses, gradients, routes = [], None, []
+    losses, gradients, routes, dropped = [], None, [], []
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         state = init_state(model_maker(config, "cpu", RULES), optimizer)
         host_batch = packed_batch(config)
@@ -50,10 +50,11 @@ def trajectory(capacity_factor, **sizes):
         for _ in range(STEPS):
             state, metrics = step_fn(state, batch)
             losses.append({name: float(metrics[name]) for name in ("loss", "total_loss", "load_balance_loss")})
+            dropped.append(float(metrics["router/dropped_fraction"]))
             gradients = gradients or jax.device_get(jax.tree.flatten_with_path(state.opt_state[0])[0])
         routes.append(np.asarray(route(state, batch)))
     real = host_batch.segment_ids[0] > 0
-    return losses, gradients, [chosen[:, real] for chosen in routes], float(metrics["router/dropped_fraction"])
+    return losses, gradients, [chosen[:, real] for chosen in routes], dropped
 
 
 @pytest.mark.parametrize("capacity_factor", [None, 1.25], ids=["dropless", "capacity 1.25"])
@@ -62,7 +63,7 @@ def test_losses_gradients_and_routes_are_the_same_on_every_mesh(sizes, capacity_
     losses, gradients, routes, dropped = trajectory(capacity_factor, **sizes)
     expected_losses, expected_gradients, expected_routes, expected_dropped = trajectory(capacity_factor)
     assert dropped == expected_dropped
-    assert (dropped > 0) == (capacity_factor is not None)
+    assert (min(dropped) > 0) == (capacity_factor is not None)
     for got, expected in zip(losses, expected_losses, strict=True):
         assert got == pytest.approx(expected, rel=1e-5)
     for (path, got), (_, expected) in zip(gradients, expected_gradients, strict=True):

@@ -24,14 +24,15 @@ class AllGather:
         """The rows of this device's experts, and the map that `home` needs."""
         (M, A), P = chosen_MA.shape, jax.lax.axis_size("expert")
         num_local = self.num_experts // P
-        num_rows = buffer_rows(P * M * min(A, num_local), M * A, self.buffer_factor)
+        num_rows = buffer_rows(P * M, A, self.num_experts, P, self.buffer_factor)
         place = jax.lax.axis_index("expert") if P > 1 else 0
         local_MA = _gather(chosen_MA) - num_local * place
         local_MA = jnp.where((local_MA >= 0) & (local_MA < num_local), local_MA, num_local)
         routes = sort_routes(local_MA, num_local, num_rows)
-        x_RD = copy_rows(_gather(x_MD), routes.of_tokens())
-        weight_R1 = copy_rows(_gather(weights_MA).reshape(-1, 1), routes.of_routes())
-        return Arrival(x_RD, weight_R1, routes.rows_per_expert_E, routes.overflowed), routes.of_tokens()
+        of_tokens = routes.rows.of_tokens()
+        x_RD = copy_rows(_gather(x_MD), of_tokens)
+        weight_R1 = copy_rows(_gather(weights_MA).reshape(-1, 1), routes.rows.of_routes())
+        return Arrival(x_RD, weight_R1, routes.rows_per_expert_E, routes.overflowed), of_tokens
 
     def home(self, y_RD: jax.Array, journey: RowMap) -> jax.Array:
         """Sums of each token's rows here, summed over the group: [M, D]."""

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax.model.dispatch.rows import (
+    RouteRows,
     RowMap,
-    SortedRoutes,
     buffer_rows,
     copy_rows,
     sort_routes,
@@ -39,17 +39,16 @@ class AllToAll:
         """The rows of this device's experts, and the maps that `home` needs."""
         (M, A), P = chosen_MA.shape, jax.lax.axis_size("expert")
         num_local = self.num_experts // P
-        C = buffer_rows(M * min(A, num_local), M * A / P, self.buffer_factor)
+        C = buffer_rows(M, A, self.num_experts, P, self.buffer_factor)
         routes = sort_routes(chosen_MA, self.num_experts, M * A)
         wanted_PE = routes.rows_per_expert_E.reshape(P, num_local)
         counts_PE = jnp.clip(C - starts_of(wanted_PE), 0, wanted_PE)
-        buffers = _fill_buffers(routes, jnp.sum(wanted_PE, axis=1), chosen_MA // num_local, C)
+        buffers = _fill_buffers(routes.rows, jnp.sum(wanted_PE, axis=1), chosen_MA // num_local, C)
         arriving_PE = _exchange(counts_PE)
         packed = _pack(arriving_PE, C)
-        sent = RowMap(buffers.source_R // A, buffers.row_MA)
-        of_routes = RowMap(buffers.source_R, buffers.row_MA.reshape(-1, 1))
+        sent = buffers.of_tokens()
         x_RD = copy_rows(_exchange(copy_rows(x_MD, sent)), packed)
-        weight_R1 = copy_rows(_exchange(copy_rows(weights_MA.reshape(-1, 1), of_routes)), packed)
+        weight_R1 = copy_rows(_exchange(copy_rows(weights_MA.reshape(-1, 1), buffers.of_routes())), packed)
         rows_per_expert_E = jnp.sum(arriving_PE, axis=0)
         overflowed = jnp.sum(wanted_PE) - jnp.sum(counts_PE)
         return Arrival(x_RD, weight_R1, rows_per_expert_E, overflowed), _Journey(sent, packed)
@@ -64,16 +63,16 @@ def _exchange(x_PX: jax.Array) -> jax.Array:
     return jax.lax.all_to_all(x_PX, "expert", split_axis=0, concat_axis=0, tiled=True)
 
 
-def _fill_buffers(routes: SortedRoutes, wanted_P: jax.Array, peer_MA: jax.Array, C: int) -> RowMap:
-    """Which route each row of the P buffers of C rows takes, and the row of each route."""
+def _fill_buffers(rows: RouteRows, wanted_P: jax.Array, peer_MA: jax.Array, C: int) -> RouteRows:
+    """The P buffers of C rows, from rows without gaps."""
     start_P = starts_of(wanted_P)
     sorted_PC = start_P[:, None] + jnp.arange(C)[None]
-    P, num_routes = len(start_P), len(routes.route_R)
-    route_R = routes.route_R[jnp.minimum(sorted_PC, num_routes - 1).reshape(-1)]
-    is_routed_MA = routes.row_MA < num_routes
-    place_MA = routes.row_MA - start_P[jnp.minimum(peer_MA, P - 1)]
+    P, num_routes = len(start_P), len(rows.route_R)
+    route_R = rows.route_R[jnp.minimum(sorted_PC, num_routes - 1).reshape(-1)]
+    is_routed_MA = rows.row_MA < num_routes
+    place_MA = rows.row_MA - start_P[jnp.minimum(peer_MA, P - 1)]
     row_MA = jnp.where(is_routed_MA & (place_MA < C), peer_MA * C + place_MA, P * C)
-    return RowMap(route_R, row_MA)
+    return RouteRows(route_R, row_MA)
 
 
 def _pack(counts_PE: jax.Array, C: int) -> RowMap:

@@ -46,15 +46,16 @@ class RaggedAllToAll:
         """The rows of this device's experts, and what `home` needs to send them back."""
         (M, A), P = chosen_MA.shape, jax.lax.axis_size("expert")
         num_local = self.num_experts // P
-        num_rows = buffer_rows(P * M * min(A, num_local), M * A, self.buffer_factor)
+        num_rows = buffer_rows(P * M, A, self.num_experts, P, self.buffer_factor)
         routes = sort_routes(chosen_MA, self.num_experts, M * A)
+        of_tokens = routes.rows.of_tokens()
         wanted_PE = jax.lax.all_gather(routes.rows_per_expert_E, "expert")
         there, back = plan_slices(wanted_PE, num_local, num_rows)
-        x_RD = exchange(copy_rows(x_MD, routes.of_tokens()), there, back, num_rows)
-        weight_R1 = exchange(copy_rows(weights_MA.reshape(-1, 1), routes.of_routes()), there, back, num_rows)
+        x_RD = exchange(copy_rows(x_MD, of_tokens), there, back, num_rows)
+        weight_R1 = exchange(copy_rows(weights_MA.reshape(-1, 1), routes.rows.of_routes()), there, back, num_rows)
         rows_per_expert_E = jnp.sum(there.recv_sizes.reshape(P, num_local), axis=0)
         overflowed = jnp.sum(routes.rows_per_expert_E) - jnp.sum(there.send_sizes)
-        return Arrival(x_RD, weight_R1, rows_per_expert_E, overflowed), _Journey(routes.of_tokens(), there, back)
+        return Arrival(x_RD, weight_R1, rows_per_expert_E, overflowed), _Journey(of_tokens, there, back)
 
     def home(self, y_RD: jax.Array, journey: _Journey) -> jax.Array:
         """Back to where the rows came from, and summed for each token: [M, D]."""

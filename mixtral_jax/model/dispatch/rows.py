@@ -21,13 +21,11 @@ class RowMap:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SortedRoutes:
-    """A device's M * A routes, sorted by expert and then by token, of which the first R have a row."""
+class RouteRows:
+    """Rows that hold a device's M * A routes, seen from both ends."""
 
     route_R: jax.Array
     row_MA: jax.Array  # R for a route without a row
-    rows_per_expert_E: jax.Array
-    overflowed: jax.Array  # routes that should have had a row
 
     def of_tokens(self) -> RowMap:
         """Rows as copies of tokens."""
@@ -36,6 +34,16 @@ class SortedRoutes:
     def of_routes(self) -> RowMap:
         """Rows as copies of routes: of their weights."""
         return RowMap(self.route_R, self.row_MA.reshape(-1, 1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SortedRoutes:
+    """A device's routes, sorted by expert and then by token, of which the first R have a row."""
+
+    rows: RouteRows
+    rows_per_expert_E: jax.Array
+    overflowed: jax.Array  # routes that should have had a row
 
 
 def sort_routes(expert_MA: jax.Array, num_experts: int, num_rows: int) -> SortedRoutes:
@@ -47,15 +55,20 @@ def sort_routes(expert_MA: jax.Array, num_experts: int, num_rows: int) -> Sorted
     counts_E = jnp.sum(expert_of_route[:, None] == jnp.arange(num_experts)[None], axis=0, dtype=jnp.int32)
     ends_E = jnp.minimum(jnp.cumsum(counts_E), num_rows)
     return SortedRoutes(
-        route_R=route_of_row[:num_rows],
-        row_MA=jnp.minimum(row_of_route, num_rows).reshape(M, A),
+        rows=RouteRows(route_of_row[:num_rows], jnp.minimum(row_of_route, num_rows).reshape(M, A)),
         rows_per_expert_E=jnp.diff(ends_E, prepend=0),
         overflowed=jnp.sum(counts_E) - ends_E[-1],
     )
 
 
-def buffer_rows(worst: int, balanced: float, buffer_factor: float | None) -> int:
-    """Rows that a buffer has room for: the worst case, or `buffer_factor` times the balanced one if that is less."""
+def buffer_rows(num_tokens: int, A: int, num_experts: int, num_places: int, buffer_factor: float | None) -> int:
+    """Room in a buffer for the routes of `num_tokens` tokens to one of `num_places` that share the experts.
+
+    All that there can be, since a token goes to an expert once; or `buffer_factor` times those of a balanced
+    routing, if that is less.
+    """
+    worst = num_tokens * min(A, num_experts // num_places)
+    balanced = num_tokens * A / num_places
     return worst if buffer_factor is None else min(worst, math.ceil(buffer_factor * balanced - 1e-9))
 
 

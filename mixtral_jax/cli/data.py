@@ -1,0 +1,25 @@
+"""`data inspect` shows what training sees of conversations; `data validate` names every bad row."""
+
+from mixtral_jax.cli import data_inspect, data_validate
+from mixtral_jax.config import ConfigError
+
+_USAGE = """usage: mixtral-jax data inspect FILE ...    the tokens of every row, and which of them are learnt
+       mixtral-jax data validate FILE ...   every bad row by line and reason, and totals; 1 if any is bad
+
+(mixtral-jax data inspect --help lists the flags; FILE is anything that data.path takes)"""
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one of the two for the flags behind its name.
+
+    Raises:
+        ConfigError: there is no such verb.
+    """
+    verb, *rest = arguments or ["--help"]
+    if verb in ("-h", "--help"):
+        print(_USAGE)
+        return 0
+    verbs = {"inspect": data_inspect.main, "validate": data_validate.main}
+    if verb not in verbs:
+        raise ConfigError(f"unknown verb {f'data {verb}'!r}; there are: data inspect, data validate")
+    return verbs[verb](rest)

@@ -1,0 +1,90 @@
+"""The flags of the `data` verbs, and the conversations that they name, tokenised."""
+
+import argparse
+import dataclasses
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+from mixtral_jax.cli.flags import FlagParser
+from mixtral_jax.config import ChatFormat, LiteralInst, require
+from mixtral_jax.data.chat import ChatTemplate, EncodedChat
+from mixtral_jax.data.conversations import Chat, drop_unsupervised, read_chats
+from mixtral_jax.data.messages import Mode
+from mixtral_jax.data.readers import BadRow
+from mixtral_jax.data.sources import split_sources
+from mixtral_jax.data.tokenizer import Tokenizer, read_tokenizer
+
+_ROWS_AT_ONCE = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedRow:
+    """A conversation as ids, and where it was read."""
+
+    chat: EncodedChat
+    origin: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What the flags name, row after row."""
+
+    rows: Iterator[EncodedRow | BadRow]
+    tokenizer: Tokenizer
+
+
+def make_rows_parser(verb: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser of the flags that both verbs take."""
+    parser = FlagParser(prog=f"mixtral-jax data {verb}", description=description)
+    parser.add_argument("file", help="a file, folder, glob, hub:NAME: anything that data.path takes")
+    parser.add_argument("--tokenizer", help="mixtral, mixtral-v3, a .model file, or a workdir that holds one")
+    parser.add_argument("--template", choices=["v1", "v3"], help="by default that of the tokenizer")
+    parser.add_argument("--mode", choices=get_args(Mode), default="training", help="who is to see the rows")
+    parser.add_argument(
+        "--literal_inst", choices=get_args(LiteralInst), default="reject", help="what v1 does with [INST] in a text"
+    )
+    parser.add_argument("--format", choices=get_args(ChatFormat), default="auto", help="by default that of each row")
+    return parser
+
+
+def open_rows(flags: argparse.Namespace, *, only_supervised: bool) -> Rows:
+    """The rows that the flags name; `only_supervised` makes those without a token to be learnt bad ones.
+
+    Raises:
+        ConfigError: no tokenizer, no such file, or a template that does not fit.
+    """
+    tokenizer = read_tokenizer(_name_tokenizer(flags))
+    template = ChatTemplate(tokenizer, flags.template or "auto", literal_inst=flags.literal_inst)
+
+    def read() -> Iterator[Chat | BadRow]:
+        for source in split_sources(flags.file):
+            rows = read_chats(source.path, template, format=flags.format, mode=flags.mode)
+            yield from drop_unsupervised(rows) if only_supervised else rows
+
+    return Rows(_encode(read(), template), tokenizer)
+
+
+def leave_the_pipe() -> None:
+    """What is still to be printed goes nowhere: whoever read it has ended, as `head` does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _name_tokenizer(flags: argparse.Namespace) -> str:
+    name = flags.tokenizer or ("mixtral-v3" if flags.template == "v3" else "mixtral")
+    require(
+        not name.startswith("train:"),
+        f"--tokenizer={name}: a run trains it, and keeps it: name the run's workdir",
+    )
+    kept = Path(name).expanduser() / "tokenizer.model"
+    return str(kept) if kept.is_file() else name
+
+
+def _encode(rows: Iterator[Chat | BadRow], template: ChatTemplate) -> Iterator[EncodedRow | BadRow]:
+    while group := list(itertools.islice(rows, _ROWS_AT_ONCE)):
+        encoded = iter(template.encode_turns([row.turns for row in group if isinstance(row, Chat)]))
+        for row in group:
+            yield row if isinstance(row, BadRow) else EncodedRow(next(encoded), row.origin)

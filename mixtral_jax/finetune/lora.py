@@ -1,0 +1,113 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): projections with a trainable pair of thin ones beside them.
+
+The pair is A of [inputs, r] and B of [r, outputs], projections of the same kind as the one they adapt.
+So those of experts are an A and a B for each, which live where the expert does, are gathered like its
+weights, and multiply its rows by the same grouped kernel.
+
+B starts at zero: at step 0 an adapter adds 0 to what the plain projection gives, which changes no bit of
+it. That adapted experts run their three projections one by one, where plain ones take the fused kernel,
+changes none either: both cut rows into the same blocks and multiply each in the same way
+(tests/kernels/test_grouped_matmul.py).
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import P
+
+from mixtral_jax.config import LoRAConfig, ModelConfig
+from mixtral_jax.kernels.groups import RowGroups
+from mixtral_jax.model.layers import Projection
+from mixtral_jax.model.moe import ExpertProjection
+
+
+class LoRAProjection(nnx.Module):
+    """A dense projection and its adapter: x W + scaling * (x A) B. `config` says in which dtype these are stored."""
+
+    def __init__(self, base: Projection, lora: LoRAConfig, config: ModelConfig, rngs: nnx.Rngs):
+        x, inputs, outputs, y = _spell(base)
+        low = "".join(letter for letter in x if letter not in inputs) + "r"
+        shape, axes, count = base.weight.shape, base.axes, len(inputs)
+        shared: dict[str, Any] = {"config": config, "rules": base.rules, "rngs": rngs, "dtype": base.dtype}
+        shared["variable"] = nnx.LoRAParam
+        self.base = base
+        self.scaling = lora.scaling
+        self.lora_a = Projection(
+            f"{x},{inputs}r->{low}", (*shape[:count], lora.rank), (*axes[:count], None),
+            init=_kaiming_uniform(range(count)), **shared,
+        )  # fmt: skip
+        self.lora_b = Projection(
+            f"{low},r{outputs}->{y}", (lora.rank, *shape[count:]), (None, *axes[count:]),
+            init=nnx.initializers.zeros, **shared,
+        )  # fmt: skip
+
+    def __call__(self, x: jax.Array, out_sharding: P) -> jax.Array:
+        low_BTr = self.lora_a(x, P(*out_sharding[:2], None))
+        return self.base(x, out_sharding) + self.lora_b(self.scaling * low_BTr, out_sharding)
+
+    def merged_weight(self) -> jax.Array:
+        """W + scaling * A B in float32, sharded as W."""
+        _, inputs, outputs, _ = _spell(self.base)
+        return _merge(self, f"{inputs}r,r{outputs}->{inputs}{outputs}")
+
+
+class LoRAExpertProjection(nnx.Module):
+    """One matrix and one adapter per expert, on rows that are sorted by expert."""
+
+    def __init__(self, base: ExpertProjection, lora: LoRAConfig, config: ModelConfig, rngs: nnx.Rngs):
+        E, D, F = base.weight.shape
+        expert, inputs, outputs = base.axes
+        shared: dict[str, Any] = {"config": config, "rules": base.rules, "rngs": rngs, "variable": nnx.LoRAParam}
+        self.base = base
+        self.scaling = lora.scaling
+        self.lora_a = ExpertProjection(
+            (E, D, lora.rank), (expert, inputs, None), base.kernel, init=_kaiming_uniform([1], experts=0), **shared
+        )
+        self.lora_b = ExpertProjection(
+            (E, lora.rank, F), (expert, None, outputs), base.kernel, init=nnx.initializers.zeros, **shared
+        )
+
+    def __call__(self, x_RD: jax.Array, groups: RowGroups) -> jax.Array:
+        low_Rr = self.lora_a(x_RD, groups)
+        return self.base(x_RD, groups) + self.lora_b(self.scaling * low_Rr, groups)
+
+    def merged_weight(self) -> jax.Array:
+        """W + scaling * A B of each expert in float32, sharded as W."""
+        return _merge(self, "EDr,ErF->EDF")
+
+
+Plain = Projection | ExpertProjection
+Adapted = LoRAProjection | LoRAExpertProjection
+
+
+def adapt(base: Plain, lora: LoRAConfig, config: ModelConfig, rngs: nnx.Rngs) -> Adapted:
+    """A projection with a fresh adapter, which adds 0 to it."""
+    if isinstance(base, ExpertProjection):
+        return LoRAExpertProjection(base, lora, config, rngs)
+    return LoRAProjection(base, lora, config, rngs)
+
+
+def _spell(base: Projection) -> tuple[str, str, str, str]:
+    """The letters of x, of the weight's inputs and of its outputs, and of y: BTNH, NH, D, BTD."""
+    x, weight, y = re.split(",|->", base.equation)
+    inputs = "".join(letter for letter in weight if letter not in y)
+    assert weight.startswith(inputs), base.equation
+    return x, inputs, weight.removeprefix(inputs), y
+
+
+def _merge(adapted: Adapted, equation: str) -> jax.Array:
+    base = adapted.base
+    a, b, weight = (module.weight[...].astype(jnp.float32) for module in (adapted.lora_a, adapted.lora_b, base))
+    layout = base.rules.spec(*base.axes)
+    return weight + adapted.scaling * jnp.einsum(equation, a, b, precision="highest", out_sharding=layout)
+
+
+def _kaiming_uniform(inputs: Sequence[int], *, experts: int | tuple[()] = ()) -> nnx.Initializer:
+    """U(-1/sqrt(n), 1/sqrt(n)) over n inputs, those of torch's linear layers, PEFT and mistral-finetune."""
+    return nnx.initializers.variance_scaling(
+        1 / 3, "fan_in", "uniform", in_axis=tuple(inputs), out_axis=-1, batch_axis=experts
+    )

@@ -1,0 +1,162 @@
+"""What is trained: presets, patterns, the router, and the table that says so."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mixtral_jax.config import ConfigError, FinetuneConfig
+from mixtral_jax.config_mapping import build
+from mixtral_jax.finetune.targets import match_targets
+from mixtral_jax.finetune.trained import describe_trained, list_parts
+from mixtral_jax.finetune.tunable import make_tunable
+from mixtral_jax.model.transformer import count_parameters
+from mixtral_jax.train.optimizer import make_optimizer
+from mixtral_jax.train.state import TrainState, abstract_state, init_state
+from tests.cases import mesh_of, small_config
+
+ATTENTION = ["attention.key", "attention.out", "attention.query", "attention.value"]
+EXPERTS = ["moe.experts.down", "moe.experts.gate", "moe.experts.up"]
+NAMES = [*ATTENTION, *EXPERTS, "moe.router.gate"]
+
+
+def shapes_of(**finetune: Any) -> tuple[Any, Any]:
+    """The model that is tuned, as shapes, and what tells its trained parameters."""
+    tunable = make_tunable(small_config(**{f"finetune__{key}": value for key, value in finetune.items()}), "cpu")
+    with jax.set_mesh(mesh_of()):
+        return jax.eval_shape(tunable.make_model), tunable.trainable
+
+
+@pytest.mark.parametrize(("targets", "expected"), [
+    ("attention", ATTENTION),
+    ("attention+experts", [*ATTENTION, *EXPERTS]),
+    ("attention+experts+router", NAMES),
+    ("moe.experts.down", ["moe.experts.down"]),
+    ("attention.query, *.gate", ["attention.query", "moe.experts.gate", "moe.router.gate"]),
+    ("attention,moe.router.*", [*ATTENTION, "moe.router.gate"]),
+])  # fmt: skip
+def test_presets_and_patterns_choose_projections(targets: str, expected: list[str]) -> None:
+    model, trainable = shapes_of(lora={"targets": targets})
+    assert [part.name for part in list_parts(model, trainable) if part.trained] == expected
+
+
+def test_the_default_is_attention_and_experts_at_rank_16_and_scaling_2() -> None:
+    config = build(FinetuneConfig, {})
+    assert match_targets(config, NAMES) == [*ATTENTION, *EXPERTS]
+    assert (config.lora.rank, config.lora.scaling) == (16, 2.0)
+    assert build(FinetuneConfig, {"lora": {"rank": 64, "alpha": "16"}}).lora.scaling == 0.25
+
+
+@pytest.mark.parametrize(("finetune", "words"), [
+    ({"lora": {"targets": "q_proj,attention.*"}}, ["'q_proj' matches no projection", "attention.query", "moe.experts"]),
+    ({"lora": {"targets": "attentoin"}}, ["'attentoin'", "attention+experts+router"]),
+    ({"lora": {"targets": ""}}, ["'' matches no projection"]),
+    ({"router_learning_rate_factor": 0.1}, ["no effect", "attention+experts+router"]),
+    ({"router_learning_rate_factor": 0, "lora": {"targets": "*"}}, ["freezes the router", "targets=*"]),
+])  # fmt: skip
+def test_what_would_train_nothing_is_an_error_that_names_what_would(finetune: dict, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        shapes_of(**finetune)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(("finetune", "words"), [
+    ({"lora": {"rank": -1}}, ["finetune.lora.rank=-1", "at least 1, or 0"]),
+    ({"lora": {"alpha": 0}}, ["finetune.lora.alpha=0.0", "positive"]),
+    ({"lora": {"dropout": 1}}, ["finetune.lora.dropout=1.0", "[0, 1)"]),
+    ({"lora": {"rank": 0, "dropout": 0.1}}, ["needs adapters"]),
+    ({"lora": {"rank": 0}, "frozen_dtype": "bfloat16"}, ["finetune.frozen_dtype=bfloat16", "is for adapters"]),
+    ({"router_learning_rate_factor": -1}, ["must not be negative"]),
+    ({"base": ""}, ["finetune.base"]),
+    ({"lora": {"r": 8}}, ["unknown config key finetune.lora.r", "rank"]),
+])  # fmt: skip
+def test_a_wrong_setting_is_named(finetune: dict, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        small_config(finetune=finetune)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_adapters_are_counted_apart_from_what_they_adapt() -> None:
+    model, trainable = shapes_of(lora={"rank": 3, "targets": "attention.query,moe.experts.down"})
+    # Two layers; D=32, four heads of 12; eight experts, F=48.
+    query, down = 2 * 3 * (32 + 4 * 12), 2 * 8 * 3 * (48 + 32)
+    trained = {part.name: part.trained for part in list_parts(model, trainable) if part.trained}
+    assert trained == {"attention.query": query, "moe.experts.down": down}
+    frozen = count_parameters(model).total - query - down
+    plain, everything = shapes_of(lora={"rank": 0})
+    assert frozen == count_parameters(plain, everything).total
+    table = describe_trained(model, trainable)
+    assert f"{down:,}" in table and f"{frozen:,}" in table and "embedding_VD" in table
+    assert all(len(line) <= 120 for line in table.splitlines())
+
+
+def test_frozen_weights_may_be_bfloat16_while_adapters_and_their_moments_are_float32() -> None:
+    config = small_config(finetune__frozen_dtype="bfloat16")
+    tunable = make_tunable(config, "cpu")
+    with jax.set_mesh(mesh_of(expert=4, fsdp=2)):
+        optimizer = make_optimizer(config.optimizer, lambda step: 1.0, config.finetune)
+        state = abstract_state(tunable.make_model, optimizer, tunable.trainable)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.frozen)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.trained, state.opt_state)) if leaf.ndim} == {
+        jnp.dtype("float32")
+    }
+    # Cut as what they adapt: over experts, and over the model dimension; the rank is not.
+    down, gate = state.trained.blocks.moe.experts.down, state.trained.blocks.moe.experts.gate
+    assert gate.lora_a.weight.get_value().sharding.spec == jax.P(None, "expert", "fsdp", None)
+    assert gate.lora_b.weight.get_value().sharding.spec == jax.P(None, "expert", None, "tensor")
+    assert down.lora_a.weight.get_value().sharding.spec == jax.P(None, "expert", "tensor", None)
+    assert down.lora_b.weight.get_value().sharding.spec == jax.P(None, "expert", None, "fsdp")
+
+
+def updates_of(config_overrides: dict[str, Any]) -> dict[str, float]:
+    """The largest first update of each trained leaf, of gradients that are all one."""
+    config = small_config(**config_overrides)
+    tunable = make_tunable(config, "cpu")
+    with jax.set_mesh(mesh_of()):
+        optimizer = make_optimizer(config.optimizer, lambda step: 1.0, config.finetune)
+        state = jax.eval_shape(lambda: TrainState.create(tunable.make_model(), optimizer, tunable.trainable))
+        ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), state.trained)
+        updates, _ = jax.jit(lambda ones: optimizer.update(ones, optimizer.init(ones), ones))(ones)
+    return {
+        jax.tree_util.keystr(path): float(jnp.abs(leaf).max()) for path, leaf in jax.tree.flatten_with_path(updates)[0]
+    }
+
+
+@pytest.mark.parametrize("lora", [{"rank": 0}, {"targets": "attention+experts+router"}], ids=["full", "adapters"])
+def test_the_router_learns_at_its_own_rate(lora: dict[str, Any]) -> None:
+    slow = updates_of({"finetune": {"lora": lora, "router_learning_rate_factor": 0.25}})
+    normal = updates_of({"finetune": {"lora": lora}})
+    assert slow.keys() == normal.keys()
+    for name, size in normal.items():
+        assert slow[name] == pytest.approx(size * (0.25 if "router" in name else 1.0), rel=1e-6), name
+
+
+def test_a_frozen_router_has_no_state_in_the_optimizer() -> None:
+    frozen = updates_of({"finetune": {"lora": {"rank": 0}, "router_learning_rate_factor": 0}})
+    full = updates_of({"finetune": {"lora": {"rank": 0}}})
+    assert full.keys() - frozen.keys() == {name for name in full if "router" in name} != set()
+
+
+def test_both_halves_of_an_adapter_decay() -> None:
+    decay = {"finetune": {"lora": {"targets": "attention"}}, "optimizer__max_grad_norm": 1e-30}
+    # Of gradients as good as zero, what is left of an update is the decay of weights that are one.
+    assert set(updates_of({**decay, "optimizer__weight_decay": 0.5}).values()) == {0.5}
+
+
+def test_a_base_that_is_there_is_tuned_in_place() -> None:
+    config = small_config(finetune__lora={"rank": 4, "targets": "attention"})
+    tunable = make_tunable(config, "cpu")
+    optimizer = make_optimizer(config.optimizer, lambda step: 1.0, config.finetune)
+    with jax.set_mesh(mesh_of()):
+        base, expected = (jax.jit(tunable.make_base)() for _ in range(2))
+        state = init_state(tunable.adapt, optimizer, tunable.trainable, base)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(base))  # There is no second copy of it.
+    for got, leaf in zip(jax.tree.leaves(state.frozen), jax.tree.leaves(nnx.state(expected)), strict=True):
+        np.testing.assert_array_equal(got, leaf)
+    assert len(jax.tree.leaves(state.trained)) == 2 * 4

@@ -1,0 +1,27 @@
+"""Random Mixtrals of other shapes write what transformers writes, in a batch of unequal prompts.
+
+Run by `make test-parity` alone: needs torch and transformers.
+"""
+
+import numpy as np
+import pytest
+
+import mixtral_jax
+from tests.cases import mesh_of
+from tests.parity.test_transformers import MESHES, SHAPES, random_model, torch
+
+NUM_TOKENS = 24
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+def test_greedy_continuations_are_those_of_transformers(tmp_path, shape):
+    theirs = random_model(shape)
+    theirs.save_pretrained(tmp_path)
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(3, shape["vocab_size"], length).tolist() for length in (17, 5, 1)]
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    ids = theirs.generate(padded, attention_mask=mask, max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None)
+    loaded = mixtral_jax.load_pretrained(tmp_path, mesh=mesh_of(**MESHES[shape["num_local_experts"]]))
+    assert loaded.generate(prompts, max_new_tokens=NUM_TOKENS) == ids[:, longest:].tolist()
