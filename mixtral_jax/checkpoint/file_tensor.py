@@ -69,7 +69,7 @@ class FileTensor:
             with open(self.path, "rb", buffering=0) as file:
                 self._copy(file, target)
         except OSError as error:
-            raise ConfigError(f"{self.path}: {self.name} cannot be read: {error}") from error
+            raise ConfigError(f"{self.path}: {self.name} cannot be read: {error.strerror}") from error
 
     def _copy(self, file: io.FileIO, target: np.ndarray) -> None:
         if 0 in self.shape:

@@ -17,6 +17,7 @@ from mixtral_jax.checkpoint.foreign_folder import read_object
 from mixtral_jax.checkpoint.merged import merge
 from mixtral_jax.checkpoint.parameters import PARAMETERS
 from mixtral_jax.checkpoint.stored import Block, StoredArray
+from mixtral_jax.checkpoint.zarr_chunks import open_chunks
 from mixtral_jax.config import ConfigError, LoRAConfig, require
 
 # The parts of a TrainState that may hold a parameter.
@@ -84,6 +85,8 @@ def _find_keys(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 def _open_array(state: Path, key: str, metadata: Mapping[str, Any], context: tensorstore.Context) -> StoredArray:
     folder, name = state.absolute(), f"{state}: {key}"
+    if not metadata.get("use_ocdbt") and not metadata.get("use_zarr3") and (plain := open_chunks(folder / key, name)):
+        return plain
     if metadata.get("use_ocdbt"):
         files = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}, "path": f"{key}/"}
     else:

@@ -5,7 +5,7 @@ With `zarr_chunks` a model is imported from file to file; no more of it is in me
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,21 @@ import jax
 import orbax.checkpoint as ocp
 
 from mixtral_jax.checkpoint.stored import StoredArray
-from mixtral_jax.checkpoint.zarr_chunks import describe_chunks
 
 
-def adopt_chunks(checkpoints: Path, arrays: Mapping[str, StoredArray], folder: Path, record: Mapping[str, Any]) -> None:
-    """Makes the checkpoint of step 0 of arrays that `write_chunks` has written into `folder`, by moving them.
+def adopt_chunks(
+    checkpoints: Path,
+    arrays: Mapping[str, StoredArray],
+    folder: Path,
+    record: Mapping[str, Any],
+    wait: Callable[[], Any],
+) -> None:
+    """Makes the checkpoint of step 0 of arrays that `write_chunks` writes into `folder`, by moving them.
 
-    All processes call it, when all have written their chunks. `record` is saved beside the arrays.
+    All processes call it; it calls `wait` for the chunks of all to be there. `record` is saved beside the arrays.
     """
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(dict(arrays)), record=ocp.args.JsonSave(dict(record)))
-    with _without_warnings(), contextlib.closing(_make_manager(checkpoints, _AdoptHandler(folder))) as manager:
+    with _without_warnings(), contextlib.closing(_make_manager(checkpoints, _AdoptHandler(folder, wait))) as manager:
         manager.save(0, args=items)
 
 
@@ -52,19 +57,20 @@ def _without_warnings() -> Iterator[None]:
 class _AdoptHandler(ocp.type_handlers.TypeHandler):
     """How Orbax is to write a `StoredArray`: as it writes a jax.Array, but the numbers are there already."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, wait: Callable[[], Any]):
         self._folder = folder
+        self._wait = wait
 
     def typestr(self) -> str:
         return "jax.Array"  # What it will be when it is restored.
 
     async def serialize(self, values: Sequence[StoredArray], infos: Sequence[Any], args: Any = None) -> list[Any]:
+        self._wait()
         if jax.process_index() == 0:
-            for stored, info in zip(values, infos, strict=True):
+            for info in infos:
                 place = Path(info.parent_dir / info.name)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 (self._folder / info.name).rename(place)
-                describe_chunks(place, stored)
         return []
 
     async def deserialize(self, infos: Sequence[Any], args: Any = None) -> list[Any]:

