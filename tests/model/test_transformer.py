@@ -57,7 +57,8 @@ def test_later_tokens_never_change_earlier_logits(small):
     changed = tokens.copy()
     changed[:, 12:] = (changed[:, 12:] + 1) % 96
     before, after = (run(model, mesh, t, positions, segments).logits_BTV for t in (tokens, changed))
-    np.testing.assert_array_equal(before[:, :12], after[:, :12])
+    # Not bit for bit: later tokens decide in which block of an expert's rows an earlier one is multiplied.
+    np.testing.assert_allclose(before[:, :12], after[:, :12], atol=2e-6)
     assert np.abs(before[:, 12:] - after[:, 12:]).max() > 0.01
 
 

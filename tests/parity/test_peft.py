@@ -3,6 +3,7 @@
 Run by `make test-parity` alone: needs peft, torch and transformers.
 """
 
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from mixtral_jax.checkpoint.adapters import read_adapters, read_peft_config, write_peft
-from mixtral_jax.checkpoint.huggingface import load_weights, read_config
-from mixtral_jax.config import Config, FinetuneConfig, LoRAConfig, TrainConfig
+from mixtral_jax.checkpoint.on_devices import load_model
+from mixtral_jax.checkpoint.weights import open_weights
+from mixtral_jax.config import FinetuneConfig, LoRAConfig
 from mixtral_jax.finetune.tunable import Tunable, make_tunable
 from tests.cases import RULES, mesh_of
 
@@ -32,9 +34,8 @@ TOLERANCE = 5e-5
 
 
 def tunable_of(lora: LoRAConfig) -> Tunable:
-    theirs, train = read_config(GOLDEN), TrainConfig(num_steps=1, batch_size=8, sequence_length=16)
-    config = Config(model=theirs.model, router=theirs.router, train=train, finetune=FinetuneConfig(lora=lora))
-    return make_tunable(config, "cpu")
+    config = open_weights(GOLDEN).architecture.config(batch_size=8)
+    return make_tunable(dataclasses.replace(config, finetune=FinetuneConfig(lora=lora)), "cpu")
 
 
 def tuned_model(lora: LoRAConfig) -> Any:
@@ -51,7 +52,7 @@ def tuned_model(lora: LoRAConfig) -> Any:
 
         return nnx.merge(graphdef, jax.tree.map(disturb, adapters), rest)
 
-    return jax.jit(adapt)(load_weights(GOLDEN, jax.eval_shape(tunable.make_base)))
+    return jax.jit(adapt)(load_model(open_weights(GOLDEN).parameters, jax.eval_shape(tunable.make_base)))
 
 
 def logits_of(model: Any) -> np.ndarray:
