@@ -13,6 +13,7 @@ from mixtral_jax.kernels.groups import RowGroups
 from mixtral_jax.model.dispatch.choose import TRANSPORTS
 from mixtral_jax.model.dispatch.region import dispatch
 from mixtral_jax.model.router import Router, Routing
+from mixtral_jax.model.tokens import Tokens
 from mixtral_jax.parallel.rules import AxisRules
 
 
@@ -85,12 +86,12 @@ class MoE(nnx.Module):
         self.num_experts = config.num_experts
         self.dtype = config.dtype
         self.rules = rules
-        self.router = Router(config, router, dispatch.capacity_factor, rules, rngs)
+        self.router = Router(config, router, dispatch, rules, rngs)
         self.experts = Experts(config, cast(Kernel, dispatch.grouped_matmul), rules, rngs)
         self.transport = TRANSPORTS[dispatch.transport](config.num_experts, dispatch.buffer_factor)
 
-    def __call__(self, x_BTD: jax.Array, is_real_BT: jax.Array) -> tuple[jax.Array, Routing]:
-        routing = self.router(x_BTD, is_real_BT)
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Routing]:
+        routing = self.router(x_BTD, tokens)
         # Cast before the gather: weights travel in the compute dtype.
         experts = jax.tree.map(self._cast, self.experts)
         routes = (routing.experts_BTA, routing.weights_BTA, routing.is_kept_BTA)
