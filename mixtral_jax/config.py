@@ -29,6 +29,9 @@ class ModelConfig:
     recomputes in each layer: `full` keeps the layer's input alone, `dots` also keeps the results of
     the dense projections and the rows that arrived at the experts, `none` keeps everything. `attention`: see
     kernels/attention.py. `context_length` is the longest sequence that it is meant for (None: that of its training).
+    `num_shared_experts`: how many experts every token visits besides those that it is routed to (DeepSeekMoE, arXiv
+    2401.06066). `granularity` m makes m times as many experts of 1/m the size, of which a token chooses m times as
+    many: a shorthand, which `config_mapping.build` writes out into the other keys.
     """
 
     vocab_size: int
@@ -47,11 +50,16 @@ class ModelConfig:
     remat: Literal["full", "dots", "none"] = "full"
     attention: Literal["auto", "xla", "splash"] = "auto"
     context_length: int | None = None
+    num_shared_experts: int = 0
+    granularity: int = 1
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
+                     "num_experts", "granularity"):  # fmt: skip
             require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
-        require(self.num_experts >= 1, f"model.num_experts={self.num_experts} must be at least 1")
+        require(
+            self.num_shared_experts >= 0, f"model.num_shared_experts={self.num_shared_experts} must be 0 (none) or more"
+        )
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads={self.num_heads} must be a multiple of model.num_kv_heads={self.num_kv_heads}",
@@ -293,6 +301,11 @@ class Config:
     log: LogConfig = LogConfig()
 
     def __post_init__(self):
+        require(
+            self.model.granularity == 1,
+            f"model.granularity={self.model.granularity} is a shorthand, which config_mapping.build writes out: "
+            "build the Config with it, or set num_experts, intermediate_size and num_experts_per_token themselves",
+        )
         chosen, experts = self.router.num_experts_per_token, self.model.num_experts
         require(
             chosen <= experts,
