@@ -63,21 +63,17 @@ class FinetuneConfig:
     """Which model is tuned, and how much of it.
 
     `base` takes what `--checkpoint` takes; without one, a small one is made as `pretrain` says. `frozen_dtype` is how
-    the frozen weights under adapters are kept (None: in `model.param_dtype`, as what is trained). The router learns at
-    `router_learning_rate_factor` times the learning rate where it is trained at all: in full, or with `+router`; 0
-    freezes it.
+    the frozen weights under adapters are kept (None: in `model.param_dtype`, as what is trained). The router is trained
+    in full tuning, or with `+router`, as fast as router.learning_rate_factor says.
     """
 
     base: str | None = None
     pretrain: PretrainConfig = PretrainConfig()
     lora: LoRAConfig = LoRAConfig()
     frozen_dtype: Literal["bfloat16", "float32"] | None = None
-    router_learning_rate_factor: float = 1.0
 
     def __post_init__(self):
         require(self.base != "", "finetune.base must name a checkpoint, or be None")
-        factor = self.router_learning_rate_factor
-        require(factor >= 0, f"finetune.router_learning_rate_factor={factor} must not be negative (0: frozen)")
         require(
             self.lora.rank or self.frozen_dtype is None,
             f"finetune.frozen_dtype={self.frozen_dtype} is for adapters: with finetune.lora.rank=0 all weights learn, "

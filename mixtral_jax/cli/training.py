@@ -13,7 +13,7 @@ from mixtral_jax.finetune.tunable import make_tunable
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.train.loop import Ending, Outcome, StopSignal, TrainLoop
 from mixtral_jax.train.metrics import MetricLog
-from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from mixtral_jax.train.optimizer import bias_rate_schedule, learning_rate_schedule, make_optimizer
 from mixtral_jax.train.step import make_train_step
 
 
@@ -40,7 +40,8 @@ def train_model(
     config = run.config
     tunable = make_tunable(config, run.mesh.devices.flat[0].platform)
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-    optimizer = make_optimizer(config.optimizer, schedule, config.finetune)
+    optimizer = make_optimizer(config.optimizer, schedule, config.router.learning_rate_factor)
+    bias_rate = bias_rate_schedule(config.router.bias, config.train.num_steps)
     folder = run.workdir / "checkpoints"
     with jax.set_mesh(run.mesh), RunCheckpoints(folder, config.checkpoint.keep) as checkpoints:
         start = open_state(run, checkpoints, tunable, optimizer, data.fingerprint, load_base)
@@ -51,7 +52,7 @@ def train_model(
             return TrainLoop(
                 config=config.train,
                 checkpoint=config.checkpoint,
-                train_step=make_train_step(optimizer, config.router, schedule, tunable.perturb),
+                train_step=make_train_step(optimizer, config.router, schedule, tunable.perturb, bias_rate),
                 batches=batches,
                 evaluate=data.evaluate,
                 checkpoints=checkpoints,

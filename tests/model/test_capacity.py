@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from mixtral_jax.model.router import fits_capacity
+from mixtral_jax.model.capacity import fits_capacity
 
 
 def test_an_expert_keeps_its_heaviest_routes_of_each_sequence():
