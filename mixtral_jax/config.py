@@ -11,12 +11,13 @@ from mixtral_jax.config_errors import ConfigError, require
 from mixtral_jax.config_finetune import FinetuneConfig, LoRAConfig, PretrainConfig
 from mixtral_jax.config_model import ModelConfig
 from mixtral_jax.config_router import BalanceBiasConfig, LoadBalanceConfig, NoiseConfig, RouterConfig
+from mixtral_jax.config_upcycle import UpcycleConfig
 
 __all__ = [
     "BalanceBiasConfig", "ChatConfig", "ChatFormat", "CheckpointConfig", "Config", "ConfigError", "DataConfig",
     "DispatchConfig", "FinetuneConfig", "LiteralInst", "LoRAConfig", "LoadBalanceConfig", "LogConfig", "MeshConfig",
     "ModelConfig", "NoiseConfig", "OptimizerConfig", "PretrainConfig", "RouterConfig", "TemplateName", "TrainConfig",
-    "require",
+    "UpcycleConfig", "require",
 ]  # fmt: skip
 
 TemplateName = Literal["auto", "v1", "v3"]
@@ -211,7 +212,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run: of pretraining, or with `finetune` of tuning."""
+    """A whole run: of pretraining, from a dense model with `upcycle`; or with `finetune` of tuning."""
 
     model: ModelConfig
     router: RouterConfig = RouterConfig()
@@ -222,6 +223,7 @@ class Config:
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     finetune: FinetuneConfig | None = None
+    upcycle: UpcycleConfig | None = None
     log: LogConfig = LogConfig()
 
     def __post_init__(self):
@@ -230,6 +232,12 @@ class Config:
             f"model.granularity={self.model.granularity} is a shorthand, which config_mapping.build writes out: "
             "build the Config with it, or set num_experts, intermediate_size and num_experts_per_token themselves",
         )
+        require(
+            self.finetune is None or self.upcycle is None,
+            "finetune and upcycle are two runs: train.py upcycles, and finetune_instruct.py tunes what comes of it",
+        )
+        if self.upcycle:
+            self.upcycle.check(self.model, self.router)
         router, experts = self.router, self.model.num_experts
         chosen, choice = router.num_experts_per_token, router.choice
         require(

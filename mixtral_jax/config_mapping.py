@@ -70,10 +70,13 @@ def _write_out_granularity(sections: dict[str, Any]) -> dict[str, Any]:
     )
     router: RouterConfig = sections.get("router", RouterConfig())
     cut = {"num_experts": m * model.num_experts, "intermediate_size": hidden // m, "granularity": 1}
-    return sections | {
+    written: dict[str, Any] = {
         "model": dataclasses.replace(model, **cut),
         "router": dataclasses.replace(router, num_experts_per_token=m * router.num_experts_per_token),
     }
+    if upcycle := sections.get("upcycle"):
+        written["upcycle"] = dataclasses.replace(upcycle, granularity=m * upcycle.granularity)
+    return sections | written
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
