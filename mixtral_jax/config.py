@@ -9,61 +9,20 @@ from typing import Literal
 
 from mixtral_jax.config_errors import ConfigError, require
 from mixtral_jax.config_finetune import FinetuneConfig, LoRAConfig, PretrainConfig
+from mixtral_jax.config_model import ModelConfig
 from mixtral_jax.config_router import BalanceBiasConfig, LoadBalanceConfig, NoiseConfig, RouterConfig
+from mixtral_jax.config_upcycle import UpcycleConfig
 
 __all__ = [
     "BalanceBiasConfig", "ChatConfig", "ChatFormat", "CheckpointConfig", "Config", "ConfigError", "DataConfig",
     "DispatchConfig", "FinetuneConfig", "LiteralInst", "LoRAConfig", "LoadBalanceConfig", "LogConfig", "MeshConfig",
     "ModelConfig", "NoiseConfig", "OptimizerConfig", "PretrainConfig", "RouterConfig", "TemplateName", "TrainConfig",
-    "require",
+    "UpcycleConfig", "require",
 ]  # fmt: skip
 
 TemplateName = Literal["auto", "v1", "v3"]
 LiteralInst = Literal["reject", "keep", "strip"]
 ChatFormat = Literal["auto", "messages", "interactions", "conversations", "alpaca", "prompt_completion", "text"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The shape of a Mixtral decoder and the dtypes it computes in.
-
-    `head_dim` is free: it need not be hidden_size / num_heads. `remat` names what the backward pass
-    recomputes in each layer: `full` keeps the layer's input alone, `dots` also keeps the results of
-    the dense projections and the rows that arrived at the experts, `none` keeps everything. `attention`: see
-    kernels/attention.py. `context_length` is the longest sequence that it is meant for (None: that of its training).
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    num_experts: int
-    rope_theta: float = 1e6
-    norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    remat: Literal["full", "dots", "none"] = "full"
-    attention: Literal["auto", "xla", "splash"] = "auto"
-    context_length: int | None = None
-
-    def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
-        require(self.num_experts >= 1, f"model.num_experts={self.num_experts} must be at least 1")
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"model.num_heads={self.num_heads} must be a multiple of model.num_kv_heads={self.num_kv_heads}",
-        )
-        require(
-            self.head_dim >= 2 and self.head_dim % 2 == 0,
-            f"model.head_dim={self.head_dim} must be even: rotary embeddings turn pairs of numbers",
-        )
-        require(self.rope_theta > 1, f"model.rope_theta={self.rope_theta} must be over 1 (Mixtral: 1e6)")
-        require(self.norm_eps > 0, f"model.norm_eps={self.norm_eps} must be positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,7 +212,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run: of pretraining, or with `finetune` of tuning."""
+    """A whole run: of pretraining, from a dense model with `upcycle`; or with `finetune` of tuning."""
 
     model: ModelConfig
     router: RouterConfig = RouterConfig()
@@ -264,9 +223,21 @@ class Config:
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     finetune: FinetuneConfig | None = None
+    upcycle: UpcycleConfig | None = None
     log: LogConfig = LogConfig()
 
     def __post_init__(self):
+        require(
+            self.model.granularity == 1,
+            f"model.granularity={self.model.granularity} is a shorthand, which config_mapping.build writes out: "
+            "build the Config with it, or set num_experts, intermediate_size and num_experts_per_token themselves",
+        )
+        require(
+            self.finetune is None or self.upcycle is None,
+            "finetune and upcycle are two runs: train.py upcycles, and finetune_instruct.py tunes what comes of it",
+        )
+        if self.upcycle:
+            self.upcycle.check(self.model, self.router)
         router, experts = self.router, self.model.num_experts
         chosen, choice = router.num_experts_per_token, router.choice
         require(

@@ -41,21 +41,22 @@ class LoRAConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """The base that a tuning run pretrains for itself where none is named: on which text, how long, how fast.
+    """The base that a run pretrains for itself where none is named: on which text, how long, how fast.
 
-    Shape, tokenizer, mesh, length of rows and seed are those of the tuning run; all else is by default. `batch_size` is
-    in sequences a step.
+    Shape, tokenizer, mesh, length of rows and seed are those of the run; all else is by default. `batch_size` is in
+    sequences a step. `path=None` is the text of the run, or in tuning, which has conversations instead, python-stdlib.
     """
 
-    path: str = "python-stdlib"
+    path: str | None = None
     num_steps: int = 400
     batch_size: int = 16
     learning_rate: float = 4e-3
 
-    def __post_init__(self):
-        require(self.path, "finetune.pretrain.path must name a file, a folder, a glob, hub:NAME, or python-stdlib")
+    def check(self, section: str) -> None:
+        """Raises ConfigError where a setting of `section` is out of range."""
+        require(self.path != "", f"{section}.path must name a file, a folder, a glob, hub:NAME, or python-stdlib")
         for name in ("num_steps", "batch_size", "learning_rate"):
-            require(getattr(self, name) > 0, f"finetune.pretrain.{name}={getattr(self, name)} must be positive")
+            require(getattr(self, name) > 0, f"{section}.{name}={getattr(self, name)} must be positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,7 @@ class FinetuneConfig:
 
     def __post_init__(self):
         require(self.base != "", "finetune.base must name a checkpoint, or be None")
+        self.pretrain.check("finetune.pretrain")
         require(
             self.lora.rank or self.frozen_dtype is None,
             f"finetune.frozen_dtype={self.frozen_dtype} is for adapters: with finetune.lora.rank=0 all weights learn, "

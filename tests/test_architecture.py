@@ -34,8 +34,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # Split by size: what is used of them is imported from `config`.
     "config_errors": (),
     "config_finetune": ("config_errors",),
+    "config_model": ("config_errors",),
     "config_router": ("config_errors",),
-    "config": ("config_errors", "config_finetune", "config_router"),
+    "config_upcycle": ("config_errors", "config_finetune", "config_model", "config_router"),
+    "config": ("config_errors", "config_finetune", "config_model", "config_router", "config_upcycle"),
     "config_mapping": ("config",),
     "parallel": ("config",),
     "kernels": _GROUND,

@@ -7,8 +7,9 @@ from mixtral_jax.config import ConfigError, require
 
 PRESETS = {
     "attention": ("attention.*",),
-    "attention+experts": ("attention.*", "moe.experts.*"),
-    "attention+experts+router": ("attention.*", "moe.experts.*", "moe.router.*"),
+    # Of a model that has shared experts, those too.
+    "attention+experts": ("attention.*", "moe.*experts.*"),
+    "attention+experts+router": ("attention.*", "moe.*experts.*", "moe.router.*"),
 }
 
 
