@@ -6,7 +6,7 @@ The names are those of the leaves of `model.transformer.Transformer`, which test
 folder needs no model, and so no device.
 """
 
-from mixtral_jax.config import ModelConfig
+from mixtral_jax.config import ModelConfig, RouterConfig
 
 # Dimensions by the letters of `mixtral_jax.model`.
 PARAMETERS = {
@@ -29,11 +29,13 @@ _SHARED_EXPERTS = {
     "blocks/moe/shared_experts/up/weight": "LDU",
     "blocks/moe/shared_experts/down/weight": "LUD",
 }
+_BALANCE_BIAS = {"blocks/moe/router/bias": "LE"}
 
 
-def parameters_of(model: ModelConfig) -> dict[str, str]:
-    """The parameters of a model, and the dimensions of each."""
-    return PARAMETERS | _SHARED_EXPERTS if model.num_shared_experts else PARAMETERS
+def parameters_of(model: ModelConfig, router: RouterConfig = RouterConfig()) -> dict[str, str]:
+    """The parameters of a model, and the dimensions of each; with what steps move without a gradient."""
+    names = PARAMETERS | _SHARED_EXPERTS if model.num_shared_experts else PARAMETERS
+    return names | _BALANCE_BIAS if router.bias.update_rate else names
 
 
 def dimension_sizes(model: ModelConfig) -> dict[str, int]:
