@@ -46,6 +46,11 @@ def parameter_shape(parameter: str, model: ModelConfig) -> tuple[int, ...]:
 
 def parameter_chunk(parameter: str, model: ModelConfig) -> tuple[int, ...]:
     """The shape of what belongs together in a parameter: that of one layer and, where they are stacked, one expert."""
-    dimensions = PARAMETERS[parameter]
-    num_stacked = len(dimensions) - len(dimensions.removeprefix("LE" if "F" in dimensions else "L"))
+    num_stacked = len(PARAMETERS[parameter]) - len(chunk_dimensions(parameter))
     return (1,) * num_stacked + parameter_shape(parameter, model)[num_stacked:]
+
+
+def chunk_dimensions(parameter: str) -> str:
+    """The letters of the dimensions that a chunk has whole."""
+    dimensions = PARAMETERS[parameter]
+    return dimensions.removeprefix("LE" if "F" in dimensions else "L")
