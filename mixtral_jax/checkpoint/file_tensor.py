@@ -12,11 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mixtral_jax.checkpoint.stored import copy_into, scratch
+from mixtral_jax.checkpoint.stored import PART_BYTES, Order, bytes_of, copy_into, scratch
 from mixtral_jax.config import ConfigError
-
-# What is read at once, and put in order while it is in the cache.
-_PART_BYTES = 2**21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +32,15 @@ class FileTensor:
         """One whose numbers follow each other."""
         strides = tuple(math.prod(shape[dimension + 1 :]) * dtype.itemsize for dimension in range(len(shape)))
         return cls(path, name, dtype, offset, shape, strides)
+
+    @classmethod
+    def in_order(
+        cls, path: Path, name: str, dtype: np.dtype, offset: int, shape: tuple[int, ...], order: Order
+    ) -> "FileTensor":
+        """One whose numbers follow each other, those of the last dimension closest ("C"), or of the first ("F")."""
+        if order == "C":
+            return cls.in_rows(path, name, dtype, offset, shape)
+        return cls.in_rows(path, name, dtype, offset, shape[::-1]).transpose(range(len(shape))[::-1])
 
     @property
     def nbytes(self) -> int:
@@ -76,16 +82,23 @@ class FileTensor:
             return
         last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         span = last + self.dtype.itemsize
-        if span <= _PART_BYTES or math.prod(self.shape) == 1:
-            raw = scratch("part", (span,), np.dtype(np.uint8))
+        if span <= PART_BYTES or math.prod(self.shape) == 1:
+            is_in_place = self._lies_like(target)
+            raw = bytes_of(target) if is_in_place else scratch("part", (span,), np.dtype(np.uint8))
             file.seek(self.offset)
             if file.readinto(raw.data) < span:
                 raise ConfigError(f"{self.path} is truncated: it ends within {self.name}")
-            copy_into(target, np.ndarray(self.shape, self.dtype, raw, strides=self.strides))
+            if not is_in_place:
+                copy_into(target, np.ndarray(self.shape, self.dtype, raw, strides=self.strides))
             return
         axis = max(range(len(self.shape)), key=lambda axis: self.strides[axis] * (self.shape[axis] > 1))
-        step = max(1, _PART_BYTES // self.strides[axis])
+        step = max(1, PART_BYTES // self.strides[axis])
         for start in range(0, self.shape[axis], step):
             ranges = [range(size) for size in self.shape]
             ranges[axis] = ranges[axis][start : start + step]
             self.cut(ranges)._copy(file, target[tuple(slice(part.start, part.stop) for part in ranges)])
+
+    def _lies_like(self, target: np.ndarray) -> bool:
+        """Whether the bytes of an array of the same shape would be those of the file, in the same order."""
+        strides = zip(self.shape, self.strides, target.strides, strict=True)
+        return target.dtype == self.dtype and target.flags.forc and all(a == b for n, a, b in strides if n > 1)

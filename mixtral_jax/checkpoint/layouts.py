@@ -12,7 +12,8 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
-from mixtral_jax.checkpoint.parameters import PARAMETERS, dimension_sizes
+from mixtral_jax.checkpoint.parameters import PARAMETERS, chunk_dimensions, dimension_sizes
+from mixtral_jax.checkpoint.stored import Order
 from mixtral_jax.config import ModelConfig
 
 
@@ -52,6 +53,15 @@ class Place:
         letters = self.dimensions.removeprefix(self.stacked)
         letters = letters.replace("H", "2I") if self.has_halves else letters
         return letters if self.part is None else "2" + letters
+
+    @property
+    def chunk_order(self) -> Order | None:
+        """How the numbers of a chunk of the parameter follow each other in a tensor, if that has a name."""
+        letters = "".join(self.groups)
+        places = [letters.find(letter) for letter in chunk_dimensions(self.parameter)]
+        if self.has_halves or places not in (sorted(places), sorted(places, reverse=True)):
+            return None
+        return "C" if places == sorted(places) else "F"
 
     @property
     def groups(self) -> list[str]:

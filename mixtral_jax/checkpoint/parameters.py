@@ -30,6 +30,7 @@ _SHARED_EXPERTS = {
     "blocks/moe/shared_experts/down/weight": "LUD",
 }
 _BALANCE_BIAS = {"blocks/moe/router/bias": "LE"}
+_LETTERS = PARAMETERS | _SHARED_EXPERTS | _BALANCE_BIAS
 
 
 def parameters_of(model: ModelConfig, router: RouterConfig = RouterConfig()) -> dict[str, str]:
@@ -56,11 +57,16 @@ def dimension_sizes(model: ModelConfig) -> dict[str, int]:
 def parameter_shape(parameter: str, model: ModelConfig) -> tuple[int, ...]:
     """The shape of a parameter in a model."""
     sizes = dimension_sizes(model)
-    return tuple(sizes[dimension] for dimension in parameters_of(model)[parameter])
+    return tuple(sizes[dimension] for dimension in _LETTERS[parameter])
 
 
 def parameter_chunk(parameter: str, model: ModelConfig) -> tuple[int, ...]:
     """The shape of what belongs together in a parameter: that of one layer and, where they are stacked, one expert."""
-    dimensions = parameters_of(model)[parameter]
-    num_stacked = len(dimensions) - len(dimensions.removeprefix("LE" if "F" in dimensions else "L"))
+    num_stacked = len(_LETTERS[parameter]) - len(chunk_dimensions(parameter))
     return (1,) * num_stacked + parameter_shape(parameter, model)[num_stacked:]
+
+
+def chunk_dimensions(parameter: str) -> str:
+    """The letters of the dimensions that a chunk has whole."""
+    dimensions = _LETTERS[parameter]
+    return dimensions.removeprefix("LE" if "F" in dimensions else "L")

@@ -36,6 +36,7 @@ def as_parameters(layout: Layout, tensors: Mapping[str, FileTensor], model: Mode
             parameter_chunk(parameter, model),
             functools.partial(_read_parameter, places[parameter], tensors, sizes),
             f"{mine[0].path}: {places[parameter].tensor}",
+            places[parameter].chunk_order,
         )
     return parameters
 
@@ -82,7 +83,7 @@ def _read_tensor(
         if place.part is not None:
             lettered = lettered[place.part : place.part + 1]
         parameter = parameters[place.parameter]
-        source = scratch("parameter", shape_of(tuple(part)), parameter.dtype)
+        source = scratch("parameter", shape_of(tuple(part)), parameter.dtype, parameter.order)
         parameter.read_into(tuple(part), source)
         copy_into(lettered, source.reshape(lettered.shape))
     if whole is not target:

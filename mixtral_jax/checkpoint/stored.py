@@ -9,6 +9,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from mixtral_jax.config import require
 
 Block = tuple[slice, ...]  # A start and a stop for each dimension.
+Order = Literal["C", "F"]  # As in numpy: the numbers of the last dimension follow each other, or those of the first.
 
 # What each reads and makes of it is in memory at once.
 NUM_THREADS = min(4, os.cpu_count() or 1)
@@ -25,8 +27,11 @@ NUM_THREADS = min(4, os.cpu_count() or 1)
 _STRIP = 64
 _PAGE = 4096
 _CACHE_LINE = 64
-# Linux was measured to take up to seven times as long to write new files of 100 MB by the megabyte, and more in one go.
-_WRITE_BYTES = 2**17
+# Linux keeps what is written at once in one piece of memory, and may have to make room for it: to write by the megabyte
+# was measured to take up to six times as long.
+_WRITE_BYTES = 2**16
+# What is read at once, and put in order or written while it is in the cache.
+PART_BYTES = 2**20
 
 
 class _Scratch(threading.local):
@@ -47,6 +52,7 @@ class StoredArray:
         chunk: the shape of what is best read in one go; blocks are best aligned to it.
         read_into: copies a block into an array of its shape; raises ConfigError if a file is damaged.
         name: for people, such as the file and the tensor in it.
+        order: how the numbers of a chunk follow each other on disk; None if otherwise than in "C" or "F".
     """
 
     shape: tuple[int, ...]
@@ -54,6 +60,7 @@ class StoredArray:
     chunk: tuple[int, ...]
     read_into: Callable[[Block, np.ndarray], None]
     name: str
+    order: Order | None = None
 
     @property
     def nbytes(self) -> int:
@@ -71,13 +78,24 @@ class StoredArray:
         self.read_into(block, numbers)
         return numbers
 
+    def parts_of(self, block: Block) -> Iterator[Block]:
+        """A chunk in parts that fit a processor's cache, as they follow each other on disk; whole, if in no order."""
+        if self.order is None:
+            return iter([block])
+        axes = [axis for axis, size in enumerate(shape_of(block)) if size > 1] or [0]
+        axis = axes[0 if self.order == "C" else -1]
+        part = list(shape_of(block))
+        part[axis] = max(1, PART_BYTES * part[axis] // (math.prod(part) * self.dtype.itemsize))
+        return (_shift(inner, block) for inner in blocks_of(shape_of(block), tuple(part)))
+
     def astype(self, dtype: np.dtype) -> "StoredArray":
         """The same numbers in another dtype; reading raises ConfigError if one of them is too large for it."""
         if dtype == self.dtype:
             return self
 
         def read_into(block: Block, target: np.ndarray) -> None:
-            numbers = self.read(block)
+            numbers = scratch("cast", shape_of(block), self.dtype, self.order)
+            self.read_into(block, numbers)
             with np.errstate(over="ignore"):  # Said below, in words.
                 target[...] = numbers
             is_kept = np.isfinite(target).all() or np.array_equal(np.isfinite(target), np.isfinite(numbers))
@@ -91,13 +109,18 @@ def shape_of(block: Block) -> tuple[int, ...]:
     return tuple(part.stop - part.start for part in block)
 
 
-def scratch(use: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def scratch(use: str, shape: tuple[int, ...], dtype: np.dtype, order: Order | None = None) -> np.ndarray:
     """An array that is good until this thread asks for the next of the same use: fresh memory is slow to come by."""
     num_bytes = math.prod(shape) * dtype.itemsize
     raw = _of_this_thread.raw.get(use)
     if raw is None or raw.nbytes < num_bytes:
         raw = _of_this_thread.raw[use] = np.empty(num_bytes, np.uint8)
-    return raw[:num_bytes].view(dtype).reshape(shape)
+    return raw[:num_bytes].view(dtype).reshape(shape, order=order or "C")
+
+
+def bytes_of(numbers: np.ndarray) -> np.ndarray:
+    """The bytes of an array as they lie in memory, without gaps in either order."""
+    return numbers.reshape(-1, order="A", copy=False).view(np.uint8)
 
 
 def copy_into(target: np.ndarray, source: np.ndarray) -> None:
@@ -125,11 +148,15 @@ def _spread(strip: np.ndarray) -> np.ndarray:
 
 
 def write_numbers(descriptor: int, numbers: np.ndarray, place: int) -> None:
-    """Writes an array in rows to byte `place` of an open file; raises OSError."""
-    raw = np.ascontiguousarray(numbers).reshape(-1).view(np.uint8).data
+    """Writes an array as it lies in memory, without gaps, to byte `place` of an open file; raises OSError."""
+    raw = bytes_of(numbers).data
     while len(raw):
         written = os.pwrite(descriptor, raw[:_WRITE_BYTES], place)
         raw, place = raw[written:], place + written
+
+
+def _shift(inner: Block, block: Block) -> Block:
+    return tuple(slice(a.start + b.start, a.stop + b.start) for a, b in zip(inner, block, strict=True))
 
 
 def blocks_of(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Block]:

@@ -2,9 +2,12 @@
 
 A chunk that is not compressed is its numbers and nothing else, in a file named after its place
 (https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html). tensorstore would copy the numbers first, and wait for the
-disk: that took several times as long. Knows no jax, which takes as long to start as a gigabyte to copy.
+disk: that took several times as long. A chunk keeps the order of the tensor that it comes from where zarr can name
+it: a matrix of Hugging Face or Mistral, whose rows are our columns, is copied and not transposed. Knows no jax,
+which takes as long to start as a gigabyte to copy.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -16,10 +19,20 @@ import tensorstore
 
 from mixtral_jax.checkpoint.file_tensor import FileTensor
 from mixtral_jax.checkpoint.foreign_folder import read_object
-from mixtral_jax.checkpoint.stored import DTYPES, Block, StoredArray, blocks_of, run_jobs, scratch, write_numbers
+from mixtral_jax.checkpoint.stored import (
+    DTYPES,
+    Block,
+    Order,
+    StoredArray,
+    blocks_of,
+    run_jobs,
+    scratch,
+    shape_of,
+    write_numbers,
+)
 
-# Of what is not compressed and in rows.
-_PLAIN = {"zarr_format": 2, "compressor": None, "filters": None, "order": "C", "dimension_separator": "."}
+# Of what is not compressed.
+_PLAIN = {"zarr_format": 2, "compressor": None, "filters": None, "dimension_separator": "."}
 _DTYPES = {"<f4": DTYPES["float32"], "<f2": DTYPES["float16"], "bfloat16": DTYPES["bfloat16"]}
 
 
@@ -55,12 +68,16 @@ def open_chunks(folder: Path, name: str) -> StoredArray | None:
     described = read_object(folder / ".zarray")
     if {key: described.get(key) for key in _PLAIN} != _PLAIN or described.get("dtype") not in _DTYPES:
         return None
+    order: Order = "F" if described.get("order") == "F" else "C"
     shape, chunk, dtype = tuple(described["shape"]), tuple(described["chunks"]), _DTYPES[described["dtype"]]
-    return StoredArray(shape, dtype, chunk, functools.partial(_read_chunks, folder, chunk, dtype), name)
+    return StoredArray(shape, dtype, chunk, functools.partial(_read_chunks, folder, chunk, dtype, order), name, order)
 
 
-def _read_chunks(folder: Path, chunk: tuple[int, ...], dtype: np.dtype, block: Block, target: np.ndarray) -> None:
+def _read_chunks(
+    folder: Path, chunk: tuple[int, ...], dtype: np.dtype, order: Order, block: Block, target: np.ndarray
+) -> None:
     """Reads what a block has of every chunk that it touches."""
+    whole = FileTensor.in_order(folder, "the chunk", dtype, 0, chunk, order)
     touched = [range(part.start // size, -(-part.stop // size)) for part, size in zip(block, chunk, strict=True)]
     for place in itertools.product(*touched):
         corner = [number * size for number, size in zip(place, chunk, strict=True)]
@@ -68,8 +85,7 @@ def _read_chunks(folder: Path, chunk: tuple[int, ...], dtype: np.dtype, block: B
         stops = [min(part.stop, first + size) for part, first, size in zip(block, corner, chunk, strict=True)]
         here = tuple(slice(a - part.start, b - part.start) for a, b, part in zip(starts, stops, block, strict=True))
         there = [range(a - first, b - first) for a, b, first in zip(starts, stops, corner, strict=True)]
-        tensor = FileTensor.in_rows(folder / _file_name(place), "the chunk", dtype, 0, chunk)
-        tensor.cut(there).read_into(target[here])
+        dataclasses.replace(whole, path=folder / _file_name(place)).cut(there).read_into(target[here])
 
 
 def _file_name(place: Iterable[int]) -> str:
@@ -78,11 +94,12 @@ def _file_name(place: Iterable[int]) -> str:
 
 def _describe(folder: Path, stored: StoredArray) -> None:
     """Writes beside the chunks of an array what they are."""
+    order = stored.order or "C"
     spec = {
         "driver": "zarr",
         "kvstore": {"driver": "file", "path": f"{folder}/"},
         "dtype": stored.dtype.name,
-        "metadata": {"shape": stored.shape, "chunks": stored.chunk, "compressor": None},
+        "metadata": {"shape": stored.shape, "chunks": stored.chunk, "order": order, "compressor": None},
     }
     # As with any copy of a file, the system writes to the disk when it likes.
     context = tensorstore.Context({"file_io_sync": False})
@@ -90,9 +107,11 @@ def _describe(folder: Path, stored: StoredArray) -> None:
 
 
 def _write_chunk(folder: Path, stored: StoredArray, block: Block) -> int:
-    numbers = scratch("chunk", stored.chunk, stored.dtype)
-    stored.read_into(block, numbers)
-    place = (part.start // size for part, size in zip(block, stored.chunk, strict=True))
+    place, done = (part.start // size for part, size in zip(block, stored.chunk, strict=True)), 0
     with open(folder / _file_name(place), "xb", buffering=0) as file:
-        write_numbers(file.fileno(), numbers, 0)
-    return numbers.nbytes
+        for part in stored.parts_of(block):
+            numbers = scratch("chunk", shape_of(part), stored.dtype, stored.order)
+            stored.read_into(part, numbers)
+            write_numbers(file.fileno(), numbers, done)
+            done += numbers.nbytes
+    return done

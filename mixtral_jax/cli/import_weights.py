@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -88,7 +89,9 @@ def _copy_in_background(
     copied: Generator[int], report: Callable[[int], None]
 ) -> Iterator[concurrent.futures.Future[None]]:
     """Copies while the block runs; `report` is told of the bytes."""
-    is_over = threading.Event()
+    is_over, interval = threading.Event(), sys.getswitchinterval()
+    # Else each thread that has written waits long for its turn while modules are imported.
+    sys.setswitchinterval(1e-3)
 
     def copy() -> None:
         with contextlib.closing(copied):
@@ -103,6 +106,7 @@ def _copy_in_background(
             yield copying
         finally:
             is_over.set()
+            sys.setswitchinterval(interval)
 
 
 def _describe(weights: Weights, to: Path, seconds: float, console: Console) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mixtral_jax.checkpoint import file_tensor, stored
 from mixtral_jax.checkpoint.export import FORMATS, make_small_files, write_folder
 from mixtral_jax.checkpoint.layouts import HUGGING_FACE, MISTRAL
 from mixtral_jax.checkpoint.run import RunCheckpoints
@@ -99,6 +100,30 @@ def test_the_files_that_other_programs_wrote_are_written_again(folder, tmp_path)
         assert ours.keys() == theirs.keys()
         for name in theirs:
             assert ours[name].tobytes() == theirs[name].tobytes(), name
+
+
+def test_the_chunk_of_an_imported_expert_has_the_bytes_of_its_tensor(tmp_path):
+    """Nothing is transposed on the way: zarr is told that it lies in the order of Fortran."""
+    import_weights(open_weights(GOLDEN / "hf_tiny"), tmp_path / "run")
+    tensors = load_file(GOLDEN / "hf_tiny" / "model.safetensors")
+    for ours, theirs in (("gate", "w1"), ("down", "w2"), ("up", "w3")):
+        chunks = tmp_path / f"run/checkpoints/0/state/trained/blocks/moe/experts/{ours}/weight/value"
+        assert json.loads((chunks / ".zarray").read_text())["order"] == "F"
+        tensor = tensors[f"model.layers.1.block_sparse_moe.experts.5.{theirs}.weight"]
+        assert (chunks / "1.5.0.0").read_bytes() == tensor.tobytes()
+
+
+@pytest.mark.parametrize("folder", ["hf_tiny", "mistral_tiny"])
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_chunks_that_are_copied_in_parts_are_whole(folder, dtype, tmp_path, monkeypatch):
+    weights = open_weights(GOLDEN / folder)
+    weights = weights.astype(dtype) if dtype else weights
+    expected = read_all(weights)
+    monkeypatch.setattr(stored, "PART_BYTES", 1000)
+    monkeypatch.setattr(file_tensor, "PART_BYTES", 300)
+    import_weights(weights, tmp_path / "run")
+    for name, array in read_all(open_weights(tmp_path / "run")).items():
+        assert array.tobytes() == expected[name].tobytes(), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

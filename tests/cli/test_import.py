@@ -122,8 +122,8 @@ def run(*command: str) -> Cost:
 
 
 @pytest.mark.full
-def test_a_large_import_is_bounded_in_memory_and_nearly_as_fast_as_a_copy(tmp_path, capsys):
-    """Prints figures: the fastest of three alternations, since other programs only slow down."""
+def test_a_large_import_is_bounded_in_memory_and_takes_less_than_two_copies(tmp_path, capsys):
+    """Prints figures: the fastest of five alternations, since other programs only slow down."""
     (tmp_path / "weights").mkdir()
     size = write_mixtral(tmp_path / "weights")
 
@@ -134,7 +134,7 @@ def test_a_large_import_is_bounded_in_memory_and_nearly_as_fast_as_a_copy(tmp_pa
         return cost
 
     copies, starts, imports = [], [], []
-    for _ in range(3):
+    for _ in range(5):
         copies.append(run("cp", str(tmp_path / "weights/model.safetensors"), str(tmp_path / "copy")))
         (tmp_path / "copy").unlink()
         starts.append(import_(GOLDEN / "hf_tiny"))
@@ -150,5 +150,5 @@ def test_a_large_import_is_bounded_in_memory_and_nearly_as_fast_as_a_copy(tmp_pa
         print(json.dumps(figures))
     assert max(cost.peak_bytes for cost in imports) < 1.5 * size + 2**30
     is_quiet = os.getloadavg()[0] < (os.cpu_count() or 1) + 1
-    copying = figures["import_seconds"] - figures["of_which_start_up"]
-    assert copying < 2 * figures["cp_seconds"] or not is_quiet  # With other work on the cores, times say nothing.
+    is_fast = figures["import_seconds"] < 2 * figures["cp_seconds"]
+    assert is_fast or not is_quiet  # With other work on the cores, times say nothing.
