@@ -71,7 +71,7 @@ def dense_logits() -> np.ndarray:
     ({"expert": 4, "fsdp": 2}, {}),
     ({"fsdp": 2, "expert": 2, "tensor": 2}, {}),
     ({}, {"router__num_experts_per_token": 3, "router__score": "sigmoid", "router__scale": 2.5}),
-    ({}, {"model__granularity": 4}),
+    ({}, {"model__granularity": 4, "router__bias": {"update_rate": 0.01}}),
     ({"expert": 4, "fsdp": 2}, {"model__granularity": 4, "router__score": "softmax", "router__scale": 2.0}),
     ({"fsdp": 2, "expert": 2, "tensor": 2}, {"model__granularity": 2, "router__num_experts_per_token": 1}),
 ])  # fmt: skip
