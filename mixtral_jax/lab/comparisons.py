@@ -93,7 +93,7 @@ def _draw_intervals(panel, results: Results, strokes: dict[str, Stroke]) -> None
         panel.plot(dots, [row] * len(dots), "o", color=stroke.colour, markersize=4, alpha=0.6)
         panel.plot(difference.mean, row, "|", color=stroke.colour, markersize=16, markeredgewidth=2.2)
         panel.annotate(
-            show_difference(difference, 3), (difference.mean, row), xytext=(0, 11), textcoords="offset points",
+            show_difference(difference, 3), (difference.mean, row), xytext=(0, 13), textcoords="offset points",
             ha="center", color=stroke.colour,
         )  # fmt: skip
     panel.axvline(0, color=strokes[results.ablation.reference].colour, linewidth=1.2)

@@ -67,7 +67,7 @@ def _compare_all(results: Results, name: str, called: str, digits: int) -> str:
     if spread is None:
         return ""
     seeds = f"{spread.count} seeds" if spread.count > 1 else "one seed, so without a spread"
-    sentences = [f"The {called} of {reference.arm.name} is {show_spread(spread, digits)} ({_what(spread)} {seeds})."]
+    sentences = [f'The {called} of "{reference.arm.name}" is {show_spread(spread, digits)} ({_what(spread)} {seeds}).']
     groups: dict[str, list[str]] = {}
     for result in results.others:
         if difference := result.differences.get(name):
@@ -89,4 +89,5 @@ def _judge(difference: Difference) -> str:
 
 
 def _describe(result: ArmResult, name: str, difference: Difference, digits: int) -> str:
-    return f"{result.arm.name} with {show_spread(result.spreads[name], digits)} ({show_difference(difference, digits)})"
+    spread, apart = show_spread(result.spreads[name], digits), show_difference(difference, digits)
+    return f'"{result.arm.name}" with {spread} ({apart})'

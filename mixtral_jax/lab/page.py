@@ -8,7 +8,7 @@ from mixtral_jax.lab.findings import describe_findings
 from mixtral_jax.lab.provenance import describe_provenance, show_config
 from mixtral_jax.lab.results import ArmResult, Results
 from mixtral_jax.lab.style import Picture
-from mixtral_jax.lab.table import Column, make_columns
+from mixtral_jax.lab.table import ROUTING_GROUPS, Column, make_columns
 
 _STYLE = """
 :root { color-scheme: light; --ink: #222; --soft: #666; --line: #ddd; }
@@ -23,11 +23,12 @@ figure { margin: 0; }
 figure img { width: 100%; height: auto; display: block; }
 figcaption { margin-top: 10px; color: #444; font-size: 15px; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; line-height: 1.35; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; margin: 0 0 28px; font-size: 13px; line-height: 1.35;
+        font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 500; color: var(--soft); vertical-align: bottom; padding: 3px 9px; }
 th.group { border-bottom: 1px solid var(--line); color: var(--ink); }
 td { padding: 7px 9px; border-top: 1px solid var(--line); vertical-align: top; }
-td.words { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 12px; overflow-wrap: anywhere; }
+td.words { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 12px; min-width: 190px; }
 td.figure { white-space: pre; }
 tr.reference td { background: #f6f6f3; }
 .failed { color: #a33c00; font-weight: 600; }
@@ -59,7 +60,7 @@ def make_page(results: Results, pictures: Sequence[Picture]) -> str:
 <section class="findings">{findings}</section>
 {_make_unfinished(results)}
 <h2>Arms</h2>
-{_make_table(results)}
+{_make_tables(results)}
 {"".join(map(_make_picture, pictures))}
 <h2>Where this comes from</h2>
 {_make_provenance(results)}
@@ -85,8 +86,15 @@ def _make_unfinished(results: Results) -> str:
     return f"<h2>Failed and missing runs</h2>\n<ul>{''.join(items)}</ul>" if items else ""
 
 
-def _make_table(results: Results) -> str:
+def _make_tables(results: Results) -> str:
+    """Two, so that they fit a page: what was learnt, and how tokens were routed."""
     columns = make_columns(results)
+    names, routing = columns[:1], [column for column in columns if column.group in ROUTING_GROUPS]
+    learning = [column for column in columns if column not in routing]
+    return _make_table(results, learning) + _make_table(results, [*names, *routing])
+
+
+def _make_table(results: Results, columns: Sequence[Column]) -> str:
     groups = [(name, len(list(of))) for name, of in itertools.groupby(columns, lambda column: column.group)]
     above = "".join(f'<th class="group" colspan="{count}">{html.escape(name)}</th>' for name, count in groups)
     headings = "".join(f"<th>{html.escape(column.heading)}</th>" for column in columns)
@@ -102,6 +110,7 @@ def _make_row(result: ArmResult, columns: Sequence[Column], results: Results) ->
     for column in columns:
         kind = {"changed keys": "words", "status": result.status}.get(column.heading, "figure")
         text = html.escape(column.cell(result)).replace(" [", "\n[").replace(" (", "\n(")
+        text = text.replace(".", ".<wbr>") if kind == "words" else text  # Dotted keys are broken at their dots.
         cells.append(f'<td class="{kind}">{text}</td>')
     mark = ' class="reference"' if result is results.reference else ""
     return f"<tr{mark}>{''.join(cells)}</tr>"

@@ -6,6 +6,10 @@ from collections.abc import Callable
 from mixtral_jax.lab.findings import NOTHING, show_difference, show_spread
 from mixtral_jax.lab.results import ArmResult, Results
 
+_VIOLATION, _BALANCE = "maximum violation", "balance, at the end of training"
+# Groups of columns about who got which tokens; the others are about what was learnt.
+ROUTING_GROUPS = (_VIOLATION, _BALANCE)
+
 
 @dataclasses.dataclass(frozen=True)
 class Column:
@@ -29,14 +33,14 @@ def make_columns(results: Results) -> list[Column]:
         Column("size", "tokens", lambda one: _show_count(one.spreads["tokens"].mean if one.done else None)),
         _spread("held-out loss", "mean ± sd", "eval_loss", 4),
         _difference(results, "held-out loss", "eval_loss", 4),
-        _spread("max violation", "mean ± sd", "max_violation", 2),
-        _difference(results, "max violation", "max_violation", 2),
-        _spread("max violation", "held-out", "eval_max_violation", 2),
-        _spread("balance, at the end of training", "CV", "coefficient_of_variation", 2),
-        _spread("balance, at the end of training", "load entropy", "load_entropy", 3),
-        _spread("balance, at the end of training", "gate entropy", "gate_entropy", 3),
-        Column("balance, at the end of training", "dropped", lambda one: _show_share(one, "dropped_fraction")),
-        _spread("balance, at the end of training", "dead experts", "dead_experts", 1),
+        _spread(_VIOLATION, "training, mean ± sd", "max_violation", 2),
+        _difference(results, _VIOLATION, "max_violation", 2),
+        _spread(_VIOLATION, "held-out", "eval_max_violation", 2),
+        _spread(_BALANCE, "CV", "coefficient_of_variation", 2),
+        _spread(_BALANCE, "load entropy", "load_entropy", 3),
+        _spread(_BALANCE, "gate entropy", "gate_entropy", 3),
+        Column(_BALANCE, "dropped", lambda one: _show_share(one, "dropped_fraction")),
+        _spread(_BALANCE, "dead experts", "dead_experts", 1),
         Column("speed", "tokens/s", lambda one: f"{one.speed.mean:,.0f}" if one.speed else NOTHING),
     ]
     return [
