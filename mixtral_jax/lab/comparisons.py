@@ -1,6 +1,7 @@
 """Pictures of arms against the reference: the difference of each pair of seeds, and what evenness cost."""
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from mixtral_jax.lab.findings import describe_losses, show_difference
 from mixtral_jax.lab.records import RunRecord
@@ -81,7 +82,7 @@ def _pair(record: RunRecord, other: RunRecord) -> tuple[np.ndarray, np.ndarray]:
     return record.tokens()[numbers][:count], losses[:count] - losses_there[:count]
 
 
-def _draw_intervals(panel, results: Results, strokes: dict[str, Stroke]) -> None:
+def _draw_intervals(panel: Axes, results: Results, strokes: dict[str, Stroke]) -> None:
     shown = [result for result in results.others if "eval_loss" in result.differences]
     reference = {record.run.seed: record.last("eval/loss") for record in results.reference.done}
     for row, result in enumerate(shown):
@@ -94,7 +95,7 @@ def _draw_intervals(panel, results: Results, strokes: dict[str, Stroke]) -> None
         panel.plot(difference.mean, row, "|", color=stroke.colour, markersize=16, markeredgewidth=2.2)
         panel.annotate(
             show_difference(difference, 3), (difference.mean, row), xytext=(0, 13), textcoords="offset points",
-            ha="center", color=stroke.colour,
+            ha="center", color=stroke.colour, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
         )  # fmt: skip
     panel.axvline(0, color=strokes[results.ablation.reference].colour, linewidth=1.2)
     panel.set_yticks(range(len(shown)), [result.arm.name for result in shown])
@@ -107,5 +108,5 @@ def _describe_best(results: Results) -> str:
     named = [(result.spreads["eval_loss"].mean, result.arm.name) for result in results.arms if result.done]
     even = [(result.spreads["eval_max_violation"].mean, result.arm.name) for result in results.arms
             if "eval_max_violation" in result.spreads]  # fmt: skip
-    said = f"The lowest mean loss is that of {min(named)[1]}"
-    return f"{said}, the most even routing that of {min(even)[1]}." if even else f"{said}."
+    said = f'The lowest mean loss is that of "{min(named)[1]}"'
+    return f'{said}, the most even routing that of "{min(even)[1]}".' if even else f"{said}."

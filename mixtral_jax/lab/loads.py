@@ -76,7 +76,7 @@ def _draw(panel: Axes, load_LEN: np.ndarray, record: RunRecord) -> None:
 
 def _describe(shown: dict[str, np.ndarray]) -> str:
     ends = {name: load_LEN[:, :, -max(1, load_LEN.shape[2] // 10) :].mean(2) for name, load_LEN in shown.items()}
-    said = (f"in {name} between {load_LE.min():.2f} and {load_LE.max():.2f}" for name, load_LE in ends.items())
+    said = (f'in "{name}" between {load_LE.min():.2f} and {load_LE.max():.2f}' for name, load_LE in ends.items())
     return (
         "A row is an expert, a column a part of the run; the colour is how many tokens it got, relative to an even "
         "share. Calm white is even; a stripe is an expert that is always busier, or idler, than the others. "

@@ -2,6 +2,7 @@
 
 import html
 import itertools
+import re
 from collections.abc import Sequence
 
 from mixtral_jax.lab.findings import describe_findings
@@ -22,6 +23,7 @@ p, figcaption, li { max-width: 80ch; }
 figure { margin: 0; }
 figure img { width: 100%; height: auto; display: block; }
 figcaption { margin-top: 10px; color: #444; font-size: 15px; }
+b { white-space: nowrap; font-weight: 600; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; margin: 0 0 28px; font-size: 13px; line-height: 1.35;
         font-variant-numeric: tabular-nums; }
@@ -43,7 +45,7 @@ details { margin-top: 16px; font-size: 14px; } pre { font-size: 12px; line-heigh
 def make_page(results: Results, pictures: Sequence[Picture]) -> str:
     """The whole of index.html."""
     question = html.escape(results.ablation.question)
-    findings = "".join(f"<p>{html.escape(said)}</p>" for said in describe_findings(results))
+    findings = "".join(f"<p>{_make_words(said)}</p>" for said in describe_findings(results))
     seeds = len(results.ablation.seeds)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -69,11 +71,16 @@ def make_page(results: Results, pictures: Sequence[Picture]) -> str:
 """
 
 
+def _make_words(said: str) -> str:
+    """Quoted names of arms stand out, and are not broken at their hyphens."""
+    return re.sub(r"&quot;(.*?)&quot;", r"<b>\1</b>", html.escape(said))
+
+
 def _make_picture(picture: Picture) -> str:
     return (
         f"<h2>{html.escape(picture.title)}</h2>\n<figure>\n"
         f'<img src="{picture.to_data_url()}" alt="{html.escape(picture.alt)}">\n'
-        f"<figcaption>{html.escape(picture.words)}</figcaption>\n</figure>\n"
+        f"<figcaption>{_make_words(picture.words)}</figcaption>\n</figure>\n"
     )
 
 

@@ -93,5 +93,12 @@ def add_legend(figure: Figure, panel: Axes) -> None:
 
 def scale_of(largest: float) -> tuple[float, str]:
     """A power of ten that makes numbers readable, and its name: as in tokens (millions)."""
-    names = ((1e15, "10^15"), (1e12, "10^12"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
+    names = (
+        (1e18, "quintillions"),
+        (1e15, "quadrillions"),
+        (1e12, "trillions"),
+        (1e9, "billions"),
+        (1e6, "millions"),
+        (1e3, "thousands"),
+    )
     return next(((size, f" ({name})") for size, name in names if np.isfinite(largest) and largest >= size), (1.0, ""))
