@@ -19,7 +19,7 @@ from mixtral_jax.cli.flags import (
     set_config_keys,
 )
 from mixtral_jax.cli.start import choose_workdir, prepare_devices
-from mixtral_jax.cli.workdir import changed_since
+from mixtral_jax.cli.workdir import changed_since, one_at_a_time
 from mixtral_jax.config import ConfigError, require
 from mixtral_jax.finetune.tunable import make_tunable
 from mixtral_jax.lab.ablation import Ablation, ArmRun, plan_ablation, read_ablation
@@ -142,8 +142,10 @@ def _report(ablation: Ablation, workdir: Path, processes: Processes) -> int:
     """Writes the report; the exit code of the whole: 1 if a run has failed."""
     if processes.index:
         return 0
-    results = read_results(ablation, workdir)
-    page = write_report(results, workdir / "report")
+    # Of tasks that end together, the last one to read sees the runs of all.
+    with one_at_a_time(workdir / "report"):
+        results = read_results(ablation, workdir)
+        page = write_report(results, workdir / "report")
     _say_status(results)
     print(f"report: {page}")
     return 1 if results.has_failed else 0

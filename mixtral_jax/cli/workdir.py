@@ -1,11 +1,13 @@
 """The folder of a run: whose config it holds, and whether all processes see the same one."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import os
 import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,16 @@ def _lock(workdir: Path) -> None:
         raise WorkdirInUseError(f"--workdir={workdir} is in use by another run: wait for it, or name another") from None
     except OSError:
         os.close(descriptor)  # Some network file systems have no locks: there, two runs are not kept apart.
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Waits until no other process is within it for the same folder, which is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        with contextlib.suppress(OSError):  # Some network file systems have no locks: there, nobody waits.
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def waits_for(path: Path) -> bool:

@@ -24,6 +24,12 @@ _SETTINGS: Any = {
 }  # fmt: skip
 
 
+_SCALES = (
+    (1e18, "quintillions"), (1e15, "quadrillions"), (1e12, "trillions"), (1e9, "billions"), (1e6, "millions"),
+    (1e3, "thousands"),
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """A drawing with what must stand beside it.
@@ -93,12 +99,5 @@ def add_legend(figure: Figure, panel: Axes) -> None:
 
 def scale_of(largest: float) -> tuple[float, str]:
     """A power of ten that makes numbers readable, and its name: as in tokens (millions)."""
-    names = (
-        (1e18, "quintillions"),
-        (1e15, "quadrillions"),
-        (1e12, "trillions"),
-        (1e9, "billions"),
-        (1e6, "millions"),
-        (1e3, "thousands"),
-    )
-    return next(((size, f" ({name})") for size, name in names if np.isfinite(largest) and largest >= size), (1.0, ""))
+    named = np.isfinite(largest) and next((one for one in _SCALES if largest >= one[0]), None)
+    return (named[0], f" ({named[1]})") if named else (1.0, "")

@@ -75,7 +75,14 @@ def test_what_people_wrote_is_text_and_not_markup(page: str) -> None:
 
 def test_failed_runs_and_where_figures_come_from_are_listed(workdir: Path, page: str) -> None:
     for text in (page, (workdir / "report/report.md").read_text()):
-        for wanted in ("Failed and missing runs", "seed 2: MemoryError", "router.", "jax 1.2.3", "dddddddddddd", "ablate"):
+        for wanted in (
+            "Failed and missing runs",
+            "seed 2: MemoryError",
+            "router.",
+            "jax 1.2.3",
+            "dddddddddddd",
+            "ablate",
+        ):
             assert wanted in text
 
 
