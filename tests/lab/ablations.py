@@ -33,7 +33,8 @@ def write_run(run: ArmRun, workdir: Path, *, loss: float, violation: float, last
     (folder / "checkpoints" / str(last_step)).mkdir(parents=True)
     (folder / FACTS).write_text(json.dumps({
         "parameters_total": 1000, "parameters_active": 500, "model_flops_per_step": 10**9, "data": "d" * 64,
-        "tokenizer": "t" * 64, "versions": {"jax": "1.2.3"}, "commit": None, "devices": "1 x cpu", "command": ["ablate"],
+        "tokenizer": "t" * 64, "versions": {"jax": "1.2.3"}, "commit": None, "devices": "1 x cpu",
+        "command": ["ablate"],
     }))  # fmt: skip
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, last_step + 1):

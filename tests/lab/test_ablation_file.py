@@ -12,7 +12,7 @@ BASE = {"model": MODEL, "train": {"num_steps": 20, "batch_size": 8, "sequence_le
 
 
 @pytest.mark.parametrize(("entries", "words"), [
-    ({"arms": {"some": {}, "bad": {"router.load_balance.wieght": 0}}}, ["arm bad", "unknown config key", "did you mean"]),
+    ({"arms": {"some": {}, "bad": {"router.load_balance.wieght": 0}}}, ["arm bad", "unknown", "did you mean"]),
     ({"arms": {"some": {}, "bad": {"router.num_experts_per_token": 5}}}, ["arm bad", "at most model.num_experts=4"]),
     ({"arms": {"some": {}, "bad": {"router.load_balance": 1}}}, ["arm bad", "router.load_balance is a section"]),
     ({"arms": {"some": {}, "bad": {"data.path": "elsewhere"}}}, ["arm bad", "data.path", "same in all arms"]),

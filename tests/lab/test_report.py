@@ -131,8 +131,11 @@ def test_a_browser_shows_the_whole_page_at_1280_pixels(workdir: Path, tmp_path: 
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium here")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,3000",
-               f"--screenshot={tmp_path / 'page.png'}", "--dump-dom", f"file://{workdir}/report/index.html"]  # fmt: skip
+    where = f"file://{workdir}/report/index.html"
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,3000",
+        f"--screenshot={tmp_path / 'page.png'}", "--dump-dom", where,
+    ]  # fmt: skip
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert shown.stdout.count("<img") == 5
     assert (tmp_path / "page.png").stat().st_size > 50_000
