@@ -7,8 +7,9 @@ import dataclasses
 
 from mixtral_jax.cli.answers import ask, ask_base, compare_with_base, report_answers
 from mixtral_jax.cli.export_run import export_run, save_adapters
+from mixtral_jax.cli.find_base import find_base
 from mixtral_jax.cli.flags import RunFlags, run_command
-from mixtral_jax.cli.open_base import Base, find_base
+from mixtral_jax.cli.open_base import Base
 from mixtral_jax.cli.open_chat import open_chat
 from mixtral_jax.cli.seeds import Tuned, choose_best, parse_tuning_flags
 from mixtral_jax.cli.start import choose_workdir, describe_run, start_run

@@ -9,11 +9,15 @@ from typing import Literal
 
 from mixtral_jax.config_errors import ConfigError, require
 from mixtral_jax.config_finetune import FinetuneConfig, LoRAConfig, PretrainConfig
+from mixtral_jax.config_model import ModelConfig
+from mixtral_jax.config_router import BalanceBiasConfig, LoadBalanceConfig, NoiseConfig, RouterConfig
+from mixtral_jax.config_upcycle import UpcycleConfig
 
 __all__ = [
-    "ChatConfig", "ChatFormat", "CheckpointConfig", "Config", "ConfigError", "DataConfig", "DispatchConfig",
-    "FinetuneConfig", "LiteralInst", "LoRAConfig", "LoadBalanceConfig", "LogConfig", "MeshConfig", "ModelConfig",
-    "OptimizerConfig", "PretrainConfig", "RouterConfig", "TemplateName", "TrainConfig", "require",
+    "BalanceBiasConfig", "ChatConfig", "ChatFormat", "CheckpointConfig", "Config", "ConfigError", "DataConfig",
+    "DispatchConfig", "FinetuneConfig", "LiteralInst", "LoRAConfig", "LoadBalanceConfig", "LogConfig", "MeshConfig",
+    "ModelConfig", "NoiseConfig", "OptimizerConfig", "PretrainConfig", "RouterConfig", "TemplateName", "TrainConfig",
+    "UpcycleConfig", "require",
 ]  # fmt: skip
 
 TemplateName = Literal["auto", "v1", "v3"]
@@ -22,89 +26,13 @@ ChatFormat = Literal["auto", "messages", "interactions", "conversations", "alpac
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The shape of a Mixtral decoder and the dtypes it computes in.
-
-    `head_dim` is free: it need not be hidden_size / num_heads. `remat` names what the backward pass
-    recomputes in each layer: `full` keeps the layer's input alone, `dots` also keeps the results of
-    the dense projections and the rows that arrived at the experts, `none` keeps everything. `attention`: see
-    kernels/attention.py. `context_length` is the longest sequence that it is meant for (None: that of its training).
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    num_experts: int
-    rope_theta: float = 1e6
-    norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    remat: Literal["full", "dots", "none"] = "full"
-    attention: Literal["auto", "xla", "splash"] = "auto"
-    context_length: int | None = None
-
-    def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
-        require(self.num_experts >= 1, f"model.num_experts={self.num_experts} must be at least 1")
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"model.num_heads={self.num_heads} must be a multiple of model.num_kv_heads={self.num_kv_heads}",
-        )
-        require(
-            self.head_dim >= 2 and self.head_dim % 2 == 0,
-            f"model.head_dim={self.head_dim} must be even: rotary embeddings turn pairs of numbers",
-        )
-        require(self.rope_theta > 1, f"model.rope_theta={self.rope_theta} must be over 1 (Mixtral: 1e6)")
-        require(self.norm_eps > 0, f"model.norm_eps={self.norm_eps} must be positive")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoadBalanceConfig:
-    """The auxiliary loss that keeps routing even.
-
-    `normalization="switch"` is the loss of each layer, averaged, 1 at perfect balance (Switch
-    Transformer eq. 4 with the load divided by k); `"hf"` is transformers' value, pooled over the
-    layers, k at perfect balance. `scope` is the set of tokens that should be balanced: all those of
-    a micro-batch, over every device.
-    """
-
-    weight: float = 0.01
-    normalization: Literal["switch", "hf"] = "switch"
-    scope: Literal["micro"] = "micro"
-
-    def __post_init__(self):
-        require(self.weight >= 0, f"router.load_balance.weight={self.weight} must not be negative")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RouterConfig:
-    """How tokens choose experts, and the losses on that choice."""
-
-    num_experts_per_token: int = 2
-    load_balance: LoadBalanceConfig = LoadBalanceConfig()
-    z_loss_weight: float = 0.001
-
-    def __post_init__(self):
-        require(
-            self.num_experts_per_token >= 1,
-            f"router.num_experts_per_token={self.num_experts_per_token} must be at least 1",
-        )
-        require(self.z_loss_weight >= 0, f"router.z_loss_weight={self.z_loss_weight} must not be negative")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class DispatchConfig:
     """How rows travel to their experts, and which kernel multiplies them there.
 
     `transport`: see the files of model/dispatch; `auto`, the best one here. `capacity_factor=None` drops
-    nothing; a number drops a sequence's routes over ceil(capacity_factor * k * n / E) an expert, those
-    of lowest weight first. `buffer_factor=None` gives a device room for all rows it can ever get; a
+    nothing; a number drops a sequence's routes over ceil(capacity_factor * k * n / E) an expert: those of lowest
+    weight, or with `drop="position"` the last ones. `eval_capacity_factor` is that of everything but training (None:
+    the same; E / k drops nothing). `buffer_factor=None` gives a device room for all rows it can ever get; a
     number, for that times the rows of a balanced routing: fewer bytes, and rows beyond it are lost and
     counted. `grouped_matmul`: `blocks` (loops over blocks of rows), `ragged_dot` (XLA's), `tokamax`, or
     `auto`, the best one here.
@@ -112,13 +40,18 @@ class DispatchConfig:
 
     transport: Literal["auto", "all_gather", "all_to_all", "ragged_all_to_all"] = "auto"
     capacity_factor: float | None = None
+    eval_capacity_factor: float | None = None
+    drop: Literal["weight", "position"] = "weight"
     buffer_factor: float | None = None
     grouped_matmul: Literal["auto", "blocks", "ragged_dot", "tokamax"] = "auto"
 
     def __post_init__(self):
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            factor = getattr(self, name)
+            require(factor is None or factor > 0, f"dispatch.{name}={factor} must be positive, or None to drop nothing")
         require(
-            self.capacity_factor is None or self.capacity_factor > 0,
-            f"dispatch.capacity_factor={self.capacity_factor} must be positive, or None to drop nothing",
+            self.drop == "weight" or self.capacity_factor or self.eval_capacity_factor,
+            f"dispatch.drop={self.drop} says what a capacity drops: set dispatch.capacity_factor",
         )
         require(
             self.buffer_factor is None or self.buffer_factor >= 1,
@@ -279,7 +212,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run: of pretraining, or with `finetune` of tuning."""
+    """A whole run: of pretraining, from a dense model with `upcycle`; or with `finetune` of tuning."""
 
     model: ModelConfig
     router: RouterConfig = RouterConfig()
@@ -290,11 +223,40 @@ class Config:
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     finetune: FinetuneConfig | None = None
+    upcycle: UpcycleConfig | None = None
     log: LogConfig = LogConfig()
 
     def __post_init__(self):
-        chosen, experts = self.router.num_experts_per_token, self.model.num_experts
+        require(
+            self.model.granularity == 1,
+            f"model.granularity={self.model.granularity} is a shorthand, which config_mapping.build writes out: "
+            "build the Config with it, or set num_experts, intermediate_size and num_experts_per_token themselves",
+        )
+        require(
+            self.finetune is None or self.upcycle is None,
+            "finetune and upcycle are two runs: train.py upcycles, and finetune_instruct.py tunes what comes of it",
+        )
+        if self.upcycle:
+            self.upcycle.check(self.model, self.router)
+        router, experts = self.router, self.model.num_experts
+        chosen, choice = router.num_experts_per_token, router.choice
         require(
             chosen <= experts,
             f"router.num_experts_per_token={chosen} must be at most model.num_experts={experts}",
+        )
+        require(
+            choice != "dense" or chosen == experts,
+            f"router.choice=dense sends each token to all of model.num_experts={experts}: with "
+            f"router.num_experts_per_token={chosen}, set model.num_experts={chosen} for as much work a token",
+        )
+        in_reach = router.groups_per_token * experts // router.num_groups
+        require(
+            experts % router.num_groups == 0 and chosen <= in_reach,
+            f"router.num_groups={router.num_groups} must divide model.num_experts={experts}, and leave a token, in "
+            f"router.groups_per_token={router.groups_per_token} of them, at least {chosen} experts to choose",
+        )
+        require(
+            self.dispatch.capacity_factor is None or choice not in ("expert_choice", "uniform", "dense"),
+            f"router.choice={choice} fills every expert alike, so nothing is over dispatch.capacity_factor="
+            f"{self.dispatch.capacity_factor}: set it to None",
         )

@@ -41,21 +41,22 @@ class LoRAConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """The base that a tuning run pretrains for itself where none is named: on which text, how long, how fast.
+    """The base that a run pretrains for itself where none is named: on which text, how long, how fast.
 
-    Shape, tokenizer, mesh, length of rows and seed are those of the tuning run; all else is by default. `batch_size` is
-    in sequences a step.
+    Shape, tokenizer, mesh, length of rows and seed are those of the run; all else is by default. `batch_size` is in
+    sequences a step. `path=None` is the text of the run, or in tuning, which has conversations instead, python-stdlib.
     """
 
-    path: str = "python-stdlib"
+    path: str | None = None
     num_steps: int = 400
     batch_size: int = 16
     learning_rate: float = 4e-3
 
-    def __post_init__(self):
-        require(self.path, "finetune.pretrain.path must name a file, a folder, a glob, hub:NAME, or python-stdlib")
+    def check(self, section: str) -> None:
+        """Raises ConfigError where a setting of `section` is out of range."""
+        require(self.path != "", f"{section}.path must name a file, a folder, a glob, hub:NAME, or python-stdlib")
         for name in ("num_steps", "batch_size", "learning_rate"):
-            require(getattr(self, name) > 0, f"finetune.pretrain.{name}={getattr(self, name)} must be positive")
+            require(getattr(self, name) > 0, f"{section}.{name}={getattr(self, name)} must be positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,21 +64,18 @@ class FinetuneConfig:
     """Which model is tuned, and how much of it.
 
     `base` takes what `--checkpoint` takes; without one, a small one is made as `pretrain` says. `frozen_dtype` is how
-    the frozen weights under adapters are kept (None: in `model.param_dtype`, as what is trained). The router learns at
-    `router_learning_rate_factor` times the learning rate where it is trained at all: in full, or with `+router`; 0
-    freezes it.
+    the frozen weights under adapters are kept (None: in `model.param_dtype`, as what is trained). The router is trained
+    in full tuning, or with `+router`, as fast as router.learning_rate_factor says.
     """
 
     base: str | None = None
     pretrain: PretrainConfig = PretrainConfig()
     lora: LoRAConfig = LoRAConfig()
     frozen_dtype: Literal["bfloat16", "float32"] | None = None
-    router_learning_rate_factor: float = 1.0
 
     def __post_init__(self):
         require(self.base != "", "finetune.base must name a checkpoint, or be None")
-        factor = self.router_learning_rate_factor
-        require(factor >= 0, f"finetune.router_learning_rate_factor={factor} must not be negative (0: frozen)")
+        self.pretrain.check("finetune.pretrain")
         require(
             self.lora.rank or self.frozen_dtype is None,
             f"finetune.frozen_dtype={self.frozen_dtype} is for adapters: with finetune.lora.rank=0 all weights learn, "

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeVar
 
-from mixtral_jax.config import ConfigError, require
+from mixtral_jax.config import Config, ConfigError, ModelConfig, RouterConfig, require
 
 Built = TypeVar("Built")
 _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
@@ -57,6 +57,9 @@ def set_key(mapping: dict[str, Any], dotted_key: str, value: Any) -> None:
 def build(cls: type[Built], mapping: Mapping[str, Any], prefix: str = "") -> Built:
     """Makes the dataclass `cls` from nested mappings; values may be text, as on a command line.
 
+    A whole `Config` has `model.granularity` written out into the keys that it stands for, and then 1: what is made of
+    that config again is the same.
+
     Raises:
         ConfigError: names the unknown, missing or mistyped key, its value, and what would be valid.
     """
@@ -70,7 +73,29 @@ def build(cls: type[Built], mapping: Mapping[str, Any], prefix: str = "") -> Bui
     no_default = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     missing = [prefix + name for name in no_default if name not in mapping]
     require(not missing, f"the config lacks {', '.join(missing)}: set it in the config file or as --config.KEY=VALUE")
-    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in mapping.items()})
+    values = {key: _convert(value, hints[key], prefix + key) for key, value in mapping.items()}
+    return cls(**_write_out_granularity(values) if cls is Config else values)
+
+
+def _write_out_granularity(sections: dict[str, Any]) -> dict[str, Any]:
+    """m times as many experts of 1/m the size, of which a token chooses m times as many (arXiv 2401.06066, 3.1)."""
+    model: ModelConfig = sections["model"]
+    m, hidden = model.granularity, model.intermediate_size
+    if m == 1:
+        return sections
+    require(
+        hidden % m == 0,
+        f"model.granularity={m} cuts experts into so many, and must divide model.intermediate_size={hidden}",
+    )
+    router: RouterConfig = sections.get("router", RouterConfig())
+    cut = {"num_experts": m * model.num_experts, "intermediate_size": hidden // m, "granularity": 1}
+    written: dict[str, Any] = {
+        "model": dataclasses.replace(model, **cut),
+        "router": dataclasses.replace(router, num_experts_per_token=m * router.num_experts_per_token),
+    }
+    if upcycle := sections.get("upcycle"):
+        written["upcycle"] = dataclasses.replace(upcycle, granularity=m * upcycle.granularity)
+    return sections | written
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:

@@ -4,10 +4,12 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mixtral_jax.config import Config
 from mixtral_jax.config_mapping import build
+from mixtral_jax.model.tokens import Tokens
 from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.mesh import MESH_AXES
 from mixtral_jax.parallel.rules import AxisRules
@@ -55,6 +57,12 @@ def packed_batch(config: Config, seed: int = 0) -> Batch:
     ends_document = np.diff(segments, axis=-1, append=-1) != 0
     loss_mask = ((segments > 0) & ~ends_document).astype(np.int32)
     return Batch(tokens[..., :-1], tokens[..., 1:], loss_mask, segments, positions)
+
+
+def only_masked(is_real_BT: Any) -> Tokens:
+    """Tokens of which nothing is known but which are real."""
+    zeros_BT = jnp.zeros_like(is_real_BT, jnp.int32)
+    return Tokens(zeros_BT, zeros_BT, jnp.asarray(is_real_BT, jnp.int32))
 
 
 def on_mesh(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:

@@ -26,6 +26,8 @@ def reference_logits(model: Any, tokens: np.ndarray, positions: np.ndarray, segm
         matrices = [of(p.weight) for p in (experts.gate, experts.up, experts.down)]
         for b in range(len(x)):
             x[b] += mixture(h[b], gate, *matrices, k, segments[b] > 0, capacity_factor)
+        if shared := blocks.moe.shared_experts:
+            x += swiglu(h, *(of(p.weight) for p in (shared.gate, shared.up, shared.down)))
     return rms_norm(x, get(model.norm.scale), c.norm_eps) @ get(model.unembed.weight)
 
 
@@ -72,7 +74,10 @@ def mixture(x, router, gate, up, down, k, is_real, capacity_factor=None):
     result = np.zeros_like(x)
     for e in range(E):
         for _, minus_weight, t in sorted(route for route in routes if route[0] == e)[:limit]:
-            gated = x[t] @ gate[e]
-            hidden = gated / (1 + np.exp(-gated)) * (x[t] @ up[e])
-            result[t] -= minus_weight * (hidden @ down[e])
+            result[t] -= minus_weight * swiglu(x[t], gate[e], up[e], down[e])
     return result
+
+
+def swiglu(x, gate, up, down):
+    gated = x @ gate
+    return (gated / (1 + np.exp(-gated)) * (x @ up)) @ down

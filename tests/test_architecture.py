@@ -21,7 +21,10 @@ SOURCES = {_name_of(path): path.read_text() for path in sorted((ROOT / "mixtral_
 
 # The parts of training that the loop composes, which take the model as an argument: of the model they know results.
 _TRAIN_PARTS = tuple(f"train.{name}" for name in ("loss", "optimizer", "state", "step", "metrics", "console"))
-_RESULT_TYPES = ("model.balance", "model.router.Routing", "model.transformer.ModelOutput")
+_RESULT_TYPES = (
+    "model.balance", "model.routing_metrics", "model.router.Routing", "model.router.BalanceBias",
+    "model.transformer.ModelOutput",
+)  # fmt: skip
 _GROUND = ("config", "config_mapping", "parallel")
 _MODEL = (*_GROUND, "kernels", "model")
 _MIDDLE = (*_MODEL, "data", "finetune", "checkpoint", "generate")
@@ -31,12 +34,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # Split by size: what is used of them is imported from `config`.
     "config_errors": (),
     "config_finetune": ("config_errors",),
-    "config": ("config_errors", "config_finetune"),
+    "config_model": ("config_errors",),
+    "config_router": ("config_errors",),
+    "config_upcycle": ("config_errors", "config_finetune", "config_model", "config_router"),
+    "config": ("config_errors", "config_finetune", "config_model", "config_router", "config_upcycle"),
     "config_mapping": ("config",),
     "parallel": ("config",),
     "kernels": _GROUND,
     "data": _GROUND,
-    "model": _MODEL,
+    "model": (*_MODEL, "config_router"),
     "finetune": (*_MODEL, "data"),
     "checkpoint": (*_MODEL, "data"),
     "generate": (*_MODEL, "data"),

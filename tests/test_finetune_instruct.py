@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mixtral_jax
-from mixtral_jax.cli.open_base import find_base
+from mixtral_jax.cli.find_base import find_base
 from mixtral_jax.cli.seeds import parse_tuning_flags
 from mixtral_jax.config import ConfigError
 from mixtral_jax.data.chat import ChatTemplate

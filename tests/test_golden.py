@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -106,7 +105,8 @@ def test_hf_balance_loss_pools_layers_as_transformers_does(expected, is_real, ma
     logits = expected["router_logits"].reshape(2, *is_real.shape, 8)
     experts = expected["topk_indices"].reshape(2, *is_real.shape, 2)
     counted = np.broadcast_to(is_real if mask == "with" else np.ones_like(is_real), (2, *is_real.shape))
-    sums = jax.vmap(sum_routing)(*map(jnp.asarray, (logits, experts, np.ones_like(experts, bool), counted)))
+    chosen = np.repeat(counted[..., None], 2, axis=-1)
+    sums = jax.vmap(sum_routing)(logits, jax.nn.softmax(logits), experts, chosen, chosen, counted)
     loss = load_balance_loss(sums, "hf")
     np.testing.assert_allclose(loss, expected[f"aux_loss_{mask}_attention_mask"], rtol=RELATIVE_TOLERANCE)
 

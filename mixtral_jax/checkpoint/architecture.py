@@ -15,7 +15,10 @@ _MODEL_KEYS = (
     "num_experts", "rope_theta", "norm_eps", "initializer_range", "dtype", "param_dtype", "remat", "attention",
     "context_length",
 )  # fmt: skip
-_ROUTER_KEYS = ("num_experts_per_token", "load_balance", "z_loss_weight")
+_ROUTER_KEYS = (
+    "num_experts_per_token", "load_balance", "sequence_loss_weight", "z_loss_weight", "noise", "dtype", "init_scale",
+    "learning_rate_factor", "expert_dropout",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

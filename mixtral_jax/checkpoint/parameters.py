@@ -1,10 +1,12 @@
 """The parameters of our model by name: which dimensions each has, and how large they are.
 
+`PARAMETERS` are those of a Mixtral, which other programs have names for; `parameters_of` knows what ours may have more.
+
 The names are those of the leaves of `model.transformer.Transformer`, which tests hold against this table. Reading a
 folder needs no model, and so no device.
 """
 
-from mixtral_jax.config import ModelConfig
+from mixtral_jax.config import ModelConfig, RouterConfig
 
 # Dimensions by the letters of `mixtral_jax.model`.
 PARAMETERS = {
@@ -22,6 +24,18 @@ PARAMETERS = {
     "norm/scale": "D",
     "unembed/weight": "DV",
 }
+_SHARED_EXPERTS = {
+    "blocks/moe/shared_experts/gate/weight": "LDU",
+    "blocks/moe/shared_experts/up/weight": "LDU",
+    "blocks/moe/shared_experts/down/weight": "LUD",
+}
+_BALANCE_BIAS = {"blocks/moe/router/bias": "LE"}
+
+
+def parameters_of(model: ModelConfig, router: RouterConfig = RouterConfig()) -> dict[str, str]:
+    """The parameters of a model, and the dimensions of each; with what steps move without a gradient."""
+    names = PARAMETERS | _SHARED_EXPERTS if model.num_shared_experts else PARAMETERS
+    return names | _BALANCE_BIAS if router.bias.update_rate else names
 
 
 def dimension_sizes(model: ModelConfig) -> dict[str, int]:
@@ -30,6 +44,7 @@ def dimension_sizes(model: ModelConfig) -> dict[str, int]:
         "V": model.vocab_size,
         "D": model.hidden_size,
         "F": model.intermediate_size,
+        "U": model.num_shared_experts * model.intermediate_size,
         "L": model.num_layers,
         "N": model.num_heads,
         "K": model.num_kv_heads,
@@ -41,11 +56,11 @@ def dimension_sizes(model: ModelConfig) -> dict[str, int]:
 def parameter_shape(parameter: str, model: ModelConfig) -> tuple[int, ...]:
     """The shape of a parameter in a model."""
     sizes = dimension_sizes(model)
-    return tuple(sizes[dimension] for dimension in PARAMETERS[parameter])
+    return tuple(sizes[dimension] for dimension in parameters_of(model)[parameter])
 
 
 def parameter_chunk(parameter: str, model: ModelConfig) -> tuple[int, ...]:
     """The shape of what belongs together in a parameter: that of one layer and, where they are stacked, one expert."""
-    dimensions = PARAMETERS[parameter]
+    dimensions = parameters_of(model)[parameter]
     num_stacked = len(dimensions) - len(dimensions.removeprefix("LE" if "F" in dimensions else "L"))
     return (1,) * num_stacked + parameter_shape(parameter, model)[num_stacked:]

@@ -15,10 +15,10 @@ import tensorstore
 
 from mixtral_jax.checkpoint.foreign_folder import read_object
 from mixtral_jax.checkpoint.merged import merge
-from mixtral_jax.checkpoint.parameters import PARAMETERS
+from mixtral_jax.checkpoint.parameters import parameters_of
 from mixtral_jax.checkpoint.stored import Block, StoredArray
 from mixtral_jax.checkpoint.zarr_chunks import open_chunks
-from mixtral_jax.config import ConfigError, LoRAConfig, require
+from mixtral_jax.config import ConfigError, LoRAConfig, ModelConfig, RouterConfig, require
 
 # The parts of a TrainState that may hold a parameter.
 _SECTIONS = ("trained", "frozen")
@@ -39,10 +39,11 @@ def parameter_key(section: str, parameter: str) -> str:
     return f"{section}/{parameter}/value"
 
 
-def open_parameters(step: Path, lora: LoRAConfig) -> dict[str, StoredArray]:
+def open_parameters(step: Path, model: ModelConfig, router: RouterConfig, lora: LoRAConfig) -> dict[str, StoredArray]:
     """The parameters in the checkpoint of one step, by name.
 
     Args:
+        model, router: of the run, which say what there must be.
         lora: of the adapters, where there are some.
 
     Raises:
@@ -55,7 +56,8 @@ def open_parameters(step: Path, lora: LoRAConfig) -> dict[str, StoredArray]:
         keys = _find_keys(metadata)
     except (AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"{state / '_METADATA'} is damaged: {type(error).__name__}: {error}") from None
-    adapted = {name: _adapted_names(name) for name in PARAMETERS if name not in keys}
+    names = parameters_of(model, router)
+    adapted = {name: _adapted_names(name) for name in names if name not in keys}
     missing = [name for name, parts in adapted.items() if not keys.keys() >= set(parts)]
     require(not missing, f"{step} is not a checkpoint of a Mixtral: it lacks {', '.join(missing)}")
 
@@ -68,7 +70,7 @@ def open_parameters(step: Path, lora: LoRAConfig) -> dict[str, StoredArray]:
         base, a, b = map(open_array, adapted[name])
         return merge(base, a, b, lora.scaling)
 
-    return {name: open_parameter(name) for name in PARAMETERS}
+    return {name: open_parameter(name) for name in names}
 
 
 def _adapted_names(parameter: str) -> list[str]:

@@ -91,7 +91,7 @@ def _open_step(workdir: Path, step: Path) -> Weights:
         finetune = build(FinetuneConfig, sections[-1], "finetune.")
     except (ConfigError, KeyError, TypeError) as error:
         raise ConfigError(f"{workdir / 'config.json'} is no config of a run: {error}") from None
-    parameters = run_parameters.open_parameters(step, finetune.lora)
+    parameters = run_parameters.open_parameters(step, model, router, finetune.lora)
     if finetune.frozen_dtype:
         model = dataclasses.replace(model, param_dtype=finetune.frozen_dtype)
         architecture = dataclasses.replace(architecture, model=model)

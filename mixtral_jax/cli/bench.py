@@ -61,7 +61,7 @@ def measure(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Compiles the real step, times it, and sets it beside a dense matmul timed in the same minute."""
     ceiling = _ceiling_flops_per_second(config, mesh.devices.flat[0]) * (1 if _is_virtual(mesh) else mesh.size)
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-    optimizer = make_optimizer(config.optimizer, schedule, config.finetune)
+    optimizer = make_optimizer(config.optimizer, schedule, config.router.learning_rate_factor)
     tunable = make_tunable(config, mesh.devices.flat[0].platform)
     with jax.set_mesh(mesh):
         state, batch = init_state(tunable.make_model, optimizer, tunable.trainable), _made_up_batch(config, mesh)

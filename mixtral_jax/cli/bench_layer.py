@@ -13,6 +13,7 @@ from flax import nnx
 
 from mixtral_jax.config import Config, ConfigError
 from mixtral_jax.model.moe import MoE
+from mixtral_jax.model.tokens import Tokens
 from mixtral_jax.model.transformer import resolve_dispatch
 from mixtral_jax.parallel.rules import AxisRules
 
@@ -96,11 +97,13 @@ def make_ours(config: Config, case: Case) -> Run:
     for projection, value in zip(projections, (case.router_DE, case.gate_EDF, case.up_EDF, case.down_EFD), strict=True):
         projection.weight[...] = jax.device_put(value, projection.weight[...].sharding)
     x_1MD, cotangent_1MD = jnp.asarray(case.x_MD)[None], jnp.asarray(case.cotangent_MD)[None]
+    ones_1M = jnp.ones(x_1MD.shape[:2], jnp.int32)
+    tokens = Tokens(ones_1M, ones_1M, ones_1M)
 
     @jax.jit
     def step(layer, x_1MD):
         def loss(layer, x_1MD):
-            y_1MD, _ = layer(x_1MD, jnp.ones(x_1MD.shape[:2], bool))
+            y_1MD, _ = layer(x_1MD, tokens)
             return jnp.sum(y_1MD * cotangent_1MD), y_1MD
 
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(layer, x_1MD)

@@ -110,7 +110,7 @@ def _examine_plan(config: Config, workdir: Path, found: list[Problem], is_whole:
     mesh = make_mesh(config.mesh)
     tunable = make_tunable(config, device.platform)
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-    optimizer = make_optimizer(config.optimizer, schedule, config.finetune)
+    optimizer = make_optimizer(config.optimizer, schedule, config.router.learning_rate_factor)
     with jax.set_mesh(mesh):
         count = count_parameters(jax.eval_shape(tunable.make_model))
         leaves = jax.tree.leaves(abstract_state(tunable.make_model, optimizer, tunable.trainable))

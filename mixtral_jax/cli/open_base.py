@@ -1,4 +1,4 @@
-"""The model that is tuned: the one that `finetune.base` names, or else a small one, pretrained for the occasion."""
+"""The model that a run starts from: opened, and how one is pretrained where none is named."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,23 +10,17 @@ from mixtral_jax.checkpoint.architecture import require_mixtral
 from mixtral_jax.checkpoint.on_devices import load_model
 from mixtral_jax.checkpoint.run_parameters import find_steps
 from mixtral_jax.checkpoint.weights import Weights, open_weights
-from mixtral_jax.cli.flags import RunFlags
 from mixtral_jax.cli.open_data import find_tokenizer
-from mixtral_jax.cli.start import Run, start_run
-from mixtral_jax.cli.training import pretrain
-from mixtral_jax.config import Config, FinetuneConfig, OptimizerConfig, RouterConfig, require
-from mixtral_jax.data.sources import fingerprint_source
+from mixtral_jax.cli.start import Run
+from mixtral_jax.config import Config, DataConfig, OptimizerConfig, PretrainConfig, RouterConfig, require
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.finetune.tunable import make_tunable
 from mixtral_jax.model.transformer import Transformer
-from mixtral_jax.parallel.mesh import resolve_mesh
-from mixtral_jax.parallel.processes import Processes
-from mixtral_jax.train.loop import StopSignal
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A model on disk that is to be tuned, and its tokenizer."""
+    """A model on disk that a run starts from, and its tokenizer."""
 
     folder: Path
     weights: Weights
@@ -66,53 +60,29 @@ def open_base(folder: Path, config: Config) -> Base:
     return Base(folder, weights, tokenizer)
 
 
-def find_base(flags: RunFlags, workdir: Path, processes: Processes, stop: StopSignal) -> Base | None:
-    """The base of a tuning run in `workdir`, pretrained into `workdir/base` if it must be; None if that was stopped.
-
-    Raises:
-        ConfigError: the base is no model that can be tuned; or, before anything is pretrained, the tuning cannot work.
-    """
-    config = flags.config
-    finetune = config.finetune
-    assert finetune is not None
-    if finetune.base is not None:
-        folder = Path(finetune.base).expanduser()
-        require(folder.is_dir(), f"finetune.base={folder} is no folder: name a run, a step of it, or other weights")
-        return open_base(folder, config)
-    plain = dataclasses.replace(flags, config=plan_base(config, finetune), workdir=workdir / "base")
-    run = start_run(plain, processes)
-    _check_tuning(config, run)
-    if not _is_complete(run):
-        run.console.print(f"finetune.base is not given: pretraining a base into {run.workdir}")
-        if pretrain(run, stop) == "stopped":
-            return None
-    return open_base(run.workdir, config)
+def require_folder(base: str, key: str) -> Path:
+    """The folder that a config names as `key`; raises ConfigError if there is none."""
+    folder = Path(base).expanduser()
+    require(folder.is_dir(), f"{key}={folder} is no folder: name a run, a step of it, or other weights")
+    return folder
 
 
-def plan_base(config: Config, finetune: FinetuneConfig) -> Config:
-    """The pretraining of a base for a tuning that names none."""
-    plan = finetune.pretrain
+def saved_steps(run: Run) -> list[int]:
+    """The steps of the checkpoints in the workdir of a run, as process 0 sees them. All processes must ask."""
+    folder = run.workdir / "checkpoints"
+    return run.processes.share("saved steps", find_steps(folder) if folder.is_dir() else [])[0]
+
+
+def plan_base(config: Config, plan: PretrainConfig) -> Config:
+    """The pretraining of a base, with the model of the config, for a run that names none."""
     return dataclasses.replace(
         config,
         finetune=None,
+        upcycle=None,
         router=RouterConfig(num_experts_per_token=config.router.num_experts_per_token),
-        data=dataclasses.replace(config.data, path=plan.path),
+        data=dataclasses.replace(config.data, path=plan.path or (DataConfig if config.finetune else config.data).path),
         optimizer=OptimizerConfig(learning_rate=plan.learning_rate),
         train=dataclasses.replace(
             config.train, num_steps=plan.num_steps, batch_size=plan.batch_size, gradient_accumulation=1
         ),
     )
-
-
-def _check_tuning(config: Config, run: Run) -> None:
-    """Finds what would else be found minutes later: data that is not there, and parts that no pattern matches."""
-    resolve_mesh(config, run.mesh.size)
-    fingerprint_source(config.data.path)
-    with jax.set_mesh(run.mesh):
-        jax.eval_shape(make_tunable(config, run.mesh.devices.flat[0].platform).make_model)
-
-
-def _is_complete(run: Run) -> bool:
-    checkpoints = run.workdir / "checkpoints"
-    steps = find_steps(checkpoints) if checkpoints.is_dir() else []
-    return run.processes.share("base complete", run.config.train.num_steps in steps)[0]

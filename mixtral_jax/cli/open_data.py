@@ -10,7 +10,7 @@ from mixtral_jax.data.batches import TrainBatches, held_out_batches
 from mixtral_jax.data.packing import LongDocuments, PackPlan, plan_rows
 from mixtral_jax.data.sources import find_weights
 from mixtral_jax.data.store import TokenStore
-from mixtral_jax.data.text import prepare_text
+from mixtral_jax.data.text import prepare_text, tokenize_text
 from mixtral_jax.data.tokenizer import Tokenizer, check_vocabulary, read_tokenizer
 from mixtral_jax.evaluate.ngram import measure_ngrams
 from mixtral_jax.evaluate.perplexity import Evaluator, TokenBytes, make_evaluator
@@ -47,12 +47,21 @@ class PackedStores:
     fingerprint: str
 
 
-def open_text(run: Run) -> TrainingData:
-    """Reads, tokenises and packs the text that the config names; prints its size and its n-gram baselines."""
+def open_text(run: Run, tokenizer: Tokenizer | None = None) -> TrainingData:
+    """Reads, tokenises and packs the text that the config names; prints its size and its n-gram baselines.
+
+    `tokenizer` is that of a model that the run starts from, which it keeps; without one, the config says which.
+    """
     config, say = run.config, run.console.print
     say(f"reading {config.data.path} (tokenised the first time, then cached) ...")
     start = time.monotonic()
-    text = prepare_text(config.data, config.model.vocab_size, run.workdir / "tokenizer.model", is_writer=run.is_writer)
+    kept = run.workdir / "tokenizer.model"
+    if tokenizer is None:
+        text = prepare_text(config.data, config.model.vocab_size, kept, is_writer=run.is_writer)
+    else:
+        text = tokenize_text(config.data, tokenizer)
+        if run.is_writer:
+            tokenizer.save(kept)
     packed = pack_stores(run, text.train, text.held_out)
     say(
         f"[bold]text[/]        {len(text.train.tokens):,} tokens to train on in {packed.plan.num_rows:,} rows, "

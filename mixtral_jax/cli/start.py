@@ -110,15 +110,18 @@ def describe_run(run: Run) -> None:
     say(f"[bold]mesh[/]        {', '.join(f'{axis}={mesh.shape[axis]}' for axis in MESH_AXES)}")
     for line in describe_experts(mesh, config.model.num_experts):
         say(f"[bold]experts[/]     {line}")
-    say(
-        f"[bold]parameters[/]  {count.total:,} in all, {count.active:,} active a token "
-        f"(top-{config.router.num_experts_per_token} of {config.model.num_experts} experts)"
-    )
+    say(f"[bold]parameters[/]  {count.total:,} in all, {count.active:,} active a token ({describe_choice(config)})")
     if config.finetune:
         say(describe_trained(model, tunable.trainable))
     say(f"[bold]computes[/]    in {config.model.dtype}")
     for part, choice in choose_kernels(config, device.platform).items():
         say(f"[bold]{part:<12}[/]{choice}")
+
+
+def describe_choice(config: Config) -> str:
+    """How many experts a token visits, of how many."""
+    chosen, shared = config.router.num_experts_per_token, config.model.num_shared_experts
+    return f"top-{chosen} of {config.model.num_experts} experts" + (f", and {shared} shared" if shared else "")
 
 
 def choose_kernels(config: Config, platform: str) -> dict[str, Choice]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixtral_jax.data.tokenizer import Tokenizer
-from mixtral_jax.model.balance import RoutingSums, router_metrics
+from mixtral_jax.model.balance import RoutingSums, add_sums
+from mixtral_jax.model.routing_metrics import router_metrics
 from mixtral_jax.model.transformer import ModelOutput
 from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.train.loss import cross_entropy
@@ -26,6 +28,10 @@ class _EvalSums:
     tokens: jax.Array
     bytes: jax.Array
     routing: RoutingSums
+
+    def __add__(self, other: "_EvalSums") -> "_EvalSums":
+        added = jax.tree.map(jnp.add, self, other)
+        return dataclasses.replace(added, routing=add_sums(self.routing, other.routing))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +77,7 @@ def make_evaluator(
         return _EvalSums(jnp.sum(losses_BT), jnp.sum(micro.loss_mask), jnp.sum(bytes_BT), output.routing.sums)
 
     def evaluate(model: Any) -> dict[str, Any]:
-        sums = functools.reduce(functools.partial(jax.tree.map, jnp.add), (sum_batch(model, b) for b in batches))
+        sums = functools.reduce(operator.add, (sum_batch(model, b) for b in batches))
         nats, tokens, num_bytes = float(sums.nats), int(sums.tokens), int(sums.bytes)
         loss = nats / tokens
         routing = {

@@ -13,25 +13,27 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P
 
-from mixtral_jax.config import FinetuneConfig
+from mixtral_jax.config import Config
 from mixtral_jax.finetune.lora import Adapted, Plain, adapt
 from mixtral_jax.finetune.targets import match_targets
 from mixtral_jax.model.transformer import Block, Transformer
 
 
-def add_adapters(model: Transformer, config: FinetuneConfig, dtype: str, rngs: nnx.Rngs) -> Transformer:
+def add_adapters(model: Transformer, config: Config, rngs: nnx.Rngs) -> Transformer:
     """The model with an adapter on each projection that the config's targets name; what it computes stays the same.
 
-    Adapters are stored in `dtype`, the rest as it was.
+    Adapters are stored in `model.param_dtype`, the rest as it was.
 
     Raises:
         ConfigError: a pattern of the targets matches no projection.
     """
-    names = match_targets(config, list(find(model.blocks, Plain)))
-    of_adapters = dataclasses.replace(model.config, param_dtype=dtype)
+    assert config.finetune is not None
+    lora, factor = config.finetune.lora, config.router.learning_rate_factor
+    names = match_targets(lora.targets, list(find(model.blocks, Plain)), factor)
+    of_adapters = dataclasses.replace(model.config, param_dtype=config.model.param_dtype)
 
     def adapt_block(block: Block, rngs: nnx.Rngs) -> Block:
-        return _replace(block, names, lambda base: adapt(base, config.lora, of_adapters, rngs))
+        return _replace(block, names, lambda base: adapt(base, lora, of_adapters, rngs))
 
     return _with_blocks(model, jax.vmap(adapt_block)(model.blocks, rngs.split(model.config.num_layers)))
 
@@ -67,6 +69,27 @@ def drop_inputs(model: Transformer, rate: float, key: jax.Array) -> Transformer:
     return _with_blocks(model, jax.vmap(drop_block)(model.blocks, keys_L))
 
 
+def drop_hidden(model: Transformer, rate: float, key: jax.Array) -> Transformer:
+    """The model whose experts go without a share `rate` of their hidden units, the others made up for it.
+
+    Expert dropout (Switch Transformer, arXiv 2101.03961, section 2.4), for the tokens of a micro-batch alike, as
+    `drop_inputs` and for its reasons.
+    """
+
+    def drop_block(block: Block, key: jax.Array) -> Block:
+        return _replace(block, ["moe.experts.down"], lambda down: _drop_rows(down, rate, key))
+
+    keys_L = jax.random.split(key, model.config.num_layers)
+    return _with_blocks(model, jax.vmap(drop_block)(model.blocks, keys_L))
+
+
+def enter_training(model: Transformer, key: jax.Array) -> Transformer:
+    """The model whose routers know that they are in training, and what its noise is drawn from."""
+    model = _copy(model)
+    model.blocks.moe.router.training_key = jax.random.split(key, model.config.num_layers)
+    return model
+
+
 def find(block: nnx.Module, kinds: Any) -> dict[str, Any]:
     """The modules of these kinds in a block, or in a stack of blocks, by their names, as in `moe.experts.gate`."""
     return {".".join(map(str, path)): module for path, module in nnx.iter_modules(block) if isinstance(module, kinds)}
@@ -80,11 +103,22 @@ def _merge(adapted: Adapted) -> Plain:
 
 def _drop(adapted: Adapted, rate: float, key: jax.Array) -> Adapted:
     adapted = _copy(adapted)
-    a = adapted.lora_a.weight[...]
-    spec = jax.typeof(a).sharding.spec
-    is_kept = jax.random.bernoulli(key, 1 - rate, (*a.shape[:-1], 1), out_sharding=P(*spec[:-1], None))
-    adapted.lora_a.weight = nnx.LoRAParam(jnp.where(is_kept, a / (1 - rate), 0))
+    adapted.lora_a = _drop_rows(adapted.lora_a, rate, key)
     return adapted
+
+
+def _drop_rows(projection: Any, rate: float, key: jax.Array) -> Any:
+    """Without a share of its inputs; an adapted one, without the same for base and adapter."""
+    projection = _copy(projection)
+    if isinstance(projection, Adapted):
+        projection.base = _drop_rows(projection.base, rate, key)
+        projection.lora_a = _drop_rows(projection.lora_a, rate, key)
+        return projection
+    weight = projection.weight[...]
+    spec = jax.typeof(weight).sharding.spec
+    is_kept = jax.random.bernoulli(key, 1 - rate, (*weight.shape[:-1], 1), out_sharding=P(*spec[:-1], None))
+    projection.weight[...] = jnp.where(is_kept, weight / (1 - rate), 0)
+    return projection
 
 
 def _replace(block: Block, names: list[str], change: Callable[[Any], Any]) -> Block:

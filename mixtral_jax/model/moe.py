@@ -1,4 +1,4 @@
-"""The mixture of experts: route, dispatch, compute, combine."""
+"""The mixture of experts: route, dispatch, compute, combine; and the experts that need no route."""
 
 import dataclasses
 from typing import cast
@@ -13,6 +13,8 @@ from mixtral_jax.kernels.groups import RowGroups
 from mixtral_jax.model.dispatch.choose import TRANSPORTS
 from mixtral_jax.model.dispatch.region import dispatch
 from mixtral_jax.model.router import Router, Routing
+from mixtral_jax.model.shared_experts import SharedExperts
+from mixtral_jax.model.tokens import Tokens
 from mixtral_jax.parallel.rules import AxisRules
 
 
@@ -85,19 +87,22 @@ class MoE(nnx.Module):
         self.num_experts = config.num_experts
         self.dtype = config.dtype
         self.rules = rules
-        self.router = Router(config, router, dispatch.capacity_factor, rules, rngs)
+        self.router = Router(config, router, dispatch, rules, rngs)
         self.experts = Experts(config, cast(Kernel, dispatch.grouped_matmul), rules, rngs)
         self.transport = TRANSPORTS[dispatch.transport](config.num_experts, dispatch.buffer_factor)
+        # Last: random numbers are drawn in order, so that all other parameters start as they would without them.
+        self.shared_experts = SharedExperts(config, rules, rngs) if config.num_shared_experts else None
 
-    def __call__(self, x_BTD: jax.Array, is_real_BT: jax.Array) -> tuple[jax.Array, Routing]:
-        routing = self.router(x_BTD, is_real_BT)
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Routing]:
+        routing = self.router(x_BTD, tokens)
         # Cast before the gather: weights travel in the compute dtype.
         experts = jax.tree.map(self._cast, self.experts)
         routes = (routing.experts_BTA, routing.weights_BTA, routing.is_kept_BTA)
         is_checked = self.experts.kernel != "tokamax"
         home = dispatch(experts, self.transport, self.num_experts, x_BTD, routes, self.rules, is_checked=is_checked)
+        y_BTD = home.y_BTD + self.shared_experts(x_BTD) if self.shared_experts else home.y_BTD
         sums = dataclasses.replace(routing.sums, overflowed=home.overflowed.astype(jnp.float32))
-        return home.y_BTD, dataclasses.replace(routing, sums=sums)
+        return y_BTD, dataclasses.replace(routing, sums=sums)
 
     def _cast(self, leaf: jax.Array) -> jax.Array:
         return leaf.astype(self.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf

@@ -17,6 +17,7 @@ from mixtral_jax.model.dispatch.region import ARRIVED
 from mixtral_jax.model.layers import Projection, RMSNorm
 from mixtral_jax.model.moe import ExpertsOfLayer, MoE
 from mixtral_jax.model.router import Routing
+from mixtral_jax.model.tokens import Tokens
 from mixtral_jax.parallel.rules import AxisRules
 
 REMAT_POLICIES = {
@@ -59,12 +60,10 @@ class Block(nnx.Module):
         self.moe_norm = RMSNorm(config)
         self.moe = MoE(config, router, dispatch, rules, rngs)
 
-    def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, past: Past | None = None
-    ) -> BlockOutput:
-        attended = self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT, past)
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens, past: Past | None = None) -> BlockOutput:
+        attended = self.attention(self.attention_norm(x_BTD), tokens.positions_BT, tokens.segment_ids_BT, past)
         x_BTD = x_BTD + attended.y_BTD
-        y_BTD, routing = self.moe(self.moe_norm(x_BTD), segment_ids_BT > 0)
+        y_BTD, routing = self.moe(self.moe_norm(x_BTD), tokens)
         return BlockOutput(x_BTD + y_BTD, routing, attended.key_values)
 
 
@@ -121,13 +120,14 @@ class Transformer(nnx.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape, out_sharding=rows)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
+        tokens = Tokens(tokens_BT, positions_BT, segment_ids_BT)
 
         def apply_block(x_BTD, layer):
             block, key_values, index = layer
             of_layer = past and Past(key_values, past.segment_ids_BS)
             if reads_in_place:
                 block.moe.experts = ExpertsOfLayer(self.blocks.moe.experts, index)
-            output = block(x_BTD, positions_BT, segment_ids_BT, of_layer)
+            output = block(x_BTD, tokens, of_layer)
             return output.x_BTD, (output.routing, output.key_values if gives_key_values else None)
 
         reads_in_place = past is not None and self._holds_experts_as_used()

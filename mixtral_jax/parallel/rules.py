@@ -21,6 +21,7 @@ class AxisRules:
     # Activations.
     batch: MeshAxes = ("data", "fsdp", "expert")
     act_heads: MeshAxes = "tensor"
+    act_mlp: MeshAxes = "tensor"
     act_vocab: MeshAxes = "tensor"
     # Weights.
     embed: MeshAxes = "fsdp"

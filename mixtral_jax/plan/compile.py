@@ -125,7 +125,7 @@ def _as_if_on(config: Config, mesh: jax.sharding.Mesh) -> Iterator[None]:
 
 def _trace(config: Config, mesh: jax.sharding.Mesh, tunable: Tunable) -> tuple[TrainState, jax.stages.Traced]:
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-    optimizer = make_optimizer(config.optimizer, schedule, config.finetune)
+    optimizer = make_optimizer(config.optimizer, schedule, config.router.learning_rate_factor)
     state = abstract_state(tunable.make_model, optimizer, tunable.trainable)
     train = config.train
     rows = jax.ShapeDtypeStruct(

@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax.config import RouterConfig
-from mixtral_jax.model.balance import RoutingSums, load_balance_loss, router_z_loss
+from mixtral_jax.model.balance import (
+    RoutingSums,
+    add_sums,
+    load_balance_loss,
+    router_z_loss,
+    sequence_balance_loss,
+)  # fmt: skip
 from mixtral_jax.model.transformer import ModelOutput
 
 
@@ -17,6 +23,7 @@ class StepTotals:
 
     supervised: jax.Array
     real: jax.Array
+    routing: RoutingSums | None = None  # where the load of the whole step is balanced, and not each micro-batch's
 
 
 @jax.tree_util.register_dataclass
@@ -27,8 +34,13 @@ class LossParts:
     loss: jax.Array  # cross entropy, nats per supervised token
     total_loss: jax.Array
     load_balance_loss: jax.Array  # before its weight
+    sequence_balance_loss: jax.Array  # before its weight
     router_z_loss: jax.Array  # before its weight
     routing: RoutingSums
+
+    def __add__(self, other: "LossParts") -> "LossParts":
+        added = jax.tree.map(jnp.add, self, other)
+        return dataclasses.replace(added, routing=add_sums(self.routing, other.routing))
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -51,7 +63,11 @@ def sum_losses(
     loss = jnp.sum(losses_BT) / totals.supervised
     sums = output.routing.sums
     share = sums.tokens[0] / totals.real
-    balance = share * load_balance_loss(sums, router.load_balance.normalization)
+    sequence_balance = share * sequence_balance_loss(sums)
+    balance = share * load_balance_loss(sums, router.load_balance.normalization, totals.routing)
+    if router.load_balance.scope == "sequence":
+        balance = sequence_balance
     z_loss = share * router_z_loss(sums)
     total_loss = loss + router.load_balance.weight * balance + router.z_loss_weight * z_loss
-    return LossParts(loss, total_loss, balance, z_loss, jax.lax.stop_gradient(sums))
+    total_loss += router.sequence_loss_weight * sequence_balance
+    return LossParts(loss, total_loss, balance, sequence_balance, z_loss, jax.lax.stop_gradient(sums))

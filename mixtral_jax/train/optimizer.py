@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from mixtral_jax.config import FinetuneConfig, OptimizerConfig
+from mixtral_jax.config import BalanceBiasConfig, OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -25,14 +25,21 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
     return lambda step: schedule(step + 1)
 
 
+def bias_rate_schedule(config: BalanceBiasConfig, num_steps: int) -> optax.Schedule:
+    """How far the balance bias moves after each step: the rate, then over the last fraction of the run down to 0."""
+    decay_steps = round(config.decay_fraction * num_steps)
+    if decay_steps == 0:
+        return optax.constant_schedule(config.update_rate)
+    return optax.linear_schedule(config.update_rate, 0.0, decay_steps, transition_begin=num_steps - decay_steps)
+
+
 def make_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule, finetune: FinetuneConfig | None = None
+    config: OptimizerConfig, schedule: optax.Schedule, router_factor: float = 1.0
 ) -> optax.GradientTransformation:
     """Clips by global norm, then AdamW (arXiv 1711.05101) that decays matrices only.
 
-    In tuning, the router may learn at another rate, its decay with it.
+    The router learns at `router_factor` times the rate, its decay with it.
     """
-    factor = finetune.router_learning_rate_factor if finetune else 1.0
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
@@ -43,7 +50,7 @@ def make_optimizer(
             weight_decay=config.weight_decay,
             mask=lambda params: _by_name(params, lambda names: "scale" not in names),
         ),
-        optax.masked(optax.scale(factor), lambda params: _by_name(params, lambda names: "router" in names)),
+        optax.masked(optax.scale(router_factor), lambda params: _by_name(params, lambda names: "router" in names)),
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +17,23 @@ from jax import P
 class TrainState:
     """Parameters, split into those that learn and the rest, and the optimizer's state for the first.
 
-    `frozen` is empty in pretraining.
+    `frozen` is empty in pretraining, but for what steps move without a gradient: balance biases. `recent_load_LE` is
+    the routes to each expert of late, for metrics alone.
     """
 
     step: jax.Array
     trained: nnx.State
     frozen: nnx.State
     opt_state: optax.OptState
+    recent_load_LE: jax.Array
     graphdef: nnx.GraphDef = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def create(
-        cls, model: nnx.Module, optimizer: optax.GradientTransformation, trainable: Filter = nnx.Param
-    ) -> "TrainState":
-        """The state before the first step; variables that `trainable` lets through will learn."""
+    def create(cls, model: Any, optimizer: optax.GradientTransformation, trainable: Filter = nnx.Param) -> "TrainState":
+        """The state of a `Transformer` before the first step; variables that `trainable` lets through will learn."""
         graphdef, trained, frozen = nnx.split(model, trainable, ...)
-        return cls(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained), graphdef)
+        load_LE = jnp.zeros((model.config.num_layers, model.config.num_experts))
+        return cls(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained), load_LE, graphdef)
 
     def model(self) -> nnx.Module:
         """The model with its current parameters."""

@@ -11,8 +11,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from mixtral_jax.config import RouterConfig
-from mixtral_jax.model.balance import router_metrics
+from mixtral_jax.config import BalanceBiasConfig, RouterConfig
+from mixtral_jax.model.balance import RoutingSums, add_sums, next_bias
+from mixtral_jax.model.router import BalanceBias
+from mixtral_jax.model.routing_metrics import max_violation, router_metrics
+from mixtral_jax.model.transformer import ModelOutput
 from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.train.loss import LossParts, StepTotals, sum_losses
 from mixtral_jax.train.state import TrainState
@@ -20,6 +23,8 @@ from mixtral_jax.train.state import TrainState
 Metrics = dict[str, jax.Array]
 TrainStep = jax.stages.Wrapped  # (TrainState, Batch) -> (TrainState, Metrics)
 
+# What is left of a load after another step, in the load of late: a memory of about 100 steps.
+RECENT = 0.99
 
 # A model, the number of the step, and of the micro-batch in it -> the model that the loss is of.
 Perturb = Callable[[Any, jax.Array, jax.Array], Any]
@@ -30,36 +35,50 @@ def make_train_step(
     router: RouterConfig,
     schedule: optax.Schedule,
     perturb: Perturb | None = None,
+    bias_rate: optax.Schedule | None = None,
 ) -> TrainStep:
     """The compiled step; it gives up its state's buffers to the new one.
 
     Gradients of micro-batches are summed in the parameters' dtype, one micro-batch at a time. Frozen
-    parameters have none. `perturb` makes noise that belongs to training alone, as dropout is.
+    parameters have none. `perturb` makes noise that belongs to training alone, as dropout is; `bias_rate` says how
+    far balance biases move after a step (by default as far as the config's).
     """
+    bias_rate = bias_rate or optax.constant_schedule(router.bias.update_rate)
 
     @functools.partial(jax.jit, donate_argnames="state")
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        micro_batches = (jnp.arange(batch.tokens.shape[0]), batch)
+        forward = functools.partial(_forward, state, perturb)
         totals = StepTotals(
             supervised=jnp.maximum(jnp.sum(batch.loss_mask), 1).astype(jnp.float32),
             real=jnp.maximum(jnp.sum(batch.segment_ids > 0), 1).astype(jnp.float32),
         )
-        compute = functools.partial(_value_and_grad, state, totals, router, perturb)
-        micro_batches = (jnp.arange(batch.tokens.shape[0]), batch)
-        micro_shapes = jax.tree.map(lambda rows: rows[0], micro_batches)
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(x), jax.eval_shape(compute, *micro_shapes))
+        if router.load_balance.scope == "global" and batch.tokens.shape[0] > 1:
+            count = lambda number, micro: forward(state.trained, number, micro).routing.sums  # noqa: E731
+            totals = dataclasses.replace(totals, routing=_sum_over(count, add_sums, micro_batches))
 
-        def accumulate(summed, micro_batch):
-            return jax.tree.map(jnp.add, summed, compute(*micro_batch)), None
+        def value_and_grad(number: jax.Array, micro: Batch) -> tuple[LossParts, nnx.State]:
+            def loss_of(trained: nnx.State) -> tuple[jax.Array, LossParts]:
+                output = forward(trained, number, micro)
+                parts = sum_losses(output, jnp.asarray(micro.targets), jnp.asarray(micro.loss_mask), totals, router)
+                return parts.total_loss, parts
 
-        (parts, grads), _ = jax.lax.scan(accumulate, zeros, micro_batches)
+            (_, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
+            return parts, grads
+
+        parts, grads = _sum_over(value_and_grad, _add_gradients, micro_batches)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-        metrics = step_metrics(parts) | {
+        load_LE = RECENT * state.recent_load_LE + parts.routing.load_E
+        frozen, bias_figures = move_biases(state.frozen, parts.routing, bias_rate(state.step), router.bias)
+        figures_of_layers = {"running_max_violation": max_violation(load_LE), **bias_figures}
+        metrics = step_metrics(parts, figures_of_layers) | {
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step)),
             "tokens": jnp.sum(batch.segment_ids > 0),
         }
         trained = typing.cast(nnx.State, optax.apply_updates(state.trained, updates))
-        return dataclasses.replace(state, step=state.step + 1, trained=trained, opt_state=opt_state), metrics
+        changed = {"trained": trained, "frozen": frozen, "opt_state": opt_state, "recent_load_LE": load_LE}
+        return dataclasses.replace(state, step=state.step + 1, **changed), metrics
 
     return train_step
 
@@ -76,34 +95,51 @@ def peak_memory_bytes(step: jax.stages.Compiled) -> int | None:
     return memory.peak_memory_in_bytes
 
 
-def _value_and_grad(
-    state: TrainState,
-    totals: StepTotals,
-    router: RouterConfig,
-    perturb: Perturb | None,
-    number: jax.Array,
-    micro: Batch,
-):
-    def loss_of(trained):
-        model: Any = dataclasses.replace(state, trained=trained).model()
-        model = perturb(model, state.step, number) if perturb else model
-        output = model(micro.tokens, micro.positions, micro.segment_ids)
-        parts = sum_losses(output, jnp.asarray(micro.targets), jnp.asarray(micro.loss_mask), totals, router)
-        return parts.total_loss, parts
-
-    (_, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
-    return parts, grads
+def _forward(
+    state: TrainState, perturb: Perturb | None, trained: nnx.State, number: jax.Array, micro: Batch
+) -> ModelOutput:
+    model: Any = dataclasses.replace(state, trained=trained).model()
+    model = perturb(model, state.step, number) if perturb else model
+    return model(micro.tokens, micro.positions, micro.segment_ids)
 
 
-def step_metrics(parts: LossParts) -> Metrics:
-    """Named figures of a step; router metrics as means over layers and, under `router/layer_NN/`, each."""
+def _sum_over(compute: Callable[..., Any], add: Callable[[Any, Any], Any], micro_batches: Any) -> Any:
+    """The sum of what `compute` gives of each micro-batch, one at a time."""
+    micro_shapes = jax.tree.map(lambda rows: rows[0], micro_batches)
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x), jax.eval_shape(compute, *micro_shapes))
+    return jax.lax.scan(lambda summed, micro: (add(summed, compute(*micro)), None), zeros, micro_batches)[0]
+
+
+def _add_gradients(one: tuple[LossParts, nnx.State], other: tuple[LossParts, nnx.State]) -> tuple[LossParts, nnx.State]:
+    return one[0] + other[0], jax.tree.map(jnp.add, one[1], other[1])
+
+
+def move_biases(
+    frozen: nnx.State, routing: RoutingSums, rate: jax.typing.ArrayLike, config: BalanceBiasConfig
+) -> tuple[nnx.State, Metrics]:
+    """The frozen variables, with balance biases, where there are any, moved by a step's loads; and their range."""
+    biases, rest = nnx.split_state(frozen, BalanceBias, ...)
+    if not jax.tree.leaves(biases):
+        return frozen, {}
+    move = functools.partial(next_bias, load_LE=routing.load_E, rate=rate, is_zero_mean=config.is_zero_mean)
+    moved = jax.tree.map(move, biases)
+    (bias_LE,) = jax.tree.leaves(moved)
+    return nnx.merge_state(moved, rest), {"bias_range": jnp.max(bias_LE, axis=-1) - jnp.min(bias_LE, axis=-1)}
+
+
+def step_metrics(parts: LossParts, figures_of_layers: Metrics) -> Metrics:
+    """Named figures of a step; router metrics as means over layers and, under `router/layer_NN/`, each.
+
+    `figures_of_layers`, each [L], are router metrics that know of more than this step's routes.
+    """
     metrics = {
         "loss": parts.loss,
         "total_loss": parts.total_loss,
         "load_balance_loss": parts.load_balance_loss,
+        "sequence_balance_loss": parts.sequence_balance_loss,
         "router_z_loss": parts.router_z_loss,
     }
-    for name, value_L in router_metrics(parts.routing).items():
+    for name, value_L in (router_metrics(parts.routing) | figures_of_layers).items():
         metrics[f"router/{name}"] = jnp.mean(value_L, axis=0)
         metrics |= {f"router/layer_{layer:02d}/{name}": value_L[layer] for layer in range(value_L.shape[0])}
     return metrics

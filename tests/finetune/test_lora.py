@@ -34,7 +34,7 @@ def tuning_config(*, rank: int = 3, dropout: float = 0.0, **overrides: Any) -> C
 
 def prepare(config: Config) -> tuple[Tunable, TrainState, TrainStep]:
     tunable = make_tunable(config, "cpu")
-    optimizer = make_optimizer(config.optimizer, lambda step: 1e-2, config.finetune)
+    optimizer = make_optimizer(config.optimizer, lambda step: 1e-2, config.router.learning_rate_factor)
     state = init_state(tunable.make_model, optimizer, tunable.trainable)
     return tunable, state, make_train_step(optimizer, config.router, lambda step: 1e-2, tunable.perturb)
 

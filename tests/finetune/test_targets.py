@@ -23,9 +23,10 @@ EXPERTS = ["moe.experts.down", "moe.experts.gate", "moe.experts.up"]
 NAMES = [*ATTENTION, *EXPERTS, "moe.router.gate"]
 
 
-def shapes_of(**finetune: Any) -> tuple[Any, Any]:
+def shapes_of(factor: float = 1.0, **finetune: Any) -> tuple[Any, Any]:
     """The model that is tuned, as shapes, and what tells its trained parameters."""
-    tunable = make_tunable(small_config(**{f"finetune__{key}": value for key, value in finetune.items()}), "cpu")
+    config = small_config(finetune=finetune, router__learning_rate_factor=factor)
+    tunable = make_tunable(config, "cpu")
     with jax.set_mesh(mesh_of()):
         return jax.eval_shape(tunable.make_model), tunable.trainable
 
@@ -45,7 +46,7 @@ def test_presets_and_patterns_choose_projections(targets: str, expected: list[st
 
 def test_the_default_is_attention_and_experts_at_rank_16_and_scaling_2() -> None:
     config = build(FinetuneConfig, {})
-    assert match_targets(config, NAMES) == [*ATTENTION, *EXPERTS]
+    assert match_targets(config.lora.targets, NAMES) == [*ATTENTION, *EXPERTS]
     assert (config.lora.rank, config.lora.scaling) == (16, 2.0)
     assert build(FinetuneConfig, {"lora": {"rank": 64, "alpha": "16"}}).lora.scaling == 0.25
 
@@ -54,8 +55,8 @@ def test_the_default_is_attention_and_experts_at_rank_16_and_scaling_2() -> None
     ({"lora": {"targets": "q_proj,attention.*"}}, ["'q_proj' matches no projection", "attention.query", "moe.experts"]),
     ({"lora": {"targets": "attentoin"}}, ["'attentoin'", "attention+experts+router"]),
     ({"lora": {"targets": ""}}, ["'' matches no projection"]),
-    ({"router_learning_rate_factor": 0.1}, ["no effect", "attention+experts+router"]),
-    ({"router_learning_rate_factor": 0, "lora": {"targets": "*"}}, ["freezes the router", "targets=*"]),
+    ({"factor": 0.1}, ["no effect", "attention+experts+router"]),
+    ({"factor": 0, "lora": {"targets": "*"}}, ["freezes the router", "targets=*"]),
 ])  # fmt: skip
 def test_what_would_train_nothing_is_an_error_that_names_what_would(finetune: dict, words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
@@ -71,7 +72,6 @@ def test_what_would_train_nothing_is_an_error_that_names_what_would(finetune: di
     ({"lora": {"dropout": 1}}, ["finetune.lora.dropout=1.0", "[0, 1)"]),
     ({"lora": {"rank": 0, "dropout": 0.1}}, ["needs adapters"]),
     ({"lora": {"rank": 0}, "frozen_dtype": "bfloat16"}, ["finetune.frozen_dtype=bfloat16", "is for adapters"]),
-    ({"router_learning_rate_factor": -1}, ["must not be negative"]),
     ({"base": ""}, ["finetune.base"]),
     ({"lora": {"r": 8}}, ["unknown config key finetune.lora.r", "rank"]),
 ])  # fmt: skip
@@ -100,7 +100,7 @@ def test_frozen_weights_may_be_bfloat16_while_adapters_and_their_moments_are_flo
     config = small_config(finetune__frozen_dtype="bfloat16")
     tunable = make_tunable(config, "cpu")
     with jax.set_mesh(mesh_of(expert=4, fsdp=2)):
-        optimizer = make_optimizer(config.optimizer, lambda step: 1.0, config.finetune)
+        optimizer = make_optimizer(config.optimizer, lambda step: 1.0, config.router.learning_rate_factor)
         state = abstract_state(tunable.make_model, optimizer, tunable.trainable)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.frozen)} == {jnp.dtype("bfloat16")}
     assert {leaf.dtype for leaf in jax.tree.leaves((state.trained, state.opt_state)) if leaf.ndim} == {
@@ -119,7 +119,7 @@ def updates_of(config_overrides: dict[str, Any]) -> dict[str, float]:
     config = small_config(**config_overrides)
     tunable = make_tunable(config, "cpu")
     with jax.set_mesh(mesh_of()):
-        optimizer = make_optimizer(config.optimizer, lambda step: 1.0, config.finetune)
+        optimizer = make_optimizer(config.optimizer, lambda step: 1.0, config.router.learning_rate_factor)
         state = jax.eval_shape(lambda: TrainState.create(tunable.make_model(), optimizer, tunable.trainable))
         ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), state.trained)
         updates, _ = jax.jit(lambda ones: optimizer.update(ones, optimizer.init(ones), ones))(ones)
@@ -130,7 +130,7 @@ def updates_of(config_overrides: dict[str, Any]) -> dict[str, float]:
 
 @pytest.mark.parametrize("lora", [{"rank": 0}, {"targets": "attention+experts+router"}], ids=["full", "adapters"])
 def test_the_router_learns_at_its_own_rate(lora: dict[str, Any]) -> None:
-    slow = updates_of({"finetune": {"lora": lora, "router_learning_rate_factor": 0.25}})
+    slow = updates_of({"finetune": {"lora": lora}, "router": {"learning_rate_factor": 0.25}})
     normal = updates_of({"finetune": {"lora": lora}})
     assert slow.keys() == normal.keys()
     for name, size in normal.items():
@@ -138,7 +138,7 @@ def test_the_router_learns_at_its_own_rate(lora: dict[str, Any]) -> None:
 
 
 def test_a_frozen_router_has_no_state_in_the_optimizer() -> None:
-    frozen = updates_of({"finetune": {"lora": {"rank": 0}, "router_learning_rate_factor": 0}})
+    frozen = updates_of({"finetune": {"lora": {"rank": 0}}, "router": {"learning_rate_factor": 0}})
     full = updates_of({"finetune": {"lora": {"rank": 0}}})
     assert full.keys() - frozen.keys() == {name for name in full if "router" in name} != set()
 
@@ -152,7 +152,7 @@ def test_both_halves_of_an_adapter_decay() -> None:
 def test_a_base_that_is_there_is_tuned_in_place() -> None:
     config = small_config(finetune__lora={"rank": 4, "targets": "attention"})
     tunable = make_tunable(config, "cpu")
-    optimizer = make_optimizer(config.optimizer, lambda step: 1.0, config.finetune)
+    optimizer = make_optimizer(config.optimizer, lambda step: 1.0, config.router.learning_rate_factor)
     with jax.set_mesh(mesh_of()):
         base, expected = (jax.jit(tunable.make_base)() for _ in range(2))
         state = init_state(tunable.adapt, optimizer, tunable.trainable, base)

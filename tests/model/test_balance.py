@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.model.balance import load_balance_loss, router_metrics, router_z_loss, sum_routing
+from mixtral_jax.model.balance import load_balance_loss, router_z_loss, sum_routing
+from mixtral_jax.model.routing_metrics import router_metrics
 
 
 def sums_of(logits, k, real=None):
@@ -14,7 +15,8 @@ def sums_of(logits, k, real=None):
 
     def layer(logits):
         experts = jax.lax.top_k(logits, k)[1]
-        return sum_routing(logits, experts, jnp.broadcast_to(real[..., None], experts.shape), real)
+        chosen = jnp.broadcast_to(real[..., None], experts.shape)
+        return sum_routing(logits, jax.nn.softmax(logits), experts, chosen, chosen, real)
 
     return jax.vmap(layer)(jnp.asarray(logits, jnp.float32))
 
