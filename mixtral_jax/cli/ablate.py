@@ -133,7 +133,7 @@ def _train(runs: list[ArmRun], flags: RunFlags, workdir: Path, processes: Proces
         for number, run in enumerate(left):
             say(f"\n--- {run.name}: run {number + 1} of {len(left)} ---")
             one = dataclasses.replace(flags, config=run.config, workdir=run.folder(workdir))
-            if train_run(one, processes, stop) == "stopped":
+            if train_run(one, processes, stop) == "stopped" or (stop.is_set and run is not left[-1]):
                 return "stopped"
     return "finished"
 

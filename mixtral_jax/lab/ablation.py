@@ -183,7 +183,9 @@ def _build_arm(name: str, changes: Mapping[str, Any], base: Mapping[str, Any]) -
                 f"{key} must be the same in all arms, or their losses could not be compared: set it in base",
             )
             set_key(config, key, value)
-        return Arm(name, dict(changes), build(Config, config))
+        built = build(Config, config)
+        require(built.finetune is None, "it has a section finetune: ablations pretrain, leave it out")
+        return Arm(name, dict(changes), built)
     except ConfigError as error:
         raise ConfigError(f"arm {name}: {error}") from None
 

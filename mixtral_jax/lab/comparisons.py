@@ -38,8 +38,7 @@ def draw_differences(results: Results, strokes: dict[str, Stroke]) -> Picture:
         "highest. Right: the end of the run; a dot is a seed, a bar the interval that holds the true mean with 95% "
         f"confidence (Student's t). {describe_losses(results)}"
     )
-    alt = "Differences of held-out loss to the reference: a line plot over tokens, and intervals at the end."
-    return Picture("difference", f"Difference to {name}", words, alt, figure)
+    return Picture("Difference of loss", words, figure)
 
 
 def draw_trade_off(results: Results, strokes: dict[str, Stroke]) -> Picture:
@@ -60,8 +59,7 @@ def draw_trade_off(results: Results, strokes: dict[str, Stroke]) -> Picture:
         "A dot is a run at its end. Left is even routing, down is a better model: what lies left of and below another "
         f"beats it in both. {_describe_best(results)}"
     )
-    alt = "Scatter plot of held-out loss against maximum violation; a dot for each run."
-    return Picture("trade_off", "Evenness against loss", words, alt, figure)
+    return Picture("Evenness against loss", words, figure)
 
 
 def _tokens_scale(results: Results) -> tuple[float, str]:

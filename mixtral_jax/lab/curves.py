@@ -73,8 +73,7 @@ def draw_losses(results: Results, strokes: dict[str, Stroke]) -> Picture:
         "compiling, evaluating and saving). A line is the mean over seeds, its band reaches from the lowest to the "
         f"highest of them. {describe_flops(results)} Time depends on the machine, and on what else it did."
     )
-    alt = "Three line plots of held-out loss, against tokens, FLOPs and minutes; a line for each arm."
-    return Picture("loss", "What was learnt, and at what cost", words, alt, figure)
+    return Picture("Loss against cost", words, figure)
 
 
 def draw_balance(results: Results, strokes: dict[str, Stroke]) -> Picture:
@@ -96,8 +95,7 @@ def draw_balance(results: Results, strokes: dict[str, Stroke]) -> Picture:
         "How evenly tokens went to experts in training, as means over layers. The band reaches from the lowest to the "
         f"highest seed; neighbouring steps are averaged. {describe_balance(results)}{dropped}"
     )
-    alt = "Line plots of the router's balance over the run; a line for each arm."
-    return Picture("balance", "How even routing was", words, alt, figure)
+    return Picture("Balance over the run", words, figure)
 
 
 def _is_worth_a_panel(results: Results, name: str) -> bool:

@@ -65,7 +65,7 @@ def _compare_all(results: Results, name: str, called: str, digits: int) -> str:
     reference = results.reference
     spread = reference.spreads.get(name)
     if spread is None:
-        return ""
+        return f'Nothing to compare the {called} with: "{reference.arm.name}" has none yet.'
     seeds = f"{spread.count} seeds" if spread.count > 1 else "one seed, so without a spread"
     sentences = [f'The {called} of "{reference.arm.name}" is {show_spread(spread, digits)} ({_what(spread)} {seeds}).']
     groups: dict[str, list[str]] = {}

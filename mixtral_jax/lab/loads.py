@@ -40,8 +40,7 @@ def draw_loads(results: Results) -> Picture | None:
     bar.ax.xaxis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 4]))
     bar.ax.xaxis.set_minor_locator(NullLocator())
     bar.ax.set_xticklabels(["¼", "½", "1 (even)", "2", "4"])
-    alt = "Heat maps of the load of each expert over the run; a panel for each arm."
-    return Picture("load", "Who got the tokens", _describe(shown), alt, figure)
+    return Picture("Who got the tokens", _describe(shown), figure)
 
 
 def read_loads(record: RunRecord) -> np.ndarray | None:

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,20 +33,21 @@ _SCALES = (
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A drawing with what must stand beside it.
+    """A drawing with its heading, and what must stand beside it: plain sentences on what it shows and what came out."""
 
-    Attributes:
-        name: of its file, without ending.
-        title: a heading.
-        words: plain sentences: what it shows, and what came out.
-        alt: what it is, for those who cannot see it.
-    """
-
-    name: str
     title: str
     words: str
-    alt: str
     figure: Figure
+
+    @property
+    def name(self) -> str:
+        """The title as the name of a file, without ending."""
+        return re.sub(r"[^a-z0-9]+", "_", self.title.lower()).strip("_")
+
+    @property
+    def alt(self) -> str:
+        """What it is, for those who cannot see it: the title and the first sentence."""
+        return f"{self.title}. {self.words.partition('. ')[0].rstrip('.')}."
 
     def to_png(self) -> bytes:
         """As a file for any viewer."""

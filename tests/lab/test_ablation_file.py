@@ -24,6 +24,8 @@ BASE = {"model": MODEL, "train": {"num_steps": 20, "batch_size": 8, "sequence_le
     ({"arms": {"some": {}, "2": {"router.num_experts_per_token": 1}}}, ["arm '2'", "no number"]),
     ({"arms": {"some": {}, "../up": {"router.num_experts_per_token": 1}}}, ["arm '../up'", "names a folder"]),
     ({"arms": {"some": 3}}, ["arm some", "dict from changed keys to values"]),
+    ({"arms": {"some": {}, "bad": {"finetune": None}}}, ["arm bad", "finetune", "same in all arms"]),
+    ({"base": {**BASE, "finetune": {}}}, ["section finetune"]),
     ({"reference": "other"}, ["reference='other'", "none, some"]),
     ({"seeds": (0, 0)}, ["seeds=(0, 0)", "different"]),
     ({"seeds": ()}, ["at least one"]),

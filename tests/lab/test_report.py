@@ -114,7 +114,7 @@ def test_the_same_runs_give_the_same_bytes(workdir: Path, page: str, tmp_path: P
 def test_more_pictures_follow_and_nothing_at_all_is_a_report_too(tmp_path: Path) -> None:
     figure, (panel,) = make_figure(1, 2.0)
     panel.plot([0, 1], [0, 1])
-    more = Picture("saturation", "Saturation", "What it shows.", "A line.", figure)
+    more = Picture("Saturation", "What it shows.", figure)
     page = write_report(read_results(small_ablation(), tmp_path), tmp_path / "report", [more]).read_text()
     assert "<h2>Saturation</h2>" in page and "No run is finished yet" in page
     assert (tmp_path / "report/saturation.png").exists()
