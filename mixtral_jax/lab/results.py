@@ -121,9 +121,9 @@ class Results:
         return [result for result in self.arms if result is not self.reference]
 
     @property
-    def has_failed(self) -> bool:
-        """Whether any run has."""
-        return any(result.status == "failed" for result in self.arms)
+    def failed(self) -> list[str]:
+        """The names of the runs that have."""
+        return [one.run.name for result in self.arms for one in result.records if one.status == "failed"]
 
     def provenance(self, name: str) -> list[Any]:
         """The different things that runs noted under `name` before their first step."""

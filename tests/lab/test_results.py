@@ -95,7 +95,7 @@ def test_a_run_that_saw_other_rows_has_failed(tmp_path: Path) -> None:
     write_run(none, tmp_path, loss=4, violation=2)
     write_run(some, tmp_path, loss=4, violation=1, rows="others")
     results = read_results(ablation, tmp_path)
-    assert results.has_failed
+    assert results.failed == ["some/seed-0"]
     assert "saw other rows than none/seed-0 at step 1" in results.reference.reasons[0]
 
 
