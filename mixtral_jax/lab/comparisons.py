@@ -11,7 +11,7 @@ from mixtral_jax.lab.style import Picture, Stroke, add_legend, make_figure, scal
 
 def draw_differences(results: Results, strokes: dict[str, Stroke]) -> Picture:
     """Held-out loss less that of the reference with the same seed: over the run, and at its end."""
-    figure, (course, end) = make_figure(2, 3.9, width_ratios=(3, 2))
+    figure, (course, end) = make_figure(2, max(3.9, 0.55 * len(results.arms)), width_ratios=(3, 2))
     name = results.ablation.reference
     size, unit = _tokens_scale(results)
     for result in results.others:

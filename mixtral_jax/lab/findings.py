@@ -25,16 +25,19 @@ def describe_balance(results: Results) -> str:
 
 
 def describe_flops(results: Results) -> str:
-    """How much arithmetic the arms need, relative to the reference."""
+    """How much arithmetic the arms need, relative to the reference; and what no axis shows."""
     needed = {result.arm.name: result.fact("model_flops_per_step") for result in results.arms}
     reference = needed.pop(results.ablation.reference)
+    upcycled = [f'"{result.arm.name}"' for result in results.arms if result.arm.config.upcycle]
+    before = f" The training of the dense model that {', '.join(upcycled)} began with is not counted."
     if reference is None:
         return ""
     ratios = {name: flops / reference for name, flops in needed.items() if flops}
-    differing = [f"{name} {ratio:.2f} times" for name, ratio in ratios.items() if abs(ratio - 1) > 0.005]
-    if not differing:
-        return "All arms need the same arithmetic, so tokens and FLOPs tell the same."
-    return f"Of the FLOPs of {results.ablation.reference}, a step needs: {', '.join(differing)}."
+    differing = [f'"{name}" {ratio:.2f} times' for name, ratio in ratios.items() if abs(ratio - 1) > 0.005]
+    said = "All arms need the same arithmetic, so tokens and FLOPs tell the same."
+    if differing:
+        said = f'Of the FLOPs of "{results.ablation.reference}", a step needs: {", ".join(differing)}.'
+    return said + (before if upcycled else "")
 
 
 def describe_gaps(results: Results) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.lab.ablation import Ablation
-from mixtral_jax.lab.findings import describe_balance, describe_losses
+from mixtral_jax.lab.findings import describe_balance, describe_flops, describe_losses
 from mixtral_jax.lab.records import FAILURE
 from mixtral_jax.lab.results import Results, read_results
 from mixtral_jax.lab.spread import compare, measure_spread
@@ -107,3 +107,10 @@ def test_what_the_clock_says_is_apart_from_the_rest(tmp_path: Path) -> None:
         clocks = [arm.pop("clock") for arm in table["arms"]]
         assert all(clock["tokens_per_second_mean"] in (10, 1000) for clock in clocks)
     assert slow == fast
+
+
+def test_words_say_what_an_upcycled_arm_does_not_count(tmp_path: Path) -> None:
+    ablation = small_ablation(arms={"up": {"upcycle.method": "copy"}, "some": {}}, seeds=(0,))
+    said = describe_flops(write_all(ablation, tmp_path))
+    assert 'dense model that "up" began with is not counted' in said
+    assert "All arms need the same arithmetic" in said
