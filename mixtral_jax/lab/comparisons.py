@@ -13,23 +13,7 @@ def draw_differences(results: Results, strokes: dict[str, Stroke]) -> Picture:
     """Held-out loss less that of the reference with the same seed: over the run, and at its end."""
     figure, (course, end) = make_figure(2, max(3.9, 0.55 * len(results.arms)), width_ratios=(3, 2))
     name = results.ablation.reference
-    size, unit = _tokens_scale(results)
-    for result in results.others:
-        stroke = strokes[result.arm.name]
-        pairs = _pair_seeds(result, results.reference)
-        if not pairs:
-            continue
-        count = min(len(tokens) for tokens, _ in pairs)
-        x_N = np.mean([tokens[:count] for tokens, _ in pairs], axis=0) / size
-        y_SN = np.stack([difference[:count] for _, difference in pairs])
-        course.plot(
-            x_N, y_SN.mean(0), color=stroke.colour, marker=stroke.marker, markersize=4, linewidth=1.7,
-            label=result.arm.name,
-        )  # fmt: skip
-        course.fill_between(x_N, y_SN.min(0), y_SN.max(0), color=stroke.colour, alpha=0.15, linewidth=0)
-    course.axhline(0, color=strokes[name].colour, linewidth=1.2, label=f"{name} (reference)")
-    course.set_xlabel(f"tokens seen{unit}")
-    course.set_ylabel(f"held-out loss less that of {name}\n(nats a token)")
+    _draw_course(course, results, strokes)
     _draw_intervals(end, results, strokes)
     add_legend(figure, course)
     words = (
@@ -78,6 +62,27 @@ def _pair(record: RunRecord, other: RunRecord) -> tuple[np.ndarray, np.ndarray]:
     losses_there = other.series("eval/loss")[1]
     count = min(len(losses), len(losses_there))
     return record.tokens()[numbers][:count], losses[:count] - losses_there[:count]
+
+
+def _draw_course(course: Axes, results: Results, strokes: dict[str, Stroke]) -> None:
+    name = results.ablation.reference
+    size, unit = _tokens_scale(results)
+    for result in results.others:
+        stroke = strokes[result.arm.name]
+        pairs = _pair_seeds(result, results.reference)
+        if not pairs:
+            continue
+        count = min(len(tokens) for tokens, _ in pairs)
+        x_N = np.mean([tokens[:count] for tokens, _ in pairs], axis=0) / size
+        y_SN = np.stack([difference[:count] for _, difference in pairs])
+        course.plot(
+            x_N, y_SN.mean(0), color=stroke.colour, marker=stroke.marker, markersize=4, linewidth=1.7,
+            label=result.arm.name,
+        )  # fmt: skip
+        course.fill_between(x_N, y_SN.min(0), y_SN.max(0), color=stroke.colour, alpha=0.15, linewidth=0)
+    course.axhline(0, color=strokes[name].colour, linewidth=1.2, label=f"{name} (reference)")
+    course.set_xlabel(f"tokens seen{unit}")
+    course.set_ylabel(f"held-out loss less that of {name}\n(nats a token)")
 
 
 def _draw_intervals(panel: Axes, results: Results, strokes: dict[str, Stroke]) -> None:
