@@ -1,12 +1,13 @@
 """Runs of train.py that start from a dense model, or have shared experts: from nothing, gone on with, refused."""
 
+import numpy as np
 import pytest
 
 import mixtral_jax
 from mixtral_jax.checkpoint.export import make_small_files
 from mixtral_jax.checkpoint.weights import open_weights
 from mixtral_jax.config import ConfigError
-from tests.runs import finish, lines_of, start, write_text
+from tests.runs import finish, free_port, lines_of, start, write_text
 
 FROM_NOTHING = (
     "--config.upcycle.method=copy", "--config.upcycle.pretrain.num_steps=40", "--config.upcycle.pretrain.batch_size=8",
@@ -64,6 +65,21 @@ def test_a_base_that_does_not_fit_is_one_line_that_lists_all(folder, upcycled):
     assert f"upcycle.base={dense} does not fit the run" in errors
     for word in ("hidden_size is 32", "model.hidden_size=64", "num_layers is 2", "model.num_layers=1"):
         assert word in errors
+
+
+@pytest.mark.full
+def test_two_processes_upcycle_from_nothing_as_one_does(folder):
+    flags = ("--config.train.num_steps=4", *FROM_NOTHING, "--config.upcycle.method=drop")
+    train(folder, "one", *flags)
+    several = (f"--coordinator=localhost:{free_port()}", "--num_processes=2", "--config.mesh.cpu_devices=4")
+    two = [
+        start(folder, f"--workdir={folder / 'two'}", *flags, *several, f"--process_id={index}") for index in range(2)
+    ]
+    ends = [finish(process) for process in two]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    for part in ("base", ""):
+        losses = [[line["loss"] for line in lines_of(folder / name / part)] for name in ("one", "two")]
+        np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_a_run_with_shared_experts_trains_loads_and_is_not_exported(folder):

@@ -11,10 +11,10 @@ import pytest
 from mixtral_jax.checkpoint.on_devices import parameter_name
 from mixtral_jax.checkpoint.upcycled import copy_experts
 from mixtral_jax.checkpoint.weights import Weights
-from mixtral_jax.cli.open_base import Base
+from mixtral_jax.cli.open_base import Base, plan_base
 from mixtral_jax.cli.open_dense import dense_loader, find_misfits, plan_dense
 from mixtral_jax.cli.start import Run
-from mixtral_jax.config import Config, ConfigError
+from mixtral_jax.config import Config, ConfigError, PretrainConfig
 from mixtral_jax.finetune.upcycling import choose_units, redraw
 from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.parallel.processes import Processes
@@ -168,6 +168,12 @@ def test_granularity_of_the_model_cuts_the_copies_and_the_planned_base_is_their_
     assert (dense.model.num_experts, dense.model.intermediate_size, dense.train.num_steps) == (1, 48, 7)
     assert (dense.upcycle, dense.data.path, dense.router.num_experts_per_token) == (None, "here", 1)
     assert find_misfits(dense.model, config.model, config.upcycle) == []
+
+
+def test_a_planned_base_reads_the_text_of_the_run_or_in_tuning_python():
+    plan = PretrainConfig()
+    assert plan_base(small_config(data__path="here"), plan).data.path == "here"
+    assert plan_base(small_config(data__path="chats", finetune__base="x"), plan).data.path == "python-stdlib"
 
 
 def test_all_that_does_not_fit_is_listed_at_once():

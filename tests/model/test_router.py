@@ -1,6 +1,9 @@
 """Every option of the router against its formula in numpy, on one device and on a mesh."""
 
 import itertools
+import re
+import textwrap
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +13,8 @@ import pytest
 from flax import nnx
 
 from mixtral_jax.config import Config, ConfigError, NoiseConfig
+from mixtral_jax.config_router import CHOICES
+from mixtral_jax.model import choices
 from mixtral_jax.model.choices import SINKHORN_ROUNDS
 from mixtral_jax.model.moe import MoE
 from mixtral_jax.model.noise import add_noise, jitter
@@ -307,3 +312,17 @@ def test_senseless_settings_are_refused_with_the_reason(options: dict, others: d
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_the_choice_of_the_guide_works_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (Path(__file__).parents[2] / "docs/routers.md").read_text()
+    ((name, function),) = re.findall(r'`"(\w+)": "(\w+)",`', guide)
+    (code,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(textwrap.dedent(code), vars(choices) | {"jnp": jnp}, scope)
+    monkeypatch.setattr(choices, function, scope[function], raising=False)
+    monkeypatch.setitem(CHOICES, name, function)
+    layer, _, routing, _ = run(config_of({"choice": name}), np.zeros(E), {"expert": 4, "fsdp": 2})
+    logits = inputs()[0] @ layer.router.gate.weight[...]
+    expected = np.concatenate([best(logits[..., :-1], 1), np.full((B, T, 1), E - 1)], axis=-1)
+    np.testing.assert_array_equal(routing.experts_BTA, expected)

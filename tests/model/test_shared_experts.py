@@ -133,6 +133,15 @@ def test_presets_adapt_shared_experts_with_the_others():
         assert len(adapted) == (3 if "experts" in targets else 0)
 
 
+def test_adapters_on_shared_experts_add_nothing_at_first():
+    mesh = mesh_of(fsdp=2, expert=2, tensor=2)
+    config = small_config(finetune__lora={"rank": 2}, **SHARED)
+    tunable, batch = make_tunable(config, "cpu"), packed_batch(config)
+    with jax.set_mesh(mesh):
+        plain, adapted = jax.jit(tunable.make_base)(), jax.jit(tunable.make_model)()
+    np.testing.assert_array_equal(logits_of(adapted, mesh, batch), logits_of(plain, mesh, batch))
+
+
 def test_greedy_is_the_same_with_and_without_cache():
     mesh, config = mesh_of(), small_config(**FINE)
     model, prompt = make(config, mesh), [5, 9, 2, 60]
