@@ -8,7 +8,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeVar
 
 from mixtral_jax.config import Config, ConfigError, ModelConfig, RouterConfig, require
@@ -21,18 +21,37 @@ RESUMABLE_KEYS = ("train.num_steps", "train.eval_every", "train.log_every",
                   "mesh", "dispatch.transport", "log", "checkpoint")  # fmt: skip
 
 
-def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names, with both values, of what differs between two configs and may not on resume."""
+def changed_keys(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "", also_fixed: Collection[str] = ()
+) -> list[str]:
+    """Dotted names, with both values, of what differs between two configs and may not on resume.
+
+    `also_fixed` are keys of `RESUMABLE_KEYS` that may not either.
+    """
     changed = []
     for name in sorted(old.keys() | new.keys()):
         key, before, after = prefix + name, old.get(name), new.get(name)
-        if key in RESUMABLE_KEYS or before == after:
+        if before == after or (key in RESUMABLE_KEYS and key not in also_fixed):
             continue
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            changed += changed_keys(before, after, key + ".")
+            changed += changed_keys(before, after, key + ".", also_fixed)
         else:
             changed.append(f"{key} ({before!r} -> {after!r})")
     return changed
+
+
+def set_key(mapping: dict[str, Any], dotted_key: str, value: Any) -> None:
+    """Sets `SECTION.KEY` in nested mappings; sections that are not there yet are made.
+
+    Raises:
+        ConfigError: the key goes through a value, or names a section.
+    """
+    *sections, last = keys = dotted_key.split(".")
+    for depth, section in enumerate(sections):
+        mapping = mapping.setdefault(section, {})
+        require(isinstance(mapping, dict), f"config key {'.'.join(keys[: depth + 1])} is a value, not a section")
+    require(not isinstance(mapping.get(last), dict), f"config key {dotted_key} is a section: set a key in it")
+    mapping[last] = value
 
 
 def build(cls: type[Built], mapping: Mapping[str, Any], prefix: str = "") -> Built:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_jax.cli.flags import load_config_file
+from mixtral_jax.cli.flags import load_config_file, run_config_file
 from mixtral_jax.config import Config
 from mixtral_jax.config_mapping import build
+from mixtral_jax.lab.ablation import plan_ablation, read_ablation
 from mixtral_jax.parallel.mesh import MESH_AXES, resolve_mesh
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -28,7 +29,11 @@ each_config = pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.
 
 @each_config
 def test_a_shipped_config_builds(path: Path) -> None:
-    assert isinstance(build(Config, load_config_file(path)), Config)
+    if path.parent.name == "ablations":
+        ablation = plan_ablation(run_config_file(path, read_ablation))
+        assert len(ablation.arms) >= 2 and len(ablation.seeds) >= 3
+    else:
+        assert isinstance(build(Config, load_config_file(path)), Config)
 
 
 @each_config

@@ -8,13 +8,15 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from ml_collections import ConfigDict
 
 from mixtral_jax.config import Config, ConfigError, require
-from mixtral_jax.config_mapping import build
+from mixtral_jax.config_mapping import build, set_key
 from mixtral_jax.parallel.coordinator import Launch
+
+Read = TypeVar("Read")
 
 # Beside the package in a clone, which is how it is installed.
 SHIPPED = Path(__file__).parents[2] / "configs"
@@ -131,12 +133,21 @@ def parse_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> t
     """The parser's flags, and the config file with every --config.KEY=VALUE applied in order."""
     flags, rest = parser.parse_known_args(arguments)
     mapping = load_config_file(flags.config)
-    for argument in rest:
+    set_config_keys(mapping, rest)
+    return flags, build(Config, mapping)
+
+
+def set_config_keys(mapping: dict[str, Any], arguments: Sequence[str]) -> None:
+    """Sets what arguments of the form `--config.KEY=VALUE` say.
+
+    Raises:
+        ConfigError: one has another form, or its key is a section.
+    """
+    for argument in arguments:
         require(
             argument.startswith("--config."), f"unknown flag {argument!r}; config keys are set as --config.KEY=VALUE"
         )
         _override(mapping, argument, "--config.")
-    return flags, build(Config, mapping)
 
 
 def parse_sections(
@@ -158,6 +169,15 @@ def parse_sections(
 
 def load_config_file(path: Path) -> dict[str, Any]:
     """The nested mapping that `get_config()` of a config file returns. The file runs as Python."""
+    return run_config_file(path, lambda said: ConfigDict(said).to_dict())
+
+
+def run_config_file(path: Path, read: Callable[[Any], Read]) -> Read:
+    """What `read` makes of what `get_config()` of a file returns.
+
+    Raises:
+        ConfigError: there is no such file or function, or one of the two fails.
+    """
     if not path.is_file():
         problem = "is a folder: name a .py file in it" if path.is_dir() else "there is no such file"
         raise ConfigError(f"--config={path}: {problem}; shipped ones are under configs/")
@@ -168,7 +188,7 @@ def load_config_file(path: Path) -> dict[str, Any]:
         get_config = runpy.run_path(str(path)).get("get_config")
         if get_config is None:
             raise ConfigError(f"--config={path} must have a function get_config() that returns a ConfigDict")
-        return ConfigDict(get_config()).to_dict()
+        return read(get_config())
     except ConfigError:
         raise
     except Exception as error:
@@ -179,9 +199,4 @@ def _override(mapping: dict[str, Any], argument: str, prefix: str) -> None:
     """Sets what `SECTION.KEY=VALUE`, behind the prefix, says."""
     name, equals, value = argument.partition("=")
     require(equals, f"{name} needs a value: {name}=VALUE")
-    *sections, last = keys = name.removeprefix(prefix).split(".")
-    for depth, section in enumerate(sections):
-        mapping = mapping.setdefault(section, {})
-        require(isinstance(mapping, dict), f"config key {'.'.join(keys[: depth + 1])} is a value, not a section")
-    require(not isinstance(mapping.get(last), dict), f"config key {'.'.join(keys)} is a section: set a key in it")
-    mapping[last] = value
+    set_key(mapping, name.removeprefix(prefix), value)

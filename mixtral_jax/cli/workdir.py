@@ -1,11 +1,13 @@
 """The folder of a run: whose config it holds, and whether all processes see the same one."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import os
 import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ _VISIBLE_SECONDS = 15.0
 
 # Each of several processes would choose a folder of its own.
 NEEDED = "--workdir is needed with several processes: name a folder on storage that all of them share"
+
+
+class WorkdirInUseError(ConfigError):
+    """Another process on this host is running in the folder."""
 
 
 def open_workdir(workdir: Path, config: Config, processes: Processes) -> None:
@@ -87,9 +93,19 @@ def _lock(workdir: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise ConfigError(f"--workdir={workdir} is in use by another run: wait for it, or name another") from None
+        raise WorkdirInUseError(f"--workdir={workdir} is in use by another run: wait for it, or name another") from None
     except OSError:
         os.close(descriptor)  # Some network file systems have no locks: there, two runs are not kept apart.
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Waits until no other process is within it for the same folder, which is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        with contextlib.suppress(OSError):  # Some network file systems have no locks: there, nobody waits.
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def waits_for(path: Path) -> bool:
@@ -102,16 +118,27 @@ def waits_for(path: Path) -> bool:
     return True
 
 
-def _check_saved(workdir: Path, config: Config) -> None:
+def changed_since(workdir: Path, config: Config, also_fixed: tuple[str, ...] = ()) -> list[str]:
+    """The keys, with both values, in which `config` differs from the run in `workdir` and may not; none without a run.
+
+    `also_fixed` are keys that may otherwise change between the starts of a run.
+
+    Raises:
+        ConfigError: the config that lies there cannot be read.
+    """
     path = workdir / "config.json"
     # A start that failed before its first checkpoint binds nobody to its config.
     if not path.exists() or not any((workdir / "checkpoints").glob("[0-9]*")):
-        return
+        return []
     try:
         saved = json.loads(path.read_text("utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is damaged ({error}): delete it to go on with the config given now") from None
-    changed = changed_keys(saved, dataclasses.asdict(config))
+    return changed_keys(saved, dataclasses.asdict(config), also_fixed=also_fixed)
+
+
+def _check_saved(workdir: Path, config: Config) -> None:
+    changed = changed_since(workdir, config)
     require(
         not changed,
         f"{workdir} holds a run of another config; changed: {', '.join(changed)}. Use another --workdir, or "

@@ -1,0 +1,160 @@
+"""Trains every arm of an ablation with every seed, and writes the report: tables and pictures in report/."""
+
+import argparse
+import dataclasses
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+
+from mixtral_jax.cli.ablation_run import train_run
+from mixtral_jax.cli.flags import (
+    RunFlags,
+    add_run_flags,
+    make_parser,
+    read_process_flags,
+    run_config_file,
+    set_config_keys,
+)
+from mixtral_jax.cli.start import choose_workdir, prepare_devices
+from mixtral_jax.cli.workdir import changed_since, one_at_a_time
+from mixtral_jax.config import ConfigError, require
+from mixtral_jax.finetune.tunable import make_tunable
+from mixtral_jax.lab.ablation import Ablation, ArmRun, plan_ablation, read_ablation
+from mixtral_jax.lab.records import FAILURE, is_finished
+from mixtral_jax.lab.report import write_report
+from mixtral_jax.lab.results import Results, read_results
+from mixtral_jax.parallel.agreement import ALIKE, require_same
+from mixtral_jax.parallel.mesh import make_mesh, resolve_mesh
+from mixtral_jax.parallel.processes import Processes, join_processes
+from mixtral_jax.train.loop import EXIT_CODES, StopSignal
+
+
+def main(arguments: list[str]) -> int:
+    """`ablate --config=F --workdir=DIR [--arm=ARM[/seed-N] ...] [--report_only] [--config.KEY=VALUE ...]`."""
+    parser = make_parser(__doc__, "ablations/balance.py", "ablate")
+    add_run_flags(parser)
+    _add_flags(parser)
+    flags, rest = parser.parse_known_args(arguments)
+    ablation = _read(flags, rest)
+    chosen = ablation.select(flags.arm) if flags.arm else ablation.runs
+    with join_processes(read_process_flags(flags)) as processes, StopSignal(processes.count) as stop:
+        require_same(processes, "ablation", repr(ablation), ALIKE)
+        run_flags = RunFlags(chosen[0].config, flags.config, flags.workdir, read_process_flags(flags))
+        workdir = choose_workdir(run_flags, processes)
+        _check_saved(ablation, workdir)
+        if not flags.report_only:
+            _check_arms(ablation)
+            if _train(chosen, run_flags, workdir, processes, stop) == "stopped":
+                return EXIT_CODES["stopped"]
+        return _report(ablation, chosen, workdir, processes)
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--arm", action="append", metavar="ARM",
+        help="run only this arm, or run: NAME, NAME/seed-N, or a number from 0, as of a Slurm array task; repeatable",
+    )  # fmt: skip
+    parser.add_argument("--seeds", help="other seeds than the file's, as 0,1,2")
+    parser.add_argument("--tokens", type=int, help="train each run on so many tokens instead of the file's")
+    parser.add_argument("--report_only", action="store_true", help="train nothing; write the report of what exists")
+
+
+def _read(flags: argparse.Namespace, rest: list[str]) -> Ablation:
+    """The ablation of the file, with what the command line changes.
+
+    Raises:
+        ConfigError: names the arm and the key that are wrong.
+    """
+    file = run_config_file(flags.config, read_ablation)
+    if flags.tokens is not None:
+        require(flags.tokens > 0, f"--tokens={flags.tokens} must be over 0")
+        file = dataclasses.replace(file, tokens=flags.tokens)
+        file.base.get("train", {}).pop("num_steps", None)
+    if flags.seeds is not None:
+        named = flags.seeds.split(",")
+        require(all(seed.isdecimal() for seed in named), f"--seeds={flags.seeds} must be numbers, as 0,1,2")
+        file = dataclasses.replace(file, seeds=tuple(map(int, named)))
+    set_config_keys(file.base, rest)
+    try:
+        return plan_ablation(file)
+    except ConfigError as error:
+        raise ConfigError(f"--config={flags.config}: {error}") from None
+
+
+def _check_saved(ablation: Ablation, workdir: Path) -> None:
+    """Makes sure that what lies in the workdir is of this ablation.
+
+    Raises:
+        ConfigError: names the first arm that has changed, and its keys.
+    """
+    for run in ablation.runs:
+        # Not even the length: the learning rate of the steps that are done would be that of another schedule.
+        changed = changed_since(run.folder(workdir), run.config, also_fixed=("train.num_steps",))
+        require(
+            not changed,
+            f"arm {run.arm.name}: {run.folder(workdir)} was trained with another config; changed: "
+            f"{', '.join(changed)}. Use another --workdir, or give the arm another name",
+        )
+
+
+def _check_arms(ablation: Ablation) -> None:
+    """Finds what would else be found hours later: an arm that does not fit the devices, or has no such model.
+
+    Raises:
+        ConfigError: names the arm.
+    """
+    prepare_devices(ablation.arms[0].config)
+    for arm in ablation.arms:
+        try:
+            config = resolve_mesh(arm.config, jax.device_count())
+            mesh = make_mesh(config.mesh)
+            with jax.set_mesh(mesh):
+                jax.eval_shape(make_tunable(config, mesh.devices.flat[0].platform).make_model)
+        except ConfigError as error:
+            raise ConfigError(f"arm {arm.name}: {error}") from None
+
+
+def _train(runs: list[ArmRun], flags: RunFlags, workdir: Path, processes: Processes, stop: StopSignal) -> str:
+    """Trains what is not finished; what failed before comes last, so that it keeps nothing else waiting."""
+    finished = processes.share("finished", [run.name for run in runs if is_finished(run, workdir)])[0]
+    failed = processes.share("failed", [run.name for run in runs if (run.folder(workdir) / FAILURE).exists()])[0]
+    left = sorted((run for run in runs if run.name not in finished), key=lambda run: run.name in failed)
+    say = print if processes.index == 0 else lambda _: None
+    if finished:
+        say(f"{len(finished)} of {len(runs)} runs are finished, and not repeated: {', '.join(finished)}")
+    with tempfile.TemporaryDirectory(prefix="mixtral_jax-compiled-") as compiled:
+        # Seeds of an arm are one program. Not kept: another machine may not know this one's instructions.
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            jax.config.update("jax_compilation_cache_dir", compiled)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        for number, run in enumerate(left):
+            say(f"\n--- {run.name}: run {number + 1} of {len(left)} ---")
+            one = dataclasses.replace(flags, config=run.config, workdir=run.folder(workdir))
+            if train_run(one, processes, stop) == "stopped" or (stop.is_set and run is not left[-1]):
+                return "stopped"
+    return "finished"
+
+
+def _report(ablation: Ablation, chosen: list[ArmRun], workdir: Path, processes: Processes) -> int:
+    """Writes the report; the exit code of the whole: 1 if a run has failed that was to be trained here."""
+    if processes.index:
+        return 0
+    # Of tasks that end together, the last one to read sees the runs of all.
+    with one_at_a_time(workdir / "report"):
+        results = read_results(ablation, workdir)
+        page = write_report(results, workdir / "report")
+    _say_status(results)
+    print(f"report: {page}")
+    return 1 if any(run.name in results.failed for run in chosen) else 0
+
+
+def _say_status(results: Results) -> None:
+    for result in results.arms:
+        loss = result.spreads.get("eval_loss")
+        said = f"held-out loss {loss.mean:.4f}" if loss else "no result"
+        print(f"{result.arm.name}: {result.status}, {len(result.done)} of {len(result.records)} seeds, {said}")
+        for reason in result.reasons:
+            print(f"  {reason}", file=sys.stderr if result.status == "failed" else sys.stdout)

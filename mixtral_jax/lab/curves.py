@@ -1,0 +1,125 @@
+"""Pictures of how runs went: loss against what it cost, and balance over the run. Lines are means over seeds."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from mixtral_jax.lab.findings import describe_balance, describe_flops
+from mixtral_jax.lab.records import RunRecord
+from mixtral_jax.lab.results import ArmResult, Results
+from mixtral_jax.lab.style import Picture, Stroke, add_legend, make_figure, scale_of
+
+# A line of more points than this is noise: neighbours are averaged.
+_NUM_POINTS = 50
+
+# Figure in metrics.jsonl -> what it is called here.
+_BALANCE_PANELS = {
+    "router/max_violation": "maximum violation\n(busiest expert / even share - 1)",
+    "router/load_entropy": "load entropy\n(1 = even)",
+    "router/coefficient_of_variation": "coefficient of variation\nof the load",
+    "router/gate_entropy": "gate entropy of a token\n(1 = undecided)",
+    "router/min_load": "load of the idlest expert\n(1 = even share)",
+    "router/dropped_fraction": "dropped routes\n(fraction of all)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A figure over a run, [points]: the mean over seeds, the lowest and the highest of them."""
+
+    x: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def average_seeds(
+    result: ArmResult, figure: str, place: Callable[[RunRecord], np.ndarray], num_points: int | None = None
+) -> Curve | None:
+    """The curve of an arm's finished runs; None where they have no such figure.
+
+    Args:
+        place: where on the horizontal axis each line of a run lies.
+        num_points: at most so many, by averaging neighbours; None keeps all.
+    """
+    series = [(place(record)[numbers], values) for record in result.done
+              for numbers, values in [record.series(figure)] if len(values)]  # fmt: skip
+    if not series:
+        return None
+    count = min(len(values) for _, values in series)
+    x_SN, y_SN = (np.stack([one[part][:count] for one in series]) for part in (0, 1))
+    if num_points is not None:
+        x_SN, y_SN = _thin(x_SN, num_points), _thin(y_SN, num_points)
+    return Curve(x_SN.mean(0), y_SN.mean(0), y_SN.min(0), y_SN.max(0))
+
+
+def draw_losses(results: Results, strokes: dict[str, Stroke]) -> Picture:
+    """Held-out loss against tokens, against FLOPs and against time."""
+    figure, panels = make_figure(3, 3.9, sharey=True)
+    axes: tuple[tuple[str, Callable[[RunRecord], np.ndarray]], ...] = (
+        ("tokens seen", RunRecord.tokens),
+        ("model FLOPs", RunRecord.flops),
+        ("time in steps, minutes", lambda record: record.seconds() / 60),
+    )
+    for panel, (label, place) in zip(panels, axes, strict=True):
+        curves = {result.arm.name: average_seeds(result, "eval/loss", place) for result in results.arms}
+        _draw_curves(panel, curves, strokes, label)
+    panels[0].set_ylabel("held-out loss (nats a token)")
+    add_legend(figure, panels[0])
+    words = (
+        "Held-out loss against what it cost: tokens, arithmetic that the model needs, and time spent in steps (without "
+        "compiling, evaluating and saving). A line is the mean over seeds, its band reaches from the lowest to the "
+        f"highest of them. {describe_flops(results)} Time depends on the machine, and on what else it did."
+    )
+    return Picture("Loss against cost", words, figure)
+
+
+def draw_balance(results: Results, strokes: dict[str, Stroke]) -> Picture:
+    """What the router's metrics did over the run; of drops only where there were some."""
+    shown = [figure for figure in _BALANCE_PANELS if _is_worth_a_panel(results, figure)]
+    figure, panels = make_figure(min(3, len(shown)), 3.5 * -(-len(shown) // 3), -(-len(shown) // 3))
+    for panel, name in zip(panels, shown, strict=False):
+        curves = {
+            result.arm.name: average_seeds(result, name, RunRecord.tokens, _NUM_POINTS) for result in results.arms
+        }
+        _draw_curves(panel, curves, strokes, "tokens seen")
+        panel.set_ylabel(_BALANCE_PANELS[name])
+        panel.set_ylim(bottom=None if name in ("router/load_entropy", "router/gate_entropy") else 0)
+    for panel in panels[len(shown) :]:
+        panel.remove()
+    add_legend(figure, panels[0])
+    dropped = "" if "router/dropped_fraction" in shown else " No arm dropped a route."
+    words = (
+        "How evenly tokens went to experts in training, as means over layers. The band reaches from the lowest to the "
+        f"highest seed; neighbouring steps are averaged. {describe_balance(results)}{dropped}"
+    )
+    return Picture("Balance over the run", words, figure)
+
+
+def _is_worth_a_panel(results: Results, name: str) -> bool:
+    values = [record.series(name)[1] for result in results.arms for record in result.done]
+    is_there = any(len(value) for value in values)
+    return is_there and (name != "router/dropped_fraction" or any(value.any() for value in values))
+
+
+def _draw_curves(panel: Axes, curves: dict[str, Curve | None], strokes: dict[str, Stroke], label: str) -> None:
+    there = {name: curve for name, curve in curves.items() if curve is not None}
+    size, unit = scale_of(max(curve.x.max() for curve in there.values()))
+    for name, curve in there.items():
+        stroke = strokes[name]
+        has_few = len(curve.x) <= 20
+        panel.plot(
+            curve.x / size, curve.mean, color=stroke.colour, linewidth=1.7, label=name,
+            marker=stroke.marker if has_few else None, markersize=4,
+        )  # fmt: skip
+        panel.fill_between(curve.x / size, curve.low, curve.high, color=stroke.colour, alpha=0.15, linewidth=0)
+    panel.set_xlabel(f"{label}{unit}")
+
+
+def _thin(values_SN: np.ndarray, num_points: int) -> np.ndarray:
+    """Means of equal groups of neighbours along the second dimension; a last group that is not full is left out."""
+    group = max(1, values_SN.shape[1] // num_points)
+    whole = values_SN.shape[1] // group * group
+    return values_SN[:, :whole].reshape(len(values_SN), -1, group).mean(-1)

@@ -1,0 +1,96 @@
+"""What came out, in plain sentences with their uncertainty. Only what the figures can carry is said."""
+
+from mixtral_jax.lab.results import ArmResult, Results
+from mixtral_jax.lab.spread import Difference, Spread
+
+# Stands where a figure is not there.
+NOTHING = "-"
+
+
+def describe_findings(results: Results) -> list[str]:
+    """The answer of an ablation: a sentence or two on loss, balance and what is not there."""
+    if not any(result.done for result in results.arms):
+        return ["No run is finished yet: there is nothing to compare."]
+    return [said for said in (describe_losses(results), describe_balance(results), describe_gaps(results)) if said]
+
+
+def describe_losses(results: Results) -> str:
+    """Which arms learnt better or worse than the reference, and which cannot be told from it."""
+    return _compare_all(results, "eval_loss", "held-out loss", digits=3)
+
+
+def describe_balance(results: Results) -> str:
+    """Whose routing was less even, at the end of training."""
+    return _compare_all(results, "max_violation", "maximum violation, over the last tenth of the run,", digits=2)
+
+
+def describe_flops(results: Results) -> str:
+    """How much arithmetic the arms need, relative to the reference; and what no axis shows."""
+    needed = {result.arm.name: result.fact("model_flops_per_step") for result in results.arms}
+    reference = needed.pop(results.ablation.reference)
+    upcycled = [f'"{result.arm.name}"' for result in results.arms if result.arm.config.upcycle]
+    before = f" The training of the dense model that {', '.join(upcycled)} began with is not counted."
+    if reference is None:
+        return ""
+    ratios = {name: flops / reference for name, flops in needed.items() if flops}
+    differing = [f'"{name}" {ratio:.2f} times' for name, ratio in ratios.items() if abs(ratio - 1) > 0.005]
+    said = "All arms need the same arithmetic, so tokens and FLOPs tell the same."
+    if differing:
+        said = f'Of the FLOPs of "{results.ablation.reference}", a step needs: {", ".join(differing)}.'
+    return said + (before if upcycled else "")
+
+
+def describe_gaps(results: Results) -> str:
+    """Which runs are missing or failed."""
+    gaps = [f"{result.arm.name} ({'; '.join(result.reasons)})" for result in results.arms if result.reasons]
+    return f"Not finished: {', '.join(gaps)}." if gaps else ""
+
+
+def show_spread(spread: Spread | None, digits: int) -> str:
+    """As mean ± standard deviation."""
+    if spread is None:
+        return NOTHING
+    return f"{spread.mean:.{digits}f}" + ("" if spread.sd is None else f" ± {spread.sd:.{digits}f}")
+
+
+def show_difference(difference: Difference | None, digits: int) -> str:
+    """With its sign, and the interval in brackets."""
+    if difference is None:
+        return NOTHING
+    mean = f"{difference.mean:+.{digits}f}"
+    if difference.low is None or difference.high is None:
+        return mean
+    return f"{mean} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
+
+
+def _compare_all(results: Results, name: str, called: str, digits: int) -> str:
+    """One sentence for the reference, then one for each way the others differ from it."""
+    reference = results.reference
+    spread = reference.spreads.get(name)
+    if spread is None:
+        return f'Nothing to compare the {called} with: "{reference.arm.name}" has none yet.'
+    seeds = f"{spread.count} seeds" if spread.count > 1 else "one seed, so without a spread"
+    sentences = [f'The {called} of "{reference.arm.name}" is {show_spread(spread, digits)} ({_what(spread)} {seeds}).']
+    groups: dict[str, list[str]] = {}
+    for result in results.others:
+        if difference := result.differences.get(name):
+            groups.setdefault(_judge(difference), []).append(_describe(result, name, difference, digits))
+    sentences += [f"{verdict}: {', '.join(arms)}." for verdict, arms in sorted(groups.items())]
+    return " ".join(sentences)
+
+
+def _what(spread: Spread) -> str:
+    return "mean ± standard deviation over" if spread.count > 1 else "of"
+
+
+def _judge(difference: Difference) -> str:
+    if difference.low is None:
+        return "With one seed, nobody can say whether this differs by more than chance"
+    if not difference.is_clear:
+        return "Not told apart from it"
+    return "Clearly higher" if difference.mean > 0 else "Clearly lower"
+
+
+def _describe(result: ArmResult, name: str, difference: Difference, digits: int) -> str:
+    spread, apart = show_spread(result.spreads[name], digits), show_difference(difference, digits)
+    return f'"{result.arm.name}" with {spread} ({apart})'

@@ -1,0 +1,38 @@
+"""The report of an ablation as files: index.html, report.md with PNGs, results.json.
+
+Every file is written beside its place and renamed, so that it is whole whenever it is there, however many processes
+write reports of the same runs.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mixtral_jax.lab.markdown import make_markdown
+from mixtral_jax.lab.page import make_page
+from mixtral_jax.lab.pictures import draw_pictures
+from mixtral_jax.lab.results import Results
+from mixtral_jax.lab.style import Picture
+
+
+def write_report(results: Results, folder: Path, more_pictures: Sequence[Picture] = ()) -> Path:
+    """Writes the report into `folder`, and gives the path of its page.
+
+    Args:
+        more_pictures: go behind those that are drawn here.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = [*draw_pictures(results), *more_pictures]
+    for picture in pictures:
+        _replace(folder / f"{picture.name}.png", picture.to_png())
+    _replace(folder / "results.json", (json.dumps(results.to_json(), indent=2) + "\n").encode())
+    _replace(folder / "report.md", make_markdown(results, pictures).encode())
+    _replace(folder / "index.html", make_page(results, pictures).encode())
+    return folder / "index.html"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)

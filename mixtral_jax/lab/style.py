@@ -1,0 +1,105 @@
+"""How pictures look: colours, axes, and the files they become. What they show is for the modules that draw them."""
+
+import base64
+import dataclasses
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind readers; the reference arm is dark grey.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D1F", "#7A5195")
+_REFERENCE, _INK, _GRID = "#333333", "#333333", "#E4E4E4"
+_MARKERS = "osD^vP*X"
+# An inch is 96 pixels: text of 9.5 points is 13 pixels high where the page shows the picture in full.
+WIDTH = 11.0
+_SETTINGS: Any = {
+    "font.size": 9.5, "font.family": "DejaVu Sans", "axes.titlesize": 10.5, "axes.labelcolor": _INK,
+    "text.color": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.edgecolor": "#888888", "axes.linewidth": 0.8,
+    "svg.hashsalt": "mixtral_jax", "svg.fonttype": "path",
+}  # fmt: skip
+
+
+_SCALES = (
+    (1e18, "quintillions"), (1e15, "quadrillions"), (1e12, "trillions"), (1e9, "billions"), (1e6, "millions"),
+    (1e3, "thousands"),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A drawing with its heading, and what must stand beside it: plain sentences on what it shows and what came out."""
+
+    title: str
+    words: str
+    figure: Figure
+
+    @property
+    def name(self) -> str:
+        """The title as the name of a file, without ending."""
+        return re.sub(r"[^a-z0-9]+", "_", self.title.lower()).strip("_")
+
+    @property
+    def alt(self) -> str:
+        """What it is, for those who cannot see it: the title and the first sentence."""
+        return f"{self.title}. {self.words.partition('. ')[0].rstrip('.')}."
+
+    def to_png(self) -> bytes:
+        """As a file for any viewer."""
+        return self._render("png", dpi=110)
+
+    def to_data_url(self) -> str:
+        """As the source of an image in a page, sharp at any size; the same bytes for the same drawing."""
+        svg = self._render("svg", metadata={"Date": None, "Creator": None})
+        return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+
+    def _render(self, kind: str, **settings: Any) -> bytes:
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(_SETTINGS):
+            self.figure.savefig(buffer, format=kind, facecolor="white", **settings)
+        return buffer.getvalue()
+
+
+@dataclasses.dataclass(frozen=True)
+class Stroke:
+    """The colour and the marker of an arm, in every picture the same."""
+
+    colour: str
+    marker: str
+
+
+def choose_strokes(names: Sequence[str], reference: str) -> dict[str, Stroke]:
+    """Arm -> its stroke."""
+    strokes = {reference: Stroke(_REFERENCE, "o")}
+    for number, name in enumerate(name for name in names if name != reference):
+        strokes[name] = Stroke(_COLOURS[number % len(_COLOURS)], _MARKERS[1 + number % (len(_MARKERS) - 1)])
+    return strokes
+
+
+def make_figure(num_columns: int, height: float, num_rows: int = 1, **settings: Any) -> tuple[Figure, list[Axes]]:
+    """An empty figure of the page's width (inches) and its panels, row by row."""
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        panels = figure.subplots(num_rows, num_columns, squeeze=False, **settings)
+    for panel in panels.flat:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(color=_GRID, linewidth=0.7)
+        panel.set_axisbelow(True)
+    return figure, list(panels.flat)
+
+
+def add_legend(figure: Figure, panel: Axes) -> None:
+    """One legend for all panels, above them: the names of what the panel shows."""
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 6), frameon=False, fontsize=10)
+
+
+def scale_of(largest: float) -> tuple[float, str]:
+    """A power of ten that makes numbers readable, and its name: as in tokens (millions)."""
+    named = np.isfinite(largest) and next((one for one in _SCALES if largest >= one[0]), None)
+    return (named[0], f" ({named[1]})") if named else (1.0, "")

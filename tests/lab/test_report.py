@@ -1,0 +1,141 @@
+"""The report as files: everything it shows is in it, and is said in words too."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+from mixtral_jax.lab.records import FAILURE
+from mixtral_jax.lab.report import write_report
+from mixtral_jax.lab.results import read_results
+from mixtral_jax.lab.style import Picture, make_figure
+from tests.lab.ablations import small_ablation, write_run
+
+
+class Elements(html.parser.HTMLParser):
+    """All elements of a page, with their attributes."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of runs that are done, but for one that failed."""
+    workdir = tmp_path_factory.mktemp("ablation")
+    ablation = small_ablation(question="Is <this> even & right?")
+    for run in ablation.runs:
+        write_run(run, workdir, loss=4 + run.seed / 9, violation=2 if run.arm.name == "none" else 0.5)
+    failed = ablation.runs[-2].folder(workdir)
+    (failed / FAILURE).write_text(json.dumps({"reason": "MemoryError: <no> room"}))
+    write_report(read_results(ablation, workdir), workdir / "report")
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def page(workdir: Path) -> str:
+    return (workdir / "report/index.html").read_text()
+
+
+def test_the_page_needs_no_network_and_no_script(page: str) -> None:
+    assert "http" not in page
+    elements = Elements(page)
+    assert not elements.of("script") and not elements.of("link")
+    sources = [image["src"] for image in elements.of("img")]
+    assert all(source and source.startswith("data:image/") for source in sources)
+    assert "@import" not in page and "url(" not in page
+
+
+def test_every_picture_has_words_and_stands_in_for_itself_where_it_is_not_seen(page: str) -> None:
+    elements = Elements(page)
+    images, captions = elements.of("img"), re.findall(r"<figcaption>(.+?)</figcaption>", page)
+    assert len(images) == len(captions) == len(elements.of("figure")) == 5
+    assert all(image["alt"] and len(image["alt"]) > 20 for image in images)
+    assert all(len(words) > 80 for words in captions)
+
+
+def test_what_people_wrote_is_text_and_not_markup(page: str) -> None:
+    assert "<h1>Is &lt;this&gt; even &amp; right?</h1>" in page
+    assert "MemoryError: &lt;no&gt; room" in page
+    assert "<no>" not in page
+
+
+def test_failed_runs_and_where_figures_come_from_are_listed(workdir: Path, page: str) -> None:
+    for text in (page, (workdir / "report/report.md").read_text()):
+        for wanted in (
+            "Failed and missing runs",
+            "seed 2: MemoryError",
+            "router.",
+            "jax 1.2.3",
+            "dddddddddddd",
+            "ablate",
+        ):
+            assert wanted in text
+
+
+def test_the_markdown_shows_pictures_that_are_there(workdir: Path) -> None:
+    names = re.findall(r"!\[.+?\]\((.+?)\)", (workdir / "report/report.md").read_text())
+    assert len(names) == 5
+    for name in names:
+        assert (workdir / "report" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_axes_have_names_with_units_and_legends_name_the_arms(workdir: Path) -> None:
+    from mixtral_jax.lab.pictures import draw_pictures
+
+    for picture in draw_pictures(read_results(small_ablation(), workdir)):
+        assert all(panel.get_xlabel() for panel in picture.figure.axes), picture.name
+        said = [text.get_text() for legend in picture.figure.legends for text in legend.get_texts()]
+        said += [panel.get_title(loc="left").split(",")[0] for panel in picture.figure.axes]
+        assert any(name.startswith("none") for name in said), picture.name
+        assert any(name.startswith("some") for name in said), picture.name
+
+
+def test_the_same_runs_give_the_same_bytes(workdir: Path, page: str, tmp_path: Path) -> None:
+    ablation = small_ablation(question="Is <this> even & right?")
+    write_report(read_results(ablation, workdir), tmp_path)
+    assert (tmp_path / "index.html").read_text() == page
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_more_pictures_follow_and_nothing_at_all_is_a_report_too(tmp_path: Path) -> None:
+    figure, (panel,) = make_figure(1, 2.0)
+    panel.plot([0, 1], [0, 1])
+    more = Picture("Saturation", "What it shows.", figure)
+    page = write_report(read_results(small_ablation(), tmp_path), tmp_path / "report", [more]).read_text()
+    assert "<h2>Saturation</h2>" in page and "No run is finished yet" in page
+    assert (tmp_path / "report/saturation.png").exists()
+
+
+def test_a_report_leaves_other_drawings_of_this_process_alone(workdir: Path, tmp_path: Path) -> None:
+    before = dict(matplotlib.rcParams)
+    write_report(read_results(small_ablation(), workdir), tmp_path)
+    assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.full
+def test_a_browser_shows_the_whole_page_at_1280_pixels(workdir: Path, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here")
+    where = f"file://{workdir}/report/index.html"
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,3000",
+        f"--screenshot={tmp_path / 'page.png'}", "--dump-dom", where,
+    ]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert shown.stdout.count("<img") == 5
+    assert (tmp_path / "page.png").stat().st_size > 50_000

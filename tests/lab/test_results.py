@@ -1,0 +1,116 @@
+"""What a report says of runs whose figures are known."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixtral_jax.lab.ablation import Ablation
+from mixtral_jax.lab.findings import describe_balance, describe_flops, describe_losses
+from mixtral_jax.lab.records import FAILURE
+from mixtral_jax.lab.results import Results, read_results
+from mixtral_jax.lab.spread import compare, measure_spread
+from tests.lab.ablations import small_ablation, write_run
+
+
+def write_all(ablation: Ablation, workdir: Path, **settings: float) -> Results:
+    """Every run: a seed moves both arms alike, and `none` is worse and less even, a little differently by seed."""
+    for run in ablation.runs:
+        is_none = run.arm.name == "none"
+        loss = 4 + run.seed + (0.1 + 0.01 * run.seed if is_none else 0)
+        write_run(run, workdir, loss=loss, violation=2.0 + 0.1 * run.seed if is_none else 0.5, **settings)  # type: ignore[arg-type]
+    return read_results(ablation, workdir)
+
+
+def test_spread_and_interval_are_those_of_the_books() -> None:
+    spread = measure_spread([1.0, 2.0, 4.0])
+    assert spread is not None
+    assert spread.mean == pytest.approx(7 / 3)
+    assert spread.sd == pytest.approx(math.sqrt(7 / 3))
+    difference = compare({0: 1.0, 1: 3.0, 2: 5.0, 7: 9.0}, {0: 0.0, 1: 1.0, 2: 2.0})
+    assert difference is not None
+    # Differences 1, 2, 3: mean 2, sd 1; the 97.5th percentile of Student's t with 2 degrees of freedom is 4.302653.
+    assert difference.low == pytest.approx(2 - 4.302653 / math.sqrt(3), rel=1e-6)
+    assert difference.high == pytest.approx(2 + 4.302653 / math.sqrt(3), rel=1e-6)
+    assert difference.pairs == 3
+    assert not difference.is_clear
+
+
+def test_one_seed_has_no_spread_and_nothing_is_clear() -> None:
+    spread, difference = measure_spread([1.0]), compare({0: 5.0}, {0: 1.0})
+    assert spread is not None and spread.sd is None
+    assert difference is not None and difference.low is None and not difference.is_clear
+    assert measure_spread([]) is None and compare({0: 1.0}, {1: 1.0}) is None
+
+
+def test_what_a_seed_does_to_both_arms_does_not_widen_the_interval(tmp_path: Path) -> None:
+    results = write_all(small_ablation(), tmp_path)
+    none = results.others[0]
+    assert none.spreads["eval_loss"].sd == pytest.approx(np.std([4.15, 5.16, 6.17], ddof=1))
+    difference = none.differences["eval_loss"]
+    assert difference.mean == pytest.approx(0.11)
+    assert difference.is_clear and difference.low is not None and difference.low > 0.08
+
+
+def test_figures_of_training_are_means_over_the_last_tenth(tmp_path: Path) -> None:
+    results = write_all(small_ablation(seeds=(0,)), tmp_path)
+    assert results.reference.spreads["loss"].mean == pytest.approx(4 + (1 / 19 + 1 / 20) / 2)
+    assert results.reference.spreads["eval_loss"].mean == pytest.approx(4 + 1 / 20)
+
+
+def test_words_say_which_arm_is_less_even_with_the_spread(tmp_path: Path) -> None:
+    results = write_all(small_ablation(), tmp_path)
+    assert 'Clearly higher: "none" with 2.10 ± 0.10 (+1.60 [+1.35, +1.85])' in describe_balance(results)
+    assert "over 3 seeds" in describe_losses(results)
+
+
+def test_words_claim_nothing_from_one_seed(tmp_path: Path) -> None:
+    said = describe_balance(write_all(small_ablation(seeds=(0,)), tmp_path))
+    assert "one seed" in said
+    assert "Clearly" not in said
+
+
+def test_failed_and_missing_runs_are_listed_and_do_not_count(tmp_path: Path) -> None:
+    ablation = small_ablation()
+    first, second, third, *_ = ablation.runs
+    write_run(first, tmp_path, loss=4, violation=2)
+    (first.folder(tmp_path) / FAILURE).write_text(json.dumps({"reason": "FloatingPointError: loss is nan"}))
+    write_run(second, tmp_path, loss=4, violation=1)
+    write_run(third, tmp_path, loss=4, violation=2, last_step=10)
+    none, some = read_results(ablation, tmp_path).to_json()["arms"]
+    assert (none["status"], some["status"]) == ("failed", "missing")
+    assert none["reasons"] == [
+        "seed 0: FloatingPointError: loss is nan", "seed 1: at step 10 of 20", "seed 2: not started",
+    ]  # fmt: skip
+    assert none["eval_loss_mean"] is None
+    assert some["eval_loss_mean"] == pytest.approx(4.05)
+    assert none["eval_loss_difference"] is None
+
+
+def test_a_run_that_saw_other_rows_has_failed(tmp_path: Path) -> None:
+    ablation = small_ablation(seeds=(0,))
+    none, some = ablation.runs
+    write_run(none, tmp_path, loss=4, violation=2)
+    write_run(some, tmp_path, loss=4, violation=1, rows="others")
+    results = read_results(ablation, tmp_path)
+    assert results.failed == ["some/seed-0"]
+    assert "saw other rows than none/seed-0 at step 1" in results.reference.reasons[0]
+
+
+def test_what_the_clock_says_is_apart_from_the_rest(tmp_path: Path) -> None:
+    ablation = small_ablation()
+    slow = write_all(ablation, tmp_path / "slow", speed=10).to_json()
+    fast = write_all(ablation, tmp_path / "fast", speed=1000).to_json()
+    for table in (slow, fast):
+        clocks = [arm.pop("clock") for arm in table["arms"]]
+        assert all(clock["tokens_per_second_mean"] in (10, 1000) for clock in clocks)
+    assert slow == fast
+
+
+def test_words_say_what_an_upcycled_arm_does_not_count(tmp_path: Path) -> None:
+    ablation = small_ablation(arms={"up": {"upcycle.method": "copy"}, "some": {}}, seeds=(0,))
+    said = describe_flops(write_all(ablation, tmp_path))
+    assert 'dense model that "up" began with is not counted' in said
+    assert "All arms need the same arithmetic" in said
