@@ -1,0 +1,24 @@
+"""Over which tokens should the load be even: of each sequence, of a micro-batch, or of the whole batch?
+
+Steps have four micro-batches of two sequences, so that the three differ. Expect a narrower scope to be evener within
+it, and to leave experts less room to specialise (arXiv 2501.11873). About fifteen minutes: `global` counts first.
+
+    python -m mixtral_jax ablate --config=configs/ablations/scope.py --workdir=DIR
+"""
+
+from typing import Any
+
+from configs.ablations import balance
+
+
+def get_config() -> dict[str, Any]:
+    ablation = balance.get_config()
+    ablation["base"].update({"train": {"gradient_accumulation": 4}})
+    scope = "router.load_balance.scope"
+    arms = {name: {scope: name} for name in ("sequence", "micro", "global")}
+    return {
+        **ablation,
+        "question": "Over which tokens should a balance loss make the load even?",
+        "arms": arms,
+        "reference": "micro",
+    }
