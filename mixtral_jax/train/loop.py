@@ -156,6 +156,11 @@ class StopSignal:
             raise SystemExit(EXIT_CODES["stopped"])
 
 
+# Steps that devices may have before them: enough to never wait for the host. More only pile up, and on a CPU with many
+# virtual devices they take each other's threads until a collective gives up.
+STEPS_AHEAD = 2
+
+
 class _TokenMeter:
     """Counts tokens, on the devices until they are asked for, and the time that training itself took."""
 
@@ -165,7 +170,10 @@ class _TokenMeter:
         self.restart()
 
     def add(self, tokens: jax.Array) -> None:
+        """Those of a step that may be still under way; waits for the step before the last ones."""
         self._pending.append(tokens)
+        if len(self._pending) > STEPS_AHEAD:
+            jax.block_until_ready(self._pending[-1 - STEPS_AHEAD])
 
     def read(self) -> dict[str, float]:
         """Tokens since the run began, and a second of the interval since `restart`."""
