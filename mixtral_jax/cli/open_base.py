@@ -14,6 +14,7 @@ from mixtral_jax.cli.flags import RunFlags
 from mixtral_jax.cli.open_data import find_tokenizer
 from mixtral_jax.cli.start import Run, start_run
 from mixtral_jax.cli.training import pretrain
+from mixtral_jax.cli.workdir import check_saved
 from mixtral_jax.config import Config, FinetuneConfig, OptimizerConfig, RouterConfig, require
 from mixtral_jax.data.sources import fingerprint_source
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -66,6 +67,14 @@ def open_base(folder: Path, config: Config) -> Base:
     return Base(folder, weights, tokenizer)
 
 
+def open_named_base(config: Config) -> Base:
+    """Opens what `finetune.base` names; raises ConfigError as `open_base` does."""
+    assert config.finetune is not None and config.finetune.base is not None
+    folder = Path(config.finetune.base).expanduser()
+    require(folder.is_dir(), f"finetune.base={folder} is no folder: name a run, a step of it, or other weights")
+    return open_base(folder, config)
+
+
 def find_base(flags: RunFlags, workdir: Path, processes: Processes, stop: StopSignal) -> Base | None:
     """The base of a tuning run in `workdir`, pretrained into `workdir/base` if it must be; None if that was stopped.
 
@@ -76,9 +85,10 @@ def find_base(flags: RunFlags, workdir: Path, processes: Processes, stop: StopSi
     finetune = config.finetune
     assert finetune is not None
     if finetune.base is not None:
-        folder = Path(finetune.base).expanduser()
-        require(folder.is_dir(), f"finetune.base={folder} is no folder: name a run, a step of it, or other weights")
-        return open_base(folder, config)
+        return open_named_base(config)
+    if processes.index == 0:
+        for tuned in (workdir, *sorted(workdir.glob("seed-*"))):  # They began with the base that they have.
+            check_saved(tuned, config, "finetune.pretrain.")
     plain = dataclasses.replace(flags, config=plan_base(config, finetune), workdir=workdir / "base")
     run = start_run(plain, processes)
     _check_tuning(config, run)

@@ -30,7 +30,7 @@ def open_workdir(workdir: Path, config: Config, processes: Processes) -> None:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             _lock(workdir)
-            _check_saved(workdir, config)
+            check_saved(workdir, config)
             write_json(workdir / "config.json", dataclasses.asdict(config))
         except OSError as error:
             raise not_writable(workdir, error.strerror or str(error)) from error
@@ -102,7 +102,12 @@ def waits_for(path: Path) -> bool:
     return True
 
 
-def _check_saved(workdir: Path, config: Config) -> None:
+def check_saved(workdir: Path, config: Config, section: str = "") -> None:
+    """Makes sure that a run which has saved a checkpoint may go on with this config, as far as `section` goes.
+
+    Raises:
+        ConfigError: names the keys that changed; or the config that lies there is damaged.
+    """
     path = workdir / "config.json"
     # A start that failed before its first checkpoint binds nobody to its config.
     if not path.exists() or not any((workdir / "checkpoints").glob("[0-9]*")):
@@ -111,7 +116,7 @@ def _check_saved(workdir: Path, config: Config) -> None:
         saved = json.loads(path.read_text("utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is damaged ({error}): delete it to go on with the config given now") from None
-    changed = changed_keys(saved, dataclasses.asdict(config))
+    changed = [key for key in changed_keys(saved, dataclasses.asdict(config)) if key.startswith(section)]
     require(
         not changed,
         f"{workdir} holds a run of another config; changed: {', '.join(changed)}. Use another --workdir, or "
