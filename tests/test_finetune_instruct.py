@@ -141,6 +141,7 @@ def test_two_processes_tune_several_seeds_from_nothing_as_one_does(folder):
 @pytest.mark.parametrize(("flag", "words"), [
     ("--config.data.path=nowhere", ["data.path=nowhere", "does not exist"]),
     ("--config.model.num_layers=2", ["unbroken/base", "model.num_layers (1 -> 2)"]),
+    ("--config.finetune.pretrain.num_steps=13", ["unbroken holds", "finetune.pretrain.num_steps (12 -> 13)"]),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_in_a_line_before_anything_is_trained(folder, unbroken, flag, words):
     code, output, errors = finish(start_tuning(folder, f"--workdir={folder / 'unbroken'}", flag))

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import P
 
+from mixtral_jax.cli.open_base import open_named_base
+from mixtral_jax.cli.start import require_trainable
 from mixtral_jax.cli.workdir import NEEDED, not_writable, require_seen_by_all
 from mixtral_jax.config import Config, ConfigError
 from mixtral_jax.data.cache import default_cache_dir
@@ -94,6 +96,18 @@ def _open_tokenizer(config: Config) -> None:
         nowhere = Path(tempfile.gettempdir()) / "mixtral_jax-no-tokenizer-here"
         tokenizer = load_tokenizer(config.data.tokenizer, lambda: (), nowhere, may_save=False)
         check_vocabulary(tokenizer, config.model.vocab_size)
+
+
+def fit_base(config: Config, found: list[Problem]) -> Config:
+    """The config of a tuning with the shape of the base that it names; adds to `found` what is wrong with either."""
+    try:
+        require_trainable(config)
+        if config.finetune is None or config.finetune.base is None:
+            return config
+        return open_named_base(config).fit(config)
+    except ConfigError as error:
+        found.append(as_problem(error, "name another in finetune.base"))
+    return config
 
 
 def check_workdir(workdir: Path | None, processes: Processes, members: Sequence[Member]) -> list[Problem]:

@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
     parser = make_rows_parser("inspect", __doc__)
     parser.add_argument("--json", action="store_true", help="a line of JSON for each row")
     flags = parser.parse_args(arguments)
-    opened = open_rows(flags, only_supervised=False)
+    opened = open_rows(flags, only_supervised=flags.mode == "training")
     console = make_console()
     try:
         for index, row in enumerate(opened.rows):

@@ -99,6 +99,7 @@ def _examine_plan(config: Config, workdir: Path, found: list[Problem], is_whole:
         "cache": str(default_cache_dir()), "workdir": str(workdir), "free_bytes": checkup.free_bytes(workdir),
     }  # fmt: skip
     try:
+        config = checkup.fit_base(config, found)
         config = resolve_mesh(config, jax.device_count())
         choices = choose_kernels(config, device.platform)
     except ConfigError as error:

@@ -106,31 +106,35 @@ def score(loaded: Pretrained, task: Task, processes: Processes) -> dict[str, Any
         ConfigError: there is nothing to read, or no tokenizer to read it with, or the processes read other data.
     """
     tokenizer = find_tokenizer(loaded.tokenizer, task.data, loaded.config.model.vocab_size)
-    stores = _open_stores(task, tokenizer)
+    is_shown = processes.index == 0
+    stores = _open_stores(task, tokenizer, is_shown)
     long_documents = task.data.chat.long_rows if task.is_chat else "split"
     plans = [plan_rows(store, task.sequence_length, long_documents=long_documents) for store in stores]
     said = " and ".join(name_data(plan.fingerprint) for plan in plans)
     require_same(processes, "data", said, SAME_DATA)
     num_rows = sum(plan.num_rows for plan in plans)
     require(num_rows, f"data.path={task.data.path} gives no row to score")
-    note(f"scoring {task.part} of {task.data.path}: {num_rows:,} rows of {task.sequence_length} tokens")
+    note(
+        f"scoring {task.part} of {task.data.path}: {num_rows:,} rows of {task.sequence_length} tokens",
+        is_shown=is_shown,
+    )
     start = time.monotonic()
-    batches = _iterate_batches(loaded, task, stores, plans)
+    batches = _iterate_batches(loaded, task, stores, plans, is_shown)
     with jax.set_mesh(loaded.mesh), jax.default_matmul_precision(matmul_precision(loaded.config.model.dtype)):
         figures = make_evaluator(batches, TokenBytes.of(tokenizer))(loaded.model)
-    note(f"scored {figures['eval/tokens']:,} tokens in {time.monotonic() - start:.1f} s")
+    note(f"scored {figures['eval/tokens']:,} tokens in {time.monotonic() - start:.1f} s", is_shown=is_shown)
     figures = {name.removeprefix("eval/"): value for name, value in figures.items()}
     return figures | {"data": task.data.path, "part": task.part, "sequence_length": task.sequence_length}
 
 
-def _open_stores(task: Task, tokenizer: Tokenizer) -> list[TokenStore]:
-    note(f"reading {task.data.path} (tokenised the first time, then cached) ...")
+def _open_stores(task: Task, tokenizer: Tokenizer, is_shown: bool) -> list[TokenStore]:
+    note(f"reading {task.data.path} (tokenised the first time, then cached) ...", is_shown=is_shown)
     prepared = prepare_chats(task.data, tokenizer) if task.is_chat else tokenize_text(task.data, tokenizer)
     return [prepared.held_out] if task.part == "held_out" else [prepared.train, prepared.held_out]
 
 
 def _iterate_batches(
-    loaded: Pretrained, task: Task, stores: list[TokenStore], plans: list[PackPlan]
+    loaded: Pretrained, task: Task, stores: list[TokenStore], plans: list[PackPlan], is_shown: bool
 ) -> Iterable[Batch]:
     """Some or all rows of each store, with a bar in a terminal."""
     devices = loaded.model.rules.count_row_devices(loaded.mesh)
@@ -144,7 +148,9 @@ def _iterate_batches(
     )
     total = sum(math.ceil(min(count, plan.num_rows) / batch_size) for plan, count in zip(plans, counts, strict=True))
     console = Console(file=sys.stderr)
-    return track(batches, "scoring", total, console=console, transient=True, disable=not console.is_terminal)
+    return track(
+        batches, "scoring", total, console=console, transient=True, disable=not (is_shown and console.is_terminal)
+    )
 
 
 def _read_run(checkpoint: Path) -> _Trained | None:

@@ -6,9 +6,10 @@ from pathlib import Path
 import jax
 
 from mixtral_jax.cli.flags import RunFlags
-from mixtral_jax.cli.open_base import Base, open_base, plan_base, require_folder, saved_steps
+from mixtral_jax.cli.open_base import Base, open_base, open_named_base, plan_base, saved_steps
 from mixtral_jax.cli.start import Run, start_run
 from mixtral_jax.cli.training import pretrain
+from mixtral_jax.cli.workdir import check_saved
 from mixtral_jax.config import Config
 from mixtral_jax.data.sources import fingerprint_source
 from mixtral_jax.finetune.tunable import make_tunable
@@ -27,7 +28,10 @@ def find_base(flags: RunFlags, workdir: Path, processes: Processes, stop: StopSi
     finetune = config.finetune
     assert finetune is not None
     if finetune.base is not None:
-        return open_base(require_folder(finetune.base, "finetune.base"), config)
+        return open_named_base(config)
+    if processes.index == 0:
+        for tuned in (workdir, *sorted(workdir.glob("seed-*"))):  # They began with the base that they have.
+            check_saved(tuned, config, "finetune.pretrain.")
     plain = dataclasses.replace(flags, config=plan_base(config, finetune.pretrain), workdir=workdir / "base")
     run = start_run(plain, processes)
     _check_tuning(config, run)

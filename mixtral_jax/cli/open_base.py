@@ -67,6 +67,12 @@ def require_folder(base: str, key: str) -> Path:
     return folder
 
 
+def open_named_base(config: Config) -> Base:
+    """Opens what `finetune.base` names; raises ConfigError as `open_base` does."""
+    assert config.finetune is not None and config.finetune.base is not None
+    return open_base(require_folder(config.finetune.base, "finetune.base"), config)
+
+
 def saved_steps(run: Run) -> list[int]:
     """The steps of the checkpoints in the workdir of a run, as process 0 sees them. All processes must ask."""
     folder = run.workdir / "checkpoints"

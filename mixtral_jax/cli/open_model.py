@@ -89,6 +89,7 @@ def read_settings(flags: argparse.Namespace) -> Settings:
     return Settings.of(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Settings)})
 
 
-def note(text: object) -> None:
-    """Tells people something, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+def note(text: object, *, is_shown: bool = True) -> None:
+    """Tells people something, on standard error; of several processes, one should show it."""
+    if is_shown:
+        print(text, file=sys.stderr, flush=True)

@@ -45,15 +45,24 @@ def start_run(flags: RunFlags, processes: Processes) -> Run:
     Raises:
         ConfigError: the processes differ, the mesh does not fit, or the workdir holds a run of another config.
     """
-    require(
-        flags.config.model.param_dtype != "float16",
-        "model.param_dtype=float16 is for weights that are loaded, too coarse to train in: use float32 or bfloat16",
-    )
+    require_trainable(flags.config)
     require_agreement(processes, flags.config, flags.workdir)
     config, mesh = start_devices(flags.config, processes)
     workdir = choose_workdir(flags, processes)
     open_workdir(workdir, config, processes)
     return Run(config, mesh, workdir, make_console(processes.index == 0), processes)
+
+
+def require_trainable(config: Config) -> None:
+    """Makes sure that parameters are held in numbers that a step can change.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    require(
+        config.model.param_dtype != "float16",
+        "model.param_dtype=float16 is for weights that are loaded, too coarse to train in: use float32 or bfloat16",
+    )
 
 
 def choose_workdir(flags: RunFlags, processes: Processes) -> Path:

@@ -36,7 +36,7 @@ def open_workdir(workdir: Path, config: Config, processes: Processes) -> None:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             _lock(workdir)
-            _check_saved(workdir, config)
+            check_saved(workdir, config)
             write_json(workdir / "config.json", dataclasses.asdict(config))
         except OSError as error:
             raise not_writable(workdir, error.strerror or str(error)) from error
@@ -137,8 +137,13 @@ def changed_since(workdir: Path, config: Config, also_fixed: tuple[str, ...] = (
     return changed_keys(saved, dataclasses.asdict(config), also_fixed=also_fixed)
 
 
-def _check_saved(workdir: Path, config: Config) -> None:
-    changed = changed_since(workdir, config)
+def check_saved(workdir: Path, config: Config, section: str = "") -> None:
+    """Makes sure that a run which has saved a checkpoint may go on with this config, as far as `section` goes.
+
+    Raises:
+        ConfigError: names the keys that changed; or the config that lies there is damaged.
+    """
+    changed = [key for key in changed_since(workdir, config) if key.startswith(section)]
     require(
         not changed,
         f"{workdir} holds a run of another config; changed: {', '.join(changed)}. Use another --workdir, or "

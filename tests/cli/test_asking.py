@@ -135,7 +135,7 @@ def test_evaluate_prints_one_line_with_the_loss_over_all_documents(folder, loade
     assert (figures["tokens"], figures["part"], figures["sequence_length"]) == (tokens, "all", 64)
 
 
-def test_answers_of_conversations_are_scored_alone(loaded, tmp_path, monkeypatch):
+def test_answers_of_conversations_are_scored_alone(loaded, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     chats = [[("user", f"the {word}"), ("assistant", f"parser {word}")] for word in ("one", "two", "three")]
     rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
@@ -143,6 +143,9 @@ def test_answers_of_conversations_are_scored_alone(loaded, tmp_path, monkeypatch
     task = Task(DataConfig(path=str(tmp_path / "chats.jsonl")), "all", True, 64, None)
     answers = sum(len(loaded.tokenizer.encode(f"parser {word}")) + 1 for word in ("one", "two", "three"))
     assert score(loaded, task, Processes())["tokens"] == answers
+    assert "scored" in capsys.readouterr().err
+    assert score(loaded, task, Processes(1, 1))["tokens"] == answers
+    assert not capsys.readouterr().err  # Process 0 alone says what is done.
 
 
 def test_what_a_run_was_trained_on_is_judged_as_the_run_does(tmp_path):

@@ -102,11 +102,15 @@ def test_validate_sums_up_good_rows(capsys, tmp_path, tokenizers):
     assert longest == f"the longest has {num_tokens[1]} tokens, 1 longer than a row"
 
 
-def test_validate_counts_a_row_without_a_token_to_learn_in_training_alone(tmp_path, tokenizers):
+def test_a_row_without_a_token_to_learn_is_bad_in_training_alone(capsys, tmp_path, tokenizers):
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]}
     (tmp_path / "f.jsonl").write_text(json.dumps(row))
     flags = [str(tmp_path / "f.jsonl"), f"--tokenizer={tokenizers['v1'][1]}"]
     assert run_verb(["data", "validate", *flags]) == 1
+    capsys.readouterr()
+    ((shown,), _), ((served,), _) = inspect(capsys, *flags), inspect(capsys, *flags, "--mode=serving")
+    assert "NoSupervisedToken" in shown["error"] and "tokens" not in shown
+    assert served["error"] != shown["error"]  # Of one that ends with an answer.
     row["messages"].append({"role": "user", "content": "r"})
     (tmp_path / "f.jsonl").write_text(json.dumps(row))
     assert run_verb(["data", "validate", *flags, "--mode=serving"]) == 0

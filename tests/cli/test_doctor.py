@@ -44,6 +44,18 @@ def test_doctor_lists_every_problem_with_its_fix(tmp_path):
     assert all(problem["fix"] for problem in problems)
 
 
+def test_doctor_looks_at_the_base_of_a_tuning_and_at_what_cannot_be_trained(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for base, words in (("nowhere", "finetune.base=nowhere is no folder"), (tmp_path / "empty", "has no weights")):
+        found = []
+        checkup.fit_base(small_config(finetune__base=str(base)), found)
+        assert words in found[0].what and found[0].fix
+    found = []
+    assert checkup.fit_base(small_config(), found) == small_config() and not found
+    checkup.fit_base(small_config(model__param_dtype="float16"), found)
+    assert "param_dtype=float16" in found[0].what and "use float32" in found[0].fix
+
+
 class OneOfThree(Processes):
     """Process 0 of three, of which the last sees nothing of what the others see."""
 

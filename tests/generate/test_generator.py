@@ -53,6 +53,7 @@ def continue_without_cache(logits_of, prompt, count):
 
 @pytest.mark.parametrize(("folder", "sizes"), [
     ("hf_tiny", {}), ("hf_tiny", {"expert": 4, "tensor": 2}), ("mistral_tiny", {}),
+    ("mistral_tiny", {"expert": 4, "tensor": 2}),
 ])  # fmt: skip
 def test_greedy_continuation_is_that_of_transformers(folder, sizes, golden):
     prompt, expected = golden

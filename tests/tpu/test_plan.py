@@ -1,6 +1,8 @@
 """Plans compiled for TPU slices that are not here, with libtpu: `make test-tpu`. No TPU is needed, or touched."""
 
 import functools
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -78,6 +80,16 @@ def test_tokamax_is_planned_as_if_on_the_target_and_multiplies_no_empty_rows(mon
     monkeypatch.setattr("sys.argv", ["train.py", "--config=configs/pretrain/tiny.py"])
     plan = plan_of("v5p:2x2x2", dispatch__grouped_matmul="tokamax", model__dtype="bfloat16")
     assert plan.hardware_flops == flops_by_hand()
+
+
+def test_tokamax_fills_no_standard_error() -> None:
+    """It would say of every matrix that its shape was not timed."""
+    pytest.importorskip("tokamax")
+    flags = ("--topology=v5p:2x2x1", "--config.dispatch.grouped_matmul=tokamax", "--config.model.dtype=bfloat16")
+    command = (sys.executable, "-m", "mixtral_jax", "plan", f"--config={ROOT / 'configs/pretrain/tiny.py'}", *flags)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "Autotuning" not in done.stderr
 
 
 def flops_by_hand(rank: int = 0) -> int:
