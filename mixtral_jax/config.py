@@ -104,6 +104,8 @@ class ChatConfig:
 class DataConfig:
     """What to train on. `path` and `tokenizer` take the forms listed in docs/data.md.
 
+    `domain_field` of a row says what kind of text it is, for `analyze`; None: the place of its file does.
+
     `held_out_fraction` of the documents is never trained on; a run ends when more than
     `max_bad_fraction` of the rows cannot be read.
     """
@@ -111,6 +113,7 @@ class DataConfig:
     path: str = "python-stdlib"
     tokenizer: str = "train:4096"
     text_field: str = "text"
+    domain_field: str | None = None
     held_out_fraction: float = 0.02
     max_bad_fraction: float = 0.01
     chat: ChatConfig = ChatConfig()

@@ -15,7 +15,7 @@ from mixtral_jax.config import ConfigError
 # Verb -> file in this folder.
 VERBS = {
     "import": "import_weights", "export": "export", "generate": "generate", "chat": "chat", "evaluate": "evaluate",
-    "data": "data", "ablate": "ablate", "bench": "bench", "plan": "plan", "doctor": "doctor",
+    "data": "data", "analyze": "analyze", "ablate": "ablate", "bench": "bench", "plan": "plan", "doctor": "doctor",
 }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def print_sweep(attempts: Sequence[Attempt], console: Console) -> None:
     """A line for each attempt, the best first."""
-    table = _table("", "mesh", ">sequences", ">memory", "fits", ">MFU at most", ">tokens/s a device", "bound by")
+    table = make_table("", "mesh", ">sequences", ">memory", "fits", ">MFU at most", ">tokens/s a device", "bound by")
     for attempt in attempts:
         plan, config, roofline = attempt.plan, attempt.plan.step.config, attempt.plan.roofline
         table.add_row(
@@ -55,7 +55,7 @@ def print_sweep(attempts: Sequence[Attempt], console: Console) -> None:
 
 def _print_memory(plan: Plan, console: Console) -> None:
     memory, hbm = plan.step.memory, plan.hbm_bytes
-    table = _table("of a device", ">memory")
+    table = make_table("of a device", ">memory")
     for name, size in (
         ("parameters", memory.parameters),
         ("optimizer", memory.optimizer),
@@ -74,7 +74,7 @@ def _print_memory(plan: Plan, console: Console) -> None:
 
 def _print_roofline(plan: Plan, console: Console) -> None:
     roofline, chip = plan.roofline, plan.target.topology.chip
-    table = _table("of a step", ">ms", "from")
+    table = make_table("of a step", ">ms", "from")
     each = plan.hardware_flops / plan.target.topology.num_devices
     sent = sum(collective.bytes_per_device for collective in plan.collectives)
     for part, seconds, source in (
@@ -100,7 +100,7 @@ def _print_roofline(plan: Plan, console: Console) -> None:
 
 
 def _print_collectives(plan: Plan, console: Console) -> None:
-    table = _table("collective", "over", "pass", ">count", ">MB sent", ">ms", "operand")
+    table = make_table("collective", "over", "pass", ">count", ">MB sent", ">ms", "operand")
     pairs = list(zip(plan.collectives, plan.collective_seconds, strict=True))
     for collective, seconds in pairs[:NUM_COLLECTIVES]:
         table.add_row(
@@ -114,7 +114,7 @@ def _print_collectives(plan: Plan, console: Console) -> None:
         console.print(f"and {len(rest)} lighter kinds, {megabytes:,.3f} MB in all: --json lists them")
 
 
-def _table(*headings: str) -> Table:
+def make_table(*headings: str) -> Table:
     """A plain table; a heading that begins with > is of numbers."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in headings:

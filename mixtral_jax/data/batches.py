@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from mixtral_jax.config import require
-from mixtral_jax.data.packing import PackPlan, make_row
+from mixtral_jax.data.packing import PackPlan, label_row, make_row
 from mixtral_jax.data.store import TokenStore
 from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.rules import AxisRules
@@ -126,11 +126,46 @@ def spread_batches(
 
     Arrays are [1, batch_size, T]; the last batch is filled up with rows that are masked throughout.
     """
+    for ids in _spread_row_ids(plan, num_sequences, batch_size):
+        yield _place_rows(store, plan, ids[None], mesh=mesh, rules=rules)
+
+
+def spread_labels(
+    labels: Sequence[Callable[[int], np.ndarray]],
+    plan: PackPlan,
+    *,
+    num_sequences: int,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    rules: AxisRules,
+) -> Iterator[jax.Array]:
+    """Beside each of `spread_batches`: what `labels` say of its inputs, int32 [len(labels), batch_size, T].
+
+    Args:
+        labels: each a number for every token of a document, of which 0 is also that of padding.
+    """
+    sharding = jax.sharding.NamedSharding(mesh, batch_spec(rules))
+    # Pieces of one document are often in rows that are made together.
+    remembered = [functools.lru_cache(maxsize=64)(label) for label in labels]
+
+    def build(ids: np.ndarray, index: Any) -> np.ndarray:
+        block = np.zeros((len(labels), *ids[index[1]].shape, plan.sequence_length), np.int32)
+        for (number, place), _ in np.ndenumerate(block[..., 0]):
+            if (row_id := int(ids[index[1]][place])) != _NO_ROW:
+                block[number, place] = label_row(remembered[number], plan, row_id)
+        return block
+
+    for ids in _spread_row_ids(plan, num_sequences, batch_size):
+        shape = (len(labels), batch_size, plan.sequence_length)
+        yield jax.make_array_from_callback(shape, sharding, functools.partial(build, ids))
+
+
+def _spread_row_ids(plan: PackPlan, num_sequences: int, batch_size: int) -> Iterator[np.ndarray]:
+    """The rows of each batch, int64 [batch_size]; the last are filled up with `_NO_ROW`."""
     count = min(num_sequences, plan.num_rows)
     padding = [_NO_ROW] * (-count % batch_size)
     row_ids = np.concatenate([np.arange(count) * plan.num_rows // max(count, 1), padding]).astype(np.int64)
-    for ids in row_ids.reshape(-1, 1, batch_size):
-        yield _place_rows(store, plan, ids, mesh=mesh, rules=rules)
+    yield from row_ids.reshape(-1, batch_size)
 
 
 def _shuffle(first: int, end: int, seed: int) -> grain.MapDataset:

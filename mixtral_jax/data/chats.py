@@ -22,7 +22,7 @@ from mixtral_jax.data.sources import Source, fingerprint_source
 from mixtral_jax.data.store import Tokenized, TokenStore
 from mixtral_jax.data.tokenizer import Tokenizer
 
-_CACHE_FORMAT = 1  # Raise it when the same files and config would give other stores.
+_CACHE_FORMAT = 2  # Raise it when the same files and config would give other stores.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,12 +49,14 @@ class Chat:
         messages: as they were read, a system prompt of the row first; none for a text.
         key: chats of one key are on one side of the held-out split: what the user says, or the row's `split_group`.
         origin: where it was read, such as `file.jsonl:17`.
+        domain: what kind of text it is, by the place of its file (`domains`).
     """
 
     turns: Sequence[Turn]
     messages: Sequence[Message]
     key: str
     origin: str
+    domain: str = ""
 
     @property
     def num_characters(self) -> int:
@@ -95,11 +97,11 @@ def read_chat(row: RawRow, template: ChatTemplate, *, format: ChatFormat = "auto
         name = _find_format(fields) if format == "auto" else format
         if name == "text":
             text = _read_text(fields)
-            return Chat(template.lay_out_text(text, mode=mode), (), text, row.origin)
+            return Chat(template.lay_out_text(text, mode=mode), (), text, row.origin, row.domain)
         messages = _READERS[name](fields)
         system = _read_system(fields, messages)
         turns = template.lay_out([*system, *messages], mode=mode)
-        return Chat(turns, [*system, *messages], _make_key(fields, messages), row.origin)
+        return Chat(turns, [*system, *messages], _make_key(fields, messages), row.origin, row.domain)
     except ChatException as error:
         _count_without(len(system), error)
         error.origin = row.origin

@@ -35,6 +35,11 @@ class Item(Protocol):
         """How much there is to encode."""
         ...
 
+    @property
+    def domain(self) -> str:
+        """What kind of text it is; empty if nobody said."""
+        ...
+
 
 ItemT = TypeVar("ItemT", bound=Item)
 

@@ -9,10 +9,11 @@ from mixtral_jax.data.sources import read_rows
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text to train on; `origin` is where it was read, such as `file.jsonl:17`."""
+    """One text to train on; `origin` is where it was read, such as `file.jsonl:17`; `domain`: see `read_documents`."""
 
     text: str
     origin: str
+    domain: str = ""
 
     @property
     def key(self) -> str:
@@ -25,20 +26,22 @@ class Document:
         return len(self.text)
 
 
-def read_documents(path: str, text_field: str) -> Iterator[Document | BadRow]:
+def read_documents(path: str, text_field: str, domain_field: str | None = None) -> Iterator[Document | BadRow]:
     """The documents of one source, always in the same order.
 
     Args:
         path: of a `Source`.
         text_field: the field, or column, that holds the text of a row.
+        domain_field: the one that says what kind of text it is; None: the place of its file does (`domains`).
 
     Raises:
         ConfigError: at once, when there is nothing to read; at a file that cannot be read.
     """
-    return (row if isinstance(row, BadRow) else _judge(row, text_field) for row in read_rows(path, [text_field]))
+    rows = read_rows(path, [text_field, domain_field] if domain_field else [text_field])
+    return (row if isinstance(row, BadRow) else _judge(row, text_field, domain_field) for row in rows)
 
 
-def _judge(row: RawRow, text_field: str) -> Document | BadRow:
+def _judge(row: RawRow, text_field: str, domain_field: str | None) -> Document | BadRow:
     """The document in a row, or what is wrong with it."""
     value, origin = row.value, row.origin
     if not isinstance(value, Mapping):
@@ -57,4 +60,4 @@ def _judge(row: RawRow, text_field: str) -> Document | BadRow:
         text.encode()
     except UnicodeEncodeError as error:  # Lone surrogates: \ud800 in JSON, or bytes a reader could not decode.
         return BadRow(origin, f"{INVALID_UTF8} at character {error.start}", INVALID_UTF8)
-    return Document(text, origin)
+    return Document(text, origin, str(value.get(domain_field, "")) if domain_field else row.domain)

@@ -7,6 +7,7 @@ which rows are trained on, and their place on the devices, are for `batches`.
 import bisect
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -129,6 +130,20 @@ def make_row(store: TokenStore, plan: PackPlan, i: int) -> Row:
         row.loss_mask[span] = 1 if document.loss_mask is None else document.loss_mask[1:]
         row.segment_ids[span] = segment
         row.positions[span] = np.arange(length)
+        end += length
+    return row
+
+
+def label_row(label: Callable[[int], np.ndarray], plan: PackPlan, i: int) -> np.ndarray:
+    """What `label` says of each input of row `i`, int32 [sequence_length]; 0 at padding.
+
+    Args:
+        label: a number for each token of a document.
+    """
+    row, end = np.zeros(plan.sequence_length, np.int32), 0
+    for piece in range(plan.row_offsets[i], plan.row_offsets[i + 1]):
+        start, length = plan.starts[piece], plan.lengths[piece]
+        row[end : end + length] = label(plan.documents[piece])[start : start + length]
         end += length
     return row
 

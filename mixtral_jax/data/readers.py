@@ -20,10 +20,12 @@ INVALID_UTF8 = "invalid UTF-8"
 
 @dataclasses.dataclass(frozen=True)
 class RawRow:
-    """What was read of a row, whatever it holds; `origin` is where, such as `file.jsonl:17`."""
+    """What was read of a row, whatever it holds; `origin` is where, such as `file.jsonl:17`, and `domain` the kind of
+    text that is kept there (`domains`)."""
 
     value: object
     origin: str
+    domain: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.config import ConfigError, require
+from mixtral_jax.data.domains import find_root, name_domain
 from mixtral_jax.data.readers import READERS, BadRow, RawRow, read_file
 from mixtral_jax.data.stdlib import list_stdlib, stdlib_root, walk
 from mixtral_jax.data.stdlib_chat import make_conversations
@@ -89,7 +90,8 @@ def read_rows(path: str, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     if path == STDLIB_CHAT:
         rows = enumerate(make_conversations(stdlib_root(), list_stdlib()), start=1)
         return (RawRow(row, f"{path}:{number}") for number, row in rows)
-    return (row for file in _list_files(path) for row in read_file(file, fields))
+    root = stdlib_root() if path == STDLIB else find_root(path)
+    return (row for file in _list_files(path) for row in _read_file(file, fields, name_domain(file, root)))
 
 
 def fingerprint_source(path: str) -> str:
@@ -102,6 +104,11 @@ def fingerprint_source(path: str) -> str:
             stat = file.stat()
             digest.update(f"\n{file.absolute()} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def _read_file(file: Path, fields: Sequence[str], domain: str) -> Iterator[RawRow | BadRow]:
+    for row in read_file(file, fields):
+        yield row if isinstance(row, BadRow) else dataclasses.replace(row, domain=domain)
 
 
 def _list_source(path: str) -> list[Path]:

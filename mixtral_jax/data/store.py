@@ -12,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+# A field that is different in every row says no kind: what comes after so many has none.
+_MOST_DOMAINS = 1000
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokenized:
@@ -36,6 +39,8 @@ class TokenStore:
         fingerprint: sha256, in hex, of the tokens, the lengths and the mask.
         loss_mask: uint8 [num_tokens], 1 on what is to be learnt; None: all of it.
         documents_by_source: how many documents came from each source, in order; empty: all from one.
+        domains: uint16 [num_documents], what kind each document is, as a place in `domain_names`; None: nobody said.
+        domain_names: of all kinds; the empty name stands for all that have none, or one too many.
     """
 
     tokens: np.ndarray
@@ -43,6 +48,8 @@ class TokenStore:
     fingerprint: str
     loss_mask: np.ndarray | None = None
     documents_by_source: tuple[int, ...] = ()
+    domains: np.ndarray | None = None
+    domain_names: tuple[str, ...] = ()
 
     @property
     def num_documents(self) -> int:
@@ -68,13 +75,15 @@ class StoreWriter:
         self._has_masks = False
         self._lengths = array.array("q")
         self._by_source: list[int] = []
+        self._domains = array.array("H")
+        self._domain_names: dict[str, int] = {"": 0}
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> "StoreWriter":
         return self
 
-    def add(self, document: Tokenized, source: int = 0) -> None:
-        """Appends a document of a source; sources come in order."""
+    def add(self, document: Tokenized, source: int = 0, domain: str = "") -> None:
+        """Appends a document of a source, and of a kind; sources come in order."""
         tokens = document.tokens.astype(self._dtype).tobytes()
         self._tokens.write(tokens)
         self._digest.update(tokens)
@@ -86,6 +95,9 @@ class StoreWriter:
         self._lengths.append(len(document.tokens))
         self._by_source += [0] * (source + 1 - len(self._by_source))
         self._by_source[source] += 1
+        if len(self._domain_names) < _MOST_DOMAINS:
+            self._domain_names.setdefault(domain, len(self._domain_names))
+        self._domains.append(self._domain_names.get(domain, 0))
 
     def __exit__(self, *error: object) -> None:
         self._tokens.close()
@@ -93,10 +105,12 @@ class StoreWriter:
         lengths = np.array(self._lengths, np.int64)
         self._digest.update(lengths.tobytes())
         np.save(self._folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
+        np.save(self._folder / "domains.npy", np.array(self._domains, np.uint16))
         summary = {
             "dtype": self._dtype.name,
             "has_masks": self._has_masks,
             "documents_by_source": self._by_source,
+            "domain_names": list(self._domain_names),
             "fingerprint": self._digest.hexdigest(),
         }
         (self._folder / "summary.json").write_text(json.dumps(summary))
@@ -113,7 +127,10 @@ def open_store(folder: Path) -> TokenStore:
     num_tokens = int(offsets[-1])
     tokens = _map(folder / "tokens", np.dtype(summary["dtype"]), num_tokens)
     masks = _map(folder / "loss_mask", np.dtype(np.uint8), num_tokens) if summary["has_masks"] else None
-    return TokenStore(tokens, offsets, summary["fingerprint"], masks, tuple(summary["documents_by_source"]))
+    return TokenStore(
+        tokens, offsets, summary["fingerprint"], masks, tuple(summary["documents_by_source"]),
+        np.load(folder / "domains.npy"), tuple(summary["domain_names"]),
+    )  # fmt: skip
 
 
 def _map(file: Path, dtype: np.dtype, count: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from mixtral_jax.data.sources import fingerprint_source
 from mixtral_jax.data.store import Tokenized, TokenStore
 from mixtral_jax.data.tokenizer import Tokenizer, check_planned_vocabulary, check_vocabulary, load_tokenizer
 
-_CACHE_FORMAT = 3  # Raise it when the same files and config would give other stores.
+_CACHE_FORMAT = 4  # Raise it when the same files and config would give other stores.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ def prepare_text(
     cache_dir = cache_dir or default_cache_dir()
     check_planned_vocabulary(config.tokenizer, vocab_size)
     key = _fingerprint_data(config)
-    corpus = Corpus(config, lambda source: read_documents(source.path, config.text_field))
+    corpus = _open_corpus(config)
     saved = tokenizer_path
     if config.tokenizer.startswith("train:") and not saved.exists():
         saved = cache_dir / f"{key}.model"  # Runs on the same text share the training.
@@ -72,7 +72,7 @@ def tokenize_text(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path | No
         ConfigError: nothing to read, or too many bad rows.
     """
     cache_dir = cache_dir or default_cache_dir()
-    corpus = Corpus(config, lambda source: read_documents(source.path, config.text_field))
+    corpus = _open_corpus(config)
     return _tokenize(config, corpus, tokenizer, cache_dir / f"{_fingerprint_data(config)}-{tokenizer.fingerprint[:16]}")
 
 
@@ -85,6 +85,10 @@ def _tokenize(config: DataConfig, corpus: Corpus[Document], tokenizer: Tokenizer
     return PreparedText(cached.train, cached.held_out, tokenizer, cached.count.num_bad)
 
 
+def _open_corpus(config: DataConfig) -> Corpus[Document]:
+    return Corpus(config, lambda source: read_documents(source.path, config.text_field, config.domain_field))
+
+
 def _split(config: DataConfig, corpus: Corpus[Document]) -> Iterator[Placed[Document]]:
     if not corpus.is_single:
         yield from corpus.items()
@@ -95,8 +99,8 @@ def _split(config: DataConfig, corpus: Corpus[Document]) -> Iterator[Placed[Docu
     wanted = round(len(text) * (1 - config.held_out_fraction))
     wanted = min(max(wanted, 1), len(text) - 1)
     cut = text.rfind("\n", 0, wanted) + 1 or wanted
-    yield Placed(Document(text[:cut], document.origin), 0, is_held_out=False)
-    yield Placed(Document(text[cut:], document.origin), 0, is_held_out=True)
+    yield Placed(dataclasses.replace(document, text=text[:cut]), 0, is_held_out=False)
+    yield Placed(dataclasses.replace(document, text=text[cut:]), 0, is_held_out=True)
 
 
 def _train_texts(config: DataConfig, corpus: Corpus[Document]) -> Iterator[str]:
@@ -110,6 +114,6 @@ def _encode(tokenizer: Tokenizer, documents: list[Document]) -> Iterator[Tokeniz
 
 def _fingerprint_data(config: DataConfig) -> str:
     """Of what changes the tokens, and nothing else: the limit on bad rows does not."""
-    chosen = [config.path, config.text_field, config.held_out_fraction, config.tokenizer]
+    chosen = [config.path, config.text_field, config.domain_field, config.held_out_fraction, config.tokenizer]
     described = [_CACHE_FORMAT, *chosen, fingerprint_source(config.path)]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]

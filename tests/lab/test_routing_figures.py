@@ -1,0 +1,62 @@
+"""Figures: all that there is to show, with named axes, large enough to read, and the same file for the same figures."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mixtral_jax.lab.figures import pick_layers
+from mixtral_jax.lab.route_counts import RouteCounts
+from mixtral_jax.lab.routing_analysis import Flips, Saturation, summarize
+from mixtral_jax.lab.routing_figures import make_figures
+
+V = 30
+
+
+def random_analysis(num_layers, num_experts, k):
+    """As of random routes: no two counts agree with each other, but all can be drawn."""
+    L, E, rng = num_layers, num_experts, np.random.default_rng(0)
+    together = rng.integers(1, 9, (L, E, E))
+    together[:, 0] = together[:, :, 0] = 0  # An expert that nobody chose.
+    together[:, range(E), range(E)] *= 3
+    first = rng.integers(0, 90, (L, E))
+    counts = RouteCounts(
+        tokens=np.uint32(900), first_LE=first, together_LEE=together, neighbours=np.uint32(800),
+        same_first_L=rng.integers(0, 800, L), any_shared_L=rng.integers(0, 800, L),
+        tokens_V=np.full(V, 30), first_LVE=rng.integers(0, 4, (L, V, E)),
+        tokens_by_label=(np.array([0, 400, 300, 200]),), chosen_by_label=(rng.integers(0, 150, (L, 4, E)),),
+    )  # fmt: skip
+    flips = Flips("float32", "bfloat16", rng.random(L) / 100, rng.random(L) / 200)
+    saturation = Saturation((1_000, 20_000), rng.random((2, L)), k / E)
+    names = {"part of the source": ("code", "$a^$ name_with 'marks' that is longer than there is room for", "re")}
+    return summarize(counts, k, names, [str(i) for i in range(V)], flips=flips, saturation=saturation)
+
+
+@pytest.mark.parametrize(("num_layers", "num_experts", "k"), [(4, 8, 2), (1, 2, 1), (32, 64, 8)])
+def test_every_figure_has_named_axes_words_and_a_width_of_1200_pixels(num_layers, num_experts, k):
+    figures = make_figures(random_analysis(num_layers, num_experts, k))
+    assert [figure.name for figure in figures] == [
+        "load_of_experts", "experts_chosen_together", "repetition_of_consecutive_choices",
+        "experts_by_part_of_the_source", "experts_by_token", "saturation_of_routes", "routes_that_rounding_flips",
+    ]  # fmt: skip
+    for figure in figures:
+        axes = figure.figure.axes
+        assert any(panel.get_xlabel() for panel in axes) and any(panel.get_ylabel() for panel in axes)
+        assert figure.title[0].isupper() and figure.words.endswith(".")
+        data = figure.to_png()
+        assert data[:4] == b"\x89PNG" and 1200 <= int.from_bytes(data[16:20], "big") <= 1280
+
+
+def test_what_is_not_there_is_not_drawn():
+    bare = dataclasses.replace(random_analysis(2, 4, 2), by_label=(), flips=None, saturation=None)
+    bare = dataclasses.replace(bare, vocabulary=dataclasses.replace(bare.vocabulary, num_ids=0))
+    assert len(make_figures(bare)) == 3
+
+
+def test_equal_figures_are_equal_files():
+    first, second = (make_figures(random_analysis(2, 4, 2))[2].to_png() for _ in range(2))
+    assert first == second
+
+
+def test_layers_shown_are_spread_from_the_first_to_the_last():
+    assert (pick_layers(2, 3), pick_layers(32, 3)) == ([0, 1], [0, 16, 31])
