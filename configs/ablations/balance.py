@@ -19,6 +19,7 @@ def get_config() -> dict[str, Any]:
             "router": {"z_loss_weight": 0.0},
             "mesh": {"cpu_devices": 1},
             "data": {"tokenizer": "train:1024"},
+            "checkpoint": {"keep": 4},
             "train": {"batch_size": 8, "log_every": 5},
         }
     )

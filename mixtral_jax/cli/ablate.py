@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from mixtral_jax.cli.ablation_routing import picture_routing
 from mixtral_jax.cli.ablation_run import train_run
 from mixtral_jax.cli.flags import (
     RunFlags,
@@ -140,12 +141,13 @@ def _train(runs: list[ArmRun], flags: RunFlags, workdir: Path, processes: Proces
 
 def _report(ablation: Ablation, chosen: list[ArmRun], workdir: Path, processes: Processes) -> int:
     """Writes the report; the exit code of the whole: 1 if a run has failed that was to be trained here."""
+    pictures = picture_routing(ablation, workdir, processes)
     if processes.index:
         return 0
     # Of tasks that end together, the last one to read sees the runs of all.
     with one_at_a_time(workdir / "report"):
         results = read_results(ablation, workdir)
-        page = write_report(results, workdir / "report")
+        page = write_report(results, workdir / "report", pictures)
     _say_status(results)
     print(f"report: {page}")
     return 1 if any(run.name in results.failed for run in chosen) else 0

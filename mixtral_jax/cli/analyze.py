@@ -58,7 +58,9 @@ def main(arguments: list[str]) -> int:
         earlier = find_earlier(run, step, model.dtype, loaded.mesh) if run and step is not None else {}
         start = time.monotonic()
         analysis = analyze_text(loaded, task, processes, earlier=earlier)
-        note(f"routed {analysis.num_tokens:,} tokens in {time.monotonic() - start:.1f} s", is_shown=processes.index == 0)
+        note(
+            f"routed {analysis.num_tokens:,} tokens in {time.monotonic() - start:.1f} s", is_shown=processes.index == 0
+        )
         if processes.index == 0:
             said = _describe(model, task, step) | analysis.to_json()
             if folder:
