@@ -1,10 +1,12 @@
 """Trains every arm of an ablation with every seed, and writes the report: tables and pictures in report/."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -46,11 +48,11 @@ def main(arguments: list[str]) -> int:
         run_flags = RunFlags(chosen[0].config, flags.config, flags.workdir, read_process_flags(flags))
         workdir = choose_workdir(run_flags, processes)
         _check_saved(ablation, workdir)
-        if not flags.report_only:
-            _check_arms(ablation)
-            if _train(chosen, run_flags, workdir, processes, stop) == "stopped":
+        _check_arms(ablation)
+        with _compiled_once():
+            if not flags.report_only and _train(chosen, run_flags, workdir, processes, stop) == "stopped":
                 return EXIT_CODES["stopped"]
-        return _report(ablation, chosen, workdir, processes)
+            return _report(ablation, chosen, workdir, processes)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -126,17 +128,28 @@ def _train(runs: list[ArmRun], flags: RunFlags, workdir: Path, processes: Proces
     say = print if processes.index == 0 else lambda _: None
     if finished:
         say(f"{len(finished)} of {len(runs)} runs are finished, and not repeated: {', '.join(finished)}")
-    with tempfile.TemporaryDirectory(prefix="mixtral_jax-compiled-") as compiled:
-        # Seeds of an arm are one program. Not kept: another machine may not know this one's instructions.
-        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-            jax.config.update("jax_compilation_cache_dir", compiled)
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-        for number, run in enumerate(left):
-            say(f"\n--- {run.name}: run {number + 1} of {len(left)} ---")
-            one = dataclasses.replace(flags, config=run.config, workdir=run.folder(workdir))
-            if train_run(one, processes, stop) == "stopped" or (stop.is_set and run is not left[-1]):
-                return "stopped"
+    for number, run in enumerate(left):
+        say(f"\n--- {run.name}: run {number + 1} of {len(left)} ---")
+        one = dataclasses.replace(flags, config=run.config, workdir=run.folder(workdir))
+        if train_run(one, processes, stop) == "stopped" or (stop.is_set and run is not left[-1]):
+            return "stopped"
     return "finished"
+
+
+@contextlib.contextmanager
+def _compiled_once() -> Iterator[None]:
+    """Keeps what is compiled within, since seeds of an arm are one program; unless the environment says where to.
+
+    Not for longer: another machine may not know this one's instructions.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="mixtral_jax-compiled-") as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        yield
+        jax.config.update("jax_compilation_cache_dir", None)
 
 
 def _report(ablation: Ablation, chosen: list[ArmRun], workdir: Path, processes: Processes) -> int:
