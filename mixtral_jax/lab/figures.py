@@ -11,8 +11,6 @@ from matplotlib.ticker import PercentFormatter
 
 from mixtral_jax.lab.style import WIDTH, Picture
 
-# Okabe and Ito's colours, which people tell apart whichever cones they lack.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000")
 # From pale to dark, of one hue.
 HEAT = "Blues"
 CHANCE: dict[str, Any] = {"color": "#555555", "linestyle": "--", "linewidth": 1.5}

@@ -11,10 +11,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-from mixtral_jax.lab.figures import CHANCE, COLORS, HEAT, draw, mark_layers, mark_shares, pick_layers, shade
+from mixtral_jax.lab.figures import CHANCE, HEAT, draw, mark_layers, mark_shares, pick_layers, shade
 from mixtral_jax.lab.routing_analysis import RoutingAnalysis
 from mixtral_jax.lab.specialization import LabelShares
-from mixtral_jax.lab.style import Picture
+from mixtral_jax.lab.style import COLOURS, Picture
 
 # Of layers side by side; of experts with a bar for each name; of cells with a number in each; of lines in a plot.
 _MOST_PANELS, _MOST_BARRED, _MOST_NUMBERED, _MOST_LINES = 3, 16, 16, 8
@@ -96,12 +96,12 @@ def draw_repetition(analysis: RoutingAnalysis) -> Picture:
         layers = range(analysis.num_layers)
         top = max(float(np.nanmax(repetition.any_L, initial=0)), repetition.chance_any)
         if k > 1:
-            axes.plot(layers, repetition.any_L, marker="o", color=COLORS[0], label=any_name)
-            _draw_chance(axes, repetition.chance_any, f"{any_name}, by chance", COLORS[0])
-        axes.plot(layers, repetition.first_L, marker="s", color=COLORS[5], label="first choice")
-        _draw_chance(axes, repetition.chance_first, "first choice, by chance", COLORS[5])
+            axes.plot(layers, repetition.any_L, marker="o", color=COLOURS[0], label=any_name)
+            _draw_chance(axes, repetition.chance_any, f"{any_name}, by chance", COLOURS[0])
+        axes.plot(layers, repetition.first_L, marker="s", color=COLOURS[1], label="first choice")
+        _draw_chance(axes, repetition.chance_first, "first choice, by chance", COLOURS[1])
         axes.plot(
-            layers, repetition.chance_first_of_load_L, color=COLORS[5], linestyle=":",
+            layers, repetition.chance_first_of_load_L, color=COLOURS[1], linestyle=":",
             label="first choice, if independent of the token before",
         )  # fmt: skip
         mark_layers(axes, analysis.num_layers)
@@ -144,7 +144,7 @@ def draw_vocabulary(analysis: RoutingAnalysis) -> Picture:
     def paint(drawing: Figure) -> None:
         axes = drawing.subplots()
         layers = range(analysis.num_layers)
-        axes.plot(layers, vocabulary.share_L, marker="o", color=COLORS[0], label="measured")
+        axes.plot(layers, vocabulary.share_L, marker="o", color=COLOURS[0], label="measured")
         axes.plot(layers, vocabulary.chance_L, label="if ids made no difference", **CHANCE)
         mark_layers(axes, analysis.num_layers)
         mark_shares(axes, "tokens of an id with its main expert", top=1.05)
@@ -191,8 +191,8 @@ def draw_flips(analysis: RoutingAnalysis) -> Picture:
     def paint(drawing: Figure) -> None:
         axes = drawing.subplots()
         layers = range(analysis.num_layers)
-        axes.plot(layers, flips.any_L, marker="o", color=COLORS[0], label="any of its experts")
-        axes.plot(layers, flips.first_L, marker="s", color=COLORS[5], label="its first choice")
+        axes.plot(layers, flips.any_L, marker="o", color=COLOURS[0], label="any of its experts")
+        axes.plot(layers, flips.first_L, marker="s", color=COLOURS[1], label="its first choice")
         mark_layers(axes, analysis.num_layers)
         mark_shares(axes, "tokens that change", top=max(0.01, 1.2 * float(flips.any_L.max())))
         axes.legend(loc="upper left")
@@ -214,7 +214,7 @@ def _paint_bars(axes: Axes, shares: LabelShares, layer: int) -> None:
     for number, name in enumerate(shares.names):
         places = np.arange(len(experts)) - 0.4 + (number + 0.5) * width
         label = f"{textwrap.shorten(name, 24, placeholder='...')} ({shares.tokens_X[number]:,} tokens)"
-        axes.bar(places, share_XE[number, experts], width, color=COLORS[number % len(COLORS)], label=label)
+        axes.bar(places, share_XE[number, experts], width, color=COLOURS[number % len(COLOURS)], label=label)
     _draw_chance(axes, shares.uniform, "uniform")
     axes.set_xticks(np.arange(len(experts)), labels=[str(expert) for expert in experts])
     axes.grid(False, axis="x")

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the reference arm is dark grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D1F", "#7A5195")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D1F", "#7A5195")
 _REFERENCE, _INK, _GRID = "#333333", "#333333", "#E4E4E4"
 _MARKERS = "osD^vP*X"
 # An inch is 96 pixels: text of 9.5 points is 13 pixels high where the page shows the picture in full.
@@ -77,7 +77,7 @@ def choose_strokes(names: Sequence[str], reference: str) -> dict[str, Stroke]:
     """Arm -> its stroke."""
     strokes = {reference: Stroke(_REFERENCE, "o")}
     for number, name in enumerate(name for name in names if name != reference):
-        strokes[name] = Stroke(_COLOURS[number % len(_COLOURS)], _MARKERS[1 + number % (len(_MARKERS) - 1)])
+        strokes[name] = Stroke(COLOURS[number % len(COLOURS)], _MARKERS[1 + number % (len(_MARKERS) - 1)])
     return strokes
 
 
