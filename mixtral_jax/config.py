@@ -29,13 +29,13 @@ ChatFormat = Literal["auto", "messages", "interactions", "conversations", "alpac
 class DispatchConfig:
     """How rows travel to their experts, and which kernel multiplies them there.
 
-    `transport`: see the files of model/dispatch; `auto`, the best one here. `capacity_factor=None` drops
-    nothing; a number drops a sequence's routes over ceil(capacity_factor * k * n / E) an expert: those of lowest
-    weight, or with `drop="position"` the last ones. `eval_capacity_factor` is that of everything but training (None:
-    the same; E / k drops nothing). `buffer_factor=None` gives a device room for all rows it can ever get; a
-    number, for that times the rows of a balanced routing: fewer bytes, and rows beyond it are lost and
-    counted. `grouped_matmul`: `blocks` (loops over blocks of rows), `ragged_dot` (XLA's), `tokamax`, or
-    `auto`, the best one here.
+    `transport`: see the files of model/dispatch; `auto`, the best one here. `capacity_factor=None` drops nothing; a
+    number drops a sequence's routes over ceil(capacity_factor * k * n / E) an expert: those of lowest weight, or with
+    `drop="position"` the last ones. `eval_capacity_factor` is that of a run's own evaluations (None: the same; E / k
+    drops nothing); a model that is loaded drops nothing. `buffer_factor=None` gives a device room for all rows it can
+    ever get; a number, for that times the rows of a balanced routing: fewer bytes, and rows beyond it are lost and
+    counted. `grouped_matmul`: `blocks` (loops over blocks of rows), `ragged_dot` (XLA's), `tokamax`, or `auto`, the
+    best one here.
     """
 
     transport: Literal["auto", "all_gather", "all_to_all", "ragged_all_to_all"] = "auto"
@@ -241,6 +241,15 @@ class Config:
         )
         if self.upcycle:
             self.upcycle.check(self.model, self.router)
+        if self.finetune:
+            require(
+                not self.router.bias.update_rate,
+                "finetune takes its base from a Mixtral, which has no balance bias: set router.bias.update_rate to 0",
+            )
+        self._check_choice()
+
+    def _check_choice(self) -> None:
+        """Raises ConfigError where what the router may choose does not fit the experts that there are."""
         router, experts = self.router, self.model.num_experts
         chosen, choice = router.num_experts_per_token, router.choice
         require(
@@ -258,8 +267,9 @@ class Config:
             f"router.num_groups={router.num_groups} must divide model.num_experts={experts}, and leave a token, in "
             f"router.groups_per_token={router.groups_per_token} of them, at least {chosen} experts to choose",
         )
+        factors = (self.dispatch.capacity_factor, self.dispatch.eval_capacity_factor)
         require(
-            self.dispatch.capacity_factor is None or choice not in ("expert_choice", "uniform", "dense"),
-            f"router.choice={choice} fills every expert alike, so nothing is over dispatch.capacity_factor="
-            f"{self.dispatch.capacity_factor}: set it to None",
+            factors == (None, None) or choice not in ("expert_choice", "uniform", "dense"),
+            f"router.choice={choice} decides by itself how much each expert gets: set dispatch.capacity_factor and "
+            "dispatch.eval_capacity_factor to None",
         )

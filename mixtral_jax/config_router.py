@@ -44,6 +44,10 @@ class LoadBalanceConfig:
             self.scope != "sequence" or self.normalization == "switch",
             "router.load_balance.scope=sequence goes with normalization=switch: hf pools all tokens by definition",
         )
+        require(
+            self.scope != "global" or self.weight,
+            "router.load_balance.scope=global counts in a forward pass, for nothing with weight=0: use micro",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,8 +125,12 @@ class RouterConfig:
         require(self.choice in CHOICES, f"router.choice={self.choice!r} must be one of {', '.join(map(repr, CHOICES))}")
         for name in ("num_experts_per_token", "num_groups", "groups_per_token"):
             require(getattr(self, name) >= 1, f"router.{name}={getattr(self, name)} must be at least 1")
-        for name in ("z_loss_weight", "sequence_loss_weight", "init_scale"):
+        for name in ("z_loss_weight", "sequence_loss_weight"):
             require(getattr(self, name) >= 0, f"router.{name}={getattr(self, name)} must not be negative")
+        require(
+            self.init_scale > 0,
+            f"router.init_scale={self.init_scale} must be positive: equal logits send all tokens to the same experts",
+        )
         factor = self.learning_rate_factor
         require(factor >= 0, f"router.learning_rate_factor={factor} must not be negative (0: frozen)")
         require(self.scale > 0, f"router.scale={self.scale} must be positive")
@@ -166,6 +174,14 @@ class RouterConfig:
             self.choice not in BLIND_CHOICES or not useless,
             f"router.choice={self.choice} does not ask the router, so these have nothing to act on: set "
             f"{', '.join(useless)} to 0",
+        )
+        require(
+            self.choice not in BLIND_CHOICES or self.score == "softmax_chosen",
+            f"router.choice={self.choice} weighs all experts alike: router.score={self.score} has no effect, leave it out",
+        )
+        require(
+            self.load_balance.scope != "sequence" or not self.sequence_loss_weight,
+            "router.load_balance.scope=sequence and router.sequence_loss_weight are one loss: add the weights up",
         )
         require(
             self.choice != "expert_choice" or not (self.load_balance.weight or self.sequence_loss_weight),

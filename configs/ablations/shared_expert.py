@@ -14,5 +14,6 @@ from configs.ablations import balance
 def get_config() -> dict[str, Any]:
     ablation = balance.get_config()
     shared, chosen = {"model.num_shared_experts": 1}, "router.num_experts_per_token"
-    arms = {"none": {}, "one-of-two": {**shared, chosen: 1}, "beside": shared}
+    raw = {"router.score": "softmax", "router.renormalize": False}  # One weight that is always 1 teaches nothing.
+    arms = {"none": {}, "one-of-two": {**shared, chosen: 1, **raw}, "beside": shared}
     return {**ablation, "question": "Does a shared expert help?", "arms": arms, "reference": "none"}

@@ -16,7 +16,7 @@ _MODEL_KEYS = (
     "context_length",
 )  # fmt: skip
 _ROUTER_KEYS = (
-    "num_experts_per_token", "load_balance", "sequence_loss_weight", "z_loss_weight", "noise", "dtype", "init_scale",
+    "num_experts_per_token", "load_balance", "sequence_loss_weight", "z_loss_weight", "noise", "init_scale",
     "learning_rate_factor", "expert_dropout",
 )  # fmt: skip
 

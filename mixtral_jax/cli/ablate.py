@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from mixtral_jax.cli.ablation_routing import picture_routing
 from mixtral_jax.cli.ablation_run import train_run
@@ -48,11 +49,12 @@ def main(arguments: list[str]) -> int:
         run_flags = RunFlags(chosen[0].config, flags.config, flags.workdir, read_process_flags(flags))
         workdir = choose_workdir(run_flags, processes)
         _check_saved(ablation, workdir)
-        _check_arms(ablation)
-        with _compiled_once():
+        if not flags.report_only:
+            _check_arms(ablation)
+        with _compiled_once(processes):
             if not flags.report_only and _train(chosen, run_flags, workdir, processes, stop) == "stopped":
                 return EXIT_CODES["stopped"]
-            return _report(ablation, chosen, workdir, processes)
+            return _report(ablation, chosen, workdir, processes, asks_models=not flags.report_only)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -137,28 +139,40 @@ def _train(runs: list[ArmRun], flags: RunFlags, workdir: Path, processes: Proces
 
 
 @contextlib.contextmanager
-def _compiled_once() -> Iterator[None]:
+def _compiled_once(processes: Processes) -> Iterator[None]:
     """Keeps what is compiled within, since seeds of an arm are one program; unless the environment says where to.
 
-    Not for longer: another machine may not know this one's instructions.
+    Not for longer: another machine may not know this one's instructions. Not with several processes, of which jax lets
+    the first alone write, and which must compile alike.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if processes.count > 1 or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         yield
         return
+    shortest = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, shortest)
     with tempfile.TemporaryDirectory(prefix="mixtral_jax-compiled-") as folder:
         jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-        yield
-        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update(shortest, 0.3)
+        try:
+            yield
+        finally:
+            jax.config.update("jax_compilation_cache_dir", None)
+            jax.config.update(shortest, before)
+            compilation_cache.reset_cache()
 
 
-def _report(ablation: Ablation, chosen: list[ArmRun], workdir: Path, processes: Processes) -> int:
-    """Writes the report; the exit code of the whole: 1 if a run has failed that was to be trained here."""
-    pictures = picture_routing(ablation, workdir, processes)
-    if processes.index:
-        return 0
-    # Of tasks that end together, the last one to read sees the runs of all.
-    with one_at_a_time(workdir / "report"):
+def _report(ablation: Ablation, chosen: list[ArmRun], workdir: Path, processes: Processes, *, asks_models: bool) -> int:
+    """Writes the report; the exit code of the whole: 1 if a run has failed that was to be trained here.
+
+    At first without what models must be asked for: should that fail, all that was measured is there.
+    """
+    # Of tasks that end together, the last one to look sees the runs of all.
+    with one_at_a_time(workdir / "report") if processes.index == 0 else contextlib.nullcontext():
+        if processes.index == 0:
+            write_report(read_results(ablation, workdir), workdir / "report")
+        pictures = picture_routing(ablation, workdir, processes) if asks_models else []
+        if processes.index:
+            return 0
         results = read_results(ablation, workdir)
         page = write_report(results, workdir / "report", pictures)
     _say_status(results)

@@ -13,7 +13,7 @@ import numpy as np
 
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.model.balance import RoutingSums, add_sums
-from mixtral_jax.model.routing_metrics import router_metrics
+from mixtral_jax.model.routing_metrics import name_metrics, router_metrics
 from mixtral_jax.model.transformer import ModelOutput
 from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.train.loss import cross_entropy
@@ -80,17 +80,14 @@ def make_evaluator(
         sums = functools.reduce(operator.add, (sum_batch(model, b) for b in batches))
         nats, tokens, num_bytes = float(sums.nats), int(sums.tokens), int(sums.bytes)
         loss = nats / tokens
-        routing = {
-            f"eval/router/{name}": jnp.mean(value, axis=0).tolist()
-            for name, value in router_metrics(sums.routing).items()
-        }
+        routing = jax.device_get(name_metrics(router_metrics(sums.routing), "eval/"))
         return {
             "eval/loss": loss,
             "eval/perplexity": math.exp(min(loss, 700.0)),
             "eval/bits_per_byte": nats / math.log(2) / max(num_bytes, 1),
             "eval/tokens": tokens,
             **{f"eval/bits_per_byte_{name}": value for name, value in (baselines or {}).items()},
-            **routing,
+            **{name: value.tolist() for name, value in routing.items()},
         }
 
     return evaluate

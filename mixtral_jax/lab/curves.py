@@ -22,6 +22,8 @@ _BALANCE_PANELS = {
     "router/gate_entropy": "gate entropy of a token\n(1 = undecided)",
     "router/min_load": "load of the idlest expert\n(1 = even share)",
     "router/dropped_fraction": "dropped routes\n(fraction of all)",
+    "router/logit_rms": "size of the logits\n(root mean square)",
+    "router/bias_range": "range of the balance bias\n(score units)",
 }
 
 

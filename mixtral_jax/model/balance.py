@@ -46,7 +46,8 @@ def sum_routing(
     real_BT1 = is_real_BT.astype(jnp.float32)[..., None]
     is_route_BTAE = experts_BTA[..., None] == jnp.arange(E)[None, None, None]
     load_BE = jnp.sum(is_route_BTAE & is_chosen_BTA[..., None], axis=(1, 2), dtype=jnp.float32)
-    probability_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True) * real_BT1
+    total_BT1 = jnp.maximum(jnp.sum(scores_BTE, axis=-1, keepdims=True), 1e-20)  # Sigmoids may all underflow.
+    probability_BTE = scores_BTE / total_BT1 * real_BT1
     probability_BE = jnp.sum(probability_BTE, axis=1)
     routes_B1 = jnp.maximum(jnp.sum(load_BE, axis=-1, keepdims=True), 1)
     logits_BTE = jnp.where(real_BT1 > 0, logits_BTE, 0)

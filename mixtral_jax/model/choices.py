@@ -23,7 +23,7 @@ class Candidates:
     """What there is to choose by.
 
     `preference_BTE` is what a top-k takes the largest of: logits, or scores with the balance bias. `scores_BTE` are
-    positive, with the bias but for it. `salt` is a number of this layer and step in training, 0 in all else.
+    scores plus that bias; without one they are positive. `salt` is a number of this layer and step in training, else 0.
     """
 
     preference_BTE: jax.Array
@@ -58,12 +58,13 @@ def choose_top_k(candidates: Candidates, router: RouterConfig) -> Chosen:
 def choose_within_groups(candidates: Candidates, router: RouterConfig) -> Chosen:
     """Top-k within each token's best groups of experts, which bounds the devices that it travels to.
 
-    Experts stand in `num_groups` equal groups; a group is worth the sum of its two best scores, bias included
-    (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    Experts stand in `num_groups` equal groups; a group is worth the sum of its best scores, bias included, as many as
+    are chosen in each on average (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
     """
     B, T, E = candidates.scores_BTE.shape
     grouped_BTGe = candidates.scores_BTE.reshape(B, T, router.num_groups, -1)
-    best_BTGe, _ = jax.lax.top_k(grouped_BTGe, min(2, grouped_BTGe.shape[-1]))
+    num_best = max(1, router.num_experts_per_token // router.groups_per_token)
+    best_BTGe, _ = jax.lax.top_k(grouped_BTGe, min(num_best, grouped_BTGe.shape[-1]))
     _, groups_BTg = jax.lax.top_k(jnp.sum(best_BTGe, axis=-1), router.groups_per_token)
     group_E = jnp.arange(E) // (E // router.num_groups)
     is_open_BTE = jnp.any(groups_BTg[..., None] == group_E[None, None, None], axis=2)
@@ -119,7 +120,7 @@ def choose_at_random(candidates: Candidates, router: RouterConfig) -> Chosen:
 
 
 def choose_in_turn(candidates: Candidates, router: RouterConfig) -> Chosen:
-    """Position p takes experts k p to k p + k - 1, modulo E: perfectly even, and knows nothing of the token."""
+    """Position p takes experts k p to k p + k - 1, modulo E: even over E positions, and knows nothing of the token."""
     k = router.num_experts_per_token
     turn_BTA = candidates.tokens.positions_BT[..., None] * k + jnp.arange(k)[None, None]
     return Chosen(turn_BTA % candidates.num_experts)

@@ -30,10 +30,10 @@ class BalanceBias(nnx.Variable):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """One layer's decision. Padding and routes over capacity are chosen, but not kept."""
+    """One layer's decision. Padding is not kept, and neither are routes over capacity or those nobody chose."""
 
     logits_BTE: jax.Array  # float32, raw
-    experts_BTA: jax.Array  # int32, best first
+    experts_BTA: jax.Array  # int32, best first where tokens choose
     weights_BTA: jax.Array  # float32
     is_kept_BTA: jax.Array  # bool
     sums: RoutingSums
@@ -63,8 +63,8 @@ class Router(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> Routing:
         rows = self.rules.spec("batch", None, None)
-        x_BTD = jitter(x_BTD, self.config.noise, self.training_key, rows)
-        logits_BTE = self.gate(x_BTD.astype(self.config.dtype), rows).astype(jnp.float32)
+        x_BTD = jitter(x_BTD.astype(self.config.dtype), self.config.noise, self.training_key, rows)
+        logits_BTE = self.gate(x_BTD, rows).astype(jnp.float32)
         noisy_BTE = add_noise(logits_BTE, self.config.noise, self.training_key, rows)
         scores_BTE = jax.nn.sigmoid(noisy_BTE) if self.config.score == "sigmoid" else jax.nn.softmax(noisy_BTE)
         # Per device, since no sequence needs another: gathers and sorts would ask for their sharding.

@@ -37,6 +37,15 @@ def router_metrics(sums: RoutingSums) -> dict[str, jax.Array]:
     }
 
 
+def name_metrics(figures: dict[str, jax.Array], prefix: str = "") -> dict[str, jax.Array]:
+    """Figures, each [L, ...], by the names they are logged under: means over layers and, `layer_NN/`, each."""
+    named = {}
+    for name, value_L in figures.items():
+        named[f"{prefix}router/{name}"] = jnp.mean(value_L, axis=0)
+        named |= {f"{prefix}router/layer_{layer:02d}/{name}": value for layer, value in enumerate(value_L)}
+    return named
+
+
 def max_violation(load_LE: jax.Array) -> jax.Array:
     """max n_e / mean n_e - 1 of each layer (arXiv 2408.15664, eq. 4); 0 where there is no load."""
     total_L = jnp.sum(load_LE, axis=-1)

@@ -14,7 +14,7 @@ from flax import nnx
 from mixtral_jax.config import BalanceBiasConfig, RouterConfig
 from mixtral_jax.model.balance import RoutingSums, add_sums, next_bias
 from mixtral_jax.model.router import BalanceBias
-from mixtral_jax.model.routing_metrics import max_violation, router_metrics
+from mixtral_jax.model.routing_metrics import max_violation, name_metrics, router_metrics
 from mixtral_jax.model.transformer import ModelOutput
 from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.train.loss import LossParts, StepTotals, sum_losses
@@ -132,14 +132,11 @@ def step_metrics(parts: LossParts, figures_of_layers: Metrics) -> Metrics:
 
     `figures_of_layers`, each [L], are router metrics that know of more than this step's routes.
     """
-    metrics = {
+    return {
         "loss": parts.loss,
         "total_loss": parts.total_loss,
         "load_balance_loss": parts.load_balance_loss,
         "sequence_balance_loss": parts.sequence_balance_loss,
         "router_z_loss": parts.router_z_loss,
+        **name_metrics(router_metrics(parts.routing) | figures_of_layers),
     }
-    for name, value_L in (router_metrics(parts.routing) | figures_of_layers).items():
-        metrics[f"router/{name}"] = jnp.mean(value_L, axis=0)
-        metrics |= {f"router/layer_{layer:02d}/{name}": value_L[layer] for layer in range(value_L.shape[0])}
-    return metrics

@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sigmoid": {"score": "sigmoid"}, "sigmoid, scaled": {"score": "sigmoid", "renormalize": False, "scale": 2.5},
     "bias": BIAS, "sigmoid and bias": {"score": "sigmoid", **BIAS},
     "groups": GROUPS, "groups and bias": {**GROUPS, **BIAS}, "groups of one": {**GROUPS, "num_groups": 8},
+    "best two of groups": {**GROUPS, "num_groups": 2, "groups_per_token": 1},
     "sinkhorn": {"choice": "sinkhorn"}, "expert choice": EXPERT_CHOICE,
     "hash": {"choice": "hash", **NO_LOSS}, "random": {"choice": "random", **NO_LOSS},
     "uniform": {"choice": "uniform", **NO_LOSS}, "dense": {"choice": "dense", "num_experts_per_token": 8, **NO_LOSS},
@@ -100,7 +101,8 @@ def choose(config: Config, logits: np.ndarray, scores: np.ndarray, bias: np.ndar
         value = scores[b, t] + bias
         if router.choice == "group_limited":
             groups = value.reshape(router.num_groups, -1)
-            worth = np.sort(groups, axis=1)[:, -2:].sum(axis=1)
+            num_best = max(1, k // router.groups_per_token)
+            worth = np.sort(groups, axis=1)[:, -num_best:].sum(axis=1)
             closed = np.setdiff1d(np.arange(router.num_groups), best(worth, router.groups_per_token))
             groups[closed] = -np.inf
         if router.choice == "uniform":
@@ -292,7 +294,13 @@ def test_the_router_computes_and_begins_as_asked() -> None:
     ({"choice": "expert_choice"}, {}, ["no sum to divide by", "renormalize=False"]),
     ({**EXPERT_CHOICE, "load_balance__weight": 0.01}, {}, ["balanced by construction"]),
     ({**EXPERT_CHOICE, **BIAS}, {}, ["router.bias"]),
-    (EXPERT_CHOICE, {"dispatch__capacity_factor": 1.0}, ["fills every expert alike", "None"]),
+    (EXPERT_CHOICE, {"dispatch__capacity_factor": 1.0}, ["how much each expert gets", "None"]),
+    ({"choice": "dense", **NO_LOSS, "num_experts_per_token": 8}, {"dispatch__eval_capacity_factor": 4.0}, ["to None"]),
+    ({"choice": "hash", **NO_LOSS, "score": "sigmoid"}, {}, ["weighs all experts alike"]),
+    ({"load_balance__scope": "global", "load_balance__weight": 0}, {}, ["use micro"]),
+    ({"load_balance__scope": "sequence", "sequence_loss_weight": 0.1}, {}, ["add the weights up"]),
+    ({"init_scale": 0}, {}, ["must be positive"]),
+    (BIAS, {"finetune": {}}, ["router.bias.update_rate"]),
     ({"choice": "hash"}, {}, ["router.load_balance.weight=0.01", "router.z_loss_weight=0.001", "to 0"]),
     ({"choice": "hash", **NO_LOSS, "noise__gumbel": 1}, {}, ["router.noise.gumbel=1.0"]),
     ({"choice": "dense", **NO_LOSS}, {}, ["set model.num_experts=2"]),
