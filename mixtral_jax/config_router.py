@@ -177,7 +177,7 @@ class RouterConfig:
         )
         require(
             self.choice not in BLIND_CHOICES or self.score == "softmax_chosen",
-            f"router.choice={self.choice} weighs all experts alike: router.score={self.score} has no effect, leave it out",
+            f"router.choice={self.choice} weighs all experts alike, so leave out router.score={self.score}",
         )
         require(
             self.load_balance.scope != "sequence" or not self.sequence_loss_weight,

@@ -35,6 +35,9 @@ from mixtral_jax.lab.routing_analysis import RoutedText, RoutingAnalysis, analyz
 from mixtral_jax.parallel.processes import Processes, join_processes
 from mixtral_jax.pretrained import Dtype, Pretrained, load_pretrained
 
+# Rows of other data that are routed unless more are asked for: routes of all are kept until they are counted.
+_NUM_SEQUENCES = 256
+
 
 def main(arguments: list[str]) -> int:
     """`analyze --checkpoint DIR [--data.path=F] [--json] [--to DIR]`."""
@@ -55,6 +58,7 @@ def main(arguments: list[str]) -> int:
             _make_folder(folder)
         loaded = open_model(model, processes)
         task = plan_task(flags, data, loaded)
+        task = dataclasses.replace(task, num_sequences=task.num_sequences or _NUM_SEQUENCES)
         earlier = find_earlier(run, step, model.dtype, loaded.mesh) if run and step is not None else {}
         start = time.monotonic()
         analysis = analyze_text(loaded, task, processes, earlier=earlier)

@@ -82,7 +82,8 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     add_flags("--chat", action="store_true", help="the data are conversations; `evaluate` scores the answers alone")
     add_flags("--part", choices=get_args(Part), help="by default all; of a run's own data, what it held out")
     add_flags("--sequence_length", type=int, help="of a row; by default the run's own, or 2048")
-    add_flags("--num_sequences", type=int, help="of rows, spread evenly; by default all, or what the run evaluates on")
+    add_flags("--num_sequences", type=int, help="of rows, spread evenly; by default what the run evaluates on, or of "
+              "other data all (`analyze`: 256)")  # fmt: skip
     parser.epilog = f"{parser.epilog}; --data.path=F and other --data.KEY=VALUE name the data, as in training"
 
 

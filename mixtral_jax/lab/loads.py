@@ -46,7 +46,7 @@ def draw_loads(results: Results) -> Picture | None:
 def read_loads(record: RunRecord) -> np.ndarray | None:
     """Load of layer, expert and time, relative to an even share; neighbouring lines are averaged into columns."""
     names = sorted({name for line in record.lines for name in line if name.startswith("router/layer_")})
-    names = [name for name in names if name.endswith("/load")]
+    names = [name for name in sorted(names, key=len) if name.endswith("/load")]  # Layer 100 comes after layer 11.
     if not names:
         return None
     load_LNE = np.stack([record.series(name)[1] for name in names])

@@ -41,8 +41,8 @@ class Picture:
 
     @property
     def name(self) -> str:
-        """The title as the name of a file, without ending."""
-        return re.sub(r"[^a-z0-9]+", "_", self.title.lower()).strip("_")
+        """The title as the name of a file, without ending; names of arms stay as they are, and so apart."""
+        return re.sub(r"[^A-Za-z0-9.+=-]+", "_", self.title[:1].lower() + self.title[1:]).strip("_")
 
     @property
     def alt(self) -> str:
