@@ -17,18 +17,8 @@ def get_config() -> dict[str, Any]:
     def choice(name: str, **keys: object) -> dict[str, object]:
         return {"router.choice": name, "router.load_balance.weight": 0.0, **keys}
 
-    raw = {"router.score": "softmax", "router.renormalize": False}
-    arms = {
-        "token-choice": {},
-        "expert-choice": choice("expert_choice", **raw),
-        "sinkhorn": choice("sinkhorn"),
-        "hash": choice("hash"),
-        "random": choice("random"),
-        "dense": choice("dense", **{"model.num_experts": 2}),
-    }
-    return {
-        **ablation,
-        "question": "Should tokens choose experts, or experts tokens?",
-        "arms": arms,
-        "reference": "token-choice",
-    }
+    by_expert = choice("expert_choice", **{"router.score": "softmax", "router.renormalize": False})
+    arms = {"token-choice": {}, "expert-choice": by_expert, "dense": choice("dense", **{"model.num_experts": 2})}
+    arms |= {name: choice(name) for name in ("sinkhorn", "hash", "random")}
+    question = "Should tokens choose experts, or experts tokens?"
+    return {**ablation, "question": question, "arms": arms, "reference": "token-choice"}

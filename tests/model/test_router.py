@@ -93,12 +93,28 @@ def best(values: np.ndarray, k: int) -> np.ndarray:
     return np.argsort(-values, axis=-1, kind="stable")[..., :k]
 
 
+def hashed(expert: int, *numbers: int) -> float:
+    """MurmurHash3's final mix of each number, salted with what came before."""
+    mixed = expert
+    for number in numbers:
+        mixed = (mixed * 0x9E3779B9 + number) % 2**32
+        mixed = (mixed ^ mixed >> 16) * 0x85EBCA6B % 2**32
+        mixed = (mixed ^ mixed >> 13) * 0xC2B2AE35 % 2**32
+        mixed ^= mixed >> 16
+    return (mixed >> 8) / 2**24
+
+
 def choose(config: Config, logits: np.ndarray, scores: np.ndarray, bias: np.ndarray, tokens: Tokens) -> np.ndarray:
     """Which experts each token takes, bool [B, T, E], by the formula of the choice."""
     router, real = config.router, np.asarray(tokens.segment_ids_BT) > 0
     k, taken = router.num_experts_per_token, np.zeros((B, T, E), bool)
+    salt = int(jax.random.bits(jax.random.key(5), dtype=jnp.uint32))  # Of the training key of `make_layer`.
     for b, t in itertools.product(range(B), range(T)):
         value = scores[b, t] + bias
+        numbers = [int(of_tokens[b, t]) for of_tokens in (tokens.ids_BT, tokens.positions_BT)]
+        if router.choice in ("hash", "random"):
+            salted = numbers[:1] if router.choice == "hash" else [*numbers, salt]
+            taken[b, t, best(np.array([hashed(e, *salted) for e in range(E)]), k)] = True
         if router.choice == "group_limited":
             groups = value.reshape(router.num_groups, -1)
             num_best = max(1, k // router.groups_per_token)
@@ -158,9 +174,8 @@ def test_an_option_is_its_formula_on_a_mesh(options: dict[str, Any]) -> None:
     logits = x @ gate
     np.testing.assert_allclose(routing.logits_BTE, logits, atol=1e-5)
     taken = taken_by(routing)
-    if config.router.choice not in ("hash", "random"):
-        expected_choice = choose(config, logits, np.asarray(scores_of(config, logits)), bias, tokens)
-        np.testing.assert_array_equal(taken, expected_choice)
+    expected_choice = choose(config, logits, np.asarray(scores_of(config, logits)), bias, tokens)
+    np.testing.assert_array_equal(taken, expected_choice)
 
     def loss(gate, x):
         logits = x @ gate

@@ -147,6 +147,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "router__choice": "group_limited", "router__num_groups": 4, "router__groups_per_token": 2,
         "dispatch__capacity_factor": 1.25, "dispatch__drop": "position",
     },
+    "hash, drop by weight": {
+        "router__choice": "hash", "router__load_balance__weight": 0.0, "router__z_loss_weight": 0.0,
+        "dispatch__capacity_factor": 1.0,
+    },
     "sinkhorn, noise": {"router__choice": "sinkhorn", "router__noise__jitter": 0.1, "router__noise__gumbel": 0.5},
     "expert choice, dropout": {
         "router__choice": "expert_choice", "router__score": "softmax", "router__renormalize": False,
