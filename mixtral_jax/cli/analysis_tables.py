@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mixtral_jax.cli.plan_tables import make_table
-from mixtral_jax.lab.routing_analysis import RoutingAnalysis, Saturation
+from mixtral_jax.lab.routing_analysis import RoutingAnalysis, Saturation, pick_layers
 from mixtral_jax.lab.specialization import LabelShares, VocabularyShares
 
 _NUM_STRONGEST, _MOST_LAYERS, _MOST_EXPERTS, _MOST_TOKENS = 5, 3, 16, 6
@@ -66,7 +66,7 @@ def _largest(coactivation_LEE: np.ndarray) -> np.ndarray:
 def _tabulate_saturation(saturation: Saturation) -> Table:
     """A row a step, a column for each of at most twelve layers."""
     L = saturation.share_SL.shape[1]
-    layers = sorted({round(place) for place in np.linspace(0, L - 1, min(L, 12))})
+    layers = pick_layers(L, 12)
     table = make_table("saturation: step", *(f">layer {layer}" for layer in layers), ">mean")
     for step, share_L in zip(saturation.steps, saturation.share_SL, strict=True):
         table.add_row(f"{step:,}", *(_percent(share_L[layer]) for layer in layers), _percent(share_L.mean()))
@@ -93,7 +93,7 @@ def _print_tokens(vocabulary: VocabularyShares, console: Console) -> None:
         return
     L = len(vocabulary.top_tokens)
     table = make_table("layer", ">expert", f"first choice of (of {vocabulary.num_ids:,} ids)")
-    for layer in sorted({round(place) for place in np.linspace(0, L - 1, min(L, _MOST_LAYERS))}):
+    for layer in pick_layers(L, _MOST_LAYERS):
         for expert, tokens in enumerate(vocabulary.top_tokens[layer][:_MOST_EXPERTS]):
             named = (f"{_show(token.piece)} [dim]{token.share:.0%}[/]" for token in tokens[:_MOST_TOKENS])
             table.add_row(str(layer), str(expert), "  ".join(named))

@@ -85,7 +85,8 @@ def analyze_run(workdir: Path, mesh: jax.sharding.Mesh, processes: Processes, *,
     Raises:
         ConfigError: there is no checkpoint, or what reading the data raises.
     """
-    run, step = read_run(workdir), _find_step(workdir, read_run(workdir))
+    run = read_run(workdir)
+    step = _find_step(workdir, run)
     if run is None or step is None:
         raise ConfigError(f"{workdir} is no run that has saved a checkpoint")
     loaded = load_pretrained(workdir, mesh=mesh)

@@ -34,13 +34,6 @@ def draw(title: str, words: str, paint: Callable[[Figure], object], *, height: f
     return Picture(title, words, figure)
 
 
-def pick_layers(num_layers: int, most: int) -> list[int]:
-    """At most so many layers, the first and the last among them, as evenly spread as can be."""
-    if num_layers <= most:
-        return list(range(num_layers))
-    return sorted({round(place * (num_layers - 1) / (most - 1)) for place in range(most)})
-
-
 def mark_layers(axes: Axes, num_layers: int, *, vertical: bool = False) -> None:
     """Whole numbers on the axis of the layers, which are counted from 0."""
     shown = range(0, num_layers, math.ceil(num_layers / 16))

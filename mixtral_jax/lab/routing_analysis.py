@@ -185,6 +185,13 @@ def find_coactivation(together_LEE: np.ndarray) -> np.ndarray:
     return np.where(np.eye(together_LEE.shape[-1], dtype=bool), np.nan, probability_LEE)
 
 
+def pick_layers(num_layers: int, most: int) -> list[int]:
+    """At most so many layers, the first and the last among them, as evenly spread as can be."""
+    if num_layers <= most:
+        return list(range(num_layers))
+    return sorted({round(place * (num_layers - 1) / (most - 1)) for place in range(most)})
+
+
 def chance_of_common(num_experts: int, num_experts_per_token: int) -> float:
     """That two tokens that choose k of E experts at random have one in common: 1 - C(E - k, k) / C(E, k)."""
     E, k = num_experts, num_experts_per_token

@@ -11,8 +11,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-from mixtral_jax.lab.figures import CHANCE, HEAT, draw, mark_layers, mark_shares, pick_layers, shade
-from mixtral_jax.lab.routing_analysis import RoutingAnalysis
+from mixtral_jax.lab.figures import CHANCE, HEAT, draw, mark_layers, mark_shares, shade
+from mixtral_jax.lab.routing_analysis import RoutingAnalysis, pick_layers
 from mixtral_jax.lab.specialization import LabelShares
 from mixtral_jax.lab.style import COLOURS, Picture
 

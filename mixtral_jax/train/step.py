@@ -54,7 +54,10 @@ def make_train_step(
             real=jnp.maximum(jnp.sum(batch.segment_ids > 0), 1).astype(jnp.float32),
         )
         if router.load_balance.scope == "global" and batch.tokens.shape[0] > 1:
-            count = lambda number, micro: forward(state.trained, number, micro).routing.sums  # noqa: E731
+
+            def count(number: jax.Array, micro: Batch) -> RoutingSums:
+                return forward(state.trained, number, micro).routing.sums
+
             totals = dataclasses.replace(totals, routing=_sum_over(count, add_sums, micro_batches))
 
         def value_and_grad(number: jax.Array, micro: Batch) -> tuple[LossParts, nnx.State]:

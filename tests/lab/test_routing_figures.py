@@ -5,9 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mixtral_jax.lab.figures import pick_layers
 from mixtral_jax.lab.route_counts import RouteCounts
-from mixtral_jax.lab.routing_analysis import Flips, Saturation, summarize
+from mixtral_jax.lab.routing_analysis import Flips, Saturation, pick_layers, summarize
 from mixtral_jax.lab.routing_figures import make_figures
 
 V = 30
