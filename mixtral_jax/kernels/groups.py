@@ -1,8 +1,9 @@
-"""Rows that are sorted by expert: how many each has."""
+"""Rows that are sorted by expert: how many each has, and how they are weighed."""
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 
 @jax.tree_util.register_dataclass
@@ -16,3 +17,9 @@ class RowGroups:
 
     rows_per_expert_E: jax.Array
     balanced_rows: int = dataclasses.field(metadata={"static": True})
+
+
+def weigh(x_RX: jax.Array, weight_R1: jax.Array, groups: RowGroups) -> jax.Array:
+    """Rows times their weights; those past the last expert's become zero, whatever they held."""
+    is_used_R1 = (jnp.arange(len(x_RX)) < jnp.sum(groups.rows_per_expert_E))[:, None]
+    return jnp.where(is_used_R1, x_RX * weight_R1, 0).astype(x_RX.dtype)

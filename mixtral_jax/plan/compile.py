@@ -12,6 +12,7 @@ import numpy as np
 
 from mixtral_jax.config import Config, ConfigError
 from mixtral_jax.finetune.tunable import Tunable, make_tunable
+from mixtral_jax.kernels.chunks import count_balanced_chunks
 from mixtral_jax.model.dispatch.choose import choose_transport
 from mixtral_jax.model.transformer import ParameterCount, count_parameters
 from mixtral_jax.parallel.batch import Batch, batch_spec
@@ -70,6 +71,8 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
         options: dict[str, str | bool] = {"xla_tpu_no_crash_on_oom": True} if target.platform == "tpu" else {}
         compiled = traced.lower().compile(compiler_options=options)
     seconds = time.perf_counter() - start
+    routed_rows = count_routed_rows(config)
+    program = parse_program(compiled.as_text() or "", lambda loop: count_balanced_chunks(loop.op_name, routed_rows))
     memory = StepMemory(
         peak=peak_memory_bytes(compiled) or 0,
         parameters=_bytes_per_device((state.trained, state.frozen)),
@@ -77,7 +80,7 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
     )
     model: Any = state.model()
     return CompiledStep(
-        config=config, mesh=mesh, program=parse_program(compiled.as_text() or ""), traced=traced.jaxpr, memory=memory,
+        config=config, mesh=mesh, program=program, traced=traced.jaxpr, memory=memory,
         parameters=count_parameters(model), trained=count_parameters(model, tunable.trainable), seconds=seconds,
     )  # fmt: skip
 
@@ -85,9 +88,10 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
 def trace_grouped(config: Config, target: Target) -> Any:
     """The jaxpr of the same step with grouped matmuls as one operation each, for counting them.
 
-    `config` is that of a `CompiledStep`. Written as loops, they are as long as the routing makes them.
+    `config` is that of a `CompiledStep`. Written as loops, over blocks or over the chunks of a buffer with room to
+    spare, they are as long as the routing makes them.
     """
-    dispatch = dataclasses.replace(config.dispatch, grouped_matmul="ragged_dot")
+    dispatch = dataclasses.replace(config.dispatch, grouped_matmul="ragged_dot", buffer_factor=1.0)
     config = dataclasses.replace(config, dispatch=dispatch)
     mesh = make_mesh(config.mesh, target.devices)
     with _as_if_on(config, mesh):
@@ -113,6 +117,13 @@ def fit_mesh(config: Config, target: Target) -> Config:
         )
         reason, _, _ = str(error).partition(": ")  # Its advice is for the devices that are here.
         raise ConfigError(f"{reason}, so it does not fit the {count} devices of {name}; {advice}") from None
+
+
+def count_routed_rows(config: Config) -> int:
+    """Rows of a device's experts in a micro-batch if routing is even: as many as its own tokens send out."""
+    mesh, train = config.mesh, config.train
+    holders = (mesh.data or 1) * mesh.fsdp * (mesh.expert or 1)
+    return train.micro_batch_size * train.sequence_length // holders * config.router.num_experts_per_token
 
 
 @contextlib.contextmanager

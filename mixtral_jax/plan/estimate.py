@@ -8,7 +8,7 @@ import numpy as np
 
 from mixtral_jax.config import Config
 from mixtral_jax.plan.collectives import Collective, list_collectives
-from mixtral_jax.plan.compile import CompiledStep, StepMemory, compile_step, trace_grouped
+from mixtral_jax.plan.compile import CompiledStep, StepMemory, compile_step, count_routed_rows, trace_grouped
 from mixtral_jax.plan.flops import count_program_flops, count_traced_flops, model_flops_per_step
 from mixtral_jax.plan.roofline import Roofline, make_roofline, transfer_seconds
 from mixtral_jax.plan.topology import Target
@@ -88,7 +88,7 @@ def make_plan(config: Config, target: Target) -> Plan:
     """
     step = compile_step(config, target)
     config, topology = step.config, target.topology
-    routed_rows = _routed_rows(config)
+    routed_rows = count_routed_rows(config)
     collectives = list_collectives(step.program, dict(step.mesh.shape))
     seconds = [transfer_seconds(collective, topology, _coordinates(step, target)) for collective in collectives]
     model_flops = model_flops_per_step(config, step.parameters, step.trained)
@@ -126,13 +126,6 @@ def advise(config: Config, memory: StepMemory, hbm_bytes: int, num_devices: int)
     needed = math.ceil(num_devices * memory.peak / hbm_bytes)
     advice.append(f"a larger topology with a larger mesh.fsdp: of these bytes, {needed:,} devices have room")
     return advice
-
-
-def _routed_rows(config: Config) -> int:
-    """Rows of a device's experts in a micro-batch if routing is even: as many as its own tokens send out."""
-    mesh, train = config.mesh, config.train
-    holders = (mesh.data or 1) * mesh.fsdp * (mesh.expert or 1)
-    return train.micro_batch_size * train.sequence_length // holders * config.router.num_experts_per_token
 
 
 def _hardware_flops(step: CompiledStep, target: Target, routed_rows: int) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from mixtral_jax.config import Config
+from mixtral_jax.kernels.chunks import count_balanced_chunks
 from mixtral_jax.model.transformer import ParameterCount
 from mixtral_jax.plan.hlo import Array, Computation, Instruction, Program
 
@@ -61,12 +62,13 @@ def count_traced_flops(closed: Any, routed_rows: int, *, only_pallas: bool = Fal
     A Pallas kernel counts by its own cost estimate, or else as its body at every point of its grid: too
     much, if it skips some at run time. Grouped matmuls count the rows of a balanced routing.
     """
-    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
-    return _traced(jaxpr, routed_rows, only_pallas)
+    return _traced(closed.jaxpr, routed_rows, only_pallas)
 
 
 def _traced(jaxpr: Any, routed_rows: int, only_pallas: bool) -> int:
     total = 0
+    # At every level: jax does not look into the bodies of while loops.
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
         if name == "pallas_call":
@@ -77,11 +79,20 @@ def _traced(jaxpr: Any, routed_rows: int, only_pallas: bool) -> int:
             total += 0 if only_pallas else _traced_ragged_dot(eqn, routed_rows)
         else:
             inner = [_traced(sub, routed_rows, only_pallas) for sub in _inner_jaxprs(params)]
-            if name == "while" and any(inner):
-                raise ValueError("a loop with matmuls is as long as the data makes it: trace with ragged_dot instead")
-            times = params["length"] if name == "scan" else params["mesh"].size if name == "shard_map" else 1
-            total += times * (max(inner, default=0) if name == "cond" else sum(inner))
+            counted = max(inner, default=0) if name == "cond" else sum(inner)
+            total += _times(eqn, routed_rows) * counted if counted else 0
     return total
+
+
+def _times(eqn: Any, routed_rows: int) -> int:
+    """How often an operation runs what is inside it."""
+    if eqn.primitive.name == "while":
+        trips = count_balanced_chunks(str(eqn.source_info.name_stack), routed_rows)
+        if trips is None:
+            raise ValueError("a loop with matmuls is as long as the data makes it: trace with ragged_dot instead")
+        return trips
+    sizes = {"scan": lambda params: params["length"], "shard_map": lambda params: params["mesh"].size}
+    return sizes.get(eqn.primitive.name, lambda params: 1)(eqn.params)
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:

@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64,
@@ -94,10 +94,12 @@ class Program:
 
     computations: dict[str, Computation]
     entry: str
+    expected_trips: Callable[[Instruction], int | None] = lambda loop: None
 
     @functools.cached_property
     def executions(self) -> dict[str, int | None]:
-        """How often each computation runs in a step; None where a loop's length is known only at run time.
+        """How often each computation runs in a step; None where a loop's length is known only at run time, and
+        `expected_trips` does not tell it.
 
         Branches count as if all were taken. Those that only a reduction or a sort applies are left out.
         """
@@ -134,6 +136,7 @@ class Program:
     def _calls(self, computation: Computation, instruction: Instruction) -> Iterator[tuple[str, int | None]]:
         if instruction.opcode == "while":
             trips = self._trip_count(computation, instruction)
+            trips = self.expected_trips(instruction) if trips is None else trips
             yield from ((instruction.computation(role) or "", trips) for role in ("body", "condition"))
         elif instruction.opcode == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
@@ -166,8 +169,8 @@ class Program:
         return max(0, int(limit.operands[0]) - int(start.operands[0]))
 
 
-def parse_program(text: str) -> Program:
-    """Reads what `compiled.as_text()` writes."""
+def parse_program(text: str, expected_trips: Callable[[Instruction], int | None] = lambda loop: None) -> Program:
+    """Reads what `compiled.as_text()` writes. `expected_trips`, of a `while`, is asked where the text does not say."""
     computations: dict[str, Computation] = {}
     entry, current = "", {}
     for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
@@ -180,7 +183,7 @@ def parse_program(text: str) -> Program:
             instruction = _parse_instruction(line, start)
             current[instruction.name] = instruction
     assert entry, "the text has no ENTRY computation"
-    return Program(computations, entry)
+    return Program(computations, entry, expected_trips)
 
 
 def _parse_instruction(line: str, start: re.Match[str]) -> Instruction:

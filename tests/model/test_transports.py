@@ -31,6 +31,7 @@ EXPERTS = {"8 top-2": (8, 2), "8 top-1": (8, 1), "8 top-3": (8, 3), "16 top-2": 
 SETTINGS = {
     "transport": TRANSPORTS, "mesh": MESHES, "experts": EXPERTS, "capacity_factor": (None, 1.25),
     "padding": (False, True), "routing": ("random", "skewed", "all to one", "empty expert"),
+    "kernel": ("blocks", "ragged_dot"),  # The second, on a TPU the first choice, in chunks.
 }  # fmt: skip
 
 
@@ -172,13 +173,13 @@ def check_against_loop(got, expected_routes, weights, x, cotangent):
 
 @pytest.mark.parametrize(list(SETTINGS), _cases())
 def test_every_transport_computes_what_loops_over_experts_do(
-    transport, mesh, experts, capacity_factor, padding, routing
+    transport, mesh, experts, capacity_factor, padding, routing, kernel
 ):
     num_experts, k = EXPERTS[experts]
     x, cotangent, is_real, offsets = inputs(routing, padding, num_experts)
     weights = weights_of(experts, offsets)
     chosen, is_kept = decide(x, weights[0], k, is_real, capacity_factor)
-    got = run(mesh, experts, (transport, capacity_factor), x, cotangent, is_real, offsets)
+    got = run(mesh, experts, (transport, capacity_factor, None, kernel), x, cotangent, is_real, offsets)
     check_against_loop(got, (chosen, is_kept), weights, x, cotangent)
     sums = got[0][1][1].sums
     np.testing.assert_array_equal(got[0][1][1].is_kept_BTA, is_kept)

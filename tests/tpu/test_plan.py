@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @functools.cache
-def plan_of(topology: str, **overrides: int | str | float) -> Plan:
+def plan_of(topology: str, **overrides: int | str | float | None) -> Plan:
     """Of the default run, with keys of its sections changed."""
     mapping = load_config_file(ROOT / "configs/pretrain/tiny.py")
     for name, value in overrides.items():
@@ -69,9 +69,9 @@ def test_gradients_of_expert_weights_are_scattered_and_never_summed_whole() -> N
 
 
 def test_matmuls_of_the_program_are_those_of_a_count_by_hand() -> None:
-    # An expert each, and no room to spare: XLA:TPU makes the gradient of a weight over the whole buffer.
-    plan = plan_of("v5p:2x2x2", dispatch__buffer_factor=1.0)
-    assert plan.hardware_flops == flops_by_hand()
+    for buffer_factor in (1.0, None):  # Room for a balanced routing; for the worst, four times as much and never used.
+        plan = plan_of("v5p:2x2x2", dispatch__buffer_factor=buffer_factor)
+        assert plan.hardware_flops == flops_by_hand()
 
 
 def test_tokamax_is_planned_as_if_on_the_target_and_multiplies_no_empty_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,22 +93,22 @@ def test_tokamax_fills_no_standard_error() -> None:
 
 
 def flops_by_hand(rank: int = 0) -> int:
-    """Of the default run: layers forward, again, and twice for the gradients; the unembedding not again.
+    """Of the default run: layers forward, again, and twice for the gradients; what experts give and logits not again.
 
     With adapters of a rank on attention and experts, what is frozen has the gradients of its inputs alone.
     """
     D, F, N, K, H, E, A, T, V = 128, 256, 4, 2, 32, 8, 2, 128, 2048
     weights, attention = 2 * D * (2 * N * H + 2 * K * H) + 2 * D * E + 6 * D * F * A, 4 * N * H * T
     adapters = 2 * rank * (2 * (D + N * H) + 2 * (D + K * H) + 3 * (D + F) * A)
+    not_again = (2 * D * F + 2 * rank * D) * A
     times = 3 if rank else 4
-    return 16 * T * (4 * (times * weights + 4 * attention + 4 * adapters) + (times - 1) * 2 * D * V)
+    return 16 * T * (4 * (times * weights + 4 * attention + 4 * adapters - not_again) + (times - 1) * 2 * D * V)
 
 
 def test_tuning_adapters_takes_no_gradient_and_no_moments_of_frozen_weights() -> None:
     adapters = {"finetune__lora__rank": 8, "finetune__frozen_dtype": "bfloat16"}
-    plan = plan_of("v5p:2x2x2", dispatch__buffer_factor=1.0, **adapters)
-    full = plan_of("v5p:2x2x2", dispatch__buffer_factor=1.0)
-    assert plan.hardware_flops == pytest.approx(flops_by_hand(rank=8), rel=0.01)
+    plan, full = plan_of("v5p:2x2x2", **adapters), plan_of("v5p:2x2x2")
+    assert plan.hardware_flops == flops_by_hand(rank=8)
     assert plan.step.memory.parameters < 0.6 * full.step.memory.parameters
     assert plan.step.memory.optimizer < 0.2 * full.step.memory.optimizer
     assert plan.step.memory.peak < full.step.memory.peak

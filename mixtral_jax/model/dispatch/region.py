@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import P
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from mixtral_jax.kernels.groups import RowGroups
-from mixtral_jax.model.dispatch.rows import weigh
 from mixtral_jax.model.dispatch.transport import Transport
 from mixtral_jax.parallel.rules import AxisRules
 
@@ -29,7 +29,7 @@ class Dispatched:
 
 
 def dispatch(
-    experts: Callable[[jax.Array, RowGroups], jax.Array],
+    experts: Callable[[jax.Array, jax.Array, RowGroups], jax.Array],
     transport: Transport,
     num_experts: int,
     x_BTD: jax.Array,
@@ -40,7 +40,7 @@ def dispatch(
 ) -> Dispatched:
     """Sum over a token's kept experts of weight * expert(x).
 
-    `experts` is a pytree called as experts(x_RD, groups): its leaves, of leading dimension
+    `experts` is a pytree called as experts(x_RD, weight_R1, groups), which weighs too: its leaves, of leading dimension
     num_experts, are sharded over the `expert` axis, and gathered here over `fsdp`. `routes` are the
     experts, weights and keeping of a `Routing`, each [B, T, A]. jax checks which values differ between
     devices, unless kernels of others take part that do not say it (`is_checked=False`): same numbers.
@@ -59,8 +59,8 @@ def dispatch(
         arrival, journey = transport.out(x_MD, weights_MA, chosen_MA)
         arrival = jax.tree.map(lambda x: checkpoint_name(x, ARRIVED), arrival)
         whole = jax.tree.map(lambda weight, spec: _vary(_gather_fsdp(weight, spec), spread), experts, specs)
-        y_RD = whole(arrival.x_RD, RowGroups(arrival.rows_per_expert_E, balanced_rows=chosen_MA.size))
-        y_RD = weigh(y_RD, arrival.weight_R1, jnp.sum(arrival.rows_per_expert_E))
+        groups = RowGroups(arrival.rows_per_expert_E, balanced_rows=chosen_MA.size)
+        y_RD = whole(arrival.x_RD, arrival.weight_R1, groups)
         y_MD = transport.home(y_RD, journey)
         y_MD = jax.lax.psum(y_MD, "tensor") if "tensor" in spread else y_MD
         return y_MD.reshape(x_BTD.shape), jax.lax.psum(arrival.overflowed, batch)
@@ -74,10 +74,11 @@ def _gather_fsdp(weight: jax.Array, spec: P) -> jax.Array:
     """Whole along the dimension that `fsdp` cuts; the transpose is a reduce-scatter of the gradient."""
     for dimension, axes in enumerate(spec):
         if axes == "fsdp":
-            # Shards get a dimension of their own first. Of the transpose of a tiled gather, which scatters a dimension
-            # that stays, XLA:TPU makes an all-reduce of the whole gradient: twice the bytes.
-            shards = jax.lax.all_gather(weight, "fsdp", axis=dimension)
-            weight = jax.lax.collapse(shards, dimension, dimension + 2)
+            # Shards get a dimension of their own, the outermost in memory. Of the transpose of any other gather XLA:TPU
+            # makes an all-reduce of the whole gradient, twice the bytes of a reduce-scatter.
+            shards = jax.lax.all_gather(weight, "fsdp")
+            shards = with_layout_constraint(shards, Layout(tuple(range(shards.ndim))))
+            weight = jax.lax.collapse(jnp.moveaxis(shards, 0, dimension), dimension, dimension + 2)
     return weight
 
 

@@ -93,9 +93,3 @@ def sum_rows(y_RD: jax.Array, rows: RowMap) -> jax.Array:
 # Autodiff would make a scatter-add of each gather; that each is the other's transpose is known only here.
 copy_rows.defvjp(lambda x_MD, rows: (copy_rows(x_MD, rows), rows), lambda rows, dx_RD: (sum_rows(dx_RD, rows), None))
 sum_rows.defvjp(lambda y_RD, rows: (sum_rows(y_RD, rows), rows), lambda rows, dy_MD: (copy_rows(dy_MD, rows), None))
-
-
-def weigh(y_RD: jax.Array, weight_R1: jax.Array, num_used: jax.Array) -> jax.Array:
-    """Rows times their weights; those from `num_used` on become zero, whatever they held."""
-    is_used_R1 = (jnp.arange(len(y_RD)) < num_used)[:, None]
-    return jnp.where(is_used_R1, y_RD * weight_R1, 0).astype(y_RD.dtype)
