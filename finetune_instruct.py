@@ -37,7 +37,7 @@ def tune(flags: RunFlags, base: Base, processes: Processes, stop: StopSignal) ->
 
 def main(arguments: list[str]) -> int:
     flags = parse_tuning_flags(arguments, description=__doc__, default_config="instruct/tiny.py")
-    with join_processes(flags.run.launch) as processes, StopSignal(processes.count) as stop:
+    with join_processes(flags.run.launch) as processes, StopSignal(processes) as stop:
         workdir = choose_workdir(flags.run, processes)
         base = find_base(flags.run, workdir, processes, stop)
         if base is None:

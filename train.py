@@ -13,7 +13,7 @@ from mixtral_jax.train.loop import EXIT_CODES, StopSignal
 def main(arguments: list[str]) -> int:
     flags = parse_run_flags(arguments, description=__doc__, default_config="pretrain/tiny.py")
     require(flags.config.finetune is None, "the config has a section finetune: run finetune_instruct.py with it")
-    with join_processes(flags.launch) as processes, StopSignal(processes.count) as stop:
+    with join_processes(flags.launch) as processes, StopSignal(processes) as stop:
         return EXIT_CODES[pretrain(start_run(flags, processes), stop)]
 
 

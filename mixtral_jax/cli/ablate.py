@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     flags, rest = parser.parse_known_args(arguments)
     ablation = _read(flags, rest)
     chosen = ablation.select(flags.arm) if flags.arm else ablation.runs
-    with join_processes(read_process_flags(flags)) as processes, StopSignal(processes.count) as stop:
+    with join_processes(read_process_flags(flags)) as processes, StopSignal(processes) as stop:
         require_same(processes, "ablation", repr(ablation), ALIKE)
         run_flags = RunFlags(chosen[0].config, flags.config, flags.workdir, read_process_flags(flags))
         workdir = choose_workdir(run_flags, processes)

@@ -53,10 +53,12 @@ class Processes:
     code, wherever they are. With a single process the context does nothing.
     """
 
-    def __init__(self, index: int = 0, count: int = 1, client: Any = None):
+    def __init__(self, index: int = 0, count: int = 1, client: Any = None, preemption: Any = None):
         self.index = index
         self.count = count
         self._client = client
+        self._preemption = preemption
+        self._times_asked = 0
         self._rounds: collections.Counter[str] = collections.Counter()
         self._is_over = threading.Event()
         self._ending = threading.Lock()  # Whichever thread holds it ends the process.
@@ -89,6 +91,15 @@ class Processes:
             pause = min(2 * pause, 1.0)
         return [json.loads(said) for _, said in sorted(found, key=lambda pair: _last_part(pair[0]))]
 
+    def is_stopping(self) -> bool:
+        """Whether to stop now, as SIGTERM told one of several; on each, the same answer to the nth time it is asked.
+
+        jax lets all stop at the first number that none has asked about yet: numbers must grow by one, from 1, whatever
+        step a run goes on from, and however many runs follow each other.
+        """
+        self._times_asked += 1
+        return self._preemption is not None and self._preemption.reached_sync_point(self._times_asked)
+
     def __enter__(self) -> "Processes":
         if self._client is not None:
             self._watch.start()
@@ -101,6 +112,8 @@ class Processes:
             self.share("end", "")
             self._is_over.set()
             self._watch.join()
+            if self._preemption is not None:
+                self._preemption.shutdown()
             return
         self._is_over.set()
         self._ending.acquire()
@@ -186,7 +199,11 @@ def join_processes(launch: Launch) -> Processes:
                 f"cannot join the other processes: {reason}: give --coordinator, --num_processes and --process_id"
             ) from error
     state = distributed.global_state
-    return Processes(state.process_id, state.num_processes, state.client if state.num_processes > 1 else None)
+    if state.num_processes == 1:
+        return Processes()
+    # Ours alone from here on: Orbax asks it about steps, in between (see `Processes.is_stopping`).
+    preemption, state.preemption_sync_manager = state.preemption_sync_manager, None
+    return Processes(state.process_id, state.num_processes, state.client, preemption)
 
 
 def find_local_device_ids(environment: Mapping[str, str]) -> list[int] | None:

@@ -60,7 +60,7 @@ def one(folder):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    """The workdir of a run of two that was told to stop on the way, and started again."""
+    """The workdir of a run of two that was told to stop on the way, again while it starts, and then let go on."""
     (folder / "audit").mkdir()
     (folder / "audit" / "sitecustomize.py").write_text(AUDIT)
     workdir = folder / "two"
@@ -72,7 +72,14 @@ def two(folder):
     ends = finish_two(processes)
     assert [code for code, _, _ in ends] == [75, 75], ends
     stopped_after = lines_of(workdir)[-1]["step"]
-    assert 3 <= stopped_after < STEPS
+    assert 3 <= stopped_after < STEPS - 1
+    processes = start_two(folder, workdir, **audited)
+    assert processes[0].stdout.readline().startswith("workdir")
+    processes[1].send_signal(signal.SIGTERM)
+    ends = finish_two(processes)
+    assert [code for code, _, _ in ends] == [75, 75], ends
+    assert lines_of(workdir)[-1]["step"] - stopped_after in (0, 1)  # The signal may arrive while the step compiles.
+    stopped_after = lines_of(workdir)[-1]["step"]
     ends = finish_two(start_two(folder, workdir, **audited))
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert f"resuming after step {stopped_after} of {STEPS}" in ends[0][1]
