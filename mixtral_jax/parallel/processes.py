@@ -122,13 +122,21 @@ class Processes:
             # Such as the error of a collective that broke off when another process ended: not the cause.
             self._print_and_leave(others[0])
         stop = _describe(error)
-        self._tell(_Stop(f"process {self.index} on {socket.gethostname()} stopped: {stop.line}", stop.code))
+        self._tell(stop)
         if stop.code == 1 and not isinstance(error, SystemExit):
             traceback.print_exception(error)
             self._leave(stop.code)
         self._print_and_leave(stop)
 
+    def refuse(self, error: ConfigError) -> None:
+        """Ends all, since this one was started wrongly, and has said so itself; returns where it is alone."""
+        if self._client is not None:
+            stop = _describe(error)
+            self._tell(stop)
+            self._leave(stop.code)
+
     def _tell(self, stop: _Stop) -> None:
+        stop = _Stop(f"process {self.index} on {socket.gethostname()} stopped: {stop.line}", stop.code)
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # Process 0 is gone, and its messages with it.
             self._client.key_value_set(f"{_ROOT}/stop/{self.index}", json.dumps(dataclasses.asdict(stop)))
 
@@ -162,18 +170,19 @@ class Processes:
         os._exit(code)
 
 
-def join_processes(launch: Launch) -> Processes:
+def join_processes(launch: Launch, code_if_alone: int = 1) -> Processes:
     """Joins the other processes of the run: those that the flags name, or that jax finds by itself.
 
     jax knows Slurm, Open MPI, Cloud TPU and others by their environment; where it finds none, this process is
-    alone. Call before jax first touches a device.
+    alone. Call before jax first touches a device. If not all come in time, this process ends with a line and
+    `code_if_alone`.
 
     Raises:
         ConfigError: the processes cannot meet as they were told to.
-        SystemExit: code 1, with a line; not all came in time.
+        SystemExit: code 1, with a line; process 0 did not come in time.
     """
     seconds = JOIN_SECONDS if launch.coordinator is None else require_reachable(launch)
-    with _exit_after(seconds, launch):
+    with _exit_after(seconds, launch, code_if_alone):
         try:
             jax.distributed.initialize(
                 launch.coordinator,
@@ -216,8 +225,8 @@ def find_local_device_ids(environment: Mapping[str, str]) -> list[int] | None:
 
 
 @contextlib.contextmanager
-def _exit_after(seconds: float, launch: Launch) -> Iterator[None]:
-    """Ends the process with a line and code 1 if the block takes longer, even where it never returns to Python."""
+def _exit_after(seconds: float, launch: Launch, code: int) -> Iterator[None]:
+    """Ends the process with a line and `code` if the block takes longer, even where it never returns to Python."""
 
     def give_up() -> None:
         scheduler = find_scheduler()
@@ -229,7 +238,7 @@ def _exit_after(seconds: float, launch: Launch) -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)
+        os._exit(code)
 
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True
