@@ -12,7 +12,7 @@ from mixtral_jax.cli.flags import RunFlags, run_command
 from mixtral_jax.cli.open_base import Base
 from mixtral_jax.cli.open_chat import open_chat
 from mixtral_jax.cli.seeds import Tuned, choose_best, parse_tuning_flags
-from mixtral_jax.cli.start import choose_workdir, describe_run, start_run
+from mixtral_jax.cli.start import choose_workdir, describe_run, start_run, tell_others
 from mixtral_jax.cli.training import train_model
 from mixtral_jax.parallel.processes import Processes, join_processes
 from mixtral_jax.train.loop import EXIT_CODES, StopSignal
@@ -36,8 +36,9 @@ def tune(flags: RunFlags, base: Base, processes: Processes, stop: StopSignal) ->
 
 
 def main(arguments: list[str]) -> int:
-    flags = parse_tuning_flags(arguments, description=__doc__, default_config="instruct/tiny.py")
-    with join_processes(flags.run.launch) as processes, StopSignal(processes.count) as stop:
+    with tell_others(arguments):
+        flags = parse_tuning_flags(arguments, description=__doc__, default_config="instruct/tiny.py")
+    with join_processes(flags.run.launch) as processes, StopSignal(processes) as stop:
         workdir = choose_workdir(flags.run, processes)
         base = find_base(flags.run, workdir, processes, stop)
         if base is None:

@@ -3,7 +3,7 @@
 The same --workdir again resumes. What a run is, from top to bottom: `mixtral_jax/cli/training.py`."""
 
 from mixtral_jax.cli.flags import parse_run_flags, run_command
-from mixtral_jax.cli.start import start_run
+from mixtral_jax.cli.start import start_run, tell_others
 from mixtral_jax.cli.training import pretrain
 from mixtral_jax.config import require
 from mixtral_jax.parallel.processes import join_processes
@@ -11,9 +11,10 @@ from mixtral_jax.train.loop import EXIT_CODES, StopSignal
 
 
 def main(arguments: list[str]) -> int:
-    flags = parse_run_flags(arguments, description=__doc__, default_config="pretrain/tiny.py")
-    require(flags.config.finetune is None, "the config has a section finetune: run finetune_instruct.py with it")
-    with join_processes(flags.launch) as processes, StopSignal(processes.count) as stop:
+    with tell_others(arguments):
+        flags = parse_run_flags(arguments, description=__doc__, default_config="pretrain/tiny.py")
+        require(flags.config.finetune is None, "the config has a section finetune: run finetune_instruct.py with it")
+    with join_processes(flags.launch) as processes, StopSignal(processes) as stop:
         return EXIT_CODES[pretrain(start_run(flags, processes), stop)]
 
 

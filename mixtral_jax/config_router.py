@@ -21,6 +21,8 @@ CHOICES = {
 }
 # Those that do not ask the router: nothing learns which expert is good for what.
 BLIND_CHOICES = ("hash", "random", "uniform", "dense")
+# Those whose load is even whatever the router says. E sum_e f_e P_e with f_e = 1 / E is 1, without a gradient.
+EVEN_CHOICES = ("sinkhorn", "expert_choice")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,9 +186,9 @@ class RouterConfig:
             "router.load_balance.scope=sequence and router.sequence_loss_weight are one loss: add the weights up",
         )
         require(
-            self.choice != "expert_choice" or not (self.load_balance.weight or self.sequence_loss_weight),
-            "router.choice=expert_choice is balanced by construction: set router.load_balance.weight and "
-            "router.sequence_loss_weight to 0",
+            self.choice not in EVEN_CHOICES or not (self.load_balance.weight or self.sequence_loss_weight),
+            f"router.choice={self.choice} evens the load by itself, and leaves a balance loss nothing to act on: set "
+            "router.load_balance.weight and router.sequence_loss_weight to 0",
         )
         require(
             not self.bias.update_rate or self.choice in ("top_k", "group_limited"),

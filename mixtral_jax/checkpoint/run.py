@@ -66,10 +66,6 @@ class RunCheckpoints:
         restored = self._manager.restore(step, args=items)["state"]
         return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in wanted])
 
-    def reached_preemption(self, step: int) -> bool:
-        """Whether the cluster is about to stop this job; the same answer on every process."""
-        return self._manager.reached_preemption(step)
-
 
 def _flatten(tree: Any) -> dict[str, Any]:
     leaves = jax.tree.flatten_with_path(tree)[0]

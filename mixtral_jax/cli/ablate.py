@@ -22,7 +22,7 @@ from mixtral_jax.cli.flags import (
     run_config_file,
     set_config_keys,
 )
-from mixtral_jax.cli.start import choose_workdir, prepare_devices
+from mixtral_jax.cli.start import choose_workdir, prepare_devices, tell_others
 from mixtral_jax.cli.workdir import changed_since, one_at_a_time
 from mixtral_jax.config import ConfigError, require
 from mixtral_jax.finetune.tunable import make_tunable
@@ -41,10 +41,11 @@ def main(arguments: list[str]) -> int:
     parser = make_parser(__doc__, "ablations/balance.py", "ablate")
     add_run_flags(parser)
     _add_flags(parser)
-    flags, rest = parser.parse_known_args(arguments)
-    ablation = _read(flags, rest)
-    chosen = ablation.select(flags.arm) if flags.arm else ablation.runs
-    with join_processes(read_process_flags(flags)) as processes, StopSignal(processes.count) as stop:
+    with tell_others(arguments):
+        flags, rest = parser.parse_known_args(arguments)
+        ablation = _read(flags, rest)
+        chosen = ablation.select(flags.arm) if flags.arm else ablation.runs
+    with join_processes(read_process_flags(flags)) as processes, StopSignal(processes) as stop:
         require_same(processes, "ablation", repr(ablation), ALIKE)
         run_flags = RunFlags(chosen[0].config, flags.config, flags.workdir, read_process_flags(flags))
         workdir = choose_workdir(run_flags, processes)

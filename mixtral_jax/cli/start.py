@@ -1,15 +1,18 @@
 """Starting a run: devices, mesh, workdir; and telling people what has started."""
 
+import contextlib
 import dataclasses
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 from rich.console import Console
 
-from mixtral_jax.cli.flags import RunFlags
+from mixtral_jax.cli.flags import FlagParser, RunFlags, add_process_flags, read_process_flags
 from mixtral_jax.cli.workdir import NEEDED, open_workdir
-from mixtral_jax.config import Config, require
+from mixtral_jax.config import Config, ConfigError, require
 from mixtral_jax.finetune.trained import describe_trained
 from mixtral_jax.finetune.tunable import make_tunable
 from mixtral_jax.kernels.attention import choose_attention
@@ -19,7 +22,7 @@ from mixtral_jax.model.dispatch.choose import choose_transport
 from mixtral_jax.model.transformer import count_parameters
 from mixtral_jax.parallel.agreement import EQUAL, find_unequal_devices, require_agreement, share_devices
 from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, matmul_precision, resolve_mesh, use_virtual_cpu_devices
-from mixtral_jax.parallel.processes import Processes
+from mixtral_jax.parallel.processes import Processes, join_processes
 from mixtral_jax.train.console import make_console
 
 
@@ -37,6 +40,28 @@ class Run:
     def is_writer(self) -> bool:
         """Whether this process writes what must be written once."""
         return self.processes.index == 0
+
+
+@contextlib.contextmanager
+def tell_others(arguments: list[str]) -> Iterator[None]:
+    """Around what may find the command wrong before the processes join, which would then wait for this one in vain.
+
+    A process whose command is wrong says so at once, and joins only to end the others with that line. Where even the
+    flags about processes are wrong, nobody can be told.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        parser = FlagParser(add_help=False)
+        add_process_flags(parser)
+        try:
+            launch = read_process_flags(parser.parse_known_args(arguments)[0])
+        except ConfigError:
+            raise error from None
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(ConfigError, SystemExit):
+            join_processes(launch, code_if_alone=2).refuse(error)
+        raise SystemExit(2) from None
 
 
 def start_run(flags: RunFlags, processes: Processes) -> Run:

@@ -53,10 +53,12 @@ class Processes:
     code, wherever they are. With a single process the context does nothing.
     """
 
-    def __init__(self, index: int = 0, count: int = 1, client: Any = None):
+    def __init__(self, index: int = 0, count: int = 1, client: Any = None, preemption: Any = None):
         self.index = index
         self.count = count
         self._client = client
+        self._preemption = preemption
+        self._times_asked = 0
         self._rounds: collections.Counter[str] = collections.Counter()
         self._is_over = threading.Event()
         self._ending = threading.Lock()  # Whichever thread holds it ends the process.
@@ -89,6 +91,15 @@ class Processes:
             pause = min(2 * pause, 1.0)
         return [json.loads(said) for _, said in sorted(found, key=lambda pair: _last_part(pair[0]))]
 
+    def is_stopping(self) -> bool:
+        """Whether to stop now, as SIGTERM told one of several; on each, the same answer to the nth time it is asked.
+
+        jax lets all stop at the first number that none has asked about yet: numbers must grow by one, from 1, whatever
+        step a run goes on from, and however many runs follow each other.
+        """
+        self._times_asked += 1
+        return self._preemption is not None and self._preemption.reached_sync_point(self._times_asked)
+
     def __enter__(self) -> "Processes":
         if self._client is not None:
             self._watch.start()
@@ -101,6 +112,8 @@ class Processes:
             self.share("end", "")
             self._is_over.set()
             self._watch.join()
+            if self._preemption is not None:
+                self._preemption.shutdown()
             return
         self._is_over.set()
         self._ending.acquire()
@@ -109,13 +122,21 @@ class Processes:
             # Such as the error of a collective that broke off when another process ended: not the cause.
             self._print_and_leave(others[0])
         stop = _describe(error)
-        self._tell(_Stop(f"process {self.index} on {socket.gethostname()} stopped: {stop.line}", stop.code))
+        self._tell(stop)
         if stop.code == 1 and not isinstance(error, SystemExit):
             traceback.print_exception(error)
             self._leave(stop.code)
         self._print_and_leave(stop)
 
+    def refuse(self, error: ConfigError) -> None:
+        """Ends all, since this one was started wrongly, and has said so itself; returns where it is alone."""
+        if self._client is not None:
+            stop = _describe(error)
+            self._tell(stop)
+            self._leave(stop.code)
+
     def _tell(self, stop: _Stop) -> None:
+        stop = _Stop(f"process {self.index} on {socket.gethostname()} stopped: {stop.line}", stop.code)
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # Process 0 is gone, and its messages with it.
             self._client.key_value_set(f"{_ROOT}/stop/{self.index}", json.dumps(dataclasses.asdict(stop)))
 
@@ -149,18 +170,19 @@ class Processes:
         os._exit(code)
 
 
-def join_processes(launch: Launch) -> Processes:
+def join_processes(launch: Launch, code_if_alone: int = 1) -> Processes:
     """Joins the other processes of the run: those that the flags name, or that jax finds by itself.
 
     jax knows Slurm, Open MPI, Cloud TPU and others by their environment; where it finds none, this process is
-    alone. Call before jax first touches a device.
+    alone. Call before jax first touches a device. If not all come in time, this process ends with a line and
+    `code_if_alone`.
 
     Raises:
         ConfigError: the processes cannot meet as they were told to.
-        SystemExit: code 1, with a line; not all came in time.
+        SystemExit: code 1, with a line; process 0 did not come in time.
     """
     seconds = JOIN_SECONDS if launch.coordinator is None else require_reachable(launch)
-    with _exit_after(seconds, launch):
+    with _exit_after(seconds, launch, code_if_alone):
         try:
             jax.distributed.initialize(
                 launch.coordinator,
@@ -186,7 +208,11 @@ def join_processes(launch: Launch) -> Processes:
                 f"cannot join the other processes: {reason}: give --coordinator, --num_processes and --process_id"
             ) from error
     state = distributed.global_state
-    return Processes(state.process_id, state.num_processes, state.client if state.num_processes > 1 else None)
+    if state.num_processes == 1:
+        return Processes()
+    # Ours alone from here on: Orbax asks it about steps, in between (see `Processes.is_stopping`).
+    preemption, state.preemption_sync_manager = state.preemption_sync_manager, None
+    return Processes(state.process_id, state.num_processes, state.client, preemption)
 
 
 def find_local_device_ids(environment: Mapping[str, str]) -> list[int] | None:
@@ -199,8 +225,8 @@ def find_local_device_ids(environment: Mapping[str, str]) -> list[int] | None:
 
 
 @contextlib.contextmanager
-def _exit_after(seconds: float, launch: Launch) -> Iterator[None]:
-    """Ends the process with a line and code 1 if the block takes longer, even where it never returns to Python."""
+def _exit_after(seconds: float, launch: Launch, code: int) -> Iterator[None]:
+    """Ends the process with a line and `code` if the block takes longer, even where it never returns to Python."""
 
     def give_up() -> None:
         scheduler = find_scheduler()
@@ -212,7 +238,7 @@ def _exit_after(seconds: float, launch: Launch) -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)
+        os._exit(code)
 
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True

@@ -60,18 +60,21 @@ def name_permuted_axes(pairs: np.ndarray, mesh_shape: dict[str, int]) -> str | N
 
 
 def _mesh_groups(axes: str, device_ids: str | None, grouped: str, num_devices: int) -> np.ndarray:
-    """Groups along the axes named in `grouped`, some of which may be a part `:(before)size` of one."""
+    """Groups along the axes named in `grouped`, or parts of them, `:(before)size`; of one axis perhaps several."""
     shape = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
     ids = _iota(device_ids) if device_ids else np.arange(num_devices)
+    parts: dict[str, list[tuple[int, int]]] = {name: [] for name in shape}
+    for name, before, size in _MESH_AXIS.findall(grouped):
+        parts[name].append((int(before), int(size)) if size else (1, shape[name]))
     dimensions: list[int] = []
     chosen: list[int] = []
-    parts = {name: (before, size) for name, before, size in _MESH_AXIS.findall(grouped)}
     for name, size in shape.items():
-        before, part = (int(number) if number else None for number in parts.get(name, ("", "")))
-        split = [size] if part is None or before is None else [before, part, size // (before * part)]
-        if name in parts:
-            chosen.append(len(dimensions) + (len(split) == 3))
-        dimensions += split
+        done = 1
+        for before, part in sorted(parts[name]):
+            chosen.append(len(dimensions) + 1)
+            dimensions += [before // done, part]
+            done = before * part
+        dimensions.append(size // done)
     grid = np.moveaxis(ids.reshape(dimensions), chosen, range(-len(chosen), 0))
     return grid.reshape(-1, math.prod(dimensions[axis] for axis in chosen))
 

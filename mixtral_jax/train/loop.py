@@ -14,6 +14,7 @@ from rich.console import Console
 from mixtral_jax.checkpoint.run import RunCheckpoints
 from mixtral_jax.config import CheckpointConfig, TrainConfig
 from mixtral_jax.parallel.batch import Batch
+from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.train.console import RunProgress
 from mixtral_jax.train.metrics import MetricLog, Record, check_finite
 from mixtral_jax.train.state import TrainState
@@ -56,6 +57,9 @@ class TrainLoop:
         if first_step >= num_steps:
             self.console.print(f"nothing to do: step {first_step} of {num_steps} is already saved")
             return Ending("finished", state)
+        if self.stop.is_due():
+            self.console.print(f"stopped before step {first_step + 1}: run the same command again to go on")
+            return Ending("stopped", state)
         eval_every = self.config.eval_every or max(1, num_steps // 10)
         save_every = self.checkpoint.every or max(1, num_steps // 4)
         is_stopping, step = False, first_step
@@ -69,7 +73,7 @@ class TrainLoop:
                 state, metrics = train_step(state, batch)
                 meter.add(metrics["tokens"])
                 is_last = step == num_steps
-                is_stopping = not is_last and self._should_stop(step)
+                is_stopping = not is_last and self.stop.is_due()
                 is_evaluating = is_last or step % eval_every == 0
                 is_logging = is_evaluating or step % self.config.log_every == 0
                 is_saving = is_last or is_stopping or step % save_every == 0
@@ -105,27 +109,23 @@ class TrainLoop:
         self.console.print(f"compiled in {time.monotonic() - start:.0f} s{memory}")
         return compiled
 
-    def _should_stop(self, step: int) -> bool:
-        # Several processes must stop at the same step: jax agrees on it, one process decides by itself.
-        return self.checkpoints.reached_preemption(step) if jax.process_count() > 1 else self.stop.is_set
-
 
 class StopSignal:
     """Makes SIGTERM and SIGINT wait for the step under way; a second one ends the process at once.
 
     Within `at_once`, where there is nothing to save, the first raises SystemExit with the code of a stopped run.
-    With several processes jax listens for SIGTERM instead, from the moment they join, and they stop together (see
-    `TrainLoop`); this only turns SIGINT into one.
+    With several processes jax listens for SIGTERM instead, from the moment they join, and they stop together; this
+    only turns SIGINT into one.
     """
 
-    def __init__(self, num_processes: int = 1) -> None:
+    def __init__(self, processes: Processes | None = None) -> None:
         self.is_set = False
-        self._num_processes = num_processes
+        self._processes = processes or Processes()
         self._is_at_once = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        if self._num_processes == 1:
+        if self._processes.count == 1:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._receive)
         else:
@@ -135,6 +135,10 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def is_due(self) -> bool:
+        """Whether to stop before the next step. All processes ask as often, and get the same answer each time."""
+        return self.is_set or self._processes.is_stopping()
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:

@@ -34,42 +34,23 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     router: RouterConfig,
     schedule: optax.Schedule,
-    perturb: Perturb | None = None,
+    perturb: Perturb,
     bias_rate: optax.Schedule | None = None,
 ) -> TrainStep:
     """The compiled step; it gives up its state's buffers to the new one.
 
     Gradients of micro-batches are summed in the parameters' dtype, one micro-batch at a time. Frozen
-    parameters have none. `perturb` makes noise that belongs to training alone, as dropout is; `bias_rate` says how
+    parameters have none. `perturb` puts the model in training, with the noise that belongs to it; `bias_rate` says how
     far balance biases move after a step (by default as far as the config's).
     """
     bias_rate = bias_rate or optax.constant_schedule(router.bias.update_rate)
 
     @functools.partial(jax.jit, donate_argnames="state")
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        micro_batches = (jnp.arange(batch.tokens.shape[0]), batch)
         forward = functools.partial(_forward, state, perturb)
-        totals = StepTotals(
-            supervised=jnp.maximum(jnp.sum(batch.loss_mask), 1).astype(jnp.float32),
-            real=jnp.maximum(jnp.sum(batch.segment_ids > 0), 1).astype(jnp.float32),
-        )
-        if router.load_balance.scope == "global" and batch.tokens.shape[0] > 1:
-
-            def count(number: jax.Array, micro: Batch) -> RoutingSums:
-                return forward(state.trained, number, micro).routing.sums
-
-            totals = dataclasses.replace(totals, routing=_sum_over(count, add_sums, micro_batches))
-
-        def value_and_grad(number: jax.Array, micro: Batch) -> tuple[LossParts, nnx.State]:
-            def loss_of(trained: nnx.State) -> tuple[jax.Array, LossParts]:
-                output = forward(trained, number, micro)
-                parts = sum_losses(output, jnp.asarray(micro.targets), jnp.asarray(micro.loss_mask), totals, router)
-                return parts.total_loss, parts
-
-            (_, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
-            return parts, grads
-
-        parts, grads = _sum_over(value_and_grad, _add_gradients, micro_batches)
+        totals = _sum_totals(functools.partial(forward, state.trained), batch, router)
+        gradient = functools.partial(_losses_and_gradient, forward, state.trained, totals, router)
+        parts, grads = _sum_over(gradient, _add_gradients, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         load_LE = RECENT * state.recent_load_LE + parts.routing.load_E
         frozen, bias_figures = move_biases(state.frozen, parts.routing, bias_rate(state.step), router.bias)
@@ -98,16 +79,46 @@ def peak_memory_bytes(step: jax.stages.Compiled) -> int | None:
     return memory.peak_memory_in_bytes
 
 
-def _forward(
-    state: TrainState, perturb: Perturb | None, trained: nnx.State, number: jax.Array, micro: Batch
-) -> ModelOutput:
-    model: Any = dataclasses.replace(state, trained=trained).model()
-    model = perturb(model, state.step, number) if perturb else model
+def _forward(state: TrainState, perturb: Perturb, trained: nnx.State, number: jax.Array, micro: Batch) -> ModelOutput:
+    model = perturb(dataclasses.replace(state, trained=trained).model(), state.step, number)
     return model(micro.tokens, micro.positions, micro.segment_ids)
 
 
-def _sum_over(compute: Callable[..., Any], add: Callable[[Any, Any], Any], micro_batches: Any) -> Any:
-    """The sum of what `compute` gives of each micro-batch, one at a time."""
+def _sum_totals(forward: Callable[[jax.Array, Batch], ModelOutput], batch: Batch, router: RouterConfig) -> StepTotals:
+    """Tokens of the step and, where the global batch is balanced, what a first forward pass over it counts."""
+    totals = StepTotals(
+        supervised=jnp.maximum(jnp.sum(batch.loss_mask), 1).astype(jnp.float32),
+        real=jnp.maximum(jnp.sum(batch.segment_ids > 0), 1).astype(jnp.float32),
+    )
+    if router.load_balance.scope != "global" or batch.tokens.shape[0] == 1:
+        return totals
+
+    def count(number: jax.Array, micro: Batch) -> RoutingSums:
+        return forward(number, micro).routing.sums
+
+    return dataclasses.replace(totals, routing=_sum_over(count, add_sums, batch))
+
+
+def _losses_and_gradient(
+    forward: Callable[..., ModelOutput],
+    trained: nnx.State,
+    totals: StepTotals,
+    router: RouterConfig,
+    number: jax.Array,
+    micro: Batch,
+) -> tuple[LossParts, nnx.State]:
+    def loss_of(trained: nnx.State) -> tuple[jax.Array, LossParts]:
+        output = forward(trained, number, micro)
+        parts = sum_losses(output, jnp.asarray(micro.targets), jnp.asarray(micro.loss_mask), totals, router)
+        return parts.total_loss, parts
+
+    (_, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
+    return parts, grads
+
+
+def _sum_over(compute: Callable[[jax.Array, Batch], Any], add: Callable[[Any, Any], Any], batch: Batch) -> Any:
+    """The sum of what `compute` gives of each micro-batch, by its number and rows, one at a time."""
+    micro_batches = (jnp.arange(batch.tokens.shape[0]), batch)
     micro_shapes = jax.tree.map(lambda rows: rows[0], micro_batches)
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x), jax.eval_shape(compute, *micro_shapes))
     return jax.lax.scan(lambda summed, micro: (add(summed, compute(*micro)), None), zeros, micro_batches)[0]

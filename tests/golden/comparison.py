@@ -16,6 +16,7 @@ import optax
 from mixtral_jax.checkpoint.on_devices import load_model
 from mixtral_jax.checkpoint.weights import open_weights
 from mixtral_jax.config import RouterConfig
+from mixtral_jax.finetune.surgery import enter_training
 from mixtral_jax.model.transformer import ModelOutput, Transformer, model_maker
 from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.train.loss import StepTotals, sum_losses
@@ -77,7 +78,8 @@ def _value_and_grad(model: Transformer, share_of_loss: jax.Array, batch: Batch, 
 def adamw_trajectory(model: Transformer, batch: Batch, router: RouterConfig) -> list[float]:
     """Total loss before each of five steps of AdamW that decays every tensor. Gives up the model's buffers."""
     optimizer = optax.adamw(1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
-    step = make_train_step(optimizer, router, lambda _: 1e-3)
+    in_training = functools.partial(enter_training, key=jax.random.key(0))
+    step = make_train_step(optimizer, router, lambda _: 1e-3, lambda model, *_: in_training(model))
     state, losses = TrainState.create(model, optimizer), []
     for _ in range(5):
         state, metrics = step(state, batch)

@@ -15,15 +15,16 @@ from flax import nnx
 from mixtral_jax.config import Config, ConfigError, NoiseConfig
 from mixtral_jax.config_router import CHOICES
 from mixtral_jax.model import choices
-from mixtral_jax.model.choices import SINKHORN_ROUNDS
+from mixtral_jax.model.choices import SINKHORN_ROUNDS, Candidates
 from mixtral_jax.model.moe import MoE
 from mixtral_jax.model.noise import add_noise, jitter
 from mixtral_jax.model.router import Router
 from mixtral_jax.model.tokens import Tokens
-from tests.cases import RULES, mesh_of, relative_norm, small_config
+from tests.cases import RULES, mesh_of, only_masked, relative_norm, small_config
 
 B, T, D, E = 8, 12, 32, 8
 NO_LOSS = {"load_balance__weight": 0, "z_loss_weight": 0}
+SINKHORN = {"choice": "sinkhorn", "load_balance__weight": 0}
 EXPERT_CHOICE = {"choice": "expert_choice", "score": "softmax", "renormalize": False, "load_balance__weight": 0}
 GROUPS = {"choice": "group_limited", "score": "sigmoid", "num_groups": 4, "groups_per_token": 2}
 BIAS = {"bias__update_rate": 0.1}
@@ -34,7 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bias": BIAS, "sigmoid and bias": {"score": "sigmoid", **BIAS},
     "groups": GROUPS, "groups and bias": {**GROUPS, **BIAS}, "groups of one": {**GROUPS, "num_groups": 8},
     "best two of groups": {**GROUPS, "num_groups": 2, "groups_per_token": 1},
-    "sinkhorn": {"choice": "sinkhorn"}, "expert choice": EXPERT_CHOICE,
+    "sinkhorn": SINKHORN, "expert choice": EXPERT_CHOICE,
     "hash": {"choice": "hash", **NO_LOSS}, "random": {"choice": "random", **NO_LOSS},
     "uniform": {"choice": "uniform", **NO_LOSS}, "dense": {"choice": "dense", "num_experts_per_token": 8, **NO_LOSS},
 }  # fmt: skip
@@ -234,7 +235,7 @@ def test_hash_knows_the_id_alone_and_random_the_step_too() -> None:
 
 
 def test_choices_that_see_later_tokens_are_plain_top_k_outside_training() -> None:
-    for options in ({"choice": "sinkhorn"}, EXPERT_CHOICE):
+    for options in (SINKHORN, EXPERT_CHOICE):
         config = config_of(options)
         layer, _, routing, _ = run(config, np.zeros(E), {}, is_training=False)
         logits = inputs()[0] @ layer.router.gate.weight[...]
@@ -244,6 +245,15 @@ def test_choices_that_see_later_tokens_are_plain_top_k_outside_training() -> Non
 def test_expert_choice_is_even_whatever_the_router_says() -> None:
     _, _, routing, _ = run(config_of(EXPERT_CHOICE), np.zeros(E), {})
     np.testing.assert_array_equal(routing.sums.load_E, routing.sums.load_E[0])
+
+
+def test_sinkhorn_is_nearly_even_whatever_the_router_says() -> None:
+    logits = np.random.default_rng(0).normal(size=(1, 512, E)) + np.where(np.arange(E) < 2, 3.0, 0.0)
+    tokens, router = only_masked(np.ones((1, 512), np.int32)), config_of(SINKHORN).router
+    candidates = Candidates(jnp.asarray(logits), jax.nn.softmax(logits), tokens, jnp.uint32(0), is_training=True)
+    chosen = choices.choose_by_sinkhorn(candidates, router).experts_BTA
+    load, of_top_k = (np.bincount(np.ravel(experts)) * E / (2 * 512) for experts in (chosen, best(logits, 2)))
+    assert load.max() < 1.15 < 3 < of_top_k.max()
 
 
 def test_softmax_over_the_chosen_is_the_softmax_of_all_renormalised() -> None:
@@ -307,7 +317,9 @@ def test_the_router_computes_and_begins_as_asked() -> None:
     ({"choice": "top-k"}, {}, ["router.choice='top-k'", "'top_k'", "'expert_choice'"]),
     ({"renormalize": False}, {}, ["changes nothing", "score=softmax"]),
     ({"choice": "expert_choice"}, {}, ["no sum to divide by", "renormalize=False"]),
-    ({**EXPERT_CHOICE, "load_balance__weight": 0.01}, {}, ["balanced by construction"]),
+    ({**EXPERT_CHOICE, "load_balance__weight": 0.01}, {}, ["evens the load by itself", "to 0"]),
+    ({"choice": "sinkhorn"}, {}, ["evens the load by itself", "router.load_balance.weight"]),
+    ({**SINKHORN, "sequence_loss_weight": 0.1}, {}, ["evens the load by itself", "router.sequence_loss_weight"]),
     ({**EXPERT_CHOICE, **BIAS}, {}, ["router.bias"]),
     (EXPERT_CHOICE, {"dispatch__capacity_factor": 1.0}, ["how much each expert gets", "None"]),
     ({"choice": "dense", **NO_LOSS, "num_experts_per_token": 8}, {"dispatch__eval_capacity_factor": 4.0}, ["to None"]),

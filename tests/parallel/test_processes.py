@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from mixtral_jax.parallel.coordinator import LOOPBACK_JOIN_SECONDS
 from tests.runs import finish, free_port, lines_of, start, wait_for_step, write_text
 
 STEPS = 12
@@ -60,7 +61,7 @@ def one(folder):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    """The workdir of a run of two that was told to stop on the way, and started again."""
+    """The workdir of a run of two that was told to stop on the way, again while it starts, and then let go on."""
     (folder / "audit").mkdir()
     (folder / "audit" / "sitecustomize.py").write_text(AUDIT)
     workdir = folder / "two"
@@ -72,7 +73,14 @@ def two(folder):
     ends = finish_two(processes)
     assert [code for code, _, _ in ends] == [75, 75], ends
     stopped_after = lines_of(workdir)[-1]["step"]
-    assert 3 <= stopped_after < STEPS
+    assert 3 <= stopped_after < STEPS - 1
+    processes = start_two(folder, workdir, **audited)
+    assert processes[0].stdout.readline().startswith("workdir")
+    processes[1].send_signal(signal.SIGTERM)
+    ends = finish_two(processes)
+    assert [code for code, _, _ in ends] == [75, 75], ends
+    assert lines_of(workdir)[-1]["step"] - stopped_after in (0, 1)  # The signal may arrive while the step compiles.
+    stopped_after = lines_of(workdir)[-1]["step"]
     ends = finish_two(start_two(folder, workdir, **audited))
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert f"resuming after step {stopped_after} of {STEPS}" in ends[0][1]
@@ -108,6 +116,17 @@ def test_different_configs_stop_both_and_name_the_keys(folder):
         assert errors.strip().count("\n") == 0
     assert time.monotonic() - start_time < 60
     assert not (folder / "never").exists()
+
+
+def test_a_wrong_command_on_one_ends_the_other_before_it_has_waited_long(folder):
+    start_time = time.monotonic()
+    ends = finish_two(start_two(folder, folder / "never", extra=((), ("--config.train.steps=4",))))
+    assert [code for code, _, _ in ends] == [2, 2], ends
+    reason = "unknown config key train.steps"
+    assert ends[1][2].startswith(f"error: {reason}")
+    assert ends[0][2].startswith(f"error: process 1 on {socket.gethostname()} stopped: {reason}")
+    assert all(errors.strip().count("\n") == 0 for _, _, errors in ends)
+    assert time.monotonic() - start_time < LOOPBACK_JOIN_SECONDS
 
 
 def test_an_error_on_one_process_stops_the_other_with_its_reason(folder):

@@ -24,6 +24,8 @@ def groups_of(attributes: str, num_devices: int = 8) -> list[list[int]]:
     (", replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4] {'axis_1','axis_2'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
     (", replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
     (", replica_groups=mesh['a'=8] {'a':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+    (", replica_groups=mesh['a'=8] {'a':(1)2,'a':(4)2}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+    (", replica_groups=mesh['a'=4,'b'=2] {'a':(2)2,'b'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
     (", source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
 ])  # fmt: skip
 def test_groups_are_read_in_every_form(attributes: str, expected: list[list[int]]) -> None:

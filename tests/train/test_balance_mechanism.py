@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mixtral_jax.finetune.tunable import make_tunable
 from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from mixtral_jax.train.state import init_state
@@ -45,7 +46,7 @@ def max_violations(weight):
     mesh = mesh_of(expert=8)
     schedule = learning_rate_schedule(config.optimizer, STEPS)
     optimizer = make_optimizer(config.optimizer, schedule)
-    step = make_train_step(optimizer, config.router, schedule)
+    step = make_train_step(optimizer, config.router, schedule, make_tunable(config, "cpu").perturb)
     history = []
     with jax.set_mesh(mesh):
         state = init_state(functools.partial(offset_model, config), optimizer)

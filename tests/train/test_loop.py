@@ -3,12 +3,15 @@
 import io
 import os
 import signal
+from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
 
+from mixtral_jax.config import CheckpointConfig
 from mixtral_jax.train.console import RunProgress
-from mixtral_jax.train.loop import StopSignal
+from mixtral_jax.train.loop import StopSignal, TrainLoop
+from tests.cases import small_config
 
 RECORD = {
     "step": 1234, "loss": 4.56789, "load_balance_loss": 1.23456, "tokens_per_second": 123456.7,
@@ -25,10 +28,23 @@ def test_a_signal_with_nothing_to_save_ends_the_run_with_75():
 def test_a_signal_during_a_step_waits_for_the_loop_to_see_it():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:
-        assert not stop.is_set
+        assert not stop.is_due()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.is_set
+        assert stop.is_due()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_before_the_first_step_ends_the_run_before_it_compiles():
+    said, unused = io.StringIO(), Mock(side_effect=AssertionError)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        loop = TrainLoop(
+            config=small_config().train, checkpoint=CheckpointConfig(), train_step=unused, batches=iter(()),
+            evaluate=unused, checkpoints=unused, log=unused, console=Console(file=said), stop=stop, record={},
+        )  # fmt: skip
+        ending = loop.run(Mock(step=7))
+    assert ending.outcome == "stopped"
+    assert said.getvalue().startswith("stopped before step 8")
 
 
 def test_progress_is_whole_in_a_terminal_of_80_columns():

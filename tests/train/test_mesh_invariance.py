@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from mixtral_jax.model.transformer import model_maker
+from mixtral_jax.finetune.tunable import make_tunable
 from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from mixtral_jax.train.state import init_state
 from mixtral_jax.train.step import make_train_step
-from tests.cases import RULES, mesh_of, on_mesh, packed_batch, relative_norm, small_config
+from tests.cases import mesh_of, on_mesh, packed_batch, relative_norm, small_config
 
 STEPS = 12
 MESHES = {
@@ -31,10 +31,10 @@ def remember_gradients():
 def trajectory(capacity_factor, **sizes):
     """Losses and drops of 12 steps at learning rate 3e-4, first gradients, first and last routes."""
     config = small_config(dispatch__capacity_factor=capacity_factor, train__gradient_accumulation=1)
-    mesh = mesh_of(**sizes)
+    mesh, tunable = mesh_of(**sizes), make_tunable(config, "cpu")
     schedule = learning_rate_schedule(config.optimizer, STEPS)
     optimizer = optax.chain(remember_gradients(), make_optimizer(config.optimizer, schedule))
-    step_fn = make_train_step(optimizer, config.router, schedule)
+    step_fn = make_train_step(optimizer, config.router, schedule, tunable.perturb)
 
     @jax.jit
     def route(state, batch):
@@ -43,7 +43,7 @@ def trajectory(capacity_factor, **sizes):
 
     losses, gradients, routes, dropped = [], None, [], []
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        state = init_state(model_maker(config, "cpu", RULES), optimizer)
+        state = init_state(tunable.make_model, optimizer)
         host_batch = packed_batch(config)
         batch = on_mesh(host_batch, mesh)
         routes.append(np.asarray(route(state, batch)))

@@ -1,6 +1,7 @@
 """Router options over whole steps: biases, scopes of balance, noise, masks, what is frozen, and the metrics."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,12 @@ import optax
 import pytest
 
 from mixtral_jax.config import BalanceBiasConfig, Config
-from mixtral_jax.finetune.tunable import make_tunable
+from mixtral_jax.finetune.tunable import Tunable, make_tunable
 from mixtral_jax.model.balance import next_bias
 from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.train.optimizer import bias_rate_schedule, learning_rate_schedule, make_optimizer
 from mixtral_jax.train.state import TrainState, init_state
-from mixtral_jax.train.step import make_train_step
+from mixtral_jax.train.step import TrainStep, make_train_step
 from tests.cases import mesh_of, on_mesh, packed_batch, relative_norm, small_config
 from tests.train.test_mesh_invariance import remember_gradients
 
@@ -24,17 +25,23 @@ SPREAD = {"expert": 4, "fsdp": 2}
 BIAS = {"router__bias__update_rate": 0.01}
 
 
+@functools.cache
+def prepare(config: Config) -> tuple[Tunable, optax.GradientTransformation, TrainStep]:
+    """What trains, with an optimizer that remembers the last gradients; compiled once for each mesh."""
+    tunable, schedule = make_tunable(config, "cpu"), learning_rate_schedule(config.optimizer, config.train.num_steps)
+    own = make_optimizer(config.optimizer, schedule, config.router.learning_rate_factor)
+    optimizer = optax.chain(remember_gradients(), own)
+    return tunable, optimizer, make_train_step(optimizer, config.router, schedule, tunable.perturb)
+
+
 def train(
     config: Config, batch: Batch, sizes: dict[str, int], steps: int = 1, change: Callable[[Any], Any] = lambda s: s
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state after some steps, whose optimizer remembers the last gradients, and the last metrics."""
-    mesh, tunable = mesh_of(**sizes), make_tunable(config, "cpu")
-    schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-    own = make_optimizer(config.optimizer, schedule, config.router.learning_rate_factor)
-    optimizer = optax.chain(remember_gradients(), own)
+    """The state after some steps, and the last metrics."""
+    mesh = mesh_of(**sizes)
+    tunable, optimizer, step = prepare(config)
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         state = change(init_state(tunable.make_model, optimizer, tunable.trainable))
-        step = make_train_step(optimizer, config.router, schedule, tunable.perturb)
         for _ in range(steps):
             state, metrics = step(state, on_mesh(batch, mesh))
         return jax.device_get((state, metrics))
@@ -141,17 +148,18 @@ def test_balance_within_sequences_does_not_depend_on_micro_batches(keys: dict[st
         assert relative_norm(gradients_of(parts)[name], gradient) < 1e-5, name
 
 
+UNASKED = {"router__load_balance__weight": 0.0, "router__z_loss_weight": 0.0}
 OPTIONS: dict[str, dict[str, Any]] = {
     "bias, sequence": {**BIAS, "router__score": "sigmoid", "router__load_balance__scope": "sequence"},
     "groups, capacity": {
         "router__choice": "group_limited", "router__num_groups": 4, "router__groups_per_token": 2,
         "dispatch__capacity_factor": 1.25, "dispatch__drop": "position",
     },
-    "hash, drop by weight": {
-        "router__choice": "hash", "router__load_balance__weight": 0.0, "router__z_loss_weight": 0.0,
-        "dispatch__capacity_factor": 1.0,
+    "hash, drop by weight": {"router__choice": "hash", **UNASKED, "dispatch__capacity_factor": 1.0},
+    "sinkhorn, noise": {
+        "router__choice": "sinkhorn", "router__load_balance__weight": 0.0, "router__noise__jitter": 0.1,
+        "router__noise__gumbel": 0.5,
     },
-    "sinkhorn, noise": {"router__choice": "sinkhorn", "router__noise__jitter": 0.1, "router__noise__gumbel": 0.5},
     "expert choice, dropout": {
         "router__choice": "expert_choice", "router__score": "softmax", "router__renormalize": False,
         "router__load_balance__weight": 0.0, "router__expert_dropout": 0.4,
@@ -172,12 +180,20 @@ def test_metrics_and_gradients_are_the_same_on_every_mesh(keys: dict[str, Any]) 
         assert relative_norm(gradients_of(two)[name], gradient) < 2e-5, name
 
 
-@pytest.mark.parametrize("keys", OPTIONS.values(), ids=OPTIONS)
+CONTROLS: dict[str, dict[str, Any]] = {
+    "random": {"router__choice": "random", **UNASKED}, "uniform": {"router__choice": "uniform", **UNASKED},
+    "dense": {"router__choice": "dense", "router__num_experts_per_token": 8, **UNASKED},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", (OPTIONS | CONTROLS).values(), ids=OPTIONS | CONTROLS)
 def test_masked_tokens_influence_nothing(keys: dict[str, Any]) -> None:
     config = small_config(**keys)
     batch = packed_batch(config)
     hidden = batch.segment_ids == 0
-    garbage = dataclasses.replace(batch, tokens=np.where(hidden, 5, batch.tokens))
+    garbage = dataclasses.replace(
+        batch, tokens=np.where(hidden, 5, batch.tokens), positions=np.where(hidden, 3, batch.positions)
+    )
     (one, expected), (other, got) = (train(config, rows, {}) for rows in (batch, garbage))
     for name, value in expected.items():
         np.testing.assert_array_equal(got[name], value, err_msg=name)

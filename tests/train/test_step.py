@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from mixtral_jax.config import OptimizerConfig
+from mixtral_jax.finetune.tunable import make_tunable
 from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from mixtral_jax.train.state import init_state
@@ -19,10 +20,11 @@ from tests.train.test_mesh_invariance import remember_gradients
 
 def gradients_of(config, batch, mesh, change=lambda state: state):
     """Gradient leaves by path, and metrics, of one step."""
-    optimizer = optax.chain(remember_gradients(), optax.sgd(0.0))
+    optimizer, tunable = optax.chain(remember_gradients(), optax.sgd(0.0)), make_tunable(config, "cpu")
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        state = change(init_state(model_maker(config, "cpu"), optimizer))
-        state, metrics = make_train_step(optimizer, config.router, lambda step: 0.0)(state, on_mesh(batch, mesh))
+        state = change(init_state(tunable.make_model, optimizer))
+        step = make_train_step(optimizer, config.router, lambda step: 0.0, tunable.perturb)
+        state, metrics = step(state, on_mesh(batch, mesh))
         return jax.device_get(state.opt_state[0]), jax.device_get(metrics)
 
 
