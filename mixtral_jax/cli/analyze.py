@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     flags, model, sections = parse_model_flags(parser, arguments, data=DataConfig)
     run = read_run(flags.checkpoint)
     data = _choose_data(sections["data"], any(each.startswith("--data.path=") for each in arguments), run)
-    fingerprint_source(data.path)  # Whether there are any, before much is loaded.
+    fingerprint_source(data.path, data.suffixes)  # Whether there are any, before much is loaded.
     step = _find_step(flags.checkpoint, run)
     folder = flags.to or (run.workdir / "analysis" / str(step) if run and step is not None else None)
     with claim_stdout() as output, join_processes(model.launch) as processes:
