@@ -9,7 +9,7 @@ from mixtral_jax.cli.analyze import analyze_run
 from mixtral_jax.lab.ablation import Ablation, ArmRun
 from mixtral_jax.lab.records import is_finished
 from mixtral_jax.lab.routing_analysis import RoutingAnalysis
-from mixtral_jax.lab.routing_figures import draw_coactivation, draw_label, draw_saturation
+from mixtral_jax.lab.routing_pictures import draw_coactivation, draw_label, draw_saturation
 from mixtral_jax.lab.style import Picture
 from mixtral_jax.parallel.mesh import make_mesh, resolve_mesh
 from mixtral_jax.parallel.processes import Processes

@@ -181,10 +181,10 @@ def _make_folder(folder: Path) -> None:
 
 def _write(folder: Path, said: dict[str, Any], analysis: RoutingAnalysis) -> None:
     # Slow to import, and a report that nobody keeps needs none.
-    from mixtral_jax.lab.routing_figures import make_figures
+    from mixtral_jax.lab.routing_pictures import draw_routing
 
     write_json(folder / "analysis.json", said)
-    for picture in make_figures(analysis):
+    for picture in draw_routing(analysis):
         (folder / f"{picture.name}.png").write_bytes(picture.to_png())
     note(f"wrote analysis.json and figures into {folder}")
 

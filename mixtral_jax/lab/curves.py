@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from mixtral_jax.lab.findings import describe_balance, describe_flops
 from mixtral_jax.lab.records import RunRecord
 from mixtral_jax.lab.results import ArmResult, Results
-from mixtral_jax.lab.style import Picture, Stroke, add_legend, make_figure, scale_of
+from mixtral_jax.lab.style import Picture, Stroke, add_legend, in_style, make_figure, scale_of
 
 # A line of more points than this is noise: neighbours are averaged.
 _NUM_POINTS = 50
@@ -57,6 +57,7 @@ def average_seeds(
     return Curve(x_SN.mean(0), y_SN.mean(0), y_SN.min(0), y_SN.max(0))
 
 
+@in_style
 def draw_losses(results: Results, strokes: dict[str, Stroke]) -> Picture:
     """Held-out loss against tokens, against FLOPs and against time."""
     figure, panels = make_figure(3, 3.9, sharey=True)
@@ -78,6 +79,7 @@ def draw_losses(results: Results, strokes: dict[str, Stroke]) -> Picture:
     return Picture("Loss against cost", words, figure)
 
 
+@in_style
 def draw_balance(results: Results, strokes: dict[str, Stroke]) -> Picture:
     """What the router's metrics did over the run; of drops only where there were some."""
     shown = [figure for figure in _BALANCE_PANELS if _is_worth_a_panel(results, figure)]
@@ -113,7 +115,7 @@ def _draw_curves(panel: Axes, curves: dict[str, Curve | None], strokes: dict[str
         stroke = strokes[name]
         has_few = len(curve.x) <= 20
         panel.plot(
-            curve.x / size, curve.mean, color=stroke.colour, linewidth=1.7, label=name,
+            curve.x / size, curve.mean, color=stroke.colour, label=name,
             marker=stroke.marker if has_few else None, markersize=4,
         )  # fmt: skip
         panel.fill_between(curve.x / size, curve.low, curve.high, color=stroke.colour, alpha=0.15, linewidth=0)

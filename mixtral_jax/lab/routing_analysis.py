@@ -1,6 +1,6 @@
 """What routing does with a text: balance, pairs of experts, repetition, specialisation, and how it settles.
 
-`route_counts` counts; here counts become figures, each with what it would be by chance. `routing_figures` draws them,
+`route_counts` counts; here counts become figures, each with what it would be by chance. `routing_pictures` draws them,
 and docs/routing_analysis.md says what each means.
 """
 
