@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.lab.ablation import Ablation, ArmRun, plan_ablation, read_ablation
-from mixtral_jax.lab.records import FACTS
+from mixtral_jax.lab.records import DATA, FACTS
 
 MODEL = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
@@ -32,10 +32,10 @@ def write_run(run: ArmRun, workdir: Path, *, loss: float, violation: float, last
     folder = run.folder(workdir)
     (folder / "checkpoints" / str(last_step)).mkdir(parents=True)
     (folder / FACTS).write_text(json.dumps({
-        "parameters_total": 1000, "parameters_active": 500, "model_flops_per_step": 10**9, "data": "d" * 64,
-        "tokenizer": "t" * 64, "versions": {"jax": "1.2.3"}, "commit": None, "devices": "1 x cpu",
-        "command": ["ablate"],
+        "parameters_total": 1000, "parameters_active": 500, "model_flops_per_step": 10**9,
+        "versions": {"jax": "1.2.3"}, "commit": None, "devices": "1 x cpu", "command": ["ablate"],
     }))  # fmt: skip
+    (folder / DATA).write_text(json.dumps({"data": "d" * 64, "tokenizer": "t" * 64}))
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, last_step + 1):
             line = {
