@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mixtral_jax.lab.analysis_json import to_json
 from mixtral_jax.lab.route_counts import OverlapCounts, RouteCounts, count_overlap, count_routes, route
 from mixtral_jax.lab.specialization import LabelShares, VocabularyShares, find_label_shares, find_vocabulary_shares
 from mixtral_jax.model.transformer import Transformer, model_maker
@@ -104,7 +105,7 @@ class RoutingAnalysis:
 
     def to_json(self) -> dict[str, Any]:
         """All of it, as what JSON can hold: names without their dimensions, null for NaN."""
-        return _to_json(self)
+        return to_json(self)
 
 
 def analyze(
@@ -235,19 +236,3 @@ def computing_in(loaded: Pretrained, dtype: str) -> Transformer:
     platform = loaded.mesh.devices.flat[0].platform
     shapes = jax.eval_shape(model_maker(config, platform, loaded.model.rules))
     return jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(loaded.model))
-
-
-def _to_json(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {_without_dimensions(name): _to_json(inner) for name, inner in fields.items()}
-    if isinstance(value, np.ndarray):
-        return _to_json(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_to_json(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _without_dimensions(name: str) -> str:
-    stem, _, last = name.rpartition("_")
-    return stem if last.isupper() else name

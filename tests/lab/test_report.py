@@ -120,6 +120,16 @@ def test_more_pictures_follow_and_nothing_at_all_is_a_report_too(tmp_path: Path)
     assert (tmp_path / "report/saturation.png").exists()
 
 
+def test_pictures_of_arms_that_are_gone_go_and_files_of_others_stay(workdir: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.png").touch()
+    results = read_results(small_ablation(), workdir)
+    write_report(results, tmp_path, [Picture("Saturation: gone (k=2)", "Words.", make_figure(1, 2.0)[0])])
+    assert (tmp_path / "saturation_gone_k=2.png").exists()
+    write_report(results, tmp_path)
+    names = {"mine.png", *re.findall(r"!\[.+?\]\((.+?)\)", (tmp_path / "report.md").read_text())}
+    assert {file.name for file in tmp_path.glob("*.png")} == names
+
+
 def test_a_report_leaves_other_drawings_of_this_process_alone(workdir: Path, tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     write_report(read_results(small_ablation(), workdir), tmp_path)

@@ -1,12 +1,14 @@
 """Figures: all that there is to show, with named axes, large enough to read, and the same file for the same figures."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
+from mixtral_jax.lab.analysis_json import from_json
 from mixtral_jax.lab.route_counts import RouteCounts
-from mixtral_jax.lab.routing_analysis import Flips, Saturation, pick_layers, summarize
+from mixtral_jax.lab.routing_analysis import Flips, RoutingAnalysis, Saturation, pick_layers, summarize
 from mixtral_jax.lab.routing_pictures import draw_routing
 
 V = 30
@@ -56,6 +58,16 @@ def test_what_is_not_there_is_not_drawn():
     bare = dataclasses.replace(random_analysis(2, 4, 2), by_label=(), flips=None, saturation=None)
     bare = dataclasses.replace(bare, vocabulary=dataclasses.replace(bare.vocabulary, num_ids=0))
     assert len(draw_routing(bare)) == 3
+
+
+def test_an_analysis_that_was_kept_as_json_draws_the_same_pictures():
+    analysis = random_analysis(4, 8, 2)
+    kept = from_json(RoutingAnalysis, json.loads(json.dumps(analysis.to_json(), allow_nan=False)))
+    assert [type(kept), kept.by_label[0].names] == [RoutingAnalysis, analysis.by_label[0].names]
+    for ours, theirs in zip(draw_routing(kept), draw_routing(analysis), strict=True):
+        assert (ours.title, ours.words, ours.to_png()) == (theirs.title, theirs.words, theirs.to_png())
+    bare = dataclasses.replace(analysis, flips=None, saturation=None)
+    assert from_json(RoutingAnalysis, bare.to_json()).flips is None
 
 
 def test_equal_figures_are_equal_files():
