@@ -27,7 +27,7 @@ def small_ablation(**entries: Any) -> Ablation:
 
 
 def write_run(run: ArmRun, workdir: Path, *, loss: float, violation: float, last_step: int = NUM_STEPS,
-              speed: float = 100.0, rows: str = "rows") -> None:  # fmt: skip
+              speed: float = 100.0, rows: str = "rows", imbalance: float = 0.0) -> None:  # fmt: skip
     """What a run of `last_step` steps leaves: its loss falls to `loss`, its maximum violation stays."""
     folder = run.folder(workdir)
     (folder / "checkpoints" / str(last_step)).mkdir(parents=True)
@@ -41,6 +41,7 @@ def write_run(run: ArmRun, workdir: Path, *, loss: float, violation: float, last
             line = {
                 "step": step, "loss": loss + 1 / step, "tokens": 256 * step, "tokens_per_second": speed,
                 "batch_hash": f"{rows}-{run.seed}-{step}", "router/max_violation": violation,
+                "router/running_max_violation": violation / 2, "router/device_imbalance": imbalance,
                 "router/load_entropy": 0.9, "router/dropped_fraction": 0.0, "router/dead_experts": 0.0,
                 "router/layer_00/load": [0.4, 0.3, 0.2, 0.1], "router/layer_01/load": [0.25] * 4,
             }  # fmt: skip
