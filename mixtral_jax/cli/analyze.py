@@ -35,7 +35,7 @@ from mixtral_jax.lab.routing_analysis import RoutedText, RoutingAnalysis, analyz
 from mixtral_jax.parallel.processes import Processes, join_processes
 from mixtral_jax.pretrained import Dtype, Pretrained, load_pretrained
 
-# Rows of other data that are routed unless more are asked for: routes of all are kept until they are counted.
+# Rows of other data that are routed unless more are asked for.
 _NUM_SEQUENCES = 256
 
 
@@ -115,8 +115,8 @@ def analyze_text(
     pieces = text.tokenizer.pieces(range(text.tokenizer.vocab_size))
     pieces += [f"<{token}>" for token in range(len(pieces), loaded.config.model.vocab_size)]
     routed = RoutedText(
-        batches=list(iterate_batches(loaded, text)),
-        labels=list(_iterate_labels(loaded, text, labellings)),
+        batches=functools.partial(iterate_batches, loaded, text),
+        labels=_iterate_labels(loaded, text, labellings),
         label_names={labelling.title: labelling.names for labelling in labellings},
         pieces=pieces,
     )

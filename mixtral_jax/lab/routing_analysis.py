@@ -6,7 +6,7 @@ and docs/routing_analysis.md says what each means.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,17 +22,17 @@ from mixtral_jax.pretrained import Pretrained
 
 @dataclasses.dataclass(frozen=True)
 class RoutedText:
-    """What is routed: batches, and what is known of their tokens.
+    """What is routed: batches, and what is known of their tokens. None of it need be held in memory.
 
     Attributes:
-        batches: each [1, B, T]; all have one shape.
+        batches: gives the same ones at every call, each [1, B, T]; all have one shape.
         labels: of each batch, a number for each token by each labelling, int32 [len(label_names), B, T].
         label_names: the title of each labelling, and its names, which are numbered from 1.
         pieces: the text of each token id.
     """
 
-    batches: Sequence[Batch]
-    labels: Sequence[jax.Array]
+    batches: Callable[[], Iterable[Batch]]
+    labels: Iterable[jax.Array]
     label_names: Mapping[str, Sequence[str]]
     pieces: Sequence[str]
 
@@ -117,25 +117,29 @@ def analyze(
 ) -> RoutingAnalysis:
     """Routes a text, and says what was seen. All processes of a run call it alike, and get the same.
 
+    Memory does not grow with the text: routes are counted batch by batch, and where two models are compared, each
+    routes every batch anew.
+
     Args:
         earlier: of the same model at earlier steps, how to load it onto the same mesh; one at a time is held.
         compares_dtypes: whether to route once more in another dtype: float32, or bfloat16 for a model in float32.
     """
     E, dtype = loaded.config.model.num_experts, loaded.config.model.dtype
     with jax.set_mesh(loaded.mesh):
-        experts = [route(loaded.model, batch, dtype) for batch in text.batches]
         num_labels = [1 + len(names) for names in text.label_names.values()]
-        routed = zip(text.batches, text.labels, experts, strict=True)
+        labelled = zip(text.batches(), text.labels, strict=True)
+        routed = ((batch, labels, route(loaded.model, batch, dtype)) for batch, labels in labelled)
         sizes = {"num_experts": E, "vocab_size": loaded.config.model.vocab_size, "num_labels": num_labels}
         counts = count_routes(routed, **sizes, rules=loaded.model.rules)
 
         def compare(other: Transformer, other_dtype: str) -> OverlapCounts:
-            theirs = (route(other, batch, other_dtype) for batch in text.batches)
-            return count_overlap(zip(text.batches, theirs, experts, strict=True))
+            return count_overlap(
+                (batch, route(other, batch, other_dtype), route(loaded.model, batch, dtype)) for batch in text.batches()
+            )
 
         flips = _find_flips(loaded, compare) if compares_dtypes else None
         overlaps = {step: compare(load().model, dtype) for step, load in sorted((earlier or {}).items())}
-    k = experts[0].shape[-1]
+    k = int(np.trace(counts.together_LEE[0])) // int(counts.tokens)  # Each token chooses as many.
     saturation = _find_saturation(overlaps, E, k) if overlaps else None
     return summarize(counts, k, text.label_names, text.pieces, flips=flips, saturation=saturation)
 
