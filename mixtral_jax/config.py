@@ -5,6 +5,7 @@ Knows no jax, so that reading or checking a config starts no back end. What depe
 """
 
 import dataclasses
+import re
 from typing import Literal
 
 from mixtral_jax.config_errors import ConfigError, require
@@ -104,6 +105,9 @@ class ChatConfig:
 class DataConfig:
     """What to train on. `path` and `tokenizer` take the forms listed in docs/data.md.
 
+    `suffixes`, as `.py,.md`, are those of the files that are read of a folder or glob; files whose suffix is that of no
+    form of rows are one text each. None: `.txt` and all forms of rows.
+
     `domain_field` of a row says what kind of text it is, for `analyze`; None: the place of its file does.
 
     `held_out_fraction` of the documents is never trained on; a run ends when more than
@@ -113,6 +117,7 @@ class DataConfig:
     path: str = "python-stdlib"
     tokenizer: str = "train:4096"
     text_field: str = "text"
+    suffixes: str | None = None
     domain_field: str | None = None
     held_out_fraction: float = 0.02
     max_bad_fraction: float = 0.01
@@ -120,6 +125,10 @@ class DataConfig:
 
     def __post_init__(self):
         require(self.path, "data.path must name a file, a folder, a glob, hub:NAME, or python-stdlib")
+        require(
+            self.suffixes is None or all(re.fullmatch(r"\.\w+", suffix) for suffix in self.suffixes.split(",")),
+            f"data.suffixes={self.suffixes} must be suffixes with their dots, as .py,.md",
+        )
         require(
             0 < self.held_out_fraction < 1, f"data.held_out_fraction={self.held_out_fraction} must lie between 0 and 1"
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from mixtral_jax.cli.ablation_routing import picture_routing
+from mixtral_jax.cli.ablation_routing import analyze_arms, picture_routing
 from mixtral_jax.cli.ablation_run import train_run
 from mixtral_jax.cli.flags import (
     RunFlags,
@@ -133,6 +133,9 @@ def _train(runs: list[ArmRun], flags: RunFlags, workdir: Path, processes: Proces
         say(f"{len(finished)} of {len(runs)} runs are finished, and not repeated: {', '.join(finished)}")
     for number, run in enumerate(left):
         say(f"\n--- {run.name}: run {number + 1} of {len(left)} ---")
+        if processes.share(f"{run.name} by now", is_finished(run, workdir))[0]:
+            say("finished by another process")
+            continue
         one = dataclasses.replace(flags, config=run.config, workdir=run.folder(workdir))
         if train_run(one, processes, stop) == "stopped" or (stop.is_set and run is not left[-1]):
             return "stopped"
@@ -167,18 +170,23 @@ def _report(ablation: Ablation, chosen: list[ArmRun], workdir: Path, processes: 
 
     At first without what models must be asked for: should that fail, all that was measured is there.
     """
+    if processes.index:
+        if asks_models:
+            analyze_arms(ablation, workdir, processes)
+        return 0
     # Of tasks that end together, the last one to look sees the runs of all.
-    with one_at_a_time(workdir / "report") if processes.index == 0 else contextlib.nullcontext():
-        if processes.index == 0:
-            write_report(read_results(ablation, workdir), workdir / "report")
-        pictures = picture_routing(ablation, workdir, processes) if asks_models else []
-        if processes.index:
-            return 0
-        results = read_results(ablation, workdir)
-        page = write_report(results, workdir / "report", pictures)
+    with one_at_a_time(workdir / "report"):
+        results, page = _write_report(ablation, workdir)
+        if asks_models and analyze_arms(ablation, workdir, processes):
+            results, page = _write_report(ablation, workdir)
     _say_status(results)
     print(f"report: {page}")
     return 1 if any(run.name in results.failed for run in chosen) else 0
+
+
+def _write_report(ablation: Ablation, workdir: Path) -> tuple[Results, Path]:
+    results = read_results(ablation, workdir)
+    return results, write_report(results, workdir / "report", picture_routing(ablation, workdir))
 
 
 def _say_status(results: Results) -> None:

@@ -7,14 +7,12 @@ from typing import Any, Literal
 
 import jax
 
-from mixtral_jax.checkpoint.run import RunCheckpoints
 from mixtral_jax.cli.flags import RunFlags
 from mixtral_jax.cli.provenance import find_commit
 from mixtral_jax.cli.start import Run, start_run
 from mixtral_jax.cli.training import pretrain
 from mixtral_jax.cli.workdir import WorkdirInUseError, write_json
 from mixtral_jax.config import ConfigError
-from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.finetune.tunable import make_tunable
 from mixtral_jax.lab.records import FACTS, FAILURE
 from mixtral_jax.model.transformer import count_parameters
@@ -37,12 +35,11 @@ def train_run(flags: RunFlags, processes: Processes, stop: StopSignal) -> Litera
             raise  # The others wait for this one.
         print(f"left to the process that is at it: {error}")
         return "finished"
-    facts = collect_facts(run)
     if run.is_writer:
         (run.workdir / FAILURE).unlink(missing_ok=True)
-        write_json(run.workdir / FACTS, facts)
+        write_json(run.workdir / FACTS, collect_facts(run))
     try:
-        outcome = pretrain(run, stop)
+        return pretrain(run, stop)
     except Exception as error:
         if isinstance(error, ConfigError) and not (run.workdir / "metrics.jsonl").exists():
             raise
@@ -51,9 +48,6 @@ def train_run(flags: RunFlags, processes: Processes, stop: StopSignal) -> Litera
         if processes.count > 1 and not isinstance(error, FloatingPointError):
             raise  # The others may know nothing of it, and wait in a collective.
         return "failed"
-    if run.is_writer and outcome == "finished":
-        write_json(run.workdir / FACTS, facts | identify_data(run))
-    return outcome
 
 
 def collect_facts(run: Run) -> dict[str, Any]:
@@ -71,14 +65,6 @@ def collect_facts(run: Run) -> dict[str, Any]:
         "devices": f"{run.mesh.size} x {device.device_kind}, {jax.process_count()} process(es)",
         "command": ["mixtral-jax", *sys.argv[1:]],
     }
-
-
-def identify_data(run: Run) -> dict[str, str]:
-    """Fingerprints of what a finished run has read: of text, tokens and packing together, and of the tokenizer."""
-    checkpoints, step = run.workdir / "checkpoints", run.config.train.num_steps
-    with RunCheckpoints(checkpoints, run.config.checkpoint.keep) as saved:
-        data = saved.read_record(step)["data"]
-    return {"data": data, "tokenizer": Tokenizer((run.workdir / "tokenizer.model").read_bytes()).fingerprint}
 
 
 def _note_failure(workdir: Path, error: Exception) -> None:

@@ -35,7 +35,7 @@ from mixtral_jax.lab.routing_analysis import RoutedText, RoutingAnalysis, analyz
 from mixtral_jax.parallel.processes import Processes, join_processes
 from mixtral_jax.pretrained import Dtype, Pretrained, load_pretrained
 
-# Rows of other data that are routed unless more are asked for: routes of all are kept until they are counted.
+# Rows of other data that are routed unless more are asked for.
 _NUM_SEQUENCES = 256
 
 
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     flags, model, sections = parse_model_flags(parser, arguments, data=DataConfig)
     run = read_run(flags.checkpoint)
     data = _choose_data(sections["data"], any(each.startswith("--data.path=") for each in arguments), run)
-    fingerprint_source(data.path)  # Whether there are any, before much is loaded.
+    fingerprint_source(data.path, data.suffixes)  # Whether there are any, before much is loaded.
     step = _find_step(flags.checkpoint, run)
     folder = flags.to or (run.workdir / "analysis" / str(step) if run and step is not None else None)
     with claim_stdout() as output, join_processes(model.launch) as processes:
@@ -115,8 +115,8 @@ def analyze_text(
     pieces = text.tokenizer.pieces(range(text.tokenizer.vocab_size))
     pieces += [f"<{token}>" for token in range(len(pieces), loaded.config.model.vocab_size)]
     routed = RoutedText(
-        batches=list(iterate_batches(loaded, text)),
-        labels=list(_iterate_labels(loaded, text, labellings)),
+        batches=functools.partial(iterate_batches, loaded, text),
+        labels=_iterate_labels(loaded, text, labellings),
         label_names={labelling.title: labelling.names for labelling in labellings},
         pieces=pieces,
     )
@@ -181,10 +181,10 @@ def _make_folder(folder: Path) -> None:
 
 def _write(folder: Path, said: dict[str, Any], analysis: RoutingAnalysis) -> None:
     # Slow to import, and a report that nobody keeps needs none.
-    from mixtral_jax.lab.routing_figures import make_figures
+    from mixtral_jax.lab.routing_pictures import draw_routing
 
     write_json(folder / "analysis.json", said)
-    for picture in make_figures(analysis):
+    for picture in draw_routing(analysis):
         (folder / f"{picture.name}.png").write_bytes(picture.to_png())
     note(f"wrote analysis.json and figures into {folder}")
 

@@ -88,7 +88,7 @@ def check_data(config: Config) -> list[Problem]:
 def _open_source(config: Config) -> None:
     for source in split_sources(config.data.path):
         if not source.path.startswith(HUB):  # That one may be downloaded first.
-            fingerprint_source(source.path)
+            fingerprint_source(source.path, config.data.suffixes)
 
 
 def _open_tokenizer(config: Config) -> None:

@@ -25,10 +25,11 @@ def main(arguments: list[str]) -> int:
     add_task_flags(parser)
     flags, model, sections = parse_model_flags(parser, arguments, data=DataConfig)
     require(any(argument.startswith("--data.path=") for argument in arguments), "--data.path=F must name the data")
-    fingerprint_source(sections["data"].path)  # Whether there are any, before much is loaded.
+    data = sections["data"]
+    fingerprint_source(data.path, data.suffixes)  # Whether there are any, before much is loaded.
     with claim_stdout() as output, join_processes(model.launch) as processes:
         loaded = open_model(model, processes)
-        task = plan_task(flags, sections["data"], loaded)
+        task = plan_task(flags, data, loaded)
         figures = score(loaded, task, processes)
         if processes.index == 0:
             print(json.dumps(figures), file=output)

@@ -45,6 +45,6 @@ def find_base(flags: RunFlags, workdir: Path, processes: Processes, stop: StopSi
 def _check_tuning(config: Config, run: Run) -> None:
     """Finds what would else be found minutes later: data that is not there, and parts that no pattern matches."""
     resolve_mesh(config, run.mesh.size)
-    fingerprint_source(config.data.path)
+    fingerprint_source(config.data.path, config.data.suffixes)
     with jax.set_mesh(run.mesh):
         jax.eval_shape(make_tunable(config, run.mesh.devices.flat[0].platform).make_model)

@@ -86,7 +86,11 @@ def plan_base(config: Config, plan: PretrainConfig) -> Config:
         finetune=None,
         upcycle=None,
         router=RouterConfig(num_experts_per_token=config.router.num_experts_per_token),
-        data=dataclasses.replace(config.data, path=plan.path or (DataConfig if config.finetune else config.data).path),
+        data=dataclasses.replace(
+            config.data,
+            path=plan.path or (DataConfig if config.finetune else config.data).path,
+            suffixes=None if config.finetune else config.data.suffixes,  # Those of conversations are not those of text.
+        ),
         optimizer=OptimizerConfig(learning_rate=plan.learning_rate),
         train=dataclasses.replace(
             config.train, num_steps=plan.num_steps, batch_size=plan.batch_size, gradient_accumulation=1

@@ -37,7 +37,7 @@ def start_dense(run: Run) -> Run:
     Raises:
         ConfigError: it does not fit the devices, its workdir holds another run, or the text of `run` is not there.
     """
-    fingerprint_source(run.config.data.path)
+    fingerprint_source(run.config.data.path, run.config.data.suffixes)
     config = resolve_mesh(plan_dense(run.config), run.mesh.size)
     workdir = run.workdir / "base"
     open_workdir(workdir, config, run.processes)

@@ -11,6 +11,7 @@ from mixtral_jax.cli.open_data import TrainingData, open_text
 from mixtral_jax.cli.open_dense import dense_loader, open_dense, start_dense
 from mixtral_jax.cli.open_state import open_state
 from mixtral_jax.cli.start import Run, describe_run
+from mixtral_jax.cli.workdir import write_json
 from mixtral_jax.config import UpcycleConfig
 from mixtral_jax.data.tokenizer import read_tokenizer
 from mixtral_jax.finetune.tunable import make_tunable
@@ -72,6 +73,9 @@ def train_model(
     folder = run.workdir / "checkpoints"
     with jax.set_mesh(run.mesh), RunCheckpoints(folder, config.checkpoint.keep) as checkpoints:
         start = open_state(run, checkpoints, tunable, optimizer, data.fingerprint, load_base)
+        if run.is_writer:  # Now that these are known to be the data of this run.
+            tokenizer = read_tokenizer(f"{run.workdir / 'tokenizer.model'}")
+            write_json(run.workdir / "data.json", {"data": data.fingerprint, "tokenizer": tokenizer.fingerprint})
         with (
             MetricLog(run.workdir, config.log, first_step=start.step, is_writer=run.is_writer) as log,
             contextlib.closing(data.train_batches.iterate(start.step)) as batches,

@@ -107,7 +107,7 @@ def _write_stores(folder: Path, tokenizing: Tokenizing) -> None:
             encoded = tokenizing.encode([placed.item for placed in group])
             for tokenized, placed in zip(encoded, group, strict=True):
                 writer = held_out if placed.is_held_out else train
-                writer.add(tokenized, placed.source, placed.item.domain)
+                writer.add(tokenized, placed.source, placed.item.category)
 
 
 def _group(items: Iterator[Placed[ItemT]]) -> Iterator[list[Placed[ItemT]]]:

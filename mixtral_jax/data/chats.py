@@ -22,7 +22,7 @@ from mixtral_jax.data.sources import Source, fingerprint_source
 from mixtral_jax.data.store import Tokenized, TokenStore
 from mixtral_jax.data.tokenizer import Tokenizer
 
-_CACHE_FORMAT = 2  # Raise it when the same files and config would give other stores.
+_CACHE_FORMAT = 3  # Raise it when the same files and config would give other stores.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ def prepare_chats(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path | No
     template = ChatTemplate(tokenizer, config.chat.template, literal_inst=config.chat.literal_inst)
 
     def read(source: Source) -> Iterator[Chat | BadRow]:
-        return drop_unsupervised(read_chats(source.path, template, format=config.chat.format))
+        return drop_unsupervised(read_chats(source.path, template, format=config.chat.format, suffixes=config.suffixes))
 
     def encode(chats: list[Chat]) -> list[Tokenized]:
         encoded = template.encode_turns([chat.turns for chat in chats])
@@ -90,5 +90,5 @@ def _cut_question(document: Tokenized) -> Question:
 def _fingerprint_chats(config: DataConfig, template: ChatTemplate, tokenizer: Tokenizer) -> str:
     """Of what changes the tokens, and nothing else: neither the limit on bad rows nor what long rows become does."""
     chosen = [config.path, config.held_out_fraction, config.chat.format, config.chat.literal_inst, template.version]
-    described = [_CACHE_FORMAT, *chosen, tokenizer.fingerprint, fingerprint_source(config.path)]
+    described = [_CACHE_FORMAT, *chosen, tokenizer.fingerprint, fingerprint_source(config.path, config.suffixes)]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:24]

@@ -18,6 +18,7 @@ from mixtral_jax.data.chat_errors import (
     NoSupervisedTokenException,
     TokenizerException,
 )
+from mixtral_jax.data.domains import UNSAID, Category
 from mixtral_jax.data.messages import Message, Mode, read_messages
 from mixtral_jax.data.readers import BadRow, RawRow
 from mixtral_jax.data.sources import read_rows
@@ -49,14 +50,14 @@ class Chat:
         messages: as they were read, a system prompt of the row first; none for a text.
         key: chats of one key are on one side of the held-out split: what the user says, or the row's `split_group`.
         origin: where it was read, such as `file.jsonl:17`.
-        domain: what kind of text it is, by the place of its file (`domains`).
+        category: what its file says of it (`domains`).
     """
 
     turns: Sequence[Turn]
     messages: Sequence[Message]
     key: str
     origin: str
-    domain: str = ""
+    category: Category = UNSAID
 
     @property
     def num_characters(self) -> int:
@@ -65,12 +66,18 @@ class Chat:
 
 
 def read_chats(
-    path: str, template: ChatTemplate, *, format: ChatFormat = "auto", mode: Mode = "training"
+    path: str,
+    template: ChatTemplate,
+    *,
+    format: ChatFormat = "auto",
+    mode: Mode = "training",
+    suffixes: str | None = None,
 ) -> Iterator[Chat | BadRow]:
     """The conversations of one source, always in the same order.
 
     Args:
         path: of a `Source`.
+        suffixes: those of the files that are read, as in `DataConfig`.
 
     Raises:
         ConfigError: at once, when there is nothing to read; at a file that cannot be read.
@@ -82,7 +89,7 @@ def read_chats(
         except ChatException as error:
             return _as_bad_row(error)
 
-    return map(judge, read_rows(path, FIELDS))
+    return map(judge, read_rows(path, FIELDS, suffixes))
 
 
 def read_chat(row: RawRow, template: ChatTemplate, *, format: ChatFormat = "auto", mode: Mode = "training") -> Chat:
@@ -97,11 +104,11 @@ def read_chat(row: RawRow, template: ChatTemplate, *, format: ChatFormat = "auto
         name = _find_format(fields) if format == "auto" else format
         if name == "text":
             text = _read_text(fields)
-            return Chat(template.lay_out_text(text, mode=mode), (), text, row.origin, row.domain)
+            return Chat(template.lay_out_text(text, mode=mode), (), text, row.origin, row.category)
         messages = _READERS[name](fields)
         system = _read_system(fields, messages)
         turns = template.lay_out([*system, *messages], mode=mode)
-        return Chat(turns, [*system, *messages], _make_key(fields, messages), row.origin, row.domain)
+        return Chat(turns, [*system, *messages], _make_key(fields, messages), row.origin, row.category)
     except ChatException as error:
         _count_without(len(system), error)
         error.origin = row.origin

@@ -14,6 +14,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 
 from mixtral_jax.config import DataConfig, require
+from mixtral_jax.data.domains import Category
 from mixtral_jax.data.readers import BadRow
 from mixtral_jax.data.sources import Source, split_sources
 
@@ -36,8 +37,8 @@ class Item(Protocol):
         ...
 
     @property
-    def domain(self) -> str:
-        """What kind of text it is; empty if nobody said."""
+    def category(self) -> Category:
+        """What its file says of it."""
         ...
 
 

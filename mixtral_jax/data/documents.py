@@ -3,17 +3,18 @@
 import dataclasses
 from collections.abc import Iterator, Mapping
 
+from mixtral_jax.data.domains import UNSAID, Category
 from mixtral_jax.data.readers import INVALID_UTF8, BadRow, RawRow
 from mixtral_jax.data.sources import read_rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text to train on; `origin` is where it was read, such as `file.jsonl:17`; `domain`: see `read_documents`."""
+    """One text to train on; `origin` is where it was read, such as `file.jsonl:17`; `category`: what it is."""
 
     text: str
     origin: str
-    domain: str = ""
+    category: Category = UNSAID
 
     @property
     def key(self) -> str:
@@ -26,18 +27,21 @@ class Document:
         return len(self.text)
 
 
-def read_documents(path: str, text_field: str, domain_field: str | None = None) -> Iterator[Document | BadRow]:
+def read_documents(
+    path: str, text_field: str, domain_field: str | None = None, suffixes: str | None = None
+) -> Iterator[Document | BadRow]:
     """The documents of one source, always in the same order.
 
     Args:
         path: of a `Source`.
         text_field: the field, or column, that holds the text of a row.
         domain_field: the one that says what kind of text it is; None: the place of its file does (`domains`).
+        suffixes: those of the files that are read, as in `DataConfig`.
 
     Raises:
         ConfigError: at once, when there is nothing to read; at a file that cannot be read.
     """
-    rows = read_rows(path, [text_field, domain_field] if domain_field else [text_field])
+    rows = read_rows(path, [text_field, domain_field] if domain_field else [text_field], suffixes)
     return (row if isinstance(row, BadRow) else _judge(row, text_field, domain_field) for row in rows)
 
 
@@ -60,4 +64,6 @@ def _judge(row: RawRow, text_field: str, domain_field: str | None) -> Document |
         text.encode()
     except UnicodeEncodeError as error:  # Lone surrogates: \ud800 in JSON, or bytes a reader could not decode.
         return BadRow(origin, f"{INVALID_UTF8} at character {error.start}", INVALID_UTF8)
-    return Document(text, origin, str(value.get(domain_field, "")) if domain_field else row.domain)
+    if domain_field:
+        return Document(text, origin, row.category._replace(domain=str(value.get(domain_field, ""))))
+    return Document(text, origin, row.category)

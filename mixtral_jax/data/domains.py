@@ -1,10 +1,21 @@
-"""What kind of text a document is, as far as the place says it where it was found: for those who compare kinds."""
+"""What kind of text a document is, as far as the file says it that it was found in: for those who compare kinds."""
 
 import glob
 from pathlib import Path
+from typing import NamedTuple
 
-# Files that are one document each: their names say nothing of a kind.
-_WHOLE_TEXTS = (".txt", ".py")
+# Of files that are one document each and lie in no folder: their names say nothing of a domain.
+TOP_LEVEL = "top level"
+
+
+class Category(NamedTuple):
+    """Two ways of telling texts apart; either is empty where nobody says it."""
+
+    domain: str = ""
+    file_type: str = ""
+
+
+UNSAID = Category()
 
 
 def find_root(path: str) -> Path:
@@ -16,7 +27,8 @@ def find_root(path: str) -> Path:
     return plain[0]
 
 
-def name_domain(file: Path, root: Path) -> str:
-    """The first folder below `root` on the way to `file`; of a file in `root` itself, its name, or `*.txt`, `*.py`."""
+def find_category(file: Path, root: Path, *, holds_rows: bool) -> Category:
+    """By its place and its suffix: the domain is the first folder below `root` on the way to `file`; of a file of rows
+    in `root` itself, its name."""
     first, *rest = file.relative_to(root).parts
-    return first if rest or file.suffix not in _WHOLE_TEXTS else f"*{file.suffix}"
+    return Category(first if rest or holds_rows else TOP_LEVEL, file.suffix)

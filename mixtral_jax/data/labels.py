@@ -6,11 +6,13 @@ Every labelling gives a token one of a few names, or none.
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 
+from mixtral_jax.data.domains import UNSAID, Category
 from mixtral_jax.data.python_parts import PARTS, find_parts
-from mixtral_jax.data.sources import STDLIB, split_sources
+from mixtral_jax.data.sources import split_sources
 from mixtral_jax.data.store import TokenStore
 from mixtral_jax.data.tokenizer import Tokenizer
 
@@ -36,7 +38,8 @@ class Labelling:
 def find_labellings(stores: Sequence[TokenStore], path: str, tokenizer: Tokenizer) -> list[Labelling]:
     """All that say something of the corpus that `path`, a value of `data.path`, names: at least two names each."""
     sources = [source.path for source in split_sources(path)]
-    found = [_by_source(sources), _by_domain(stores), _by_python(sources, tokenizer), _by_turn(stores)]
+    by_category = [_by_category(stores, "domain", "domain"), _by_category(stores, "file_type", "file type")]
+    found = [_by_source(sources), *by_category, _by_python(stores, tokenizer), _by_turn(stores)]
     return [labelling for labelling in found if len(labelling.names) > 1]
 
 
@@ -47,34 +50,35 @@ def _by_source(sources: list[str]) -> Labelling:
     return Labelling("source", tuple(sources), label)
 
 
-def _by_domain(stores: Sequence[TokenStore]) -> Labelling:
-    """The largest domains by their tokens, and the others in one."""
+def _by_category(stores: Sequence[TokenStore], field: Literal["domain", "file_type"], title: str) -> Labelling:
+    """The largest by their tokens, and the others in one."""
     tokens: collections.Counter[str] = collections.Counter()
     for store in stores:
-        if store.domains is not None:
-            sizes = np.bincount(store.domains, np.diff(store.offsets), minlength=len(store.domain_names))
-            tokens.update(dict(zip(store.domain_names, sizes.astype(int).tolist(), strict=True)))
+        if store.categories is not None:
+            sizes = np.bincount(store.categories, np.diff(store.offsets), minlength=len(store.category_names))
+            for category, size in zip(store.category_names, sizes.astype(int).tolist(), strict=True):
+                tokens[getattr(category, field)] += size
     there = [name for name, size in tokens.most_common() if name and size]
     is_all = len(there) <= _MOST_NAMES and not tokens[""]
     names = tuple(there) if is_all or not there else (*there[: _MOST_NAMES - 1], OTHER)
     number = {name: place for place, name in enumerate(names, start=1)}
 
     def label(store: TokenStore, document: int) -> np.ndarray:
-        name = "" if store.domains is None else store.domain_names[store.domains[document]]
+        name = getattr(_category_of(store, document), field)
         return np.full(_length(store, document), number.get(name, len(names)))
 
     # Names of files need be no UTF-8, and what shows them may take nothing else.
-    return Labelling("domain", tuple(name.encode(errors="backslashreplace").decode() for name in names), label)
+    return Labelling(title, tuple(name.encode(errors="backslashreplace").decode() for name in names), label)
 
 
-def _by_python(sources: list[str], tokenizer: Tokenizer) -> Labelling:
+def _by_python(stores: Sequence[TokenStore], tokenizer: Tokenizer) -> Labelling:
     """Code and text, in the documents that are Python."""
 
     def label(store: TokenStore, document: int) -> np.ndarray:
         ids = store.read(document).tokens
         sizes = tokenizer.bytes_per_token[ids]
         labels = np.zeros(len(ids), np.int64)
-        if sources[_source_of(store, document)] != STDLIB:
+        if _category_of(store, document).file_type != ".py":
             return labels
         parts = find_parts(tokenizer.decode(ids))
         if parts is None or sizes.sum() != len(parts) + tokenizer.prefix_bytes:
@@ -85,7 +89,8 @@ def _by_python(sources: list[str], tokenizer: Tokenizer) -> Labelling:
         labels[has_text] = 1 + parts[last[has_text]]
         return labels
 
-    return Labelling("part of the Python source", PARTS if STDLIB in sources else (), label)
+    has_python = any(category.file_type == ".py" for store in stores for category in store.category_names)
+    return Labelling("part of the Python source", PARTS if has_python else (), label)
 
 
 def _by_turn(stores: Sequence[TokenStore]) -> Labelling:
@@ -101,6 +106,10 @@ def _by_turn(stores: Sequence[TokenStore]) -> Labelling:
 
 def _source_of(store: TokenStore, document: int) -> int:
     return int(np.searchsorted(np.cumsum(store.documents_by_source), document, side="right"))
+
+
+def _category_of(store: TokenStore, document: int) -> Category:
+    return UNSAID if store.categories is None else store.category_names[store.categories[document]]
 
 
 def _length(store: TokenStore, document: int) -> int:

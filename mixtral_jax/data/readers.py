@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.config import ConfigError
+from mixtral_jax.data.domains import UNSAID, Category
 
 INVALID_JSON = "invalid JSON"
 INVALID_UTF8 = "invalid UTF-8"
@@ -20,12 +21,12 @@ INVALID_UTF8 = "invalid UTF-8"
 
 @dataclasses.dataclass(frozen=True)
 class RawRow:
-    """What was read of a row, whatever it holds; `origin` is where, such as `file.jsonl:17`, and `domain` the kind of
-    text that is kept there (`domains`)."""
+    """What was read of a row, whatever it holds; `origin` is where, such as `file.jsonl:17`, and `category` what its
+    file says of it."""
 
     value: object
     origin: str
-    domain: str = ""
+    category: Category = UNSAID
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class BadRow:
 
 
 def read_file(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
-    """The rows of a file; one whose suffix is not in `READERS` is text.
+    """The rows of a file; one whose suffix is not in `READERS` is one text.
 
     Args:
         fields: what will be asked for: columns of other names are not read, and a text is filed under the first.
@@ -146,8 +147,8 @@ def _read_columns(batches: Any, fields: Sequence[str], file: Path) -> Iterator[R
                 yield RawRow(row, origin)
 
 
+# Of files of rows, by their suffix.
 READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[RawRow | BadRow]]] = {
-    ".txt": _read_text,
     ".jsonl": _read_json_lines,
     ".json": _read_json,
     ".parquet": _read_parquet,

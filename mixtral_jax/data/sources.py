@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.config import ConfigError, require
-from mixtral_jax.data.domains import find_root, name_domain
+from mixtral_jax.data.domains import find_category, find_root
 from mixtral_jax.data.readers import READERS, BadRow, RawRow, read_file
 from mixtral_jax.data.stdlib import list_stdlib, stdlib_root, walk
 from mixtral_jax.data.stdlib_chat import make_conversations
@@ -74,12 +74,13 @@ def _split_weight(part: str) -> Source:
     return Source(name, number)
 
 
-def read_rows(path: str, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
+def read_rows(path: str, fields: Sequence[str], suffixes: str | None = None) -> Iterator[RawRow | BadRow]:
     """The rows of one source, always in the same order.
 
     Args:
         path: of a `Source` (docs/data.md lists its forms).
         fields: those that will be asked for (see `read_file`).
+        suffixes: those of the files that are read, as in `DataConfig`.
 
     Raises:
         ConfigError: at once, when there is nothing to read; at a file that cannot be read.
@@ -91,39 +92,44 @@ def read_rows(path: str, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
         rows = enumerate(make_conversations(stdlib_root(), list_stdlib()), start=1)
         return (RawRow(row, f"{path}:{number}") for number, row in rows)
     root = stdlib_root() if path == STDLIB else find_root(path)
-    return (row for file in _list_files(path) for row in _read_file(file, fields, name_domain(file, root)))
+    return (row for file in _list_files(path, suffixes) for row in _read_file(file, fields, root))
 
 
-def fingerprint_source(path: str) -> str:
+def fingerprint_source(path: str, suffixes: str | None = None) -> str:
     """A hex hash of the names, sizes and times of the files that `path`, of any form, names: changes when they do."""
     digest = hashlib.sha256(path.encode(errors="surrogateescape"))
     for source in split_sources(path):
         if source.path in (STDLIB, STDLIB_CHAT):
             digest.update(platform.python_version().encode())
-        for file in _list_source(source.path):
+        for file in _list_source(source.path, suffixes):
             stat = file.stat()
             digest.update(f"\n{file.absolute()} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
-def _read_file(file: Path, fields: Sequence[str], domain: str) -> Iterator[RawRow | BadRow]:
+def _read_file(file: Path, fields: Sequence[str], root: Path) -> Iterator[RawRow | BadRow]:
+    category = find_category(file, root, holds_rows=file.suffix in READERS)
     for row in read_file(file, fields):
-        yield row if isinstance(row, BadRow) else dataclasses.replace(row, domain=domain)
+        yield row if isinstance(row, BadRow) else dataclasses.replace(row, category=category)
 
 
-def _list_source(path: str) -> list[Path]:
+def _list_source(path: str, suffixes: str | None) -> list[Path]:
     if path.startswith(HUB):
         return [Path(cached["filename"]) for cached in _load_hub(path).cache_files]
-    return list_stdlib() if path == STDLIB_CHAT else _list_files(path)
+    return list_stdlib() if path == STDLIB_CHAT else _list_files(path, suffixes)
 
 
-def _list_files(path: str) -> list[Path]:
+def _list_files(path: str, suffixes: str | None) -> list[Path]:
     if path == STDLIB:
         return list_stdlib()
     place = Path(path).expanduser()
-    forms = ", ".join(READERS)
+    read = suffixes.split(",") if suffixes else (".txt", *READERS)
+    forms = ", ".join(read)
     if place.is_file():
-        require(place.suffix in READERS, f"data.path={path} is none of {forms}: convert it, or rename it")
+        require(
+            place.suffix in read,
+            f"data.path={path} is none of {forms}: convert it, or if it is text, name its suffix in data.suffixes",
+        )
         return [place]
     if place.is_dir():
         found = walk(place, lambda name: name.startswith("."))
@@ -132,7 +138,7 @@ def _list_files(path: str) -> list[Path]:
         require(
             glob.has_magic(path), f"data.path={path} does not exist: name a file, folder, glob, hub:NAME or {STDLIB}"
         )
-    files = sorted(file for file in found if file.suffix in READERS and file.is_file())
+    files = sorted(file for file in found if file.suffix in read and file.is_file())
     files = [file for file in files if file.name not in _BOOKKEEPING]
     require(files, f"data.path={path} holds no readable file: it must hold at least one of {forms}")
     return files

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-# A field that is different in every row says no kind: what comes after so many has none.
-_MOST_DOMAINS = 1000
+from mixtral_jax.data.domains import UNSAID, Category
+
+# A field that is different in every row tells no texts apart: what comes after so many has no category.
+_MOST_CATEGORIES = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +41,8 @@ class TokenStore:
         fingerprint: sha256, in hex, of the tokens, the lengths and the mask.
         loss_mask: uint8 [num_tokens], 1 on what is to be learnt; None: all of it.
         documents_by_source: how many documents came from each source, in order; empty: all from one.
-        domains: uint16 [num_documents], what kind each document is, as a place in `domain_names`; None: nobody said.
-        domain_names: of all kinds; the empty name stands for all that have none, or one too many.
+        categories: uint16 [num_documents], what each document is, as a place in `category_names`; None: nobody said.
+        category_names: all there are; the first is that of documents that have none, or one too many.
     """
 
     tokens: np.ndarray
@@ -48,8 +50,8 @@ class TokenStore:
     fingerprint: str
     loss_mask: np.ndarray | None = None
     documents_by_source: tuple[int, ...] = ()
-    domains: np.ndarray | None = None
-    domain_names: tuple[str, ...] = ()
+    categories: np.ndarray | None = None
+    category_names: tuple[Category, ...] = ()
 
     @property
     def num_documents(self) -> int:
@@ -75,15 +77,15 @@ class StoreWriter:
         self._has_masks = False
         self._lengths = array.array("q")
         self._by_source: list[int] = []
-        self._domains = array.array("H")
-        self._domain_names: dict[str, int] = {"": 0}
+        self._categories = array.array("H")
+        self._category_names = {UNSAID: 0}
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> "StoreWriter":
         return self
 
-    def add(self, document: Tokenized, source: int = 0, domain: str = "") -> None:
-        """Appends a document of a source, and of a kind; sources come in order."""
+    def add(self, document: Tokenized, source: int = 0, category: Category = UNSAID) -> None:
+        """Appends a document of a source and a category; sources come in order."""
         tokens = document.tokens.astype(self._dtype).tobytes()
         self._tokens.write(tokens)
         self._digest.update(tokens)
@@ -95,9 +97,9 @@ class StoreWriter:
         self._lengths.append(len(document.tokens))
         self._by_source += [0] * (source + 1 - len(self._by_source))
         self._by_source[source] += 1
-        if len(self._domain_names) < _MOST_DOMAINS:
-            self._domain_names.setdefault(domain, len(self._domain_names))
-        self._domains.append(self._domain_names.get(domain, 0))
+        if len(self._category_names) < _MOST_CATEGORIES:
+            self._category_names.setdefault(category, len(self._category_names))
+        self._categories.append(self._category_names.get(category, 0))
 
     def __exit__(self, *error: object) -> None:
         self._tokens.close()
@@ -105,12 +107,12 @@ class StoreWriter:
         lengths = np.array(self._lengths, np.int64)
         self._digest.update(lengths.tobytes())
         np.save(self._folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
-        np.save(self._folder / "domains.npy", np.array(self._domains, np.uint16))
+        np.save(self._folder / "categories.npy", np.array(self._categories, np.uint16))
         summary = {
             "dtype": self._dtype.name,
             "has_masks": self._has_masks,
             "documents_by_source": self._by_source,
-            "domain_names": list(self._domain_names),
+            "category_names": list(self._category_names),
             "fingerprint": self._digest.hexdigest(),
         }
         (self._folder / "summary.json").write_text(json.dumps(summary))
@@ -129,7 +131,7 @@ def open_store(folder: Path) -> TokenStore:
     masks = _map(folder / "loss_mask", np.dtype(np.uint8), num_tokens) if summary["has_masks"] else None
     return TokenStore(
         tokens, offsets, summary["fingerprint"], masks, tuple(summary["documents_by_source"]),
-        np.load(folder / "domains.npy"), tuple(summary["domain_names"]),
+        np.load(folder / "categories.npy"), tuple(Category(*names) for names in summary["category_names"]),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from mixtral_jax.data.sources import fingerprint_source
 from mixtral_jax.data.store import Tokenized, TokenStore
 from mixtral_jax.data.tokenizer import Tokenizer, check_planned_vocabulary, check_vocabulary, load_tokenizer
 
-_CACHE_FORMAT = 4  # Raise it when the same files and config would give other stores.
+_CACHE_FORMAT = 5  # Raise it when the same files and config would give other stores.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,8 @@ def _tokenize(config: DataConfig, corpus: Corpus[Document], tokenizer: Tokenizer
 
 
 def _open_corpus(config: DataConfig) -> Corpus[Document]:
-    return Corpus(config, lambda source: read_documents(source.path, config.text_field, config.domain_field))
+    fields = (config.text_field, config.domain_field)
+    return Corpus(config, lambda source: read_documents(source.path, *fields, config.suffixes))
 
 
 def _split(config: DataConfig, corpus: Corpus[Document]) -> Iterator[Placed[Document]]:
@@ -115,5 +116,5 @@ def _encode(tokenizer: Tokenizer, documents: list[Document]) -> Iterator[Tokeniz
 def _fingerprint_data(config: DataConfig) -> str:
     """Of what changes the tokens, and nothing else: the limit on bad rows does not."""
     chosen = [config.path, config.text_field, config.domain_field, config.held_out_fraction, config.tokenizer]
-    described = [_CACHE_FORMAT, *chosen, fingerprint_source(config.path)]
+    described = [_CACHE_FORMAT, *chosen, fingerprint_source(config.path, config.suffixes)]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]

@@ -6,9 +6,10 @@ from matplotlib.axes import Axes
 from mixtral_jax.lab.findings import describe_losses, show_difference
 from mixtral_jax.lab.records import RunRecord
 from mixtral_jax.lab.results import ArmResult, Results
-from mixtral_jax.lab.style import Picture, Stroke, add_legend, make_figure, scale_of
+from mixtral_jax.lab.style import Picture, Stroke, add_legend, in_style, make_figure, scale_of
 
 
+@in_style
 def draw_differences(results: Results, strokes: dict[str, Stroke]) -> Picture:
     """Held-out loss less that of the reference with the same seed: over the run, and at its end."""
     figure, (course, end) = make_figure(2, max(3.9, 0.55 * len(results.arms)), width_ratios=(3, 2))
@@ -25,6 +26,7 @@ def draw_differences(results: Results, strokes: dict[str, Stroke]) -> Picture:
     return Picture("Difference of loss", words, figure)
 
 
+@in_style
 def draw_trade_off(results: Results, strokes: dict[str, Stroke]) -> Picture:
     """What an arm's evenness is worth in loss: a dot for each run."""
     figure, (panel,) = make_figure(1, 4.2)
@@ -76,7 +78,7 @@ def _draw_course(course: Axes, results: Results, strokes: dict[str, Stroke]) -> 
         x_N = np.mean([tokens[:count] for tokens, _ in pairs], axis=0) / size
         y_SN = np.stack([difference[:count] for _, difference in pairs])
         course.plot(
-            x_N, y_SN.mean(0), color=stroke.colour, marker=stroke.marker, markersize=4, linewidth=1.7,
+            x_N, y_SN.mean(0), color=stroke.colour, marker=stroke.marker, markersize=4,
             label=result.arm.name,
         )  # fmt: skip
         course.fill_between(x_N, y_SN.min(0), y_SN.max(0), color=stroke.colour, alpha=0.15, linewidth=0)

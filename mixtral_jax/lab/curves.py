@@ -9,22 +9,25 @@ from matplotlib.axes import Axes
 from mixtral_jax.lab.findings import describe_balance, describe_flops
 from mixtral_jax.lab.records import RunRecord
 from mixtral_jax.lab.results import ArmResult, Results
-from mixtral_jax.lab.style import Picture, Stroke, add_legend, make_figure, scale_of
+from mixtral_jax.lab.style import Picture, Stroke, add_legend, in_style, make_figure, scale_of
 
 # A line of more points than this is noise: neighbours are averaged.
 _NUM_POINTS = 50
 
 # Figure in metrics.jsonl -> what it is called here.
 _BALANCE_PANELS = {
-    "router/max_violation": "maximum violation\n(busiest expert / even share - 1)",
+    "router/max_violation": "maximum violation\n(busiest expert / even share - 1)\ndashed: of recent steps together",
     "router/load_entropy": "load entropy\n(1 = even)",
     "router/coefficient_of_variation": "coefficient of variation\nof the load",
     "router/gate_entropy": "gate entropy of a token\n(1 = undecided)",
     "router/min_load": "load of the idlest expert\n(1 = even share)",
     "router/dropped_fraction": "dropped routes\n(fraction of all)",
-    "router/logit_rms": "size of the logits\n(root mean square)",
+    "router/logit_rms": "size of the logits\n(root mean square; dashed: largest)",
     "router/bias_range": "range of the balance bias\n(score units)",
+    "router/device_imbalance": "device imbalance\n(busiest place / even share - 1)",
 }
+# What is drawn dashed into the panel of another.
+_DASHED = {"router/max_violation": "router/running_max_violation", "router/logit_rms": "router/logit_max"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,7 @@ def average_seeds(
     return Curve(x_SN.mean(0), y_SN.mean(0), y_SN.min(0), y_SN.max(0))
 
 
+@in_style
 def draw_losses(results: Results, strokes: dict[str, Stroke]) -> Picture:
     """Held-out loss against tokens, against FLOPs and against time."""
     figure, panels = make_figure(3, 3.9, sharey=True)
@@ -78,15 +82,17 @@ def draw_losses(results: Results, strokes: dict[str, Stroke]) -> Picture:
     return Picture("Loss against cost", words, figure)
 
 
+@in_style
 def draw_balance(results: Results, strokes: dict[str, Stroke]) -> Picture:
-    """What the router's metrics did over the run; of drops only where there were some."""
+    """What the router's metrics did over the run; drops only where there were some."""
     shown = [figure for figure in _BALANCE_PANELS if _is_worth_a_panel(results, figure)]
     figure, panels = make_figure(min(3, len(shown)), 3.5 * -(-len(shown) // 3), -(-len(shown) // 3))
     for panel, name in zip(panels, shown, strict=False):
-        curves = {
-            result.arm.name: average_seeds(result, name, RunRecord.tokens, _NUM_POINTS) for result in results.arms
-        }
-        _draw_curves(panel, curves, strokes, "tokens seen")
+        curves, beside = (
+            {result.arm.name: average_seeds(result, one, RunRecord.tokens, _NUM_POINTS) for result in results.arms}
+            for one in (name, _DASHED.get(name, ""))
+        )
+        _draw_curves(panel, curves, strokes, "tokens seen", beside)
         panel.set_ylabel(_BALANCE_PANELS[name])
         panel.set_ylim(bottom=None if name in ("router/load_entropy", "router/gate_entropy") else 0)
     for panel in panels[len(shown) :]:
@@ -95,28 +101,40 @@ def draw_balance(results: Results, strokes: dict[str, Stroke]) -> Picture:
     dropped = "" if "router/dropped_fraction" in shown else " No arm dropped a route."
     words = (
         "How evenly tokens went to experts in training, as means over layers. The band reaches from the lowest to the "
-        f"highest seed; neighbouring steps are averaged. {describe_balance(results)}{dropped}"
+        "highest seed; neighbouring steps are averaged. In the load of recent steps together, the last hundred or so, "
+        f"what one batch does by chance has averaged out. {describe_balance(results)}{dropped}"
     )
     return Picture("Balance over the run", words, figure)
 
 
 def _is_worth_a_panel(results: Results, name: str) -> bool:
+    if name == "router/device_imbalance":
+        return any(result.device_imbalance for result in results.arms)
     values = [record.series(name)[1] for result in results.arms for record in result.done]
     is_there = any(len(value) for value in values)
     return is_there and (name != "router/dropped_fraction" or any(value.any() for value in values))
 
 
-def _draw_curves(panel: Axes, curves: dict[str, Curve | None], strokes: dict[str, Stroke], label: str) -> None:
+def _draw_curves(
+    panel: Axes,
+    curves: dict[str, Curve | None],
+    strokes: dict[str, Stroke],
+    label: str,
+    beside: dict[str, Curve | None] | None = None,
+) -> None:
+    """Lines in the colours of their arms, with bands; those of `beside` dashed, and without."""
     there = {name: curve for name, curve in curves.items() if curve is not None}
     size, unit = scale_of(max(curve.x.max() for curve in there.values()))
     for name, curve in there.items():
         stroke = strokes[name]
         has_few = len(curve.x) <= 20
         panel.plot(
-            curve.x / size, curve.mean, color=stroke.colour, linewidth=1.7, label=name,
+            curve.x / size, curve.mean, color=stroke.colour, label=name,
             marker=stroke.marker if has_few else None, markersize=4,
         )  # fmt: skip
         panel.fill_between(curve.x / size, curve.low, curve.high, color=stroke.colour, alpha=0.15, linewidth=0)
+        if dashed := (beside or {}).get(name):
+            panel.plot(dashed.x / size, dashed.mean, color=stroke.colour, linewidth=1.2, linestyle="--")
     panel.set_xlabel(f"{label}{unit}")
 
 

@@ -25,19 +25,23 @@ def describe_balance(results: Results) -> str:
 
 
 def describe_flops(results: Results) -> str:
-    """How much arithmetic the arms need, relative to the reference; and what no axis shows."""
+    """How much arithmetic the models of arms need, relative to the reference; and what no axis shows."""
     needed = {result.arm.name: result.fact("model_flops_per_step") for result in results.arms}
     reference = needed.pop(results.ablation.reference)
-    upcycled = [f'"{result.arm.name}"' for result in results.arms if result.arm.config.upcycle]
-    before = f" The training of the dense model that {', '.join(upcycled)} began with is not counted."
     if reference is None:
         return ""
     ratios = {name: flops / reference for name, flops in needed.items() if flops}
     differing = [f'"{name}" {ratio:.2f} times' for name, ratio in ratios.items() if abs(ratio - 1) > 0.005]
-    said = "All arms need the same arithmetic, so tokens and FLOPs tell the same."
+    said = "The models of all arms need the same arithmetic, so tokens and FLOPs tell the same."
     if differing:
         said = f'Of the FLOPs of "{results.ablation.reference}", a step needs: {", ".join(differing)}.'
-    return said + (before if upcycled else "")
+    configs = {f'"{result.arm.name}"': result.arm.config for result in results.arms}
+    if upcycled := [name for name, config in configs.items() if config.upcycle]:
+        said += f" The training of the dense model that {', '.join(upcycled)} began with is not counted."
+    batched = {name: config for name, config in configs.items() if config.train.gradient_accumulation > 1}
+    if counting := [name for name, config in batched.items() if config.router.load_balance.scope == "global"]:
+        said += f" The forward pass in which {', '.join(counting)} counts routes before each step is not counted."
+    return said
 
 
 def describe_gaps(results: Results) -> str:

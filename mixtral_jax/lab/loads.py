@@ -7,7 +7,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from mixtral_jax.lab.records import RunRecord
 from mixtral_jax.lab.results import Results
-from mixtral_jax.lab.style import Picture, make_figure, scale_of
+from mixtral_jax.lab.style import Picture, in_style, make_figure, scale_of
 
 _NUM_COLUMNS = 80
 _PANELS_A_ROW = 4
@@ -15,6 +15,7 @@ _PANELS_A_ROW = 4
 _FACTOR = 4.0
 
 
+@in_style
 def draw_loads(results: Results) -> Picture | None:
     """A panel for each arm, of its first finished seed; None where no run says its loads."""
     shown = {result.arm.name: load for result in results.arms if result.done

@@ -13,8 +13,8 @@ import numpy as np
 from mixtral_jax.checkpoint.run_parameters import find_steps
 from mixtral_jax.lab.ablation import Ablation, ArmRun
 
-# Why a run broke off, in its folder; and what is known of it before its first step.
-FAILURE, FACTS = "failure.json", "facts.json"
+# In the folder of a run: why it broke off; what is known of it before its first step, and which data it reads.
+FAILURE, FACTS, DATA = "failure.json", "facts.json", "data.json"
 # Figures of training are means over the lines of this last part of a run: one batch says little.
 END_FRACTION = 0.1
 
@@ -83,7 +83,7 @@ def read_records(ablation: Ablation, workdir: Path) -> list[RunRecord]:
 
 def _read_record(run: ArmRun, workdir: Path) -> RunRecord:
     folder = run.folder(workdir)
-    lines, facts = _read_lines(folder / "metrics.jsonl"), _read_object(folder / FACTS)
+    lines, facts = _read_lines(folder / "metrics.jsonl"), _read_object(folder / FACTS) | _read_object(folder / DATA)
     failure = _read_object(folder / FAILURE)
     if failure:
         return RunRecord(run, "failed", failure["reason"], lines, facts)

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from mixtral_jax.lab.ablation import Ablation, Arm
 from mixtral_jax.lab.records import RunRecord, Status, read_records
 from mixtral_jax.lab.spread import Difference, Spread, compare, measure_spread
@@ -34,6 +36,7 @@ MEASURES = (
     Measure("eval_loss", "eval/loss", "last"),
     Measure("loss", "loss", "end"),
     Measure("max_violation", "router/max_violation", "end"),
+    Measure("running_max_violation", "router/running_max_violation", "last"),
     Measure("eval_max_violation", "eval/router/max_violation", "last"),
     Measure("coefficient_of_variation", "router/coefficient_of_variation", "end"),
     Measure("load_entropy", "router/load_entropy", "end"),
@@ -41,6 +44,7 @@ MEASURES = (
     Measure("dropped_fraction", "router/dropped_fraction", "end"),
     Measure("overflowed_fraction", "router/overflowed_fraction", "end"),
     Measure("dead_experts", "router/dead_experts", "end"),
+    Measure("device_imbalance", "router/device_imbalance", "end"),
     Measure("tokens", "tokens", "last"),
 )
 SPEED = Measure("tokens_per_second", "tokens_per_second", "end")
@@ -73,6 +77,14 @@ class ArmResult:
     def reasons(self) -> list[str]:
         """A line for each seed that is not done."""
         return [f"seed {one.run.seed}: {one.reason}" for one in self.records if one.status != "done"]
+
+    @property
+    def device_imbalance(self) -> Spread | None:
+        """None where all experts lie in one place of the expert axis, or each alone in its own: then it is 0, or the
+        maximum violation said again."""
+        found, violation = self.spreads.get("device_imbalance"), self.spreads.get("max_violation")
+        is_new = found and violation and not np.isclose(found.mean, [0, violation.mean], rtol=1e-4).any()
+        return found if is_new else None
 
     def fact(self, name: str) -> Any:
         """What the runs noted before their first step; None if none has begun."""

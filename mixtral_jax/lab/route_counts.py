@@ -87,14 +87,23 @@ def count_routes(
         on_devices = jax.shard_map(count_rows, out_specs=rules.spec("batch"))
         return on_devices(batch.tokens[0], batch.segment_ids[0], labels_NBT, experts_LBTA)
 
-    total = functools.reduce(_add, (count(*each) for each in routed))
+    total = _add_up(count(*each) for each in routed)
     return jax.tree.map(np.asarray, _add_devices(total))
 
 
 def count_overlap(compared: Iterable[tuple[Batch, jax.Array, jax.Array]]) -> OverlapCounts:
     """Over batches, each with the experts of its tokens by one model and by another; on this host."""
     counts = (_overlap(batch.segment_ids, *both) for batch, *both in compared)
-    return jax.tree.map(np.asarray, functools.reduce(_add, counts))
+    return jax.tree.map(np.asarray, _add_up(counts))
+
+
+def _add_up(counts: Iterable[CountsT]) -> CountsT:
+    """The sum, of which the host is never more than a batch ahead: else batches would pile up before the devices."""
+
+    def add(total: CountsT, each: CountsT) -> CountsT:
+        return _add(jax.block_until_ready(total), each)
+
+    return functools.reduce(add, counts)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

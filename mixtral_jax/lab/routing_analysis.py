@@ -1,17 +1,18 @@
 """What routing does with a text: balance, pairs of experts, repetition, specialisation, and how it settles.
 
-`route_counts` counts; here counts become figures, each with what it would be by chance. `routing_figures` draws them,
+`route_counts` counts; here counts become figures, each with what it would be by chance. `routing_pictures` draws them,
 and docs/routing_analysis.md says what each means.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from mixtral_jax.lab.analysis_json import to_json
 from mixtral_jax.lab.route_counts import OverlapCounts, RouteCounts, count_overlap, count_routes, route
 from mixtral_jax.lab.specialization import LabelShares, VocabularyShares, find_label_shares, find_vocabulary_shares
 from mixtral_jax.model.transformer import Transformer, model_maker
@@ -21,17 +22,17 @@ from mixtral_jax.pretrained import Pretrained
 
 @dataclasses.dataclass(frozen=True)
 class RoutedText:
-    """What is routed: batches, and what is known of their tokens.
+    """What is routed: batches, and what is known of their tokens. None of it need be held in memory.
 
     Attributes:
-        batches: each [1, B, T]; all have one shape.
+        batches: gives the same ones at every call, each [1, B, T]; all have one shape.
         labels: of each batch, a number for each token by each labelling, int32 [len(label_names), B, T].
         label_names: the title of each labelling, and its names, which are numbered from 1.
         pieces: the text of each token id.
     """
 
-    batches: Sequence[Batch]
-    labels: Sequence[jax.Array]
+    batches: Callable[[], Iterable[Batch]]
+    labels: Iterable[jax.Array]
     label_names: Mapping[str, Sequence[str]]
     pieces: Sequence[str]
 
@@ -104,7 +105,7 @@ class RoutingAnalysis:
 
     def to_json(self) -> dict[str, Any]:
         """All of it, as what JSON can hold: names without their dimensions, null for NaN."""
-        return _to_json(self)
+        return to_json(self)
 
 
 def analyze(
@@ -116,25 +117,29 @@ def analyze(
 ) -> RoutingAnalysis:
     """Routes a text, and says what was seen. All processes of a run call it alike, and get the same.
 
+    Memory does not grow with the text: routes are counted batch by batch, and where two models are compared, each
+    routes every batch anew.
+
     Args:
         earlier: of the same model at earlier steps, how to load it onto the same mesh; one at a time is held.
         compares_dtypes: whether to route once more in another dtype: float32, or bfloat16 for a model in float32.
     """
     E, dtype = loaded.config.model.num_experts, loaded.config.model.dtype
     with jax.set_mesh(loaded.mesh):
-        experts = [route(loaded.model, batch, dtype) for batch in text.batches]
         num_labels = [1 + len(names) for names in text.label_names.values()]
-        routed = zip(text.batches, text.labels, experts, strict=True)
+        labelled = zip(text.batches(), text.labels, strict=True)
+        routed = ((batch, labels, route(loaded.model, batch, dtype)) for batch, labels in labelled)
         sizes = {"num_experts": E, "vocab_size": loaded.config.model.vocab_size, "num_labels": num_labels}
         counts = count_routes(routed, **sizes, rules=loaded.model.rules)
 
         def compare(other: Transformer, other_dtype: str) -> OverlapCounts:
-            theirs = (route(other, batch, other_dtype) for batch in text.batches)
-            return count_overlap(zip(text.batches, theirs, experts, strict=True))
+            return count_overlap(
+                (batch, route(other, batch, other_dtype), route(loaded.model, batch, dtype)) for batch in text.batches()
+            )
 
         flips = _find_flips(loaded, compare) if compares_dtypes else None
         overlaps = {step: compare(load().model, dtype) for step, load in sorted((earlier or {}).items())}
-    k = experts[0].shape[-1]
+    k = int(np.trace(counts.together_LEE[0])) // int(counts.tokens)  # Each token chooses as many.
     saturation = _find_saturation(overlaps, E, k) if overlaps else None
     return summarize(counts, k, text.label_names, text.pieces, flips=flips, saturation=saturation)
 
@@ -235,19 +240,3 @@ def computing_in(loaded: Pretrained, dtype: str) -> Transformer:
     platform = loaded.mesh.devices.flat[0].platform
     shapes = jax.eval_shape(model_maker(config, platform, loaded.model.rules))
     return jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(loaded.model))
-
-
-def _to_json(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {_without_dimensions(name): _to_json(inner) for name, inner in fields.items()}
-    if isinstance(value, np.ndarray):
-        return _to_json(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_to_json(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _without_dimensions(name: str) -> str:
-    stem, _, last = name.rpartition("_")
-    return stem if last.isupper() else name

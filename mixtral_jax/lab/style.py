@@ -14,16 +14,22 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the reference arm is dark grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D1F", "#7A5195")
-_REFERENCE, _INK, _GRID = "#333333", "#333333", "#E4E4E4"
+_REFERENCE, _INK = "#333333", "#333333"
 _MARKERS = "osD^vP*X"
-# An inch is 96 pixels: text of 9.5 points is 13 pixels high where the page shows the picture in full.
-WIDTH = 11.0
+# An inch is 96 pixels: text of 10 points is over 13 pixels high where the page shows the picture in full.
+_WIDTH = 11.0
 _SETTINGS: Any = {
-    "font.size": 9.5, "font.family": "DejaVu Sans", "axes.titlesize": 10.5, "axes.labelcolor": _INK,
+    "font.size": 10, "font.family": "DejaVu Sans", "axes.titlesize": 10.5, "axes.labelcolor": _INK,
     "text.color": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.edgecolor": "#888888", "axes.linewidth": 0.8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True,
+    "grid.color": "#E4E4E4", "grid.linewidth": 0.7, "lines.linewidth": 1.7, "lines.markersize": 5,
     "svg.hashsalt": "mixtral_jax", "svg.fonttype": "path",
+    # Names come from data: a dollar sign in one begins no formula.
+    "text.parse_math": False,
 }  # fmt: skip
 
+# Decorates what draws: all that is drawn within has the style, and no setting of others is touched.
+in_style = matplotlib.rc_context(_SETTINGS)
 
 _SCALES = (
     (1e18, "quintillions"), (1e15, "quadrillions"), (1e12, "trillions"), (1e9, "billions"), (1e6, "millions"),
@@ -58,10 +64,10 @@ class Picture:
         svg = self._render("svg", metadata={"Date": None, "Creator": None})
         return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
+    @in_style
     def _render(self, kind: str, **settings: Any) -> bytes:
         buffer = io.BytesIO()
-        with matplotlib.rc_context(_SETTINGS):
-            self.figure.savefig(buffer, format=kind, facecolor="white", **settings)
+        self.figure.savefig(buffer, format=kind, facecolor="white", **settings)
         return buffer.getvalue()
 
 
@@ -81,22 +87,19 @@ def choose_strokes(names: Sequence[str], reference: str) -> dict[str, Stroke]:
     return strokes
 
 
+@in_style
 def make_figure(num_columns: int, height: float, num_rows: int = 1, **settings: Any) -> tuple[Figure, list[Axes]]:
     """An empty figure of the page's width (inches) and its panels, row by row."""
-    with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        panels = figure.subplots(num_rows, num_columns, squeeze=False, **settings)
-    for panel in panels.flat:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(color=_GRID, linewidth=0.7)
-        panel.set_axisbelow(True)
-    return figure, list(panels.flat)
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    return figure, list(figure.subplots(num_rows, num_columns, squeeze=False, **settings).flat)
 
 
 def add_legend(figure: Figure, panel: Axes) -> None:
     """One legend for all panels, above them: the names of what the panel shows."""
     handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 6), frameon=False, fontsize=10)
+    widest = 0.6 + 0.085 * max(map(len, labels))  # Inches: a handle with its margins, and letters.
+    columns = min(len(labels), 6, max(1, int(_WIDTH / widest)))
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False)
 
 
 def scale_of(largest: float) -> tuple[float, str]:

@@ -35,12 +35,14 @@ def make_columns(results: Results) -> list[Column]:
         _difference(results, "held-out loss", "eval_loss", 4),
         _spread(_VIOLATION, "training, mean ± sd", "max_violation", 2),
         _difference(results, _VIOLATION, "max_violation", 2),
+        _spread(_VIOLATION, "recent steps together", "running_max_violation", 2),
         _spread(_VIOLATION, "held-out", "eval_max_violation", 2),
         _spread(_BALANCE, "CV", "coefficient_of_variation", 2),
         _spread(_BALANCE, "load entropy", "load_entropy", 3),
         _spread(_BALANCE, "gate entropy", "gate_entropy", 3),
         Column(_BALANCE, "dropped", lambda one: _show_share(one, "dropped_fraction")),
         _spread(_BALANCE, "dead experts", "dead_experts", 1),
+        Column(_BALANCE, "device imbalance", lambda one: show_spread(one.device_imbalance, 2)),
         Column("speed", "tokens/s", lambda one: f"{one.speed.mean:,.0f}" if one.speed else NOTHING),
     ]
     return [

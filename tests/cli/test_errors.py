@@ -30,6 +30,7 @@ def parse(*arguments):
     ("--config.train.num_steps=many", ["train.num_steps='many'", "whole number"]),
     ("--config.train.num_steps=0", ["train.num_steps=0", "at least 1"]),
     ("--config.optimizer.learning_rate=nan", ["optimizer.learning_rate", "finite number"]),
+    ("--config.data.suffixes=py,.md", ["data.suffixes=py,.md", "with their dots"]),
     ("--config.model.dtype=float16", ["model.dtype='float16'", "bfloat16", "float32"]),
     ("--config.train=3", ["train", "section"]),
     ("--config.train.num_steps", ["needs a value"]),

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import DataConfig
-from mixtral_jax.data import sources
 from mixtral_jax.data.batches import spread_batches, spread_labels
+from mixtral_jax.data.domains import TOP_LEVEL, Category
 from mixtral_jax.data.labels import OTHER, find_labellings
 from mixtral_jax.data.packing import plan_rows
 from mixtral_jax.data.python_parts import PARTS, find_parts
@@ -63,13 +63,30 @@ def test_a_document_is_of_the_folder_or_the_file_that_it_lies_in(tokenizer, tmp_
         (tmp_path / name).write_text("\n".join(json.dumps({"text": text}) for text in texts))
     text = prepare(tokenizer, tmp_path)
     stores = [text.train, text.held_out]
-    (labelling,) = find_labellings(stores, str(tmp_path), tokenizer)
-    assert (labelling.title, set(labelling.names)) == ("domain", {"books", "*.txt", "web.jsonl"})
+    labelling, _ = find_labellings(stores, str(tmp_path), tokenizer)
+    assert (labelling.title, set(labelling.names)) == ("domain", {"books", TOP_LEVEL, "web.jsonl"})
     for store in stores:
         for document, names in enumerate(names_of_documents(store, labelling)):
             read = tokenizer.decode(store.read(document).tokens)
-            expected = "books" if "books" in read else "*.txt" if "three" in read else "web.jsonl"
+            expected = "books" if "books" in read else TOP_LEVEL if "three" in read else "web.jsonl"
             assert names == {expected}
+
+
+def test_a_document_is_of_the_type_of_its_file_and_only_python_has_parts_of_python(tokenizer, tmp_path):
+    for number in range(6):
+        (tmp_path / f"{number}.py").write_text(f'"""Module {number}."""\nx = {number}  # py\n')
+        (tmp_path / f"{number}.md").write_text(f"# Title {number}\n\n'md'\n")
+        (tmp_path / f"{number}.rst").write_text(f"Not asked for {number}")
+    text = prepare(tokenizer, tmp_path, suffixes=".py,.md")
+    file_type, part = find_labellings([text.train, text.held_out], str(tmp_path), tokenizer)
+    assert (file_type.title, set(file_type.names)) == ("file type", {".py", ".md"})
+    assert (part.title, part.names) == ("part of the Python source", PARTS)
+    assert text.train.num_documents + text.held_out.num_documents == 12
+    for store in (text.train, text.held_out):
+        for document, names in enumerate(names_of_documents(store, file_type)):
+            is_python = "py" in tokenizer.decode(store.read(document).tokens)
+            assert names == {".py" if is_python else ".md"}
+            assert set(part.label(store, document).tolist()) == ({0, 1, 2, 3} if is_python else {0})
 
 
 def test_a_field_of_rows_says_what_they_are_and_the_rarest_are_others(tokenizer, tmp_path):
@@ -100,8 +117,9 @@ def encode(tokenizer, source):
 
 def test_a_token_of_a_python_source_is_of_the_part_that_its_last_byte_is_in(tokenizer):
     ids = encode(tokenizer, SOURCE)
-    store = TokenStore(ids, np.array([0, len(ids)]), "one", documents_by_source=(1,))
-    (labelling,) = find_labellings([store], sources.STDLIB, tokenizer)
+    category = Category(file_type=".py")
+    store = TokenStore(ids, np.array([0, len(ids)]), "one", None, (1,), np.array([0]), (category,))
+    (labelling,) = find_labellings([store], "module.py", tokenizer)
     labels = labelling.label(store, 0)
     parts, end = find_parts(SOURCE), -tokenizer.prefix_bytes
     for token, label in zip(ids, labels, strict=True):

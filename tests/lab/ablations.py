@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.lab.ablation import Ablation, ArmRun, plan_ablation, read_ablation
-from mixtral_jax.lab.records import FACTS
+from mixtral_jax.lab.records import DATA, FACTS
 
 MODEL = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
@@ -27,20 +27,21 @@ def small_ablation(**entries: Any) -> Ablation:
 
 
 def write_run(run: ArmRun, workdir: Path, *, loss: float, violation: float, last_step: int = NUM_STEPS,
-              speed: float = 100.0, rows: str = "rows") -> None:  # fmt: skip
+              speed: float = 100.0, rows: str = "rows", imbalance: float = 0.0) -> None:  # fmt: skip
     """What a run of `last_step` steps leaves: its loss falls to `loss`, its maximum violation stays."""
     folder = run.folder(workdir)
     (folder / "checkpoints" / str(last_step)).mkdir(parents=True)
     (folder / FACTS).write_text(json.dumps({
-        "parameters_total": 1000, "parameters_active": 500, "model_flops_per_step": 10**9, "data": "d" * 64,
-        "tokenizer": "t" * 64, "versions": {"jax": "1.2.3"}, "commit": None, "devices": "1 x cpu",
-        "command": ["ablate"],
+        "parameters_total": 1000, "parameters_active": 500, "model_flops_per_step": 10**9,
+        "versions": {"jax": "1.2.3"}, "commit": None, "devices": "1 x cpu", "command": ["ablate"],
     }))  # fmt: skip
+    (folder / DATA).write_text(json.dumps({"data": "d" * 64, "tokenizer": "t" * 64}))
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, last_step + 1):
             line = {
                 "step": step, "loss": loss + 1 / step, "tokens": 256 * step, "tokens_per_second": speed,
                 "batch_hash": f"{rows}-{run.seed}-{step}", "router/max_violation": violation,
+                "router/running_max_violation": violation / 2, "router/device_imbalance": imbalance,
                 "router/load_entropy": 0.9, "router/dropped_fraction": 0.0, "router/dead_experts": 0.0,
                 "router/layer_00/load": [0.4, 0.3, 0.2, 0.1], "router/layer_01/load": [0.25] * 4,
             }  # fmt: skip

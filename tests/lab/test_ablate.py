@@ -98,14 +98,24 @@ def test_a_stopped_ablation_that_two_tasks_go_on_with_repeats_nothing_and_report
     assert not (folder / "stopped/report").exists()
     finished = folder / "stopped/arms/none/seed-0/metrics.jsonl"
     before = (finished.stat().st_mtime_ns, finished.read_bytes())
-    said = {}
-    for name, task in [(arm, start(folder, "good", "stopped", f"--arm={arm}")) for arm in ARMS]:
-        code, said[name], errors = finish(task)
-        assert code == 0, errors
-    assert "1 of 2 runs are finished, and not repeated: none/seed-0" in said["none"]
-    assert "resuming after step" in said["top-1"]
+    # At once, and both may want none/seed-1.
+    tasks = [start(folder, "good", "stopped", *flags) for flags in (["--arm=none"], [])]
+    (code, said, noted), (other_code, other_said, other_noted) = map(finish, tasks)
+    assert (code, other_code) == (0, 0), noted + other_noted
+    assert "1 of 2 runs are finished, and not repeated: none/seed-0" in said
+    assert "resuming after step" in other_said
     assert (finished.stat().st_mtime_ns, finished.read_bytes()) == before
+    assert (said + other_said).count("\ndone: ") == 3  # None of the other runs twice.
     assert figures_of(folder / "stopped") == unbroken
+    assert (noted + other_noted).count("routing 4 rows") == len(ARMS)  # Each arm was looked at once.
+
+
+def test_a_report_alone_shows_what_was_seen_of_routers_before(folder: Path, unbroken: dict[str, Any]) -> None:
+    code, _, errors = finish(start(folder, "good", "unbroken", "--report_only"))
+    assert code == 0 and "routing" not in errors, errors
+    report = folder / "unbroken/report"
+    assert "Experts chosen together: none" in (report / "index.html").read_text()
+    assert (report / "experts_chosen_together_none.png").exists()
 
 
 def test_a_failing_arm_is_listed_and_the_others_are_trained(folder: Path) -> None:

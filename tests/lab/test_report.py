@@ -120,6 +120,28 @@ def test_more_pictures_follow_and_nothing_at_all_is_a_report_too(tmp_path: Path)
     assert (tmp_path / "report/saturation.png").exists()
 
 
+def test_device_imbalance_is_shown_where_it_is_no_other_figure_said_again(workdir: Path, tmp_path: Path) -> None:
+    assert "device imbalance" not in (workdir / "report/report.md").read_text()
+    ablation = small_ablation(seeds=(0,))
+    for run in ablation.runs:
+        write_run(run, tmp_path, loss=4, violation=1, imbalance=0.25 if run.arm.name == "none" else 1.0)
+    text = write_report(read_results(ablation, tmp_path), tmp_path / "report").with_name("report.md").read_text()
+    heading, _, none, some = (line.split(" | ") for line in text.splitlines() if line.startswith("| "))
+    column = heading.index("balance, at the end of training: device imbalance")
+    assert (none[column], some[column]) == ("0.25", "-")
+    assert heading.index("maximum violation: recent steps together") < column
+
+
+def test_pictures_of_arms_that_are_gone_go_and_files_of_others_stay(workdir: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.png").touch()
+    results = read_results(small_ablation(), workdir)
+    write_report(results, tmp_path, [Picture("Saturation: gone (k=2)", "Words.", make_figure(1, 2.0)[0])])
+    assert (tmp_path / "saturation_gone_k=2.png").exists()
+    write_report(results, tmp_path)
+    names = {"mine.png", *re.findall(r"!\[.+?\]\((.+?)\)", (tmp_path / "report.md").read_text())}
+    assert {file.name for file in tmp_path.glob("*.png")} == names
+
+
 def test_a_report_leaves_other_drawings_of_this_process_alone(workdir: Path, tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     write_report(read_results(small_ablation(), workdir), tmp_path)

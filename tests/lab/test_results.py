@@ -113,4 +113,12 @@ def test_words_say_what_an_upcycled_arm_does_not_count(tmp_path: Path) -> None:
     ablation = small_ablation(arms={"up": {"upcycle.method": "copy"}, "some": {}}, seeds=(0,))
     said = describe_flops(write_all(ablation, tmp_path))
     assert 'dense model that "up" began with is not counted' in said
-    assert "All arms need the same arithmetic" in said
+    assert "The models of all arms need the same arithmetic" in said
+
+
+def test_words_say_that_a_loss_over_the_whole_batch_counts_routes_first(tmp_path: Path) -> None:
+    arms = {"global": {"router.load_balance.scope": "global"}, "micro": {}}
+    for parts in (1, 2):
+        changed = {name: {**changes, "train.gradient_accumulation": parts} for name, changes in arms.items()}
+        said = describe_flops(write_all(small_ablation(arms=changed, reference="micro"), tmp_path / f"{parts}"))
+        assert ('"global" counts routes before each step is not counted' in said) == (parts == 2)

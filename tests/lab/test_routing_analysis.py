@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import weakref
 
 import jax
 import numpy as np
@@ -230,11 +231,19 @@ def load(mesh, **overrides):
 
 
 def text_of(loaded):
-    """Two batches without labels."""
-    batches = [on_mesh(packed_batch(loaded.config, seed), loaded.mesh) for seed in (1, 2)]
+    """Six batches without labels, of which never more than three are held."""
+
+    def batches():
+        made = []
+        for seed in range(6):
+            batch = on_mesh(packed_batch(loaded.config, seed), loaded.mesh)
+            made.append(weakref.ref(batch.tokens))
+            assert sum(ref() is not None for ref in made) <= 3
+            yield batch
+
     with jax.set_mesh(loaded.mesh):
         none = jax.device_put(np.zeros((0, B, T), np.int32), jax.NamedSharding(loaded.mesh, RULES.spec(None, "batch")))
-    return RoutedText(batches, [none] * 2, {}, [str(token) for token in range(96)])
+    return RoutedText(batches, [none] * 6, {}, [str(token) for token in range(96)])
 
 
 def test_an_analysis_of_a_model_is_the_same_on_every_mesh_and_says_how_it_was_compared():
@@ -245,10 +254,10 @@ def test_an_analysis_of_a_model_is_the_same_on_every_mesh_and_says_how_it_was_co
         earlier = {step: lambda seed=step, mesh=loaded.mesh: load(mesh, train__seed=seed % 20) for step in (20, 10)}
         analyses.append(analyze(loaded, text, earlier=earlier))
         with jax.set_mesh(loaded.mesh):
-            half = [np.asarray(route(computing_in(loaded, "bfloat16"), b, "bfloat16")) for b in text.batches]
-            full = [np.asarray(route(loaded.model, b, "float32")) for b in text.batches]
+            half = [np.asarray(route(computing_in(loaded, "bfloat16"), b, "bfloat16")) for b in text.batches()]
+            full = [np.asarray(route(loaded.model, b, "float32")) for b in text.batches()]
         changed, tokens = np.zeros(2), 0
-        for batch, one, other in zip(text.batches, half, full, strict=True):
+        for batch, one, other in zip(text.batches(), half, full, strict=True):
             is_real = np.asarray(batch.segment_ids[0]) > 0
             tokens += is_real.sum()
             changed += (np.sort(one) != np.sort(other)).any(-1)[:, is_real].sum(-1)

@@ -1,13 +1,15 @@
 """Figures: all that there is to show, with named axes, large enough to read, and the same file for the same figures."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
+from mixtral_jax.lab.analysis_json import from_json
 from mixtral_jax.lab.route_counts import RouteCounts
-from mixtral_jax.lab.routing_analysis import Flips, Saturation, pick_layers, summarize
-from mixtral_jax.lab.routing_figures import make_figures
+from mixtral_jax.lab.routing_analysis import Flips, RoutingAnalysis, Saturation, pick_layers, summarize
+from mixtral_jax.lab.routing_pictures import draw_routing
 
 V = 30
 
@@ -31,9 +33,14 @@ def random_analysis(num_layers, num_experts, k):
     return summarize(counts, k, names, [str(i) for i in range(V)], flips=flips, saturation=saturation)
 
 
+def _is_within(legend, figure):
+    figure.draw_without_rendering()
+    return figure.bbox.x0 <= legend.get_window_extent().x0 and legend.get_window_extent().x1 <= figure.bbox.x1
+
+
 @pytest.mark.parametrize(("num_layers", "num_experts", "k"), [(4, 8, 2), (1, 2, 1), (32, 64, 8)])
 def test_every_figure_has_named_axes_words_and_a_width_of_1200_pixels(num_layers, num_experts, k):
-    figures = make_figures(random_analysis(num_layers, num_experts, k))
+    figures = draw_routing(random_analysis(num_layers, num_experts, k))
     assert [figure.name for figure in figures] == [
         "load_of_experts", "experts_chosen_together", "repetition_of_consecutive_choices",
         "experts_by_part_of_the_source", "experts_by_token", "saturation_of_routes", "routes_that_rounding_flips",
@@ -42,6 +49,7 @@ def test_every_figure_has_named_axes_words_and_a_width_of_1200_pixels(num_layers
         axes = figure.figure.axes
         assert any(panel.get_xlabel() for panel in axes) and any(panel.get_ylabel() for panel in axes)
         assert figure.title[0].isupper() and figure.words.endswith(".")
+        assert all(_is_within(legend, figure.figure) for legend in figure.figure.legends), figure.name
         data = figure.to_png()
         assert data[:4] == b"\x89PNG" and 1200 <= int.from_bytes(data[16:20], "big") <= 1280
 
@@ -49,11 +57,21 @@ def test_every_figure_has_named_axes_words_and_a_width_of_1200_pixels(num_layers
 def test_what_is_not_there_is_not_drawn():
     bare = dataclasses.replace(random_analysis(2, 4, 2), by_label=(), flips=None, saturation=None)
     bare = dataclasses.replace(bare, vocabulary=dataclasses.replace(bare.vocabulary, num_ids=0))
-    assert len(make_figures(bare)) == 3
+    assert len(draw_routing(bare)) == 3
+
+
+def test_an_analysis_that_was_kept_as_json_draws_the_same_pictures():
+    analysis = random_analysis(4, 8, 2)
+    kept = from_json(RoutingAnalysis, json.loads(json.dumps(analysis.to_json(), allow_nan=False)))
+    assert [type(kept), kept.by_label[0].names] == [RoutingAnalysis, analysis.by_label[0].names]
+    for ours, theirs in zip(draw_routing(kept), draw_routing(analysis), strict=True):
+        assert (ours.title, ours.words, ours.to_png()) == (theirs.title, theirs.words, theirs.to_png())
+    bare = dataclasses.replace(analysis, flips=None, saturation=None)
+    assert from_json(RoutingAnalysis, bare.to_json()).flips is None
 
 
 def test_equal_figures_are_equal_files():
-    first, second = (make_figures(random_analysis(2, 4, 2))[2].to_png() for _ in range(2))
+    first, second = (draw_routing(random_analysis(2, 4, 2))[2].to_png() for _ in range(2))
     assert first == second
 
 
