@@ -157,11 +157,12 @@ class RouterConfig:
         require(
             is_grouped == (self.num_groups > 1),
             f"router.num_groups={self.num_groups} and router.choice={self.choice} do not go together: "
-            "group_limited is the choice that has several groups",
+            "group_limited, and it alone, has several groups, as with router.num_groups=4, router.groups_per_token=2",
         )
         require(
-            self.groups_per_token <= self.num_groups,
-            f"router.groups_per_token={self.groups_per_token} must be at most router.num_groups={self.num_groups}",
+            self.groups_per_token < self.num_groups or not is_grouped,
+            f"router.groups_per_token={self.groups_per_token} must be under router.num_groups={self.num_groups}: "
+            "tokens that may visit all groups choose as with router.choice=top_k",
         )
 
     def _check_balance(self) -> None:
@@ -180,6 +181,11 @@ class RouterConfig:
         require(
             self.choice not in BLIND_CHOICES or self.score == "softmax_chosen",
             f"router.choice={self.choice} weighs all experts alike, so leave out router.score={self.score}",
+        )
+        require(
+            self.choice not in BLIND_CHOICES or self.learning_rate_factor == 1,
+            f"router.choice={self.choice} does not ask the router, which learns nothing: leave out "
+            f"router.learning_rate_factor={self.learning_rate_factor}",
         )
         require(
             self.load_balance.scope != "sequence" or not self.sequence_loss_weight,

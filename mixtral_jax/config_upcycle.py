@@ -16,16 +16,17 @@ from mixtral_jax.config_router import BLIND_CHOICES, RouterConfig
 class UpcycleConfig:
     """Experts that start as the dense layer of a trained model with num_experts=1 (Sparse Upcycling, arXiv 2212.05055).
 
-    `base` takes what `--checkpoint` takes; without one, a dense model of the run's other sizes is pretrained as
-    `pretrain` says. `method`: `copy`, every expert is that layer; `noise`, plus normal noise of `noise_std` times the
-    standard deviation of its weights; `drop`, a share `drop_fraction` of each expert's hidden units is drawn anew
-    (Drop-Upcycling, arXiv 2502.19261). `granularity` cuts each copy into so many experts (arXiv 2410.07524);
-    `model.granularity` multiplies it, so that it need not be set.
+    `base` takes what `--checkpoint` takes; with a `method` and no base, a dense model of the run's other sizes is
+    pretrained as `pretrain` says; with neither, nothing is upcycled. `method`: `copy` (that of a base without one),
+    every expert is that layer; `noise`, plus normal noise of `noise_std` times the standard deviation of its weights;
+    `drop`, a share `drop_fraction` of each expert's hidden units is drawn anew (Drop-Upcycling, arXiv 2502.19261).
+    `granularity` cuts each copy into so many experts (arXiv 2410.07524); `model.granularity` multiplies it, so that it
+    need not be set.
     """
 
     base: str | None = None
     pretrain: PretrainConfig = PretrainConfig()
-    method: Literal["copy", "noise", "drop"] = "copy"
+    method: Literal["copy", "noise", "drop"] | None = None
     noise_std: float = 0.1
     drop_fraction: float = 0.5
     granularity: int = 1
@@ -35,7 +36,14 @@ class UpcycleConfig:
         self.pretrain.check("upcycle.pretrain")
         require(self.noise_std >= 0, f"upcycle.noise_std={self.noise_std} must not be negative")
         require(0 <= self.drop_fraction <= 1, f"upcycle.drop_fraction={self.drop_fraction} must lie between 0 and 1")
-        require(self.granularity >= 1, f"upcycle.granularity={self.granularity} must be at least 1")
+        for name, method in (("noise_std", "noise"), ("drop_fraction", "drop")):
+            is_idle = self.method != method and getattr(self, name) != getattr(UpcycleConfig, name)
+            require(
+                not is_idle, f"upcycle.{name}={getattr(self, name)} is for upcycle.method={method}, not {self.method}"
+            )
+        m = self.granularity
+        require(m >= 1, f"upcycle.granularity={m} must be at least 1")
+        require(m == 1 or self.base or self.method, f"upcycle.granularity={m} needs upcycle.base or upcycle.method")
 
     def check(self, model: ModelConfig, router: RouterConfig) -> None:
         """Raises ConfigError where the dense layer cannot be made experts of."""

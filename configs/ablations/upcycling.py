@@ -1,7 +1,7 @@
 """Is a mixture better made of a trained dense model than from scratch?
 
 Each upcycled run pretrains its dense base first (400 steps, into its own folder), which the loss against tokens does
-not count. Expect copies to start low and stay alike; noise and redrawn units let them part. About fifteen minutes.
+not count (--config.upcycle.pretrain.num_steps=N has it shorter). Expect copies to start low and stay alike; noise and redrawn units let them part. About fifteen minutes.
 
     python -m mixtral_jax ablate --config=configs/ablations/upcycling.py --workdir=DIR
 """

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def main(arguments: list[str]) -> int:
         _check_saved(ablation, workdir)
         if not flags.report_only:
             _check_arms(ablation)
+            if processes.index == 0:
+                print(_describe(ablation))
         with _compiled_once(processes):
             if not flags.report_only and _train(chosen, run_flags, workdir, processes, stop) == "stopped":
                 return EXIT_CODES["stopped"]
@@ -88,6 +91,16 @@ def _read(flags: argparse.Namespace, rest: list[str]) -> Ablation:
         return plan_ablation(file)
     except ConfigError as error:
         raise ConfigError(f"--config={flags.config}: {error}") from None
+
+
+def _describe(ablation: Ablation) -> str:
+    """The question, and how much is trained for an answer."""
+    train, arms = ablation.arms[0].config.train, [arm.name for arm in ablation.arms]
+    tokens = train.num_steps * train.batch_size * train.sequence_length
+    return (
+        f"{ablation.question}\n{len(arms)} arms ({', '.join(arms)}), {len(ablation.seeds)} seeds each: "
+        f"{len(ablation.runs)} runs of {train.num_steps:,} steps, {tokens:,} tokens"
+    )
 
 
 def _check_saved(ablation: Ablation, workdir: Path) -> None:
@@ -131,8 +144,11 @@ def _train(runs: list[ArmRun], flags: RunFlags, workdir: Path, processes: Proces
     say = print if processes.index == 0 else lambda _: None
     if finished:
         say(f"{len(finished)} of {len(runs)} runs are finished, and not repeated: {', '.join(finished)}")
+    started = time.monotonic()
     for number, run in enumerate(left):
-        say(f"\n--- {run.name}: run {number + 1} of {len(left)} ---")
+        minutes = (time.monotonic() - started) * (len(left) - number) / max(number, 1) / 60
+        time_left = f", {minutes:.0f} min left in all" if number else ""
+        say(f"\n--- {run.name}: run {number + 1} of {len(left)}{time_left} ---")
         if processes.share(f"{run.name} by now", is_finished(run, workdir))[0]:
             say("finished by another process")
             continue

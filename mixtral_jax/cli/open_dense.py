@@ -90,7 +90,7 @@ def find_misfits(dense: ModelConfig, model: ModelConfig, settings: UpcycleConfig
         wrong.append(f"it has {dense.num_experts} experts, and a dense model has 1")
     m, hidden = settings.granularity, model.intermediate_size
     if dense.intermediate_size != m * hidden:
-        slices = f", of which a copy has {m} (upcycle.granularity)" if m > 1 else ""
+        slices = f", of which a copy has {m} (upcycle.granularity, which model.granularity sets)" if m > 1 else ""
         wrong.append(
             f"its intermediate_size is {dense.intermediate_size}, and model.intermediate_size={hidden}{slices}"
         )

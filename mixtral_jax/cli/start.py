@@ -96,9 +96,12 @@ def choose_workdir(flags: RunFlags, processes: Processes) -> Path:
     Raises:
         ConfigError: none is named, and several processes would each choose their own.
     """
-    if flags.workdir is None:
-        require(processes.count == 1, NEEDED)
-    return flags.workdir or Path("runs") / f"{flags.config_path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if flags.workdir:
+        return flags.workdir
+    require(processes.count == 1, NEEDED)
+    workdir = Path("runs") / f"{flags.config_path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    print(f"this run is in {workdir}: should it be stopped, --workdir={workdir} goes on with it")
+    return workdir
 
 
 def start_devices(config: Config, processes: Processes) -> tuple[Config, jax.sharding.Mesh]:

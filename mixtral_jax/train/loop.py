@@ -58,7 +58,7 @@ class TrainLoop:
             self.console.print(f"nothing to do: step {first_step} of {num_steps} is already saved")
             return Ending("finished", state)
         if self.stop.is_due():
-            self.console.print(f"stopped before step {first_step + 1}: run the same command again to go on")
+            self.console.print(f"stopped before step {first_step + 1}: the same command with this --workdir goes on")
             return Ending("stopped", state)
         eval_every = self.config.eval_every or max(1, num_steps // 10)
         save_every = self.checkpoint.every or max(1, num_steps // 4)
@@ -95,7 +95,9 @@ class TrainLoop:
             self.checkpoints.wait()
         took = datetime.timedelta(seconds=round(time.monotonic() - started))
         if is_stopping:
-            self.console.print(f"stopped after step {step}, which is saved: run the same command again to go on")
+            self.console.print(
+                f"stopped after step {step}, which is saved: the same command with this --workdir goes on"
+            )
             return Ending("stopped", state)
         self.console.print(f"done: {num_steps - first_step} steps in {took}; step {num_steps} is saved")
         return Ending("finished", state)

@@ -177,7 +177,7 @@ def test_a_planned_base_reads_the_text_of_the_run_or_in_tuning_python():
 
 
 def test_all_that_does_not_fit_is_listed_at_once():
-    config = config_of(granularity=2)
+    config = config_of(method="copy", granularity=2)
     assert config.upcycle is not None
     other = dataclasses.replace(DENSE, num_experts=4, hidden_size=64, rope_theta=1e4)
     assert find_misfits(other, config.model, config.upcycle) == [
@@ -188,15 +188,22 @@ def test_all_that_does_not_fit_is_listed_at_once():
     ]
 
 
+def test_without_a_base_and_a_method_nothing_is_upcycled():
+    assert config_of(upcycle__pretrain={"num_steps": 7}).upcycle is None
+
+
 @pytest.mark.parametrize(("changes", "words"), [
     ({"method": "clone"}, ["upcycle.method='clone'", "'copy', 'noise', 'drop'"]),
     ({"noise_std": -1}, ["upcycle.noise_std=-1.0"]),
     ({"drop_fraction": 1.5}, ["upcycle.drop_fraction=1.5", "between 0 and 1"]),
     ({"base": ""}, ["upcycle.base"]),
     ({"upcycle__pretrain": {"num_steps": 0}}, ["upcycle.pretrain.num_steps=0", "positive"]),
-    ({"granularity": 3}, ["upcycle.granularity=3", "model.num_experts=8", "num_experts_per_token=2"]),
-    ({"granularity": 2, "router__score": "sigmoid", "router__renormalize": False}, ["do not add up", "score=sigmoid"]),
-    ({"granularity": 2, "router__choice": "hash", "router__z_loss_weight": 0,
+    ({"method": "copy", "granularity": 3}, ["upcycle.granularity=3", "model.num_experts=8", "num_experts_per_token=2"]),
+    ({"granularity": 2}, ["upcycle.granularity=2 needs upcycle.base or upcycle.method"]),
+    ({"method": "copy", "noise_std": 0.2}, ["upcycle.noise_std=0.2 is for upcycle.method=noise, not copy"]),
+    ({"method": "copy", "granularity": 2, "router__score": "sigmoid", "router__renormalize": False},
+     ["do not add up", "score=sigmoid"]),
+    ({"method": "copy", "granularity": 2, "router__choice": "hash", "router__z_loss_weight": 0,
       "router__load_balance": {"weight": 0}}, ["needs router.choice=top_k", "router.choice=hash"]),
     ({"method": "copy", "model__num_shared_experts": 1}, ["model.num_shared_experts=1", "set it to 0"]),
     ({"method": "copy", "finetune__base": "x"}, ["finetune and upcycle are two runs"]),

@@ -334,7 +334,7 @@ def test_the_router_computes_and_begins_as_asked() -> None:
     ({"num_groups": 4}, {}, ["group_limited"]),
     ({"choice": "group_limited"}, {}, ["router.num_groups=1"]),
     ({**GROUPS, "num_groups": 3}, {}, ["must divide model.num_experts=8"]),
-    ({**GROUPS, "groups_per_token": 5}, {}, ["at most router.num_groups=4"]),
+    ({**GROUPS, "groups_per_token": 5}, {}, ["under router.num_groups=4"]),
     ({**GROUPS, "groups_per_token": 1, "num_experts_per_token": 3}, {}, ["at least 3 experts"]),
     ({"bias__is_zero_mean": True}, {}, ["router.bias.update_rate"]),
     ({"load_balance__scope": "sequence", "load_balance__normalization": "hf"}, {}, ["pools all tokens"]),
