@@ -21,6 +21,7 @@ from mixtral_jax.kernels.grouped_matmul import choose_kernel
 from mixtral_jax.model.dispatch.choose import choose_transport
 from mixtral_jax.model.transformer import count_parameters
 from mixtral_jax.parallel.agreement import EQUAL, find_unequal_devices, require_agreement, share_devices
+from mixtral_jax.parallel.coordinator import Launch, find_scheduler
 from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, matmul_precision, resolve_mesh, use_virtual_cpu_devices
 from mixtral_jax.parallel.processes import Processes, join_processes
 from mixtral_jax.train.console import make_console
@@ -46,22 +47,30 @@ class Run:
 def tell_others(arguments: list[str]) -> Iterator[None]:
     """Around what may find the command wrong before the processes join, which would then wait for this one in vain.
 
-    A process whose command is wrong says so at once, and joins only to end the others with that line. Where even the
-    flags about processes are wrong, nobody can be told.
+    One of several processes says so at once, and joins only to end the others with that line.
     """
     try:
         yield
     except ConfigError as error:
-        parser = FlagParser(add_help=False)
-        add_process_flags(parser)
-        try:
-            launch = read_process_flags(parser.parse_known_args(arguments)[0])
-        except ConfigError:
-            raise error from None
+        launch = _find_launch(arguments)
+        if launch is None:
+            raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         with contextlib.suppress(ConfigError, SystemExit):
             join_processes(launch, code_if_alone=2).refuse(error)
         raise SystemExit(2) from None
+
+
+def _find_launch(arguments: list[str]) -> Launch | None:
+    """How to join others that may wait; None where this process is alone, or what the flags say of them is wrong."""
+    parser = FlagParser(add_help=False)
+    add_process_flags(parser)
+    try:
+        launch = read_process_flags(parser.parse_known_args(arguments)[0])
+    except ConfigError:
+        return None
+    is_alone = find_scheduler() is None if launch.coordinator is None else launch.num_processes == 1
+    return None if is_alone else launch
 
 
 def start_run(flags: RunFlags, processes: Processes) -> Run:

@@ -77,10 +77,7 @@ def _draw_course(course: Axes, results: Results, strokes: dict[str, Stroke]) -> 
         count = min(len(tokens) for tokens, _ in pairs)
         x_N = np.mean([tokens[:count] for tokens, _ in pairs], axis=0) / size
         y_SN = np.stack([difference[:count] for _, difference in pairs])
-        course.plot(
-            x_N, y_SN.mean(0), color=stroke.colour, marker=stroke.marker, markersize=4,
-            label=result.arm.name,
-        )  # fmt: skip
+        course.plot(x_N, y_SN.mean(0), color=stroke.colour, marker=stroke.marker, label=result.arm.name)
         course.fill_between(x_N, y_SN.min(0), y_SN.max(0), color=stroke.colour, alpha=0.15, linewidth=0)
     course.axhline(0, color=strokes[name].colour, linewidth=1.2, label=f"{name} (reference)")
     course.set_xlabel(f"tokens seen{unit}")

@@ -71,7 +71,7 @@ def draw_losses(results: Results, strokes: dict[str, Stroke]) -> Picture:
     )
     for panel, (label, place) in zip(panels, axes, strict=True):
         curves = {result.arm.name: average_seeds(result, "eval/loss", place) for result in results.arms}
-        _draw_curves(panel, curves, strokes, label)
+        _draw_curves(panel, curves, {}, strokes, label)
     panels[0].set_ylabel("held-out loss (nats a token)")
     add_legend(figure, panels[0])
     words = (
@@ -88,11 +88,11 @@ def draw_balance(results: Results, strokes: dict[str, Stroke]) -> Picture:
     shown = [figure for figure in _BALANCE_PANELS if _is_worth_a_panel(results, figure)]
     figure, panels = make_figure(min(3, len(shown)), 3.5 * -(-len(shown) // 3), -(-len(shown) // 3))
     for panel, name in zip(panels, shown, strict=False):
-        curves, beside = (
+        curves, dashed = (
             {result.arm.name: average_seeds(result, one, RunRecord.tokens, _NUM_POINTS) for result in results.arms}
             for one in (name, _DASHED.get(name, ""))
         )
-        _draw_curves(panel, curves, strokes, "tokens seen", beside)
+        _draw_curves(panel, curves, dashed, strokes, "tokens seen")
         panel.set_ylabel(_BALANCE_PANELS[name])
         panel.set_ylim(bottom=None if name in ("router/load_entropy", "router/gate_entropy") else 0)
     for panel in panels[len(shown) :]:
@@ -118,23 +118,20 @@ def _is_worth_a_panel(results: Results, name: str) -> bool:
 def _draw_curves(
     panel: Axes,
     curves: dict[str, Curve | None],
+    dashed: dict[str, Curve | None],
     strokes: dict[str, Stroke],
     label: str,
-    beside: dict[str, Curve | None] | None = None,
 ) -> None:
-    """Lines in the colours of their arms, with bands; those of `beside` dashed, and without."""
+    """Lines in the colours of their arms, with bands; `dashed` ones without."""
     there = {name: curve for name, curve in curves.items() if curve is not None}
     size, unit = scale_of(max(curve.x.max() for curve in there.values()))
     for name, curve in there.items():
         stroke = strokes[name]
-        has_few = len(curve.x) <= 20
-        panel.plot(
-            curve.x / size, curve.mean, color=stroke.colour, label=name,
-            marker=stroke.marker if has_few else None, markersize=4,
-        )  # fmt: skip
+        marker = stroke.marker if len(curve.x) <= 20 else None
+        panel.plot(curve.x / size, curve.mean, color=stroke.colour, label=name, marker=marker)
         panel.fill_between(curve.x / size, curve.low, curve.high, color=stroke.colour, alpha=0.15, linewidth=0)
-        if dashed := (beside or {}).get(name):
-            panel.plot(dashed.x / size, dashed.mean, color=stroke.colour, linewidth=1.2, linestyle="--")
+        if beside := dashed.get(name):
+            panel.plot(beside.x / size, beside.mean, color=stroke.colour, linewidth=1.2, linestyle="--")
     panel.set_xlabel(f"{label}{unit}")
 
 

@@ -22,7 +22,7 @@ _SETTINGS: Any = {
     "font.size": 10, "font.family": "DejaVu Sans", "axes.titlesize": 10.5, "axes.labelcolor": _INK,
     "text.color": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.edgecolor": "#888888", "axes.linewidth": 0.8,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True,
-    "grid.color": "#E4E4E4", "grid.linewidth": 0.7, "lines.linewidth": 1.7, "lines.markersize": 5,
+    "grid.color": "#E4E4E4", "grid.linewidth": 0.7, "lines.linewidth": 1.7, "lines.markersize": 4.5,
     "svg.hashsalt": "mixtral_jax", "svg.fonttype": "path",
     # Names come from data: a dollar sign in one begins no formula.
     "text.parse_math": False,
