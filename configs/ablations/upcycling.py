@@ -1,7 +1,8 @@
 """Is a mixture better made of a trained dense model than from scratch?
 
-Each upcycled run pretrains its dense base first (400 steps, into its own folder), which the loss against tokens does
-not count (--config.upcycle.pretrain.num_steps=N has it shorter). Expect copies to start low and stay alike; noise and redrawn units let them part. About fifteen minutes.
+Each upcycled run pretrains its dense base first, into its own folder: 400 steps (--config.upcycle.pretrain.num_steps),
+which the loss against tokens does not count. Expect copies to start low and stay alike; noise and redrawn units let
+them part. About fifteen minutes.
 
     python -m mixtral_jax ablate --config=configs/ablations/upcycling.py --workdir=DIR
 """
