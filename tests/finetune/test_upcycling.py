@@ -184,8 +184,8 @@ def test_all_that_does_not_fit_is_listed_at_once():
         "its hidden_size is 64, and model.hidden_size=32",
         "its rope_theta is 10000.0, and model.rope_theta=1000000.0",
         "it has 4 experts, and a dense model has 1",
-        "its intermediate_size is 48, and model.intermediate_size=48, of which a copy has 2 (upcycle.granularity, which "
-        "model.granularity sets)",
+        "its intermediate_size is 48, and model.intermediate_size=48, of which a copy has 2 "
+        "(upcycle.granularity, which model.granularity sets)",
     ]
 
 
