@@ -13,7 +13,7 @@ from flax import nnx
 
 from mixtral_jax.cli import ablate
 from mixtral_jax.config import ConfigError
-from mixtral_jax.lab.records import FAILURE
+from mixtral_jax.lab.records import DATA, FAILURE
 from mixtral_jax.model.transformer import model_maker
 from tests import runs
 from tests.cases import mesh_of
@@ -96,6 +96,7 @@ def test_a_stopped_ablation_that_two_tasks_go_on_with_repeats_nothing_and_report
     code, _, errors = finish(process)
     assert code == 75, errors
     assert not (folder / "stopped/report").exists()
+    assert (folder / "stopped/arms/top-1/seed-0" / DATA).exists()  # Before its end.
     finished = folder / "stopped/arms/none/seed-0/metrics.jsonl"
     before = (finished.stat().st_mtime_ns, finished.read_bytes())
     # At once, and both may want none/seed-1.
