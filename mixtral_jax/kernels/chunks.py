@@ -83,17 +83,20 @@ class _Chunks:
 
     size: int
     num_rows: int
-    all_groups: RowGroups
+    rows_per_expert_NE: jax.Array  # in each chunk
 
     @classmethod
     def of(cls, rows: Any, groups: RowGroups) -> "_Chunks":
         num_rows = len(jax.tree.leaves(rows)[0])
-        return cls(min(num_rows, -(-groups.balanced_rows // _CHUNKS)), num_rows, groups)
+        size = min(num_rows, -(-groups.balanced_rows // _CHUNKS))
+        start_N1 = jnp.arange(0, num_rows, size)[:, None]
+        ends_NE = jnp.clip(jnp.cumsum(groups.rows_per_expert_E)[None] - start_N1, 0, size)
+        return cls(size, num_rows, jnp.diff(ends_NE, axis=1, prepend=0))
 
     def groups(self, i: jax.typing.ArrayLike) -> RowGroups:
         """Those of the rows of one chunk."""
-        ends_E = jnp.clip(jnp.cumsum(self.all_groups.rows_per_expert_E) - i * self.size, 0, self.size)
-        return RowGroups(jnp.diff(ends_E, prepend=0), self.size)
+        rows_per_expert_E = jax.lax.dynamic_index_in_dim(self.rows_per_expert_NE, i, keepdims=False)
+        return RowGroups(rows_per_expert_E, self.size)
 
     def fill_up(self, rows: Any) -> Any:
         missing = -self.num_rows % self.size
@@ -110,6 +113,6 @@ class _Chunks:
 
     def fold(self, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
         """Folds `body(i, carry)` over the chunks that have rows."""
-        num_chunks = (jnp.sum(self.all_groups.rows_per_expert_E) + self.size - 1) // self.size
+        num_chunks = (jnp.sum(self.rows_per_expert_NE) + self.size - 1) // self.size
         with jax.named_scope(f"{_SCOPE}{self.size}"):
             return jax.lax.fori_loop(0, num_chunks, body, carry)

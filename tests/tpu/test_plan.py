@@ -68,9 +68,10 @@ def test_gradients_of_expert_weights_are_scattered_and_never_summed_whole() -> N
     assert sent["all-reduce"] < of_experts / 3
 
 
-def test_matmuls_of_the_program_are_those_of_a_count_by_hand() -> None:
+@pytest.mark.parametrize("topology", ["v5p:2x2x2", "v6e:2x4"])
+def test_matmuls_of_the_program_are_those_of_a_count_by_hand(topology: str) -> None:
     for buffer_factor in (1.0, None):  # Room for a balanced routing; for the worst, four times as much and never used.
-        plan = plan_of("v5p:2x2x2", dispatch__buffer_factor=buffer_factor)
+        plan = plan_of(topology, dispatch__buffer_factor=buffer_factor)
         assert plan.hardware_flops == flops_by_hand()
 
 
@@ -79,7 +80,9 @@ def test_tokamax_is_planned_as_if_on_the_target_and_multiplies_no_empty_rows(mon
     # A command line with flags that tokamax does not know.
     monkeypatch.setattr("sys.argv", ["train.py", "--config=configs/pretrain/tiny.py"])
     plan = plan_of("v5p:2x2x2", dispatch__grouped_matmul="tokamax", model__dtype="bfloat16")
-    assert plan.hardware_flops == flops_by_hand()
+    # The last projection counts once too often: of a custom gradient, jax keeps what XLA finds to be unused.
+    of_down = 16 * 128 * 4 * 2 * 256 * 128 * 2
+    assert plan.hardware_flops == flops_by_hand() + of_down
 
 
 def test_tokamax_fills_no_standard_error() -> None:
