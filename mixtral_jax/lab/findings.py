@@ -21,7 +21,12 @@ def describe_losses(results: Results) -> str:
 
 def describe_balance(results: Results) -> str:
     """Whose routing was less even, at the end of training."""
-    return _compare_all(results, "max_violation", "maximum violation, over the last tenth of the run,", digits=2)
+    said, called = "", "maximum violation"
+    if results.unevenness == "collapse":
+        most = ", ".join(f'{violation:.3g} for "{name}"' for name, violation in results.collapsed_violations.items())
+        said = f"Total collapse, all tokens to the same k of E experts, is a maximum violation of E/k - 1: {most}. "
+        called = "share of total collapse"
+    return said + _compare_all(results, results.unevenness, f"{called}, over the last tenth of the run,", digits=2)
 
 
 def describe_flops(results: Results) -> str:

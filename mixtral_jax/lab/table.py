@@ -22,7 +22,7 @@ class Column:
 
 def make_columns(results: Results) -> list[Column]:
     """Those of figures that at least one arm has."""
-    reference = results.ablation.reference
+    reference, is_share = results.ablation.reference, results.unevenness == "collapse"
     columns = [
         Column("arm", "name", lambda one: one.arm.name + (" (reference)" if one.arm.name == reference else "")),
         Column("arm", "changed keys", show_changes),
@@ -34,7 +34,8 @@ def make_columns(results: Results) -> list[Column]:
         _spread("held-out loss", "mean ± sd", "eval_loss", 4),
         _difference(results, "held-out loss", "eval_loss", 4),
         _spread(_VIOLATION, "training, mean ± sd", "max_violation", 2),
-        _difference(results, _VIOLATION, "max_violation", 2),
+        *([_spread(_VIOLATION, "of total collapse (E/k - 1)", "collapse", 2)] if is_share else []),
+        _difference(results, _VIOLATION, results.unevenness, 2),
         _spread(_VIOLATION, "recent steps together", "running_max_violation", 2),
         _spread(_VIOLATION, "held-out", "eval_max_violation", 2),
         _spread(_BALANCE, "CV", "coefficient_of_variation", 2),

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from mixtral_jax.lab.ablation import Ablation
+from mixtral_jax.lab.comparisons import draw_trade_off
 from mixtral_jax.lab.findings import describe_balance, describe_flops, describe_losses
 from mixtral_jax.lab.records import FAILURE
 from mixtral_jax.lab.results import Results, read_results
 from mixtral_jax.lab.spread import compare, measure_spread
+from mixtral_jax.lab.style import choose_strokes
+from mixtral_jax.lab.table import make_columns
 from tests.lab.ablations import small_ablation, write_run
 
 
@@ -64,6 +67,24 @@ def test_words_say_which_arm_is_less_even_with_the_spread(tmp_path: Path) -> Non
     results = write_all(small_ablation(), tmp_path)
     assert 'Clearly higher: "none" with 2.10 ± 0.10 (+1.60 [+1.35, +1.85])' in describe_balance(results)
     assert "over 3 seeds" in describe_losses(results)
+
+
+def test_arms_that_can_be_uneven_by_different_amounts_are_compared_by_their_shares_of_that(tmp_path: Path) -> None:
+    chosen = "router.num_experts_per_token"
+    unasked = {"router.choice": "dense", "router.load_balance.weight": 0.0, "router.z_loss_weight": 0.0}
+    arms = {"one": {chosen: 1}, "two": {}, "all": {chosen: 4, **unasked}}
+    ablation = small_ablation(arms=arms, reference="two")
+    for run in ablation.runs:  # Of 4 experts: 1.5 is half a collapse of top-1, and 0.9 nearly that of top-2.
+        violation = {"one": 1.5, "two": 0.9, "all": 0.0}[run.arm.name] + 0.01 * run.seed * (run.arm.name != "all")
+        write_run(run, tmp_path, loss=4 + run.seed, violation=violation)
+    results = read_results(ablation, tmp_path)
+    said = describe_balance(results)
+    assert 'a maximum violation of E/k - 1: 3 for "one", 1 for "two".' in said
+    assert 'The share of total collapse, over the last tenth of the run, of "two" is 0.91 ± 0.01' in said
+    assert 'Clearly lower: "one" with 0.50 ± 0.00 (-0.41' in said and '"all" with 0.00' in said
+    cells = {column.heading: column.cell(results.arms[0]) for column in make_columns(results)}
+    assert cells["of total collapse (E/k - 1)"] == "0.50 ± 0.00"
+    assert 'the most even routing that of "all"' in draw_trade_off(results, choose_strokes(list(arms), "two")).words
 
 
 def test_words_claim_nothing_from_one_seed(tmp_path: Path) -> None:
