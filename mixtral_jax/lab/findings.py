@@ -5,6 +5,8 @@ from mixtral_jax.lab.spread import Difference, Spread
 
 # Stands where a figure is not there.
 NOTHING = "-"
+# By how much of a total collapse routing in training and on held-out text may differ without a word.
+_MUCH = 0.1
 
 
 def describe_findings(results: Results) -> list[str]:
@@ -20,13 +22,20 @@ def describe_losses(results: Results) -> str:
 
 
 def describe_balance(results: Results) -> str:
-    """Whose routing was less even, at the end of training."""
+    """Whose routing was less even, at the end of training; and where held-out text is another matter."""
     said, called = "", "maximum violation"
     if results.unevenness == "collapse":
         most = ", ".join(f'{violation:.3g} for "{name}"' for name, violation in results.collapsed_violations.items())
         said = f"Total collapse, all tokens to the same k of E experts, is a maximum violation of E/k - 1: {most}. "
         called = "share of total collapse"
-    return said + _compare_all(results, results.unevenness, f"{called}, over the last tenth of the run,", digits=2)
+    said += _compare_all(results, results.unevenness, f"{called} in training, over its last tenth,", digits=2)
+    differing = [
+        f'"{result.arm.name}" with {show_spread(result.spreads[f"eval_{results.unevenness}"], 2)} instead of '
+        f"{show_spread(result.spreads[results.unevenness], 2)}"
+        for result in results.arms
+        if _differs_on_held_out_text(result)
+    ]
+    return f"{said} On held-out text it differs much: {', '.join(differing)}." if differing else said
 
 
 def describe_flops(results: Results) -> str:
@@ -86,6 +95,11 @@ def _compare_all(results: Results, name: str, called: str, digits: int) -> str:
             groups.setdefault(_judge(difference), []).append(_describe(result, name, difference, digits))
     sentences += [f"{verdict}: {', '.join(arms)}." for verdict, arms in sorted(groups.items())]
     return " ".join(sentences)
+
+
+def _differs_on_held_out_text(result: ArmResult) -> bool:
+    training, held_out = result.spreads.get("collapse"), result.spreads.get("eval_collapse")
+    return training is not None and held_out is not None and abs(held_out.mean - training.mean) > _MUCH
 
 
 def _what(spread: Spread) -> str:

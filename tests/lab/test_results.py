@@ -69,6 +69,14 @@ def test_words_say_which_arm_is_less_even_with_the_spread(tmp_path: Path) -> Non
     assert "over 3 seeds" in describe_losses(results)
 
 
+def test_words_say_which_arms_are_even_in_training_alone(tmp_path: Path) -> None:
+    ablation = small_ablation(seeds=(0,))
+    for run in ablation.runs:
+        write_run(run, tmp_path, loss=4, violation=0.1, held_out=0.9 if run.arm.name == "none" else 0.15)
+    said = describe_balance(read_results(ablation, tmp_path))
+    assert said.endswith(' On held-out text it differs much: "none" with 0.90 instead of 0.10.')
+
+
 def test_arms_that_can_be_uneven_by_different_amounts_are_compared_by_their_shares_of_that(tmp_path: Path) -> None:
     chosen = "router.num_experts_per_token"
     unasked = {"router.choice": "dense", "router.load_balance.weight": 0.0, "router.z_loss_weight": 0.0}
@@ -80,7 +88,7 @@ def test_arms_that_can_be_uneven_by_different_amounts_are_compared_by_their_shar
     results = read_results(ablation, tmp_path)
     said = describe_balance(results)
     assert 'a maximum violation of E/k - 1: 3 for "one", 1 for "two".' in said
-    assert 'The share of total collapse, over the last tenth of the run, of "two" is 0.91 ± 0.01' in said
+    assert 'The share of total collapse in training, over its last tenth, of "two" is 0.91 ± 0.01' in said
     assert 'Clearly lower: "one" with 0.50 ± 0.00 (-0.41' in said and '"all" with 0.00' in said
     cells = {column.heading: column.cell(results.arms[0]) for column in make_columns(results)}
     assert cells["of total collapse (E/k - 1)"] == "0.50 ± 0.00"
