@@ -7,13 +7,16 @@ from mixtral_jax.lab.spread import Difference, Spread
 NOTHING = "-"
 # By how much of a total collapse routing in training and on held-out text may differ without a word.
 _MUCH = 0.1
+# Fewer seeds than the one, and more comparisons than the other, deserve a warning.
+_FEW_SEEDS, _MANY_COMPARISONS = 3, 2
 
 
 def describe_findings(results: Results) -> list[str]:
     """The answer of an ablation: a sentence or two on loss, balance and what is not there."""
     if not any(result.done for result in results.arms):
         return ["No run is finished yet: there is nothing to compare."]
-    return [said for said in (describe_losses(results), describe_balance(results), describe_gaps(results)) if said]
+    parts = (describe_losses, describe_balance, describe_chance, describe_gaps)
+    return [said for describe in parts if (said := describe(results))]
 
 
 def describe_losses(results: Results) -> str:
@@ -36,6 +39,20 @@ def describe_balance(results: Results) -> str:
         if _differs_on_held_out_text(result)
     ]
     return f"{said} On held-out text it differs much: {', '.join(differing)}." if differing else said
+
+
+def describe_chance(results: Results) -> str:
+    """How far to trust the word clearly, where seeds are few or comparisons many."""
+    pairs = [result.differences["eval_loss"].pairs for result in results.others if "eval_loss" in result.differences]
+    said = []
+    if pairs and min(pairs) < _FEW_SEEDS:
+        said.append("With fewer than three seeds the spread itself is hardly known: more may undo what is clear here.")
+    if len(pairs) > _MANY_COMPARISONS:
+        said.append(
+            f"Each figure is compared {len(pairs)} times: of 20 comparisons of arms that do not differ, one comes out "
+            "clear by chance."
+        )
+    return " ".join(said)
 
 
 def describe_flops(results: Results) -> str:

@@ -23,7 +23,7 @@ p, figcaption, li { max-width: 80ch; }
 figure { margin: 0; }
 figure img { width: 100%; height: auto; display: block; }
 figcaption { margin-top: 10px; color: #444; font-size: 15px; }
-nav ul { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 26px 0 0; padding: 0; list-style: none; font-size: 15px; }
+nav ul { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 26px 0 0; padding: 0; list-style: none; }
 nav li { max-width: none; } a { color: #0060a0; text-decoration: none; } a:hover { text-decoration: underline; }
 b { white-space: nowrap; font-weight: 600; }
 .wide { overflow-x: auto; }

@@ -9,7 +9,7 @@ import pytest
 
 from mixtral_jax.lab.ablation import Ablation
 from mixtral_jax.lab.comparisons import draw_trade_off
-from mixtral_jax.lab.findings import describe_balance, describe_flops, describe_losses
+from mixtral_jax.lab.findings import describe_balance, describe_findings, describe_flops, describe_losses
 from mixtral_jax.lab.records import FAILURE
 from mixtral_jax.lab.results import Results, read_results
 from mixtral_jax.lab.spread import compare, measure_spread
@@ -99,6 +99,15 @@ def test_words_claim_nothing_from_one_seed(tmp_path: Path) -> None:
     said = describe_balance(write_all(small_ablation(seeds=(0,)), tmp_path))
     assert "one seed" in said
     assert "Clearly" not in said
+
+
+def test_words_warn_of_few_seeds_and_of_many_comparisons(tmp_path: Path) -> None:
+    for seeds, num_others in (((0, 1), 2), ((0, 1, 2), 2), ((0, 1, 2), 3)):
+        others = {f"w={w}": {"router.load_balance.weight": float(w)} for w in range(num_others)}
+        ablation = small_ablation(seeds=seeds, arms={"some": {}, **others})
+        said = " ".join(describe_findings(write_all(ablation, tmp_path / f"{len(seeds)}-{num_others}")))
+        assert ("With fewer than three seeds" in said) == (len(seeds) < 3)
+        assert ("compared 3 times" in said) == (num_others > 2)
 
 
 def test_failed_and_missing_runs_are_listed_and_do_not_count(tmp_path: Path) -> None:
