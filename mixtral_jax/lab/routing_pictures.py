@@ -193,7 +193,7 @@ def draw_flips(analysis: RoutingAnalysis) -> Picture:
     assert flips is not None
     figure, (panel,) = make_figure(1, 4.2)
     layers = range(analysis.num_layers)
-    panel.plot(layers, flips.any_L, marker="o", color=COLOURS[0], label="any of its experts")
+    panel.plot(layers, flips.any_L, marker="o", color=COLOURS[0], label="the set of its experts")
     panel.plot(layers, flips.first_L, marker="s", color=COLOURS[1], label="its first choice")
     mark_layers(panel, analysis.num_layers)
     mark_shares(panel, "tokens that change", top=max(0.01, 1.2 * float(flips.any_L.max())))
