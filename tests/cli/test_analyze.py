@@ -79,6 +79,9 @@ def test_the_first_checkpoint_has_no_saturation_and_the_table_says_so(place):
 
 def test_data_and_a_place_for_figures_are_asked_for_before_anything_is_loaded(place, tmp_path):
     shutil.copytree(GOLDEN, tmp_path / "model")
+    (tmp_path / "ablation/arms/none/seed-0").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"is an ablation: name a run of it \(arms/NAME/seed-N\), as .*/none/seed-0"):
+        run_verb(["analyze", f"--checkpoint={tmp_path / 'ablation'}"])
     with pytest.raises(ConfigError, match=r"--data\.path=F"):
         run_verb(["analyze", f"--checkpoint={tmp_path / 'model'}"])
     code, output, errors = finish(run(place, "--checkpoint=run", "--to=text.txt/below"))

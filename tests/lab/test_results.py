@@ -120,7 +120,8 @@ def test_failed_and_missing_runs_are_listed_and_do_not_count(tmp_path: Path) -> 
     none, some = read_results(ablation, tmp_path).to_json()["arms"]
     assert (none["status"], some["status"]) == ("failed", "missing")
     assert none["reasons"] == [
-        "seed 0: FloatingPointError: loss is nan", "seed 1: at step 10 of 20", "seed 2: not started",
+        "seed 0: FloatingPointError: loss is nan", "seed 1: running or stopped, at step 10 of 20",
+        "seed 2: not started",
     ]  # fmt: skip
     assert none["eval_loss_mean"] is None
     assert some["eval_loss_mean"] == pytest.approx(4.05)
