@@ -21,7 +21,7 @@ def describe_findings(results: Results) -> list[str]:
 
 def describe_losses(results: Results) -> str:
     """Which arms learnt better or worse than the reference, and which cannot be told from it."""
-    return _compare_all(results, "eval_loss", "held-out loss", digits=3)
+    return _compare_all(results, "eval_loss", "held-out loss", digits=3) + _describe_dense_models(results)
 
 
 def describe_balance(results: Results) -> str:
@@ -67,8 +67,7 @@ def describe_flops(results: Results) -> str:
     if differing:
         said = f'Of the FLOPs of "{results.ablation.reference}", a step needs: {", ".join(differing)}.'
     configs = {f'"{result.arm.name}"': result.arm.config for result in results.arms}
-    if upcycled := [name for name, config in configs.items() if config.upcycle]:
-        said += f" The training of the dense model that {', '.join(upcycled)} began with is not counted."
+    said += _describe_dense_models(results)
     batched = {name: config for name, config in configs.items() if config.train.gradient_accumulation > 1}
     if counting := [name for name, config in batched.items() if config.router.load_balance.scope == "global"]:
         said += f" The forward pass in which {', '.join(counting)} counts routes before each step is not counted."
@@ -96,6 +95,17 @@ def show_difference(difference: Difference | None, digits: int) -> str:
     if difference.low is None or difference.high is None:
         return mean
     return f"{mean} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
+
+
+def _describe_dense_models(results: Results) -> str:
+    """What upcycled arms learnt before their first step, which no axis shows."""
+    named = []
+    for result in results.arms:
+        if upcycle := result.arm.config.upcycle:
+            base, length = upcycle.pretrain, result.arm.config.train.sequence_length
+            size = "trained elsewhere" if upcycle.base else f"{base.num_steps * base.batch_size * length:,} tokens"
+            named.append(f'"{result.arm.name}" ({size})')
+    return f" The training of the dense model that {', '.join(named)} began with is not counted." if named else ""
 
 
 def _compare_all(results: Results, name: str, called: str, digits: int) -> str:

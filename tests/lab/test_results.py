@@ -149,9 +149,11 @@ def test_what_the_clock_says_is_apart_from_the_rest(tmp_path: Path) -> None:
 
 
 def test_words_say_what_an_upcycled_arm_does_not_count(tmp_path: Path) -> None:
-    ablation = small_ablation(arms={"up": {"upcycle.method": "copy"}, "some": {}}, seeds=(0,))
-    said = describe_flops(write_all(ablation, tmp_path))
-    assert 'dense model that "up" began with is not counted' in said
+    arms = {"up": {"upcycle.method": "copy"}, "other": {"upcycle.base": "DIR"}, "some": {}}
+    results = write_all(small_ablation(arms=arms, seeds=(0,)), tmp_path)
+    said = describe_flops(results)
+    for each in (said, describe_losses(results)):  # 400 steps of 16 rows of 32.
+        assert 'model that "up" (204,800 tokens), "other" (trained elsewhere) began with is not counted' in each
     assert "The models of all arms need the same arithmetic" in said
 
 
