@@ -11,14 +11,14 @@ from typing import Literal
 from mixtral_jax.config_errors import ConfigError, require
 from mixtral_jax.config_finetune import FinetuneConfig, LoRAConfig, PretrainConfig
 from mixtral_jax.config_model import ModelConfig
-from mixtral_jax.config_router import BalanceBiasConfig, LoadBalanceConfig, NoiseConfig, RouterConfig
+from mixtral_jax.config_router import BLIND_CHOICES, BalanceBiasConfig, LoadBalanceConfig, NoiseConfig, RouterConfig
 from mixtral_jax.config_upcycle import UpcycleConfig
 
 __all__ = [
-    "BalanceBiasConfig", "ChatConfig", "ChatFormat", "CheckpointConfig", "Config", "ConfigError", "DataConfig",
-    "DispatchConfig", "FinetuneConfig", "LiteralInst", "LoRAConfig", "LoadBalanceConfig", "LogConfig", "MeshConfig",
-    "ModelConfig", "NoiseConfig", "OptimizerConfig", "PretrainConfig", "RouterConfig", "TemplateName", "TrainConfig",
-    "UpcycleConfig", "require",
+    "BLIND_CHOICES", "BalanceBiasConfig", "ChatConfig", "ChatFormat", "CheckpointConfig", "Config", "ConfigError",
+    "DataConfig", "DispatchConfig", "FinetuneConfig", "LiteralInst", "LoRAConfig", "LoadBalanceConfig", "LogConfig",
+    "MeshConfig", "ModelConfig", "NoiseConfig", "OptimizerConfig", "PretrainConfig", "RouterConfig", "TemplateName",
+    "TrainConfig", "UpcycleConfig", "require",
 ]  # fmt: skip
 
 TemplateName = Literal["auto", "v1", "v3"]

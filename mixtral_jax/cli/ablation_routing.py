@@ -13,11 +13,12 @@ import jax
 from mixtral_jax.checkpoint.run_parameters import find_steps
 from mixtral_jax.cli.analyze import analyze_run
 from mixtral_jax.cli.workdir import write_json
+from mixtral_jax.config import BLIND_CHOICES
 from mixtral_jax.lab.ablation import Ablation, ArmRun
 from mixtral_jax.lab.analysis_json import from_json
 from mixtral_jax.lab.records import is_finished
 from mixtral_jax.lab.routing_analysis import RoutingAnalysis
-from mixtral_jax.lab.routing_pictures import draw_coactivation, draw_label, draw_saturation
+from mixtral_jax.lab.routing_pictures import draw_side_by_side
 from mixtral_jax.lab.style import Picture
 from mixtral_jax.parallel.agreement import find_versions
 from mixtral_jax.parallel.mesh import make_mesh, resolve_mesh
@@ -44,19 +45,23 @@ def analyze_arms(ablation: Ablation, workdir: Path, processes: Processes) -> boo
 
 
 def picture_routing(ablation: Ablation, workdir: Path) -> list[Picture]:
-    """Of each arm with an analysis: how early routes settled, who is chosen together, who is for what."""
-    pictures: dict[str, list[Picture]] = {}
-    for run in _first_finished(ablation, workdir):
-        analysis = _read_kept(run, workdir)
-        for picture in _draw(analysis) if analysis else []:
-            named = dataclasses.replace(picture, title=f"{picture.title}: {run.arm.name}")
-            pictures.setdefault(picture.title, []).append(named)
-    return [picture for of_kind in pictures.values() for picture in of_kind]
+    """Of the arms with an analysis, side by side, and a word on those without."""
+    analyses = {
+        f"{run.arm.name}, seed {run.seed}": analysis
+        for run in _first_finished(ablation, workdir)
+        if (analysis := _read_kept(run, workdir))
+    }
+    train = ablation.arms[0].config.train  # Of all arms.
+    pictures = draw_side_by_side(analyses, train.batch_size * train.sequence_length)
+    blind = ", ".join(f'"{arm.name}"' for arm in ablation.arms if arm.config.router.choice in BLIND_CHOICES)
+    said = f" Not shown: {blind}, where no router is asked." if blind else ""
+    return [dataclasses.replace(picture, words=picture.words + said) for picture in pictures]
 
 
 def _first_finished(ablation: Ablation, workdir: Path) -> list[ArmRun]:
-    """One run of each arm that has any."""
-    finished = {run.arm.name: run for run in reversed(ablation.runs) if is_finished(run, workdir)}
+    """One run of each arm that has any and asks its router."""
+    asking = [run for run in ablation.runs if run.arm.config.router.choice not in BLIND_CHOICES]
+    finished = {run.arm.name: run for run in reversed(asking) if is_finished(run, workdir)}
     return [finished[arm.name] for arm in ablation.arms if arm.name in finished]
 
 
@@ -75,10 +80,3 @@ def _key(run: ArmRun, workdir: Path) -> str:
     folder = run.folder(workdir)
     parts = json.dumps([find_versions(), find_steps(folder / "checkpoints")])
     return hashlib.sha256(parts.encode() + (folder / "metrics.jsonl").read_bytes()).hexdigest()
-
-
-def _draw(analysis: RoutingAnalysis) -> list[Picture]:
-    pictures = [draw_saturation(analysis)] if analysis.saturation else []
-    if analysis.num_experts_per_token > 1:
-        pictures.append(draw_coactivation(analysis))
-    return pictures + [draw_label(analysis, shares) for shares in analysis.by_label[:1]]

@@ -23,7 +23,7 @@ def print_analysis(analysis: RoutingAnalysis, console: Console) -> None:
     )
     console.print(_tabulate_layers(analysis))
     if flips := analysis.flips:
-        console.print(f"[dim]flips: tokens whose experts change from {flips.dtype} to {flips.other_dtype}[/]")
+        console.print(f"[dim]flips: tokens whose set of experts changes from {flips.dtype} to {flips.other_dtype}[/]")
     console.print()
     if analysis.saturation:
         console.print(_tabulate_saturation(analysis.saturation))

@@ -183,9 +183,14 @@ def _write(folder: Path, said: dict[str, Any], analysis: RoutingAnalysis) -> Non
     # Slow to import, and a report that nobody keeps needs none.
     from mixtral_jax.lab.routing_pictures import draw_routing
 
-    write_json(folder / "analysis.json", said)
-    for picture in draw_routing(analysis):
-        (folder / f"{picture.name}.png").write_bytes(picture.to_png())
+    path = folder / "analysis.json"
+    before = json.loads(path.read_text("utf-8")).get("pictures", []) if path.exists() else []
+    pictures = {f"{picture.name}.png": picture for picture in draw_routing(analysis)}
+    write_json(path, said | {"pictures": list(pictures)})
+    for name in set(before) - set(pictures):  # Of another text that was analysed into this folder.
+        (folder / Path(name).name).unlink(missing_ok=True)
+    for name, picture in pictures.items():
+        (folder / name).write_bytes(picture.to_png())
     note(f"wrote analysis.json and figures into {folder}")
 
 

@@ -49,6 +49,10 @@ def parse_model_flags(
         ConfigError: names the flag and what would be right.
     """
     flags, built = parse_sections(parser, arguments, mesh=MeshConfig, **sections)
+    arm = min(flags.checkpoint.glob("arms/*/seed-*"), default=None)
+    require(
+        arm is None, f"--checkpoint={flags.checkpoint} is an ablation: name a run of it (arms/NAME/seed-N), as {arm}"
+    )
     asked = {name: str(value) for name, value in (vars(flags) | built).items() if name != "process_id"}
     mesh = built.pop("mesh")
     return flags, ModelFlags(flags.checkpoint, flags.dtype, mesh, read_process_flags(flags), asked), built

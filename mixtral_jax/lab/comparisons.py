@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 
 from mixtral_jax.lab.findings import describe_losses, show_difference
 from mixtral_jax.lab.records import RunRecord
-from mixtral_jax.lab.results import ArmResult, Results
+from mixtral_jax.lab.results import MEASURES, ArmResult, Results
 from mixtral_jax.lab.style import Picture, Stroke, add_legend, in_style, make_figure, scale_of
 
 
@@ -30,14 +30,17 @@ def draw_differences(results: Results, strokes: dict[str, Stroke]) -> Picture:
 def draw_trade_off(results: Results, strokes: dict[str, Stroke]) -> Picture:
     """What an arm's evenness is worth in loss: a dot for each run."""
     figure, (panel,) = make_figure(1, 4.2)
+    (unevenness,) = (measure for measure in MEASURES if measure.name == f"eval_{results.unevenness}")
     for result in results.arms:
         stroke = strokes[result.arm.name]
-        dots = [(record.last("eval/router/max_violation"), record.last("eval/loss")) for record in result.done]
+        dots = [(unevenness.of(record), record.last("eval/loss")) for record in result.done]
         dots = [(x, y) for x, y in dots if x is not None and y is not None]
         if dots:
             x_S, y_S = np.array(dots).T
             panel.scatter(x_S, y_S, color=stroke.colour, marker=stroke.marker, s=42, label=result.arm.name, alpha=0.9)
-    panel.set_xlabel("maximum violation on held-out text (busiest expert / even share - 1; 0 = even)")
+    said = "busiest expert / even share - 1; 0 = even"
+    said += ", 1 = total collapse: divided by E/k - 1" if results.unevenness == "collapse" else ""
+    panel.set_xlabel(f"maximum violation on held-out text ({said})")
     panel.set_ylabel("held-out loss (nats a token)")
     panel.set_xlim(left=0)
     add_legend(figure, panel)
@@ -108,7 +111,7 @@ def _draw_intervals(panel: Axes, results: Results, strokes: dict[str, Stroke]) -
 
 def _describe_best(results: Results) -> str:
     named = [(result.spreads["eval_loss"].mean, result.arm.name) for result in results.arms if result.done]
-    even = [(result.spreads["eval_max_violation"].mean, result.arm.name) for result in results.arms
-            if "eval_max_violation" in result.spreads]  # fmt: skip
+    name = f"eval_{results.unevenness}"
+    even = [(result.spreads[name].mean, result.arm.name) for result in results.arms if name in result.spreads]
     said = f'The lowest mean loss is that of "{min(named)[1]}"'
     return f'{said}, the most even routing that of "{min(even)[1]}".' if even else f"{said}."

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from mixtral_jax.lab.findings import describe_balance, describe_flops
 from mixtral_jax.lab.records import RunRecord
 from mixtral_jax.lab.results import ArmResult, Results
-from mixtral_jax.lab.style import Picture, Stroke, add_legend, in_style, make_figure, scale_of
+from mixtral_jax.lab.style import Picture, Stroke, add_legend, in_style, make_figure, make_grid, scale_of
 
 # A line of more points than this is noise: neighbours are averaged.
 _NUM_POINTS = 50
@@ -86,8 +86,8 @@ def draw_losses(results: Results, strokes: dict[str, Stroke]) -> Picture:
 def draw_balance(results: Results, strokes: dict[str, Stroke]) -> Picture:
     """What the router's metrics did over the run; drops only where there were some."""
     shown = [figure for figure in _BALANCE_PANELS if _is_worth_a_panel(results, figure)]
-    figure, panels = make_figure(min(3, len(shown)), 3.5 * -(-len(shown) // 3), -(-len(shown) // 3))
-    for panel, name in zip(panels, shown, strict=False):
+    figure, panels = make_grid(len(shown), 3, 3.5)
+    for panel, name in zip(panels, shown, strict=True):
         curves, dashed = (
             {result.arm.name: average_seeds(result, one, RunRecord.tokens, _NUM_POINTS) for result in results.arms}
             for one in (name, _DASHED.get(name, ""))
@@ -95,8 +95,6 @@ def draw_balance(results: Results, strokes: dict[str, Stroke]) -> Picture:
         _draw_curves(panel, curves, dashed, strokes, "tokens seen")
         panel.set_ylabel(_BALANCE_PANELS[name])
         panel.set_ylim(bottom=None if name in ("router/load_entropy", "router/gate_entropy") else 0)
-    for panel in panels[len(shown) :]:
-        panel.remove()
     add_legend(figure, panels[0])
     dropped = "" if "router/dropped_fraction" in shown else " No arm dropped a route."
     words = (

@@ -5,23 +5,54 @@ from mixtral_jax.lab.spread import Difference, Spread
 
 # Stands where a figure is not there.
 NOTHING = "-"
+# By how much of a total collapse routing in training and on held-out text may differ without a word.
+_MUCH = 0.1
+# Fewer seeds than the one, and more comparisons than the other, deserve a warning.
+_FEW_SEEDS, _MANY_COMPARISONS = 3, 2
 
 
 def describe_findings(results: Results) -> list[str]:
     """The answer of an ablation: a sentence or two on loss, balance and what is not there."""
     if not any(result.done for result in results.arms):
         return ["No run is finished yet: there is nothing to compare."]
-    return [said for said in (describe_losses(results), describe_balance(results), describe_gaps(results)) if said]
+    parts = (describe_losses, describe_balance, describe_chance, describe_gaps)
+    return [said for describe in parts if (said := describe(results))]
 
 
 def describe_losses(results: Results) -> str:
     """Which arms learnt better or worse than the reference, and which cannot be told from it."""
-    return _compare_all(results, "eval_loss", "held-out loss", digits=3)
+    return _compare_all(results, "eval_loss", "held-out loss", digits=3) + _describe_dense_models(results)
 
 
 def describe_balance(results: Results) -> str:
-    """Whose routing was less even, at the end of training."""
-    return _compare_all(results, "max_violation", "maximum violation, over the last tenth of the run,", digits=2)
+    """Whose routing was less even, at the end of training; and where held-out text is another matter."""
+    said, called = "", "maximum violation"
+    if results.unevenness == "collapse":
+        most = ", ".join(f'{violation:.3g} for "{name}"' for name, violation in results.collapsed_violations.items())
+        said = f"Total collapse, all tokens to the same k of E experts, is a maximum violation of E/k - 1: {most}. "
+        called = "share of total collapse"
+    said += _compare_all(results, results.unevenness, f"{called} in training, over its last tenth,", digits=2)
+    differing = [
+        f'"{result.arm.name}" with {show_spread(result.spreads[f"eval_{results.unevenness}"], 2)} instead of '
+        f"{show_spread(result.spreads[results.unevenness], 2)}"
+        for result in results.arms
+        if _differs_on_held_out_text(result)
+    ]
+    return f"{said} On held-out text it differs much: {', '.join(differing)}." if differing else said
+
+
+def describe_chance(results: Results) -> str:
+    """How far to trust the word clearly, where seeds are few or comparisons many."""
+    pairs = [result.differences["eval_loss"].pairs for result in results.others if "eval_loss" in result.differences]
+    said = []
+    if pairs and min(pairs) < _FEW_SEEDS:
+        said.append("With fewer than three seeds the spread itself is hardly known: more may undo what is clear here.")
+    if len(pairs) > _MANY_COMPARISONS:
+        said.append(
+            f"Each figure is compared {len(pairs)} times: of 20 comparisons of arms that do not differ, one comes out "
+            "clear by chance."
+        )
+    return " ".join(said)
 
 
 def describe_flops(results: Results) -> str:
@@ -36,8 +67,7 @@ def describe_flops(results: Results) -> str:
     if differing:
         said = f'Of the FLOPs of "{results.ablation.reference}", a step needs: {", ".join(differing)}.'
     configs = {f'"{result.arm.name}"': result.arm.config for result in results.arms}
-    if upcycled := [name for name, config in configs.items() if config.upcycle]:
-        said += f" The training of the dense model that {', '.join(upcycled)} began with is not counted."
+    said += _describe_dense_models(results)
     batched = {name: config for name, config in configs.items() if config.train.gradient_accumulation > 1}
     if counting := [name for name, config in batched.items() if config.router.load_balance.scope == "global"]:
         said += f" The forward pass in which {', '.join(counting)} counts routes before each step is not counted."
@@ -67,6 +97,17 @@ def show_difference(difference: Difference | None, digits: int) -> str:
     return f"{mean} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
 
 
+def _describe_dense_models(results: Results) -> str:
+    """What upcycled arms learnt before their first step, which no axis shows."""
+    named = []
+    for result in results.arms:
+        if upcycle := result.arm.config.upcycle:
+            base, length = upcycle.pretrain, result.arm.config.train.sequence_length
+            size = "trained elsewhere" if upcycle.base else f"{base.num_steps * base.batch_size * length:,} tokens"
+            named.append(f'"{result.arm.name}" ({size})')
+    return f" The training of the dense model that {', '.join(named)} began with is not counted." if named else ""
+
+
 def _compare_all(results: Results, name: str, called: str, digits: int) -> str:
     """One sentence for the reference, then one for each way the others differ from it."""
     reference = results.reference
@@ -81,6 +122,11 @@ def _compare_all(results: Results, name: str, called: str, digits: int) -> str:
             groups.setdefault(_judge(difference), []).append(_describe(result, name, difference, digits))
     sentences += [f"{verdict}: {', '.join(arms)}." for verdict, arms in sorted(groups.items())]
     return " ".join(sentences)
+
+
+def _differs_on_held_out_text(result: ArmResult) -> bool:
+    training, held_out = result.spreads.get("collapse"), result.spreads.get("eval_collapse")
+    return training is not None and held_out is not None and abs(held_out.mean - training.mean) > _MUCH
 
 
 def _what(spread: Spread) -> str:

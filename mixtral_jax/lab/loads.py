@@ -2,17 +2,14 @@
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from mixtral_jax.lab.records import RunRecord
 from mixtral_jax.lab.results import Results
-from mixtral_jax.lab.style import Picture, in_style, make_figure, scale_of
+from mixtral_jax.lab.routing_axes import add_ratio_scale, draw_ratios
+from mixtral_jax.lab.style import Picture, in_style, make_grid, scale_of
 
 _NUM_COLUMNS = 80
 _PANELS_A_ROW = 4
-# As a share of an even load: both ends are shown alike beyond it.
-_FACTOR = 4.0
 
 
 @in_style
@@ -22,25 +19,13 @@ def draw_loads(results: Results) -> Picture | None:
              if (load := read_loads(result.done[0])) is not None}  # fmt: skip
     if not shown:
         return None
-    columns = min(_PANELS_A_ROW, len(shown))
-    rows = -(-len(shown) // columns)
     num_bands = max(load_LEN.shape[0] * load_LEN.shape[1] for load_LEN in shown.values())
-    height = rows * min(9.0, max(2.6, 0.13 * num_bands)) + 1.0
-    figure, panels = make_figure(columns, height, rows)
+    figure, panels = make_grid(len(shown), _PANELS_A_ROW, min(9.0, max(3.0, 0.13 * num_bands + 0.4)))
     done = {result.arm.name: result.done[0] for result in results.arms if result.done}
-    for panel, (name, load_LEN) in zip(panels, shown.items(), strict=False):
+    for panel, (name, load_LEN) in zip(panels, shown.items(), strict=True):
         _draw(panel, load_LEN, done[name])
         panel.set_title(f"{name}, seed {done[name].run.seed}", loc="left")
-    for panel in panels[len(shown) :]:
-        panel.remove()
-    drawn = panels[: len(shown)]
-    bar = figure.colorbar(
-        drawn[0].images[0], ax=drawn, location="top", shrink=0.4, aspect=40, extend="both",
-        label="load of an expert, relative to an even share",
-    )  # fmt: skip
-    bar.ax.xaxis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 4]))
-    bar.ax.xaxis.set_minor_locator(NullLocator())
-    bar.ax.set_xticklabels(["¼", "½", "1 (even)", "2", "4"])
+    add_ratio_scale(figure, panels, "load of an expert, relative to an even share")
     return Picture("Who got the tokens", _describe(shown), figure)
 
 
@@ -59,13 +44,10 @@ def read_loads(record: RunRecord) -> np.ndarray | None:
 def _draw(panel: Axes, load_LEN: np.ndarray, record: RunRecord) -> None:
     L, E, N = load_LEN.shape
     size, unit = scale_of(record.tokens()[-1])
-    panel.imshow(
-        np.maximum(load_LEN.reshape(L * E, N), 1e-9), aspect="auto", cmap="PuOr_r", interpolation="nearest",
-        norm=LogNorm(1 / _FACTOR, _FACTOR), extent=(0, record.tokens()[-1] / size, L * E, 0),
-    )  # fmt: skip
+    extent = (0, record.tokens()[-1] / size, L * E, 0)
+    draw_ratios(panel, load_LEN.reshape(L * E, N), aspect="auto", extent=extent)
     for layer in range(1, L):
         panel.axhline(layer * E, color="#222222", linewidth=1.0)
-    panel.grid(visible=False)
     panel.set_yticks([layer * E + E / 2 for layer in range(L)], [f"layer {layer}\n{E} experts" for layer in range(L)]
                      if L <= 8 else [str(layer) for layer in range(L)])  # fmt: skip
     panel.tick_params(axis="y", length=0)

@@ -23,6 +23,8 @@ p, figcaption, li { max-width: 80ch; }
 figure { margin: 0; }
 figure img { width: 100%; height: auto; display: block; }
 figcaption { margin-top: 10px; color: #444; font-size: 15px; }
+nav ul { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 26px 0 0; padding: 0; list-style: none; }
+nav li { max-width: none; } a { color: #0060a0; text-decoration: none; } a:hover { text-decoration: underline; }
 b { white-space: nowrap; font-weight: 600; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; margin: 0 0 28px; font-size: 13px; line-height: 1.35;
@@ -47,6 +49,10 @@ def make_page(results: Results, pictures: Sequence[Picture]) -> str:
     question = html.escape(results.ablation.question)
     findings = "".join(f"<p>{_make_words(said)}</p>" for said in describe_findings(results))
     seeds = len(results.ablation.seeds)
+    sections = _make_sections(results, pictures)
+    links = "".join(f'<li><a href="#{number}">{html.escape(title)}</a></li>' for number, title in enumerate(sections))
+    body = "".join(f'<h2 id="{number}">{html.escape(title)}</h2>\n{content}\n'
+                   for number, (title, content) in enumerate(sections.items()))  # fmt: skip
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -60,15 +66,21 @@ def make_page(results: Results, pictures: Sequence[Picture]) -> str:
 <p class="kind">An ablation: {len(results.arms)} arms, {seeds} seed{"s" if seeds > 1 else ""}, against
 {html.escape(results.ablation.reference)}.</p>
 <section class="findings">{findings}</section>
-{_make_unfinished(results)}
-<h2>Arms</h2>
-{_make_tables(results)}
-{"".join(map(_make_picture, pictures))}
-<h2>Where this comes from</h2>
-{_make_provenance(results)}
-</body>
+<nav><ul>{links}</ul></nav>
+{body}</body>
 </html>
 """
+
+
+def _make_sections(results: Results, pictures: Sequence[Picture]) -> dict[str, str]:
+    """Heading -> what stands under it."""
+    unfinished = _make_unfinished(results)
+    return {
+        **({"Failed and missing runs": unfinished} if unfinished else {}),
+        "Arms": _make_tables(results),
+        **{picture.title: _make_picture(picture) for picture in pictures},
+        "Where this comes from": _make_provenance(results),
+    }
 
 
 def _make_words(said: str) -> str:
@@ -78,9 +90,8 @@ def _make_words(said: str) -> str:
 
 def _make_picture(picture: Picture) -> str:
     return (
-        f"<h2>{html.escape(picture.title)}</h2>\n<figure>\n"
-        f'<img src="{picture.to_data_url()}" alt="{html.escape(picture.alt)}">\n'
-        f"<figcaption>{_make_words(picture.words)}</figcaption>\n</figure>\n"
+        f'<figure>\n<img src="{picture.to_data_url()}" alt="{html.escape(picture.alt)}">\n'
+        f"<figcaption>{_make_words(picture.words)}</figcaption>\n</figure>"
     )
 
 
@@ -90,7 +101,7 @@ def _make_unfinished(results: Results) -> str:
         for result in results.arms
         for reason in result.reasons
     ]
-    return f"<h2>Failed and missing runs</h2>\n<ul>{''.join(items)}</ul>" if items else ""
+    return f"<ul>{''.join(items)}</ul>" if items else ""
 
 
 def _make_tables(results: Results) -> str:

@@ -89,7 +89,8 @@ def _read_record(run: ArmRun, workdir: Path) -> RunRecord:
         return RunRecord(run, "failed", failure["reason"], lines, facts)
     if is_finished(run, workdir):
         return RunRecord(run, "done", "", lines, facts)
-    reason = f"at step {lines[-1]['step']} of {run.config.train.num_steps}" if lines else "not started"
+    place = f"at step {lines[-1]['step']} of {run.config.train.num_steps}" if lines else "before the first logged step"
+    reason = f"running or stopped, {place}" if facts else "not started"
     return RunRecord(run, "missing", reason, lines, facts)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mixtral_jax.config import Config
 from mixtral_jax.lab.ablation import Ablation, Arm
 from mixtral_jax.lab.records import RunRecord, Status, read_records
 from mixtral_jax.lab.spread import Difference, Spread, compare, measure_spread
@@ -20,16 +21,21 @@ from mixtral_jax.lab.spread import Difference, Spread, compare, measure_spread
 class Measure:
     """A column: its name here, that of the figure in metrics.jsonl, and which of its values count.
 
-    `end` is the mean over the last tenth of the run, `last` the last value.
+    `end` is the mean over the last tenth of the run, `last` the last value; `of_collapse` makes it a share of the
+    maximum violation of total collapse.
     """
 
     name: str
     figure: str
     when: Literal["end", "last"]
+    of_collapse: bool = False
 
     def of(self, record: RunRecord) -> float | None:
         """None where the run has no such figure."""
-        return record.end(self.figure) if self.when == "end" else record.last(self.figure)
+        value = record.end(self.figure) if self.when == "end" else record.last(self.figure)
+        if value is None or not self.of_collapse:
+            return value
+        return value / (collapsed_violation(record.run.config) or 1)
 
 
 MEASURES = (
@@ -38,6 +44,8 @@ MEASURES = (
     Measure("max_violation", "router/max_violation", "end"),
     Measure("running_max_violation", "router/running_max_violation", "last"),
     Measure("eval_max_violation", "eval/router/max_violation", "last"),
+    Measure("collapse", "router/max_violation", "end", of_collapse=True),
+    Measure("eval_collapse", "eval/router/max_violation", "last", of_collapse=True),
     Measure("coefficient_of_variation", "router/coefficient_of_variation", "end"),
     Measure("load_entropy", "router/load_entropy", "end"),
     Measure("gate_entropy", "router/gate_entropy", "end"),
@@ -49,7 +57,7 @@ MEASURES = (
 )
 SPEED = Measure("tokens_per_second", "tokens_per_second", "end")
 # Those that are compared with the reference, seed by seed.
-COMPARED = ("eval_loss", "max_violation", "eval_max_violation")
+COMPARED = ("eval_loss", "max_violation", "eval_max_violation", "collapse")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +141,17 @@ class Results:
         return [result for result in self.arms if result is not self.reference]
 
     @property
+    def collapsed_violations(self) -> dict[str, float]:
+        """Arm -> the maximum violation of its total collapse, for those that can be uneven."""
+        found = {result.arm.name: collapsed_violation(result.arm.config) for result in self.arms}
+        return {name: violation for name, violation in found.items() if violation}
+
+    @property
+    def unevenness(self) -> str:
+        """The measure that compares arms: the maximum violation, or its share of collapse where that differs."""
+        return "collapse" if len(set(self.collapsed_violations.values())) > 1 else "max_violation"
+
+    @property
     def failed(self) -> list[str]:
         """The names of the runs that have."""
         return [one.run.name for result in self.arms for one in result.records if one.status == "failed"]
@@ -161,6 +180,11 @@ def read_results(ablation: Ablation, workdir: Path) -> Results:
     by_arm = {arm.name: tuple(one for one in records if one.run.arm.name == arm.name) for arm in ablation.arms}
     reference = _by_measure(by_arm[ablation.reference])
     return Results(ablation, tuple(_read_arm(arm, by_arm[arm.name], reference) for arm in ablation.arms))
+
+
+def collapsed_violation(config: Config) -> float:
+    """The most that the maximum violation can be, E / k - 1: all tokens choose the same k of E experts."""
+    return config.model.num_experts / config.router.num_experts_per_token - 1
 
 
 def hash_config(arm: Arm) -> str:

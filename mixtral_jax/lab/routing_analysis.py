@@ -19,6 +19,9 @@ from mixtral_jax.model.transformer import Transformer, model_maker
 from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.pretrained import Pretrained
 
+# Of weights that shall explain pairs: after so many, they do to a thousandth.
+_NUM_FITS = 200
+
 
 @dataclasses.dataclass(frozen=True)
 class RoutedText:
@@ -188,6 +191,22 @@ def find_coactivation(together_LEE: np.ndarray) -> np.ndarray:
     chosen_LE1 = np.diagonal(together_LEE, axis1=1, axis2=2)[..., None]
     probability_LEE = divide(together_LEE, chosen_LE1)
     return np.where(np.eye(together_LEE.shape[-1], dtype=bool), np.nan, probability_LEE)
+
+
+def find_lift(analysis: RoutingAnalysis) -> np.ndarray:
+    """P(j chosen | i chosen) over what the popularity of both alone gives, [L, i, j]; NaN as in `coactivation_LEE`.
+
+    Alone, w_i w_j tokens have i and j, with the weights w by which each expert is in as many pairs as it is
+    (quasi-independence): even loads give (k - 1) / (E - 1), and with a token's other experts always the same, 1.
+    """
+    k = analysis.num_experts_per_token
+    chosen_LE = k * analysis.balance.load_LE
+    weight_LE = chosen_LE
+    for _ in range(_NUM_FITS):
+        others_LE = weight_LE.sum(axis=-1, keepdims=True) - weight_LE
+        weight_LE = np.sqrt(weight_LE * (k - 1) * chosen_LE / others_LE)
+    alone_LEE = divide(weight_LE[:, :, None] * weight_LE[:, None], chosen_LE[..., None])
+    return divide(analysis.coactivation_LEE, alone_LEE)
 
 
 def pick_layers(num_layers: int, most: int) -> list[int]:

@@ -1,40 +1,61 @@
 """Pictures of a `RoutingAnalysis`, with a line of plain words each."""
 
 import textwrap
+from collections.abc import Mapping
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-from mixtral_jax.lab.routing_analysis import RoutingAnalysis, pick_layers
+from mixtral_jax.lab.routing_analysis import RoutingAnalysis, find_lift, pick_layers
 from mixtral_jax.lab.routing_axes import (
     CHANCE,
     HEAT,
+    add_ratio_scale,
     add_scale,
     draw_chance,
+    draw_ratios,
     mark_layers,
     mark_shares,
     write_numbers,
 )  # fmt: skip
 from mixtral_jax.lab.specialization import LabelShares
-from mixtral_jax.lab.style import COLOURS, Picture, add_legend, in_style, make_figure
+from mixtral_jax.lab.style import COLOURS, Picture, add_legend, in_style, make_figure, make_grid, scale_of
 
-# Of layers side by side; of experts with a bar for each name; of cells with a number in each; of lines in a plot.
-_MOST_PANELS, _MOST_BARRED, _MOST_NUMBERED, _MOST_LINES = 3, 16, 16, 8
+# By what their panels shall be called; the name of one that stands alone is empty.
+Analyses = Mapping[str, RoutingAnalysis]
+
+# Of layers of one analysis with a panel each; of maps side by side; of experts with a bar for each name; of cells with
+# a number in each; of lines in a plot.
+_MOST_LAYERS, _MOST_MAPS, _MOST_BARRED, _MOST_NUMBERED, _MOST_LINES = 3, 4, 16, 16, 8
 
 
 def draw_routing(analysis: RoutingAnalysis) -> list[Picture]:
     """All that there is something to draw for."""
-    pictures = [draw_load(analysis), draw_coactivation(analysis), draw_repetition(analysis)]
-    pictures += [draw_label(analysis, shares) for shares in analysis.by_label]
+    alone = {"": analysis}
+    pictures = [draw_load(analysis)]
+    if analysis.num_experts_per_token > 1:
+        pictures.append(draw_coactivation(alone))
+    pictures.append(draw_repetition(analysis))
+    pictures += [draw_label(alone, number) for number in range(len(analysis.by_label))]
     if analysis.vocabulary.num_ids:
         pictures.append(draw_vocabulary(analysis))
     if analysis.saturation:
-        pictures.append(draw_saturation(analysis))
+        pictures.append(draw_saturation(alone))
     if analysis.flips:
         pictures.append(draw_flips(analysis))
     return pictures
+
+
+def draw_side_by_side(analyses: Analyses, tokens_per_step: int) -> list[Picture]:
+    """How early routes settled, who is chosen together, who is for what: one picture each, of those that can say."""
+    settled = {name: one for name, one in analyses.items() if one.saturation}
+    paired = {name: one for name, one in analyses.items() if one.num_experts_per_token > 1}
+    labelled = {name: one for name, one in analyses.items() if one.by_label}
+    pictures = [draw_saturation(settled, tokens_per_step)] if settled else []
+    pictures += [draw_coactivation(paired)] if paired else []
+    return pictures + ([draw_label(labelled, 0)] if labelled else [])
 
 
 @in_style
@@ -59,27 +80,23 @@ def draw_load(analysis: RoutingAnalysis) -> Picture:
 
 
 @in_style
-def draw_coactivation(analysis: RoutingAnalysis) -> Picture:
-    """A map of pairs for a few layers."""
-    E, k = analysis.num_experts, analysis.num_experts_per_token
-    layers = pick_layers(analysis.num_layers, _MOST_PANELS)
-    chance = (k - 1) / max(E - 1, 1)
-    highest = max(2 * chance, float(np.nanmax(analysis.coactivation_LEE[layers], initial=0)), 1e-9)
-    figure, panels = make_figure(len(layers), 4.6)
-    for panel, layer in zip(panels, layers, strict=True):
-        colors = mpl.colormaps[HEAT].with_extremes(bad="#dddddd")
-        pairs_EE = np.ma.masked_invalid(analysis.coactivation_LEE[layer])
-        panel.imshow(pairs_EE, cmap=colors, vmin=0, vmax=highest)
-        panel.grid(False)
-        panel.set_title(f"layer {layer}", loc="left")
-        panel.set_xlabel("also chosen: expert j")
-        if E <= _MOST_NUMBERED:
-            panel.set(xticks=range(E), yticks=range(E))
-    panels[0].set_ylabel("chosen: expert i")
-    add_scale(figure, panels[0].images[0], panels, f"P(j | i) (by chance {chance:.1%})")
+def draw_coactivation(analyses: Analyses) -> Picture:
+    """A map of pairs for a few layers of each."""
+    shown = _list_panels(analyses)
+    columns = min(len(shown), _MOST_MAPS)
+    figure, panels = make_grid(len(shown), columns, min(4.6, 11.5 / columns))
+    for panel, (title, analysis, layer) in zip(panels, shown, strict=True):
+        draw_ratios(panel, find_lift(analysis)[layer])
+        panel.set_title(title, loc="left")
+        if analysis.num_experts <= _MOST_NUMBERED:
+            panel.set(xticks=range(analysis.num_experts), yticks=range(analysis.num_experts))
+        panel.set_xlabel("chosen with expert")
+    for panel in panels[::columns]:
+        panel.set_ylabel("expert")
+    add_ratio_scale(figure, panels, "how often both, relative to what popularity alone gives")
     words = (
-        "Of the tokens that choose expert i, the share that also choose expert j, over all pairs of a token's "
-        f"{k} experts. By chance it is {chance:.1%}; dark pairs work together, pale ones hardly ever. "
+        "How often two experts are chosen for one token, over all pairs of a token's experts, relative to what their "
+        "popularity alone gives: 1 (white) is as often as if a choice did not look at the others, 2 twice as often. "
         "Grey: itself, or never chosen."
     )
     return Picture("Experts chosen together", words, figure)
@@ -114,22 +131,24 @@ def draw_repetition(analysis: RoutingAnalysis) -> Picture:
 
 
 @in_style
-def draw_label(analysis: RoutingAnalysis, shares: LabelShares) -> Picture:
-    """Bars of each expert, for a few layers one below the other."""
-    layers = pick_layers(analysis.num_layers, _MOST_PANELS)
-    figure, panels = make_figure(1, 1.6 + 2.2 * len(layers), len(layers), sharey=True)
-    for panel, layer in zip(panels, layers, strict=True):
-        _draw_bars(panel, shares, layer)
-        panel.set_title(f"layer {layer}", loc="left")
-    panels[-1].set_xlabel("expert")
-    mark_shares(panels[len(layers) // 2], "tokens of a kind that choose it")
-    add_legend(figure, panels[0])
-    shown = "" if analysis.num_experts <= _MOST_BARRED else f" Shown are the {_MOST_BARRED} experts that differ most."
+def draw_label(analyses: Analyses, number: int) -> Picture:
+    """Bars of each expert for the kinds of a labelling, for a few layers of each analysis."""
+    shown = _list_panels(analyses)
+    figure, panels = make_grid(len(shown), 1 if len(analyses) == 1 else 2, 2.4, sharey=True)
+    for panel, (title, analysis, layer) in zip(panels, shown, strict=True):
+        _draw_bars(panel, analysis.by_label[number], layer)
+        panel.set_title(title, loc="left")
+        panel.set_xlabel("expert")
+    mark_shares(panels[0], "tokens that choose it")
+    add_legend(figure, *panels)
+    shares = [analysis.by_label[number] for analysis in analyses.values()]
+    is_cut = any(each.share_LXE.shape[-1] > _MOST_BARRED for each in shares)
     words = (
-        f"Of the tokens of each {shares.title}, the share that choose an expert. Dashed: {shares.uniform:.1%}, if it "
-        f"made no difference and loads were even. Bars of one expert that differ show what it is for.{shown}"
+        f"Of the tokens of each {shares[0].title}, the share that choose an expert. Dashed: if it made no difference "
+        "and loads were even. Bars of one expert that differ show what it is for."
+        + (f" Shown are the {_MOST_BARRED} experts that differ most." if is_cut else "")
     )
-    return Picture(f"Experts by {shares.title}", words, figure)
+    return Picture(f"Experts by {shares[0].title}", words, figure)
 
 
 @in_style
@@ -152,21 +171,14 @@ def draw_vocabulary(analysis: RoutingAnalysis) -> Picture:
 
 
 @in_style
-def draw_saturation(analysis: RoutingAnalysis) -> Picture:
-    """A line for each of some layers, over steps."""
-    saturation = analysis.saturation
-    assert saturation is not None
-    layers = pick_layers(analysis.num_layers, _MOST_LINES)
-    figure, (panel,) = make_figure(1, 4.2)
-    colors = mpl.colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
-    for layer, color in zip(layers, colors, strict=True):
-        panel.plot(saturation.steps, saturation.share_SL[:, layer], marker="o", color=color, label=f"layer {layer}")
-    draw_chance(panel, saturation.chance, "by chance")
-    panel.set_xlabel("step of the earlier checkpoint")
-    panel.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    mark_shares(panel, "experts that the last checkpoint chooses too", top=1.05)
-    add_legend(figure, panel)
+def draw_saturation(analyses: Analyses, tokens_per_step: int | None = None) -> Picture:
+    """A line for each of some layers, over steps, or over tokens where it is said how many are in one."""
+    figure, panels = make_grid(len(analyses), 3, 4.2 if len(analyses) == 1 else 3.2, sharey=True)
+    for panel, (name, analysis) in zip(panels, analyses.items(), strict=True):
+        _draw_settling(panel, analysis, tokens_per_step)
+        panel.set_title(name, loc="left")
+    mark_shares(panels[0], "experts that the last\ncheckpoint chooses too", top=1.05)
+    add_legend(figure, *panels)
     words = (
         "How early routes settle: the share of a token's experts at an earlier step that the last checkpoint chooses "
         "too (router saturation, OLMoE). A layer near 100% has stopped changing its mind."
@@ -181,7 +193,7 @@ def draw_flips(analysis: RoutingAnalysis) -> Picture:
     assert flips is not None
     figure, (panel,) = make_figure(1, 4.2)
     layers = range(analysis.num_layers)
-    panel.plot(layers, flips.any_L, marker="o", color=COLOURS[0], label="any of its experts")
+    panel.plot(layers, flips.any_L, marker="o", color=COLOURS[0], label="the set of its experts")
     panel.plot(layers, flips.first_L, marker="s", color=COLOURS[1], label="its first choice")
     mark_layers(panel, analysis.num_layers)
     mark_shares(panel, "tokens that change", top=max(0.01, 1.2 * float(flips.any_L.max())))
@@ -191,6 +203,31 @@ def draw_flips(analysis: RoutingAnalysis) -> Picture:
         f"{flips.dtype}. Changes add up from layer to layer, since each layer sees what the ones before made of it."
     )
     return Picture("Routes that rounding flips", words, figure)
+
+
+def _list_panels(analyses: Analyses) -> list[tuple[str, RoutingAnalysis, int]]:
+    """Title, analysis and layer of each panel; of several analyses, fewer layers."""
+    most = _MOST_LAYERS if len(analyses) == 1 else 2
+    return [
+        (f"{name}, layer {layer}" if name else f"layer {layer}", analysis, layer)
+        for name, analysis in analyses.items()
+        for layer in pick_layers(analysis.num_layers, most)
+    ]
+
+
+def _draw_settling(panel: Axes, analysis: RoutingAnalysis, tokens_per_step: int | None) -> None:
+    saturation = analysis.saturation
+    assert saturation is not None
+    place_S = np.array(saturation.steps) * (tokens_per_step or 1)
+    size, unit = scale_of(place_S.max()) if tokens_per_step else (1, "")
+    layers = pick_layers(analysis.num_layers, _MOST_LINES)
+    colors = mpl.colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+    for layer, color in zip(layers, colors, strict=True):
+        panel.plot(place_S / size, saturation.share_SL[:, layer], marker="o", color=color, label=f"layer {layer}")
+    draw_chance(panel, saturation.chance, "by chance")
+    panel.set_xlabel(f"{'tokens' if tokens_per_step else 'step'} of the earlier checkpoint{unit}")
+    panel.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _draw_bars(panel: Axes, shares: LabelShares, layer: int) -> None:

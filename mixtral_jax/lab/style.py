@@ -94,12 +94,23 @@ def make_figure(num_columns: int, height: float, num_rows: int = 1, **settings: 
     return figure, list(figure.subplots(num_rows, num_columns, squeeze=False, **settings).flat)
 
 
-def add_legend(figure: Figure, panel: Axes) -> None:
-    """One legend for all panels, above them: the names of what the panel shows."""
-    handles, labels = panel.get_legend_handles_labels()
-    widest = 0.6 + 0.085 * max(map(len, labels))  # Inches: a handle with its margins, and letters.
-    columns = min(len(labels), 6, max(1, int(_WIDTH / widest)))
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False)
+def make_grid(count: int, most_columns: int, row_height: float, **settings: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, at most so many in a row, and rows of the same height (inches)."""
+    columns = min(count, most_columns)
+    rows = -(-count // columns)
+    figure, panels = make_figure(columns, rows * row_height, rows, **settings)
+    for panel in panels[count:]:
+        panel.remove()
+    return figure, panels[:count]
+
+
+def add_legend(figure: Figure, *panels: Axes) -> None:
+    """One legend above all panels: the names of what these show."""
+    shown = [panel.get_legend_handles_labels() for panel in panels]
+    named = {label: handle for handles, labels in shown for handle, label in zip(handles, labels, strict=True)}
+    widest = 0.6 + 0.085 * max(map(len, named))  # Inches: a handle with its margins, and letters.
+    columns = min(len(named), 6, max(1, int(_WIDTH / widest)))
+    figure.legend(named.values(), named.keys(), loc="outside upper left", ncols=columns, frameon=False)
 
 
 def scale_of(largest: float) -> tuple[float, str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from mixtral_jax.lab.findings import NOTHING, show_difference, show_spread
 from mixtral_jax.lab.results import ArmResult, Results
 
-_VIOLATION, _BALANCE = "maximum violation", "balance, at the end of training"
+_LOSS, _VIOLATION, _BALANCE = "held-out loss (nats/token)", "maximum violation", "balance, at the end of training"
 # Groups of columns about who got which tokens; the others are about what was learnt.
 ROUTING_GROUPS = (_VIOLATION, _BALANCE)
 
@@ -22,7 +22,7 @@ class Column:
 
 def make_columns(results: Results) -> list[Column]:
     """Those of figures that at least one arm has."""
-    reference = results.ablation.reference
+    reference, is_share = results.ablation.reference, results.unevenness == "collapse"
     columns = [
         Column("arm", "name", lambda one: one.arm.name + (" (reference)" if one.arm.name == reference else "")),
         Column("arm", "changed keys", show_changes),
@@ -31,17 +31,18 @@ def make_columns(results: Results) -> list[Column]:
         Column("size", "parameters", lambda one: _show_count(one.fact("parameters_total"))),
         Column("size", "active", lambda one: _show_count(one.fact("parameters_active"))),
         Column("size", "tokens", lambda one: _show_count(one.spreads["tokens"].mean if one.done else None)),
-        _spread("held-out loss", "mean ± sd", "eval_loss", 4),
-        _difference(results, "held-out loss", "eval_loss", 4),
+        _spread(_LOSS, "mean ± sd", "eval_loss", 4),
+        _difference(results, _LOSS, "eval_loss", 4),
         _spread(_VIOLATION, "training, mean ± sd", "max_violation", 2),
-        _difference(results, _VIOLATION, "max_violation", 2),
+        *([_spread(_VIOLATION, "of total collapse (E/k - 1)", "collapse", 2)] if is_share else []),
+        _difference(results, _VIOLATION, results.unevenness, 2),
         _spread(_VIOLATION, "recent steps together", "running_max_violation", 2),
         _spread(_VIOLATION, "held-out", "eval_max_violation", 2),
         _spread(_BALANCE, "CV", "coefficient_of_variation", 2),
         _spread(_BALANCE, "load entropy", "load_entropy", 3),
         _spread(_BALANCE, "gate entropy", "gate_entropy", 3),
         Column(_BALANCE, "dropped", lambda one: _show_share(one, "dropped_fraction")),
-        _spread(_BALANCE, "dead experts", "dead_experts", 1),
+        _spread(_BALANCE, "dead experts (mean of layers)", "dead_experts", 1),
         Column(_BALANCE, "device imbalance", lambda one: show_spread(one.device_imbalance, 2)),
         Column("speed", "tokens/s", lambda one: f"{one.speed.mean:,.0f}" if one.speed else NOTHING),
     ]
@@ -67,7 +68,7 @@ def _difference(results: Results, group: str, name: str, digits: int) -> Column:
     def show(one: ArmResult) -> str:
         return NOTHING if one.arm.name == reference else show_difference(one.differences.get(name), digits)
 
-    return Column(group, f"less {reference}, 95% interval", show)
+    return Column(group, f"difference to {reference} [95% interval]", show)
 
 
 def _show_share(one: ArmResult, name: str) -> str:

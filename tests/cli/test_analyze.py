@@ -39,7 +39,8 @@ def test_a_run_is_analysed_by_its_own_held_out_text_the_same_by_several_processe
     assert code == 0, errors
     figures = json.loads(output)
     written = place / "run" / "analysis" / "4"
-    assert json.loads((written / "analysis.json").read_text()) == figures
+    kept = json.loads((written / "analysis.json").read_text())
+    assert set(kept.pop("pictures")) == {file.name for file in written.glob("*.png")} and kept == figures
     assert {"load_of_experts.png", "saturation_of_routes.png"} <= {file.name for file in written.iterdir()}
     assert (figures["step"], figures["part"], figures["saturation"]["steps"]) == (4, "held_out", [2])
     assert figures["num_experts"] == 8 and figures["flips"]["other_dtype"] == "bfloat16"
@@ -65,15 +66,22 @@ def test_a_run_is_analysed_in_a_process_that_has_its_devices_already(place, monk
 
 
 def test_the_first_checkpoint_has_no_saturation_and_the_table_says_so(place):
+    (place / "first").mkdir()
+    for name in ("saturation_of_routes.png", "mine.png"):
+        (place / "first" / name).touch()
+    (place / "first" / "analysis.json").write_text('{"pictures": ["saturation_of_routes.png"]}')  # Of another text.
     code, output, errors = finish(run(place, "--checkpoint=run/checkpoints/2", "--to=first", "--num_sequences=3"))
     assert code == 0, errors
     assert "no saturation" in output and "even, by chance" in output and "46.4%" in output
-    assert not (place / "first" / "saturation_of_routes.png").exists()
+    assert not (place / "first" / "saturation_of_routes.png").exists() and (place / "first" / "mine.png").exists()
     assert json.loads((place / "first" / "analysis.json").read_text())["step"] == 2
 
 
 def test_data_and_a_place_for_figures_are_asked_for_before_anything_is_loaded(place, tmp_path):
     shutil.copytree(GOLDEN, tmp_path / "model")
+    (tmp_path / "ablation/arms/none/seed-0").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"is an ablation: name a run of it \(arms/NAME/seed-N\), as .*/none/seed-0"):
+        run_verb(["analyze", f"--checkpoint={tmp_path / 'ablation'}"])
     with pytest.raises(ConfigError, match=r"--data\.path=F"):
         run_verb(["analyze", f"--checkpoint={tmp_path / 'model'}"])
     code, output, errors = finish(run(place, "--checkpoint=run", "--to=text.txt/below"))

@@ -27,8 +27,12 @@ def small_ablation(**entries: Any) -> Ablation:
 
 
 def write_run(run: ArmRun, workdir: Path, *, loss: float, violation: float, last_step: int = NUM_STEPS,
-              speed: float = 100.0, rows: str = "rows", imbalance: float = 0.0) -> None:  # fmt: skip
-    """What a run of `last_step` steps leaves: its loss falls to `loss`, its maximum violation stays."""
+              speed: float = 100.0, rows: str = "rows", imbalance: float = 0.0,
+              held_out: float | None = None) -> None:  # fmt: skip
+    """What a run of `last_step` steps leaves: its loss falls to `loss`, its maximum violation stays.
+
+    `held_out` is that on held-out text, by default the same.
+    """
     folder = run.folder(workdir)
     (folder / "checkpoints" / str(last_step)).mkdir(parents=True)
     (folder / FACTS).write_text(json.dumps({
@@ -46,5 +50,6 @@ def write_run(run: ArmRun, workdir: Path, *, loss: float, violation: float, last
                 "router/layer_00/load": [0.4, 0.3, 0.2, 0.1], "router/layer_01/load": [0.25] * 4,
             }  # fmt: skip
             if step % 5 == 0:
-                line |= {"eval/loss": loss + 1 / step, "eval/router/max_violation": violation}
+                there = violation if held_out is None else held_out
+                line |= {"eval/loss": loss + 1 / step, "eval/router/max_violation": there}
             file.write(json.dumps(line) + "\n")

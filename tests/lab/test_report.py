@@ -59,6 +59,13 @@ def test_the_page_needs_no_network_and_no_script(page: str) -> None:
     assert "@import" not in page and "url(" not in page
 
 
+def test_the_contents_at_the_top_link_to_every_section(page: str) -> None:
+    links = re.findall(r'<a href="#(.+?)">(.+?)</a>', page)
+    assert links == re.findall(r'<h2 id="(.+?)">(.+?)</h2>', page)
+    assert [title for _, title in links][:2] == ["Failed and missing runs", "Arms"]
+    assert len(links) == 3 + len(Elements(page).of("img"))
+
+
 def test_every_picture_has_words_and_stands_in_for_itself_where_it_is_not_seen(page: str) -> None:
     elements = Elements(page)
     images, captions = elements.of("img"), re.findall(r"<figcaption>(.+?)</figcaption>", page)
@@ -116,7 +123,7 @@ def test_more_pictures_follow_and_nothing_at_all_is_a_report_too(tmp_path: Path)
     panel.plot([0, 1], [0, 1])
     more = Picture("Saturation", "What it shows.", figure)
     page = write_report(read_results(small_ablation(), tmp_path), tmp_path / "report", [more]).read_text()
-    assert "<h2>Saturation</h2>" in page and "No run is finished yet" in page
+    assert ">Saturation</h2>" in page and "No run is finished yet" in page
     assert (tmp_path / "report/saturation.png").exists()
 
 
