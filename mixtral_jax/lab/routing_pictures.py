@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-from mixtral_jax.lab.routing_analysis import RoutingAnalysis, find_lift, pick_layers
+from mixtral_jax.lab.routing_analysis import FEWEST_PAIRS, RoutingAnalysis, find_lift, pick_layers
 from mixtral_jax.lab.routing_axes import (
     CHANCE,
     HEAT,
@@ -97,7 +97,7 @@ def draw_coactivation(analyses: Analyses) -> Picture:
     words = (
         "How often two experts are chosen for one token, over all pairs of a token's experts, relative to what their "
         "popularity alone gives: 1 (white) is as often as if a choice did not look at the others, 2 twice as often. "
-        "Grey: itself, or never chosen."
+        f"Grey: an expert with itself, and pairs of under {FEWEST_PAIRS} tokens, both as chosen and by popularity."
     )
     return Picture("Experts chosen together", words, figure)
 

@@ -93,6 +93,7 @@ def test_lift_is_one_where_popularity_explains_every_pair_and_shows_the_pair_tha
     np.testing.assert_allclose(even_EE[:4, :4][apart], 1, rtol=1e-6)
     assert np.isnan(even_EE[4]).all() and np.isnan(even_EE[:, 4]).all()
     assert (stuck_EE[0, 3], stuck_EE[3, 0]) == pytest.approx((1, 1))
+    assert np.isfinite(stuck_EE).sum() == 2  # Of other pairs, popularity gives none.
     assert friends_EE[0, 1] == pytest.approx(friends_EE[1, 0]) and friends_EE[0, 1] > 2 > 1 > friends_EE[0, 3]
 
 
