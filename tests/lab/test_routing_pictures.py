@@ -105,7 +105,7 @@ def test_side_by_side_every_analysis_has_panels_of_what_it_can_say():
     assert [title for title in titles["experts_chosen_together"] if title] == ["paired, layer 0"]
     assert titles["experts_by_part_of_the_source"] == ["single, layer 0", "single, layer 3", "paired, layer 0"]
     (panel,) = pictures[0].figure.axes
-    assert panel.get_xlabel() == "tokens of the earlier checkpoint (millions)"
+    assert panel.get_xlabel() == "tokens seen (millions)"
     np.testing.assert_array_equal(panel.lines[0].get_xdata(), [1, 20])
 
 
