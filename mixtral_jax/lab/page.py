@@ -115,7 +115,7 @@ def _make_tables(results: Results) -> str:
 def _make_table(results: Results, columns: Sequence[Column]) -> str:
     groups = [(name, len(list(of))) for name, of in itertools.groupby(columns, lambda column: column.group)]
     above = "".join(f'<th class="group" colspan="{count}">{html.escape(name)}</th>' for name, count in groups)
-    headings = "".join(f"<th>{html.escape(column.heading)}</th>" for column in columns)
+    headings = "".join(f"<th>{_break_lines(column.heading, '<br>')}</th>" for column in columns)
     rows = "".join(_make_row(result, columns, results) for result in results.arms)
     return (
         f'<div class="wide"><table><thead><tr>{above}</tr><tr>{headings}</tr></thead>'
@@ -127,11 +127,16 @@ def _make_row(result: ArmResult, columns: Sequence[Column], results: Results) ->
     cells = []
     for column in columns:
         kind = {"changed keys": "words", "status": result.status}.get(column.heading, "figure")
-        text = html.escape(column.cell(result)).replace(" [", "\n[").replace(" (", "\n(")
+        text = _break_lines(column.cell(result), "\n")
         text = text.replace(".", ".<wbr>") if kind == "words" else text  # Dotted keys are broken at their dots.
         cells.append(f'<td class="{kind}">{text}</td>')
     mark = ' class="reference"' if result is results.reference else ""
     return f"<tr{mark}>{''.join(cells)}</tr>"
+
+
+def _break_lines(said: str, mark: str) -> str:
+    """Brackets are put below what they belong to."""
+    return re.sub(r" (?=[\[(])", mark, html.escape(said))
 
 
 def _make_provenance(results: Results) -> str:

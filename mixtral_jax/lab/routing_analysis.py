@@ -19,8 +19,10 @@ from mixtral_jax.model.transformer import Transformer, model_maker
 from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.pretrained import Pretrained
 
-# Of weights that shall explain pairs: after so many, they do to a thousandth.
-_NUM_FITS = 200
+# Enough even where an expert is in all pairs, whose weight has no bound.
+_NUM_FITS = 1000
+# Of fewer tokens with two experts, nothing is said of these.
+FEWEST_PAIRS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,10 +196,11 @@ def find_coactivation(together_LEE: np.ndarray) -> np.ndarray:
 
 
 def find_lift(analysis: RoutingAnalysis) -> np.ndarray:
-    """P(j chosen | i chosen) over what the popularity of both alone gives, [L, i, j]; NaN as in `coactivation_LEE`.
+    """P(i and j chosen) over what the popularity of both alone gives, [L, i, j]; NaN as in `coactivation_LEE`, and
+    where too few tokens have both, or would by that.
 
-    Alone, w_i w_j tokens have i and j, with the weights w by which each expert is in as many pairs as it is
-    (quasi-independence): even loads give (k - 1) / (E - 1), and with a token's other experts always the same, 1.
+    Alone, w_i w_j of all tokens have i and j, with the weights w by which each expert is in as many pairs as it is
+    (quasi-independence).
     """
     k = analysis.num_experts_per_token
     chosen_LE = k * analysis.balance.load_LE
@@ -205,8 +208,10 @@ def find_lift(analysis: RoutingAnalysis) -> np.ndarray:
     for _ in range(_NUM_FITS):
         others_LE = weight_LE.sum(axis=-1, keepdims=True) - weight_LE
         weight_LE = np.sqrt(weight_LE * (k - 1) * chosen_LE / others_LE)
-    alone_LEE = divide(weight_LE[:, :, None] * weight_LE[:, None], chosen_LE[..., None])
-    return divide(analysis.coactivation_LEE, alone_LEE)
+    alone_LEE = weight_LE[:, :, None] * weight_LE[:, None]
+    both_LEE = analysis.coactivation_LEE * chosen_LE[..., None]
+    is_rare_LEE = np.maximum(alone_LEE, both_LEE) * analysis.num_tokens < FEWEST_PAIRS
+    return divide(both_LEE, np.where(is_rare_LEE, 0, alone_LEE))
 
 
 def pick_layers(num_layers: int, most: int) -> list[int]:

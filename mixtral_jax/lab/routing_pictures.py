@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-from mixtral_jax.lab.routing_analysis import RoutingAnalysis, find_lift, pick_layers
+from mixtral_jax.lab.routing_analysis import FEWEST_PAIRS, RoutingAnalysis, find_lift, pick_layers
 from mixtral_jax.lab.routing_axes import (
     CHANCE,
     HEAT,
@@ -26,9 +26,9 @@ from mixtral_jax.lab.style import COLOURS, Picture, add_legend, in_style, make_f
 # By what their panels shall be called; the name of one that stands alone is empty.
 Analyses = Mapping[str, RoutingAnalysis]
 
-# Of layers of one analysis with a panel each; of maps side by side; of experts with a bar for each name; of cells with
-# a number in each; of lines in a plot.
-_MOST_LAYERS, _MOST_MAPS, _MOST_BARRED, _MOST_NUMBERED, _MOST_LINES = 3, 4, 16, 16, 8
+# Of layers of one analysis with a panel each; of panels side by side; of experts with a bar for each name; of cells
+# with a number in each; of lines in a plot.
+_MOST_LAYERS, _MOST_COLUMNS, _MOST_BARRED, _MOST_NUMBERED, _MOST_LINES = 3, 4, 16, 16, 8
 
 
 def draw_routing(analysis: RoutingAnalysis) -> list[Picture]:
@@ -83,7 +83,7 @@ def draw_load(analysis: RoutingAnalysis) -> Picture:
 def draw_coactivation(analyses: Analyses) -> Picture:
     """A map of pairs for a few layers of each."""
     shown = _list_panels(analyses)
-    columns = min(len(shown), _MOST_MAPS)
+    columns = min(len(shown), _MOST_COLUMNS)
     figure, panels = make_grid(len(shown), columns, min(4.6, 11.5 / columns))
     for panel, (title, analysis, layer) in zip(panels, shown, strict=True):
         draw_ratios(panel, find_lift(analysis)[layer])
@@ -97,7 +97,7 @@ def draw_coactivation(analyses: Analyses) -> Picture:
     words = (
         "How often two experts are chosen for one token, over all pairs of a token's experts, relative to what their "
         "popularity alone gives: 1 (white) is as often as if a choice did not look at the others, 2 twice as often. "
-        "Grey: itself, or never chosen."
+        f"Grey: an expert with itself, and pairs of under {FEWEST_PAIRS} tokens, both as chosen and by popularity."
     )
     return Picture("Experts chosen together", words, figure)
 
@@ -173,7 +173,7 @@ def draw_vocabulary(analysis: RoutingAnalysis) -> Picture:
 @in_style
 def draw_saturation(analyses: Analyses, tokens_per_step: int | None = None) -> Picture:
     """A line for each of some layers, over steps, or over tokens where it is said how many are in one."""
-    figure, panels = make_grid(len(analyses), 3, 4.2 if len(analyses) == 1 else 3.2, sharey=True)
+    figure, panels = make_grid(len(analyses), _MOST_COLUMNS, 4.2 if len(analyses) == 1 else 3.0, sharey=True)
     for panel, (name, analysis) in zip(panels, analyses.items(), strict=True):
         _draw_settling(panel, analysis, tokens_per_step)
         panel.set_title(name, loc="left")
@@ -225,9 +225,9 @@ def _draw_settling(panel: Axes, analysis: RoutingAnalysis, tokens_per_step: int 
     for layer, color in zip(layers, colors, strict=True):
         panel.plot(place_S / size, saturation.share_SL[:, layer], marker="o", color=color, label=f"layer {layer}")
     draw_chance(panel, saturation.chance, "by chance")
-    panel.set_xlabel(f"{'tokens' if tokens_per_step else 'step'} of the earlier checkpoint{unit}")
+    panel.set_xlabel(f"tokens seen{unit}" if tokens_per_step else "step of the earlier checkpoint")
     panel.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
 def _draw_bars(panel: Axes, shares: LabelShares, layer: int) -> None:

@@ -93,6 +93,7 @@ def test_lift_is_one_where_popularity_explains_every_pair_and_shows_the_pair_tha
     np.testing.assert_allclose(even_EE[:4, :4][apart], 1, rtol=1e-6)
     assert np.isnan(even_EE[4]).all() and np.isnan(even_EE[:, 4]).all()
     assert (stuck_EE[0, 3], stuck_EE[3, 0]) == pytest.approx((1, 1))
+    assert np.isfinite(stuck_EE).sum() == 2  # Of other pairs, popularity gives none.
     assert friends_EE[0, 1] == pytest.approx(friends_EE[1, 0]) and friends_EE[0, 1] > 2 > 1 > friends_EE[0, 3]
 
 
@@ -104,7 +105,7 @@ def test_side_by_side_every_analysis_has_panels_of_what_it_can_say():
     assert [title for title in titles["experts_chosen_together"] if title] == ["paired, layer 0"]
     assert titles["experts_by_part_of_the_source"] == ["single, layer 0", "single, layer 3", "paired, layer 0"]
     (panel,) = pictures[0].figure.axes
-    assert panel.get_xlabel() == "tokens of the earlier checkpoint (millions)"
+    assert panel.get_xlabel() == "tokens seen (millions)"
     np.testing.assert_array_equal(panel.lines[0].get_xdata(), [1, 20])
 
 
