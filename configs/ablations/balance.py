@@ -15,7 +15,7 @@ def get_config() -> dict[str, Any]:
     base = tiny.get_config()
     base.update(model={"num_layers": 2, "vocab_size": 1024}, data={"tokenizer": "train:1024"})
     base.update(mesh={"cpu_devices": 1}, train={"batch_size": 8, "log_every": 5})
-    base.update(router={"z_loss_weight": 0.0}, checkpoint={"keep": 4})
+    base.update(router={"z_loss_weight": 0.0}, checkpoint={"keep": 5})
     weight = "router.load_balance.weight"
     return {
         "question": "Does a balance loss keep routing even, and what does it cost?",
