@@ -134,7 +134,8 @@ def draw_repetition(analysis: RoutingAnalysis) -> Picture:
 def draw_label(analyses: Analyses, number: int) -> Picture:
     """Bars of each expert for the kinds of a labelling, for a few layers of each analysis."""
     shown = _list_panels(analyses)
-    figure, panels = make_grid(len(shown), 1 if len(analyses) == 1 else 2, 2.4, sharey=True)
+    columns, height = (1, 3.0) if len(analyses) == 1 else (2, 2.4)
+    figure, panels = make_grid(len(shown), columns, height, sharey=True)
     for panel, (title, analysis, layer) in zip(panels, shown, strict=True):
         _draw_bars(panel, analysis.by_label[number], layer)
         panel.set_title(title, loc="left")
@@ -196,7 +197,7 @@ def draw_flips(analysis: RoutingAnalysis) -> Picture:
     panel.plot(layers, flips.any_L, marker="o", color=COLOURS[0], label="the set of its experts")
     panel.plot(layers, flips.first_L, marker="s", color=COLOURS[1], label="its first choice")
     mark_layers(panel, analysis.num_layers)
-    mark_shares(panel, "tokens that change", top=max(0.01, 1.2 * float(flips.any_L.max())))
+    mark_shares(panel, "tokens that change", top=max(0.01, 1.2 * float(max(flips.any_L.max(), flips.first_L.max()))))
     add_legend(figure, panel)
     words = (
         f"The share of tokens whose experts change when the same weights compute in {flips.other_dtype} instead of "
