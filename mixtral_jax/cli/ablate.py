@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import os
 import sys
 import tempfile
@@ -146,8 +147,8 @@ def _train(runs: list[ArmRun], flags: RunFlags, workdir: Path, processes: Proces
         say(f"{len(finished)} of {len(runs)} runs are finished, and not repeated: {', '.join(finished)}")
     started = time.monotonic()
     for number, run in enumerate(left):
-        minutes = (time.monotonic() - started) * (len(left) - number) / max(number, 1) / 60
-        time_left = f", {minutes:.0f} min left in all" if number else ""
+        seconds = round((time.monotonic() - started) * (len(left) - number) / max(number, 1))
+        time_left = f", {datetime.timedelta(seconds=seconds)} left in all" if number else ""
         say(f"\n--- {run.name}: run {number + 1} of {len(left)}{time_left} ---")
         if processes.share(f"{run.name} by now", is_finished(run, workdir))[0]:
             say("finished by another process")
