@@ -74,13 +74,7 @@ def build(cls: type[Built], mapping: Mapping[str, Any], prefix: str = "") -> Bui
     missing = [prefix + name for name in no_default if name not in mapping]
     require(not missing, f"the config lacks {', '.join(missing)}: set it in the config file or as --config.KEY=VALUE")
     values = {key: _convert(value, hints[key], prefix + key) for key, value in mapping.items()}
-    return cls(**_write_out_granularity(_without_idle_upcycle(values)) if cls is Config else values)
-
-
-def _without_idle_upcycle(sections: dict[str, Any]) -> dict[str, Any]:
-    """The base of an ablation may say how dense models are pretrained, for those arms that have a method."""
-    upcycle = sections.get("upcycle")
-    return sections if upcycle and (upcycle.base or upcycle.method) else sections | {"upcycle": None}
+    return cls(**_write_out_granularity(values) if cls is Config else values)
 
 
 def _write_out_granularity(sections: dict[str, Any]) -> dict[str, Any]:

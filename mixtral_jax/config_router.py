@@ -21,7 +21,7 @@ CHOICES = {
 }
 # Those that do not ask the router: nothing learns which expert is good for what.
 BLIND_CHOICES = ("hash", "random", "uniform", "dense")
-# Those whose load is even whatever the router says. E sum_e f_e P_e with f_e = 1 / E is 1, without a gradient.
+# Those whose load is nearly even whatever the router says. E sum_e f_e P_e with f_e = 1 / E is 1, without a gradient.
 EVEN_CHOICES = ("sinkhorn", "expert_choice")
 
 

@@ -17,7 +17,7 @@ class UpcycleConfig:
     """Experts that start as the dense layer of a trained model with num_experts=1 (Sparse Upcycling, arXiv 2212.05055).
 
     `base` takes what `--checkpoint` takes; with a `method` and no base, a dense model of the run's other sizes is
-    pretrained as `pretrain` says; with neither, nothing is upcycled. `method`: `copy` (that of a base without one),
+    pretrained as `pretrain` says. `method`: `copy` (that of a base without one),
     every expert is that layer; `noise`, plus normal noise of `noise_std` times the standard deviation of its weights;
     `drop`, a share `drop_fraction` of each expert's hidden units is drawn anew (Drop-Upcycling, arXiv 2502.19261).
     `granularity` cuts each copy into so many experts (arXiv 2410.07524); `model.granularity` multiplies it, so that it
@@ -36,14 +36,13 @@ class UpcycleConfig:
         self.pretrain.check("upcycle.pretrain")
         require(self.noise_std >= 0, f"upcycle.noise_std={self.noise_std} must not be negative")
         require(0 <= self.drop_fraction <= 1, f"upcycle.drop_fraction={self.drop_fraction} must lie between 0 and 1")
-        for name, method in (("noise_std", "noise"), ("drop_fraction", "drop")):
-            is_idle = self.method != method and getattr(self, name) != getattr(UpcycleConfig, name)
-            require(
-                not is_idle, f"upcycle.{name}={getattr(self, name)} is for upcycle.method={method}, not {self.method}"
-            )
-        m = self.granularity
-        require(m >= 1, f"upcycle.granularity={m} must be at least 1")
-        require(m == 1 or self.base or self.method, f"upcycle.granularity={m} needs upcycle.base or upcycle.method")
+        require(self.granularity >= 1, f"upcycle.granularity={self.granularity} must be at least 1")
+        require(
+            self.base or self.method,
+            "upcycle needs upcycle.base, a dense model, or upcycle.method (copy, noise, drop), and pretrains one",
+        )
+        if self.method is None:
+            object.__setattr__(self, "method", "copy")  # As it is written into the run's config.json.
 
     def check(self, model: ModelConfig, router: RouterConfig) -> None:
         """Raises ConfigError where the dense layer cannot be made experts of."""

@@ -183,7 +183,8 @@ def run_config_file(path: Path, read: Callable[[Any], Read]) -> Read:
         raise ConfigError(f"--config={path}: {problem}; shipped ones are under configs/")
     # Config files import their parents from the `configs` folder that they live in, or that of the current one.
     roots = [str(folder.parent) for folder in path.resolve().parents if folder.name == "configs"]
-    sys.path[:0] = [root for root in [*roots[:1], str(Path.cwd())] if root not in sys.path]
+    sys.path[:0] = [root for root in roots[:1] if root not in sys.path]
+    sys.path.append(str(Path.cwd()))
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         if get_config is None:

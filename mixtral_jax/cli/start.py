@@ -56,7 +56,7 @@ def tell_others(arguments: list[str]) -> Iterator[None]:
         if launch is None:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
-        with contextlib.suppress(ConfigError, SystemExit):
+        with contextlib.suppress(Exception, SystemExit):  # Nobody to tell; what is wrong is said already.
             join_processes(launch, code_if_alone=2).refuse(error)
         raise SystemExit(2) from None
 

@@ -42,7 +42,7 @@ def upcycle(copies: nnx.State, fresh: Transformer, config: Config) -> Transforme
     moe = model.blocks.moe
     tie_slices(moe.router, settings.granularity)
     scale = settings.scale(config.router) or 1.0
-    if settings.method in (None, "copy") and scale == 1:
+    if settings.method == "copy" and scale == 1:
         return model  # To the bit.
     key = jax.random.fold_in(jax.random.key(config.train.seed), _PURPOSE)
     keys_L = jax.random.split(key, config.model.num_layers)

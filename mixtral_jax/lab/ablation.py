@@ -183,6 +183,9 @@ def _build_arm(name: str, changes: Mapping[str, Any], base: Mapping[str, Any]) -
                 f"{key} must be the same in all arms, or their losses could not be compared: set it in base",
             )
             set_key(config, key, value)
+        upcycle = config.get("upcycle")
+        if isinstance(upcycle, dict) and not (upcycle.get("base") or upcycle.get("method")):
+            del config["upcycle"]  # The base says how arms upcycle that have a method; this one has none.
         built = build(Config, config)
         require(built.finetune is None, "it has a section finetune: ablations pretrain, leave it out")
         return Arm(name, dict(changes), built)

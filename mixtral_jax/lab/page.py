@@ -50,9 +50,11 @@ def make_page(results: Results, pictures: Sequence[Picture]) -> str:
     findings = "".join(f"<p>{_make_words(said)}</p>" for said in describe_findings(results))
     seeds = len(results.ablation.seeds)
     sections = _make_sections(results, pictures)
-    links = "".join(f'<li><a href="#{number}">{html.escape(title)}</a></li>' for number, title in enumerate(sections))
+    links = "".join(
+        f'<li><a href="#{number}">{html.escape(title)}</a></li>' for number, (title, _) in enumerate(sections)
+    )
     body = "".join(f'<h2 id="{number}">{html.escape(title)}</h2>\n{content}\n'
-                   for number, (title, content) in enumerate(sections.items()))  # fmt: skip
+                   for number, (title, content) in enumerate(sections))  # fmt: skip
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -72,15 +74,15 @@ def make_page(results: Results, pictures: Sequence[Picture]) -> str:
 """
 
 
-def _make_sections(results: Results, pictures: Sequence[Picture]) -> dict[str, str]:
-    """Heading -> what stands under it."""
+def _make_sections(results: Results, pictures: Sequence[Picture]) -> list[tuple[str, str]]:
+    """Headings, and what stands under each."""
     unfinished = _make_unfinished(results)
-    return {
-        **({"Failed and missing runs": unfinished} if unfinished else {}),
-        "Arms": _make_tables(results),
-        **{picture.title: _make_picture(picture) for picture in pictures},
-        "Where this comes from": _make_provenance(results),
-    }
+    return [
+        *([("Failed and missing runs", unfinished)] if unfinished else []),
+        ("Arms", _make_tables(results)),
+        *((picture.title, _make_picture(picture)) for picture in pictures),
+        ("Where this comes from", _make_provenance(results)),
+    ]
 
 
 def _make_words(said: str) -> str:

@@ -39,8 +39,8 @@ class ExpertProjection(nnx.Module):
 class Experts(nnx.Module):
     """SwiGLU experts (arXiv 2002.05202) on contiguous rows, times the weights of their routes.
 
-    Each projection may be replaced by another callable on (x_RD, groups): the fused kernel
-    runs when all three are plain.
+    Each projection may be replaced by another callable on (x_RD, groups). Where all three are plain,
+    `blocks` runs them at once.
     """
 
     def __init__(self, config: ModelConfig, kernel: Kernel, rules: AxisRules, rngs: nnx.Rngs):

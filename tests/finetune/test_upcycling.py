@@ -189,8 +189,9 @@ def test_all_that_does_not_fit_is_listed_at_once():
     ]
 
 
-def test_without_a_base_and_a_method_nothing_is_upcycled():
-    assert config_of(upcycle__pretrain={"num_steps": 7}).upcycle is None
+def test_a_base_alone_is_copied():
+    upcycle = config_of(base="x").upcycle
+    assert upcycle and upcycle.method == "copy"
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -200,8 +201,8 @@ def test_without_a_base_and_a_method_nothing_is_upcycled():
     ({"base": ""}, ["upcycle.base"]),
     ({"upcycle__pretrain": {"num_steps": 0}}, ["upcycle.pretrain.num_steps=0", "positive"]),
     ({"method": "copy", "granularity": 3}, ["upcycle.granularity=3", "model.num_experts=8", "num_experts_per_token=2"]),
-    ({"granularity": 2}, ["upcycle.granularity=2 needs upcycle.base or upcycle.method"]),
-    ({"method": "copy", "noise_std": 0.2}, ["upcycle.noise_std=0.2 is for upcycle.method=noise, not copy"]),
+    ({"granularity": 2}, ["upcycle needs upcycle.base", "upcycle.method"]),
+    ({"upcycle__pretrain": {"num_steps": 5}}, ["upcycle needs upcycle.base", "upcycle.method"]),
     ({"method": "copy", "granularity": 2, "router__score": "sigmoid", "router__renormalize": False},
      ["do not add up", "score=sigmoid"]),
     ({"method": "copy", "granularity": 2, "router__choice": "hash", "router__z_loss_weight": 0,
