@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mixtral_jax.config import DispatchConfig, ModelConfig, RouterConfig
-from mixtral_jax.kernels import blocks
 from mixtral_jax.kernels.chunks import apply_in_chunks
-from mixtral_jax.kernels.grouped_matmul import Kernel, grouped_matmul, swiglu_of_layer
+from mixtral_jax.kernels.grouped_matmul import Kernel, grouped_matmul, grouped_swiglu, swiglu_of_layer
 from mixtral_jax.kernels.groups import RowGroups, weigh
 from mixtral_jax.model.dispatch.choose import TRANSPORTS
 from mixtral_jax.model.dispatch.region import dispatch
@@ -69,7 +68,7 @@ class Experts(nnx.Module):
 
     def _run_blocks(self, x_RD: jax.Array, groups: RowGroups) -> jax.Array:
         if weights := self.plain_weights():
-            return blocks.grouped_swiglu(x_RD, *weights, groups)
+            return grouped_swiglu(x_RD, *weights, groups, self.kernel)
         return self.down(self._hidden(x_RD, groups), groups)
 
     def _apply(self, rows: tuple[jax.Array, jax.Array], groups: RowGroups) -> jax.Array:
