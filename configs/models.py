@@ -4,7 +4,9 @@ from ml_collections import ConfigDict
 
 
 def mixtral_8x7b() -> ConfigDict:
-    """Mixtral 8x7B v0.1: 46,702,792,704 parameters, 12,879,925,248 active (arXiv 2401.04088, Table 1)."""
+    """Mixtral 8x7B v0.1: 46,702,792,704 parameters, 12,879,925,248 active (arXiv 2401.04088, Table
+    1).
+    """
     return ConfigDict(
         {
             "vocab_size": 32_000,

@@ -1,4 +1,6 @@
-"""Mixtral in JAX: a sparse mixture of experts, trained with its experts sharded over a mesh of devices."""
+"""Mixtral in JAX: a sparse mixture of experts, trained with its experts sharded over a mesh of
+devices.
+"""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,7 @@
 """A model from a folder, ready to be asked: `load_pretrained` and what it returns.
 
-Composes rooms below it: `checkpoint` reads the weights, `parallel` lays them out, `data` has the tokenizer and the chat
-template, `generate` writes.
+Composes rooms below it: `checkpoint` reads the weights, `parallel` lays them out, `data` has the
+tokenizer and the chat template, `generate` writes.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from mixtral_jax.checkpoint.on_devices import load_model
 from mixtral_jax.checkpoint.weights import open_weights
 from mixtral_jax.config import Config, ConfigError, LiteralInst, MeshConfig, require
-from mixtral_jax.data.chat import SAFE_PROMPT, ChatTemplate
+from mixtral_jax.data.chat.template import SAFE_PROMPT, ChatTemplate
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.generate.generator import Generator, Speed
 from mixtral_jax.generate.settings import Settings
@@ -29,7 +29,8 @@ from mixtral_jax.parallel.rules import AxisRules
 Dtype = Literal["float32", "bfloat16", "float16"]
 Prompt = str | Sequence[int]
 
-# Mixtral's own. Rotary positions have no end: what a model was trained on is no bound, but memory is.
+# Mixtral's own. Rotary positions have no end: what a model was trained on is no bound, but memory
+# is.
 _SHORTEST_CONTEXT = 32_768
 
 
@@ -48,10 +49,11 @@ class Pretrained:
     mesh: jax.sharding.Mesh
 
     def logits(self, tokens_BT: np.ndarray, mask_BT: np.ndarray | None = None) -> np.ndarray:
-        """Next-token logits of int [B, T] tokens, float32 [B, T, V]; meaningless where the mask is 0.
+        """Next-token logits of int [B, T] tokens, float32 [B, T, V]; meaningless where the mask is
+        0.
 
-        Rows of padding are added where B does not divide over the mesh. In a run of several processes, all of
-        them call this with the same tokens.
+        Rows of padding are added where B does not divide over the mesh. In a run of several
+        processes, all of them call this with the same tokens.
         """
         output = self._run(tokens_BT, mask_BT)
         with jax.set_mesh(self.mesh):
@@ -64,23 +66,35 @@ class Pretrained:
         context = max(self.config.train.sequence_length, _SHORTEST_CONTEXT)
         return Generator(self.model, self.mesh, self.tokenizer, context)
 
-    def generate(self, prompt: Prompt | Sequence[Prompt], **settings: Any) -> str | list[int] | list[str | list[int]]:
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], **settings: Any
+    ) -> str | list[int] | list[str | list[int]]:
         """Continues a prompt, or a list of prompts in one batch.
 
         Args:
-            prompt: text, which BOS is put before; a list of ids, which nothing is; or a list of texts or of lists.
-            settings: fields of `generate.settings.Settings`, such as max_new_tokens, temperature and stop.
+            prompt: text, which BOS is put before; a list of ids, which nothing is; or a list of
+                texts or of lists.
+            settings: fields of `generate.settings.Settings`, such as max_new_tokens, temperature
+                and stop.
 
         Returns:
             The new text of a text, the new ids of ids; a list of them for a list of prompts.
 
         Raises:
-            ConfigError: a setting is out of range, a prompt is empty or too long, or is text without a tokenizer.
+            ConfigError: a setting is out of range, a prompt is empty or too long, or is text
+                without a tokenizer.
         """
-        is_one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int | np.integer))
+        is_one = isinstance(prompt, str) or (
+            len(prompt) > 0 and isinstance(prompt[0], int | np.integer)
+        )
         prompts: list[Any] = [prompt] if is_one else list(prompt)
-        rows = self.generator.generate([self.encode(each) for each in prompts], Settings.of(**settings))
-        new = [row.text if isinstance(each, str) else row.ids for each, row in zip(prompts, rows, strict=True)]
+        rows = self.generator.generate(
+            [self.encode(each) for each in prompts], Settings.of(**settings)
+        )
+        new = [
+            row.text if isinstance(each, str) else row.ids
+            for each, row in zip(prompts, rows, strict=True)
+        ]
         return new[0] if is_one else new
 
     def chat(
@@ -92,7 +106,9 @@ class Pretrained:
         **settings: Any,
     ) -> str:
         """The model's answer to a conversation; see `stream_chat`."""
-        return "".join(self.stream_chat(messages, safe_mode=safe_mode, literal_inst=literal_inst, **settings))
+        return "".join(
+            self.stream_chat(messages, safe_mode=safe_mode, literal_inst=literal_inst, **settings)
+        )
 
     def stream_chat(
         self,
@@ -106,14 +122,16 @@ class Pretrained:
         """The model's answer, a piece at a time.
 
         Args:
-            messages: such as `[{"role": "user", "content": "Hi"}]`; the last is to be answered, or has `prefix` true.
+            messages: such as `[{"role": "user", "content": "Hi"}]`; the last is to be answered, or
+                has `prefix` true.
             safe_mode: puts Mistral's guardrail before the conversation, as system text.
             literal_inst: what becomes of a written `[INST]`: see `data.chat.ChatTemplate`.
             speed: where to count tokens and seconds.
             settings: as of `generate`.
 
         Raises:
-            ConfigError: there is no tokenizer, or a setting or the conversation is wrong; says where.
+            ConfigError: there is no tokenizer, or a setting or the conversation is wrong; says
+                where.
         """
         if self.tokenizer is None:
             raise ConfigError("a chat needs a tokenizer, and this model came without one")
@@ -122,7 +140,9 @@ class Pretrained:
         ids = template.encode([*guardrail, *messages], mode="serving").tokens.tolist()
         is_answer = messages[-1]["role"] != "assistant"
         shown = 0
-        for (answer,) in self.generator.stream([ids], Settings.of(**settings), speed, is_answer=is_answer):
+        for (answer,) in self.generator.stream(
+            [ids], Settings.of(**settings), speed, is_answer=is_answer
+        ):
             yield answer.text[shown:]
             shown = len(answer.text)
 
@@ -135,7 +155,10 @@ class Pretrained:
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
         if self.tokenizer is None:
-            raise ConfigError("a prompt of text needs a tokenizer, and this model came without one: give token ids")
+            raise ConfigError(
+                "a prompt of text needs a tokenizer, and this model came without one: give token "
+                "ids"
+            )
         return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
 
     def load_balance_loss(
@@ -144,7 +167,9 @@ class Pretrained:
         mask_BT: np.ndarray | None = None,
         normalization: Literal["switch", "hf"] = "hf",
     ) -> float:
-        """The auxiliary loss over all layers and real tokens, before its weight: see `model.balance`."""
+        """The auxiliary loss over all layers and real tokens, before its weight: see
+        `model.balance`.
+        """
         output = self._run(tokens_BT, mask_BT)
         with jax.set_mesh(self.mesh):
             return float(load_balance_loss(output.routing.sums, normalization))
@@ -154,7 +179,8 @@ class Pretrained:
         mask_BT = np.ones_like(tokens_BT) if mask_BT is None else np.asarray(mask_BT, np.int32)
         require(
             tokens_BT.ndim == 2 and tokens_BT.shape == mask_BT.shape,
-            f"tokens of shape {tokens_BT.shape} and a mask of shape {mask_BT.shape} must both be [B, T]",
+            f"tokens of shape {tokens_BT.shape} and a mask of shape {mask_BT.shape} must both be "
+            "[B, T]",
         )
         vocab_size = self.config.model.vocab_size
         require(
@@ -165,7 +191,10 @@ class Pretrained:
         sharding = jax.NamedSharding(self.mesh, rules.spec("batch", None))
         to_add = -len(tokens_BT) % rules.count_row_devices(self.mesh)
         rows = (np.pad(array, ((0, to_add), (0, 0))) for array in (tokens_BT, mask_BT))
-        with jax.set_mesh(self.mesh), jax.default_matmul_precision(matmul_precision(self.config.model.dtype)):
+        with (
+            jax.set_mesh(self.mesh),
+            jax.default_matmul_precision(matmul_precision(self.config.model.dtype)),
+        ):
             return _forward(self.model, *(jax.device_put(array, sharding) for array in rows))
 
 
@@ -175,21 +204,26 @@ def _forward(model: Transformer, tokens_BT: jax.Array, segment_ids_BT: jax.Array
 
 
 def load_pretrained(
-    folder: str | Path, dtype: Dtype | None = None, mesh: jax.sharding.Mesh | MeshConfig | None = None
+    folder: str | Path,
+    dtype: Dtype | None = None,
+    mesh: jax.sharding.Mesh | MeshConfig | None = None,
 ) -> Pretrained:
-    """The model in `folder`, sharded over `mesh`; each process reads the parts that its devices hold.
+    """The model in `folder`, sharded over `mesh`; each process reads the parts that its devices
+    hold.
 
     No route is dropped, whatever capacity the model was trained with.
 
     Args:
-        folder: a run's workdir (its newest checkpoint), one step of it, or a folder of Hugging Face or of Mistral.
-        dtype: what the weights are held in, and computed in, except that float16 is computed in float32; None keeps
-            that of the folder.
-        mesh: one, or the sizes of one over all devices; by default with as many on `expert` as divide the experts, and
-            the rest on `data`.
+        folder: a run's workdir (its newest checkpoint), one step of it, or a folder of Hugging Face
+            or of Mistral.
+        dtype: what the weights are held in, and computed in, except that float16 is computed in
+            float32; None keeps that of the folder.
+        mesh: one, or the sizes of one over all devices; by default with as many on `expert` as
+            divide the experts, and the rest on `data`.
 
     Raises:
-        ConfigError: the folder holds no Mixtral, or a damaged one, or the mesh does not fit; says what and where.
+        ConfigError: the folder holds no Mixtral, or a damaged one, or the mesh does not fit; says
+            what and where.
     """
     weights = open_weights(Path(folder))
     if dtype is not None:
@@ -205,8 +239,11 @@ def load_pretrained(
     mesh = mesh if isinstance(mesh, jax.sharding.Mesh) else make_mesh(config.mesh)
     platform = mesh.devices.flat[0].platform
     config = dataclasses.replace(config, dispatch=resolve_dispatch(config, platform))
-    # Not cut over `expert`, as in training: dense weights would be gathered anew for each token that is written.
+    # Not cut over `expert`, as in training: dense weights would be gathered anew for each token
+    # that is written.
     rules = AxisRules(dense_embed="fsdp")
     with jax.set_mesh(mesh):
-        loaded = load_model(weights.parameters, jax.eval_shape(model_maker(config, platform, rules)))
+        loaded = load_model(
+            weights.parameters, jax.eval_shape(model_maker(config, platform, rules))
+        )
     return Pretrained(config, loaded, weights.tokenizer, mesh)

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixtral_jax.config import Config
-from mixtral_jax.config_mapping import build
+from mixtral_jax.config import Config, build
 from mixtral_jax.model.tokens import Tokens
 from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.mesh import MESH_AXES
@@ -21,11 +20,19 @@ def small_config(**overrides: Any) -> Config:
     """A float32 model of 2 layers and 8 experts; overrides are dotted keys with __ for the dot."""
     mapping: dict[str, Any] = {
         "model": {
-            "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4,
-            "num_kv_heads": 2, "head_dim": 12, "num_experts": 8, "dtype": "float32", "initializer_range": 0.1,
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 12,
+            "num_experts": 8,
+            "dtype": "float32",
+            "initializer_range": 0.1,
         },
         "train": {"num_steps": 12, "batch_size": 8, "sequence_length": 24},
-    }  # fmt: skip
+    }
     for name, value in overrides.items():
         *sections, key = name.split("__")
         section = mapping
@@ -44,7 +51,11 @@ def mesh_of(**sizes: int) -> jax.sharding.Mesh:
 def packed_batch(config: Config, seed: int = 0) -> Batch:
     """Random tokens on the host: rows of one, two and three documents, one with padding behind it."""
     rng = np.random.default_rng(seed)
-    shape = (config.train.gradient_accumulation, config.train.micro_batch_size, config.train.sequence_length)
+    shape = (
+        config.train.gradient_accumulation,
+        config.train.micro_batch_size,
+        config.train.sequence_length,
+    )
     tokens = rng.integers(0, config.model.vocab_size, (*shape[:2], shape[2] + 1), dtype=np.int32)
     segments = np.ones(shape, np.int32)
     segments[:, 1::4, shape[2] // 3 :] = 2

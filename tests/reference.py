@@ -7,8 +7,13 @@ from typing import Any
 import numpy as np
 
 
-def reference_logits(model: Any, tokens: np.ndarray, positions: np.ndarray, segments: np.ndarray,
-                     capacity_factor: float | None = None) -> np.ndarray:  # fmt: skip
+def reference_logits(
+    model: Any,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    segments: np.ndarray,
+    capacity_factor: float | None = None,
+) -> np.ndarray:
     """Logits [B, T, V] of a `Transformer`, in float64."""
     c, k = model.config, model.num_experts_per_token
     get = lambda parameter: np.asarray(parameter[...], np.float64)  # noqa: E731
@@ -57,7 +62,11 @@ def rotate(x, positions, theta):
     angle = positions[:, None] * theta ** -(np.arange(half) / half)
     first, second = x[:, :half], x[:, half:]
     return np.concatenate(
-        [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)], axis=1
+        [
+            first * np.cos(angle) - second * np.sin(angle),
+            second * np.cos(angle) + first * np.sin(angle),
+        ],
+        axis=1,
     )
 
 
@@ -70,7 +79,11 @@ def mixture(x, router, gate, up, down, k, is_real, capacity_factor=None):
         chosen = np.argsort(-logits, kind="stable")[:k]
         weight = np.exp(logits[chosen] - logits[chosen].max())
         routes += [(e, -w, t) for e, w in zip(chosen, weight / weight.sum(), strict=True)]
-    limit = math.ceil(Fraction(str(capacity_factor)) * k * int(is_real.sum()) / E) if capacity_factor else len(routes)
+    limit = (
+        math.ceil(Fraction(str(capacity_factor)) * k * int(is_real.sum()) / E)
+        if capacity_factor
+        else len(routes)
+    )
     result = np.zeros_like(x)
     for e in range(E):
         for _, minus_weight, t in sorted(route for route in routes if route[0] == e)[:limit]:

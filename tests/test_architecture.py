@@ -1,6 +1,8 @@
-"""Who may import whom, and where things live, read from the source. A rule that changes is changed here, on purpose.
+"""Who may import whom, and where things live, read from the source. A rule that changes is changed
+here, on purpose.
 
-Each check is a function from (module name, source) to what is wrong, so that it is tested on bad source too.
+Each check is a function from (module name, source) to what is wrong, so that it is tested on bad
+source too.
 """
 
 import ast
@@ -17,14 +19,22 @@ def _name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-SOURCES = {_name_of(path): path.read_text() for path in sorted((ROOT / "mixtral_jax").rglob("*.py"))}
+SOURCES = {
+    _name_of(path): path.read_text() for path in sorted((ROOT / "mixtral_jax").rglob("*.py"))
+}
 
-# The parts of training that the loop composes, which take the model as an argument: of the model they know results.
-_TRAIN_PARTS = tuple(f"train.{name}" for name in ("loss", "optimizer", "state", "step", "metrics", "console"))
+# The parts of training that the loop composes, which take the model as an argument: of the model
+# they know results.
+_TRAIN_PARTS = tuple(
+    f"train.{name}" for name in ("loss", "optimizer", "state", "step", "metrics", "console")
+)
 _RESULT_TYPES = (
-    "model.balance", "model.routing_metrics", "model.router.Routing", "model.router.BalanceBias",
+    "model.balance",
+    "model.routing_metrics",
+    "model.router.Routing",
+    "model.router.BalanceBias",
     "model.transformer.ModelOutput",
-)  # fmt: skip
+)
 _GROUND = ("config", "config_mapping", "parallel")
 _MODEL = (*_GROUND, "kernels", "model")
 _MIDDLE = (*_MODEL, "data", "finetune", "checkpoint", "generate")
@@ -37,7 +47,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "config_model": ("config_errors",),
     "config_router": ("config_errors",),
     "config_upcycle": ("config_errors", "config_finetune", "config_model", "config_router"),
-    "config": ("config_errors", "config_finetune", "config_model", "config_router", "config_upcycle"),
+    "config": (
+        "config_errors",
+        "config_finetune",
+        "config_model",
+        "config_router",
+        "config_upcycle",
+    ),
     "config_mapping": ("config",),
     "parallel": ("config",),
     "kernels": _GROUND,
@@ -71,12 +87,16 @@ def _room_of(name: str) -> str | None:
 
 
 def _imports(source: str) -> Iterator[str]:
-    """Dotted names that `source` imports; those of `from a import b` as a.b, relative ones as they stand."""
+    """Dotted names that `source` imports; those of `from a import b` as a.b, relative ones as they
+    stand.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
+            yield from (
+                f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names
+            )
 
 
 def find_forbidden_imports(module: str, source: str) -> list[str]:
@@ -85,20 +105,37 @@ def find_forbidden_imports(module: str, source: str) -> list[str]:
     if room is None:
         return [f"{module} is in no room of MAY_IMPORT"]
     # The modules of `train` differ in what they may import, those of other rooms do not.
-    allowed = MAY_IMPORT[room] if room.startswith("train") or not room else (room, *MAY_IMPORT[room])
+    allowed = (
+        MAY_IMPORT[room] if room.startswith("train") or not room else (room, *MAY_IMPORT[room])
+    )
     wrong = []
     for imported in _imports(source):
         is_ours = _is_within(imported, "mixtral_jax")
         target = imported.removeprefix("mixtral_jax").removeprefix(".")
-        if imported.startswith(".") or (is_ours and not any(_is_within(target, other) for other in allowed)):
+        if imported.startswith(".") or (
+            is_ours and not any(_is_within(target, other) for other in allowed)
+        ):
             wrong.append(f"{module} imports {imported}")
     return wrong
 
 
 COLLECTIVES = {
-    "all_gather", "all_gather_invariant", "all_gather_reduced", "all_to_all", "pmax", "pmean", "pmin", "ppermute",
-    "pshuffle", "psum", "psum_invariant", "psum_scatter", "pswapaxes", "ragged_all_to_all", "unreduced_psum",
-}  # fmt: skip
+    "all_gather",
+    "all_gather_invariant",
+    "all_gather_reduced",
+    "all_to_all",
+    "pmax",
+    "pmean",
+    "pmin",
+    "ppermute",
+    "pshuffle",
+    "psum",
+    "psum_invariant",
+    "psum_scatter",
+    "pswapaxes",
+    "ragged_all_to_all",
+    "unreduced_psum",
+}
 
 
 def find_collectives(module: str, source: str) -> list[str]:
@@ -132,8 +169,14 @@ def find_missing_docstrings(module: str, source: str) -> list[str]:
 
 def find_jax(module: str, source: str) -> list[str]:
     """Config files and the config are read where no back end is wanted."""
-    heavy = [name for name in _imports(source) if name.split(".")[0] in ("jax", "flax", "optax", "orbax")]
-    return [f"{module} imports {name}" for name in heavy] if module.startswith("mixtral_jax.config") else []
+    heavy = [
+        name for name in _imports(source) if name.split(".")[0] in ("jax", "flax", "optax", "orbax")
+    ]
+    return (
+        [f"{module} imports {name}" for name in heavy]
+        if module.startswith("mixtral_jax.config")
+        else []
+    )
 
 
 def find_private_jax(module: str, source: str) -> list[str]:
@@ -146,7 +189,11 @@ def find_private_jax(module: str, source: str) -> list[str]:
 def find_flags(module: str, source: str) -> list[str]:
     if _is_within(module, "mixtral_jax.cli"):
         return []
-    return [f"{module} imports {name}" for name in _imports(source) if name.split(".")[0] in ("argparse", "absl")]
+    return [
+        f"{module} imports {name}"
+        for name in _imports(source)
+        if name.split(".")[0] in ("argparse", "absl")
+    ]
 
 
 def _everywhere(check: Check) -> list[str]:
@@ -187,18 +234,42 @@ def test_only_the_command_line_reads_flags() -> None:
         (find_forbidden_imports, "config", "import mixtral_jax.parallel.mesh"),
         (find_forbidden_imports, "parallel.mesh", "from mixtral_jax.model import moe"),
         (find_forbidden_imports, "data.text", "from mixtral_jax.model.moe import MoE"),
-        (find_forbidden_imports, "kernels.attention", "from mixtral_jax.model.layers import rotate"),
-        (find_forbidden_imports, "model.moe", "def f():\n    from mixtral_jax.train.loss import cross_entropy"),
+        (
+            find_forbidden_imports,
+            "kernels.attention",
+            "from mixtral_jax.model.layers import rotate",
+        ),
+        (
+            find_forbidden_imports,
+            "model.moe",
+            "def f():\n    from mixtral_jax.train.loss import cross_entropy",
+        ),
         (find_forbidden_imports, "model.moe", "from mixtral_jax import train"),
         (find_forbidden_imports, "model.moe", "import mixtral_jax"),
         (find_forbidden_imports, "model.moe", "from .router import Router"),
-        (find_forbidden_imports, "checkpoint.run", "from mixtral_jax.train.state import TrainState"),
-        (find_forbidden_imports, "train.step", "from mixtral_jax.model.transformer import Transformer"),
+        (
+            find_forbidden_imports,
+            "checkpoint.run",
+            "from mixtral_jax.train.state import TrainState",
+        ),
+        (
+            find_forbidden_imports,
+            "train.step",
+            "from mixtral_jax.model.transformer import Transformer",
+        ),
         (find_forbidden_imports, "train.step", "from mixtral_jax.train.loop import TrainLoop"),
         (find_forbidden_imports, "train.loop", "from mixtral_jax.data.batches import TrainBatches"),
-        (find_forbidden_imports, "train.loop", "from mixtral_jax.evaluate.perplexity import make_evaluator"),
-        (find_forbidden_imports, "evaluate.perplexity", "from mixtral_jax.train.loop import TrainLoop"),
-        (find_forbidden_imports, "evaluate.perplexity", "from mixtral_jax.cli.start import Run"),
+        (
+            find_forbidden_imports,
+            "train.loop",
+            "from mixtral_jax.evaluate.perplexity import make_evaluator",
+        ),
+        (
+            find_forbidden_imports,
+            "evaluate.perplexity",
+            "from mixtral_jax.train.loop import TrainLoop",
+        ),
+        (find_forbidden_imports, "evaluate.perplexity", "from mixtral_jax.runs.run import Run"),
         (find_forbidden_imports, "plan.compile", "from mixtral_jax.cli.flags import RunFlags"),
         (find_forbidden_imports, "somewhere.new", "import os"),
         (find_collectives, "model.moe", "import jax\njax.lax.psum(1, 'expert')"),
@@ -207,12 +278,16 @@ def test_only_the_command_line_reads_flags() -> None:
         (find_vague_names, "common.names", ""),
         (find_missing_docstrings, "model.moe", "import os"),
         (find_missing_docstrings, "model.moe", "'''Doc.'''\ndef route(): pass"),
-        (find_missing_docstrings, "model.moe", "'''Doc.'''\nclass Router:\n    '''Doc.'''\n    def route(self): pass"),
+        (
+            find_missing_docstrings,
+            "model.moe",
+            "'''Doc.'''\nclass Router:\n    '''Doc.'''\n    def route(self): pass",
+        ),
         (find_jax, "config", "import jax.numpy as jnp"),
         (find_private_jax, "cli.start", "from jax._src import distributed"),
         (find_flags, "train.loop", "import argparse"),
     ],
-)  # fmt: skip
+)
 def test_a_check_fails_on_bad_source(check: Check, module: str, source: str) -> None:
     assert len(check(f"mixtral_jax.{module}", source)) == 1
 
@@ -220,10 +295,18 @@ def test_a_check_fails_on_bad_source(check: Check, module: str, source: str) -> 
 @pytest.mark.parametrize(
     ("check", "module", "source"),
     [
-        (find_forbidden_imports, "train.step", "from mixtral_jax.model.transformer import ModelOutput"),
+        (
+            find_forbidden_imports,
+            "train.step",
+            "from mixtral_jax.model.transformer import ModelOutput",
+        ),
         (find_forbidden_imports, "cli.bench", "from mixtral_jax.cli.flags import RunFlags"),
         (find_collectives, "model.dispatch.region", "import jax\njax.lax.psum(1, 'expert')"),
-        (find_missing_docstrings, "model.moe", "'''Doc.'''\ndef _sort(): pass\nclass _Rows:\n    def sort(self): pass"),
+        (
+            find_missing_docstrings,
+            "model.moe",
+            "'''Doc.'''\ndef _sort(): pass\nclass _Rows:\n    def sort(self): pass",
+        ),
     ],
 )
 def test_a_check_passes_good_source(check: Check, module: str, source: str) -> None:

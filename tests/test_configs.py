@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_jax.cli.flags import load_config_file, run_config_file
-from mixtral_jax.config import Config
-from mixtral_jax.config_mapping import build
-from mixtral_jax.lab.ablation import plan_ablation, read_ablation
+from mixtral_jax.config import Config, build, load_config_file, run_config_file
+from mixtral_jax.lab.ablation.plan import plan_ablation, read_ablation
 from mixtral_jax.parallel.mesh import MESH_AXES, resolve_mesh
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -19,12 +17,19 @@ COMMANDS = {
     "ablations": "python -m mixtral_jax ablate",
     "bench": "python -m mixtral_jax bench --{name}",
 }
-SHIPPED = sorted(path for folder in COMMANDS for path in (CONFIGS / folder).glob("*.py") if path.stem != "__init__")
+SHIPPED = sorted(
+    path
+    for folder in COMMANDS
+    for path in (CONFIGS / folder).glob("*.py")
+    if path.stem != "__init__"
+)
 # The config of a script that is run without --config.
 DEFAULTS = ("pretrain/tiny.py", "instruct/tiny.py")
 NUM_DEVICES = {"tiny": 8, "mixtral_8x7b_v5p": 64, "mixtral_8x7b_v6e": 256, "mixtral_8x22b_v5p": 128}
 
-each_config = pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+each_config = pytest.mark.parametrize(
+    "path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 
 
 @each_config
@@ -54,10 +59,17 @@ def test_a_pretraining_config_fits_its_machine(name: str) -> None:
     assert mesh.expert == config.model.num_experts == 8  # An expert each.
 
 
-@pytest.mark.parametrize(("name", "num_devices"), [
-    ("mixtral_8x7b_lora", 8), ("mixtral_8x7b_full", 8), ("mixtral_8x7b_full", 16),
-])  # fmt: skip
-def test_a_tuning_config_fits_its_machines_and_trains_what_its_name_says(name: str, num_devices: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "num_devices"),
+    [
+        ("mixtral_8x7b_lora", 8),
+        ("mixtral_8x7b_full", 8),
+        ("mixtral_8x7b_full", 16),
+    ],
+)
+def test_a_tuning_config_fits_its_machines_and_trains_what_its_name_says(
+    name: str, num_devices: int
+) -> None:
     config = build(Config, load_config_file(CONFIGS / "instruct" / f"{name}.py"))
     mesh = resolve_mesh(config, num_devices).mesh
     assert math.prod(getattr(mesh, axis) for axis in MESH_AXES) == num_devices

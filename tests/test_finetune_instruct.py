@@ -1,4 +1,6 @@
-"""Runs of finetune_instruct.py: from nothing, from a base, stopped and gone on with, with adapters, with seeds."""
+"""Runs of finetune_instruct.py: from nothing, from a base, stopped and gone on with, with adapters,
+with seeds.
+"""
 
 import json
 import signal
@@ -7,18 +9,28 @@ import numpy as np
 import pytest
 
 import mixtral_jax
-from mixtral_jax.cli.find_base import find_base
-from mixtral_jax.cli.seeds import parse_tuning_flags
 from mixtral_jax.config import ConfigError
-from mixtral_jax.data.chat import ChatTemplate
+from mixtral_jax.data.chat.template import ChatTemplate
 from mixtral_jax.parallel.processes import Processes
+from mixtral_jax.runs.tune import parse_tuning_flags
+from mixtral_jax.runs.tuning_base import find_base
 from mixtral_jax.train.loop import StopSignal
-from tests.runs import TINY, finish, free_port, lines_of, start_tuning, wait_for_step, write_chats, write_text
+from tests.scripts import (
+    TINY,
+    finish,
+    free_port,
+    lines_of,
+    start_tuning,
+    wait_for_step,
+    write_chats,
+    write_text,
+)
 
 LORA = (
-    "--config.finetune.lora.rank=3", "--config.finetune.lora.targets=attention+experts+router",
+    "--config.finetune.lora.rank=3",
+    "--config.finetune.lora.targets=attention+experts+router",
     "--config.dispatch.grouped_matmul=ragged_dot",  # The quickest to compile.
-)  # fmt: skip
+)
 QUESTION = [{"role": "user", "content": "5: a dog?"}]
 
 
@@ -50,8 +62,14 @@ def test_a_run_from_nothing_pretrains_tunes_and_exports(folder, unbroken):
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert lines[-1]["eval/loss"] < 0.8 * lines[-1]["eval/loss_base"]
     assert {path.name for path in workdir.iterdir()} >= {
-        "config.json", "tokenizer.model", "metrics.jsonl", "checkpoints", "tensorboard", "export", "answers.json",
-    }  # fmt: skip
+        "config.json",
+        "tokenizer.model",
+        "metrics.jsonl",
+        "checkpoints",
+        "tensorboard",
+        "export",
+        "answers.json",
+    }
     said = json.loads((workdir / "answers.json").read_text())
     assert said["asked"] == len(said["answers"]) > 1
     assert said["base"]["loss"] == pytest.approx(lines[-1]["eval/loss_base"])
@@ -81,7 +99,9 @@ def test_a_run_that_is_stopped_twice_equals_straight_through(folder, unbroken):
     assert "pretraining a base" not in tune(folder, "stopped")
     for part in ("", "base"):
         assert lines_of(workdir / part) == lines_of(folder / "unbroken" / part)
-    assert (workdir / "answers.json").read_text() == (folder / "unbroken" / "answers.json").read_text()
+    assert (workdir / "answers.json").read_text() == (
+        folder / "unbroken" / "answers.json"
+    ).read_text()
     weights = "export/model.safetensors"
     assert (workdir / weights).read_bytes() == (folder / "unbroken" / weights).read_bytes()
 
@@ -94,19 +114,28 @@ def test_adapters_learn_the_same_on_one_device_and_on_expert_4_fsdp_2(folder, un
     one, eight = lines_of(folder / "lora1"), lines_of(folder / "lora8")
     for name in ("loss", "eval/loss"):
         np.testing.assert_allclose(
-            [line[name] for line in one if name in line], [line[name] for line in eight if name in line], rtol=1e-5
+            [line[name] for line in one if name in line],
+            [line[name] for line in eight if name in line],
+            rtol=1e-5,
         )
     assert one[-1]["loss"] < one[0]["loss"]
     assert (folder / "lora8" / "adapters/peft/adapter_model.safetensors").exists()
     assert (folder / "lora8" / "adapters/mistral/lora.safetensors").exists()
-    # What was asked at the end is the run, its adapters merged as they were read; the figures of the loop are unmerged.
+    # What was asked at the end is the run, its adapters merged as they were read; the figures of
+    # the loop are unmerged.
     said = json.loads((folder / "lora8" / "answers.json").read_text())
     assert said["tuned"]["loss"] == pytest.approx(eight[-1]["eval/loss"], rel=1e-5)
 
 
 def test_of_several_seeds_the_best_is_exported(folder, unbroken):
     base = folder / "unbroken" / "export"  # A Hugging Face folder, this time.
-    output = tune(folder, "seeds", f"--config.finetune.base={base}", "--config.model.hidden_size=64", "--seeds=2")
+    output = tune(
+        folder,
+        "seeds",
+        f"--config.finetune.base={base}",
+        "--config.model.hidden_size=64",
+        "--seeds=2",
+    )
     losses = [lines_of(folder / "seeds" / f"seed-{seed}")[-1]["eval/loss"] for seed in (0, 1)]
     assert losses[0] != losses[1]
     best = int(losses[1] < losses[0])
@@ -116,7 +145,9 @@ def test_of_several_seeds_the_best_is_exported(folder, unbroken):
     exported = mixtral_jax.load_pretrained(folder / "seeds" / "export")
     of_best = mixtral_jax.load_pretrained(folder / "seeds" / f"seed-{best}")
     np.testing.assert_array_equal(exported.logits([[1, 2, 3]]), of_best.logits([[1, 2, 3]]))
-    assert exported.config.model.hidden_size == 32  # The shape is that of the base, whatever the config says.
+    assert (
+        exported.config.model.hidden_size == 32
+    )  # The shape is that of the base, whatever the config says.
 
 
 @pytest.mark.full
@@ -126,24 +157,39 @@ def test_two_processes_tune_several_seeds_from_nothing_as_one_does(folder):
     coordinator = f"--coordinator=localhost:{free_port()}"
     two = [
         start_tuning(
-            folder, *flags, f"--workdir={folder / 'two'}", coordinator, "--num_processes=2", f"--process_id={index}"
+            folder,
+            *flags,
+            f"--workdir={folder / 'two'}",
+            coordinator,
+            "--num_processes=2",
+            f"--process_id={index}",
         )
         for index in range(2)
     ]
     ends = [finish(process) for process in two]
     assert [code for code, _, _ in ends] == [0, 0], ends
     for part in ("base", "seed-0", "seed-1"):
-        losses = [[line["loss"] for line in lines_of(folder / name / part)] for name in ("one", "two")]
+        losses = [
+            [line["loss"] for line in lines_of(folder / name / part)] for name in ("one", "two")
+        ]
         np.testing.assert_allclose(*losses, rtol=1e-5)
     assert (folder / "two" / "export" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("flag", "words"), [
-    ("--config.data.path=nowhere", ["data.path=nowhere", "does not exist"]),
-    ("--config.model.num_layers=2", ["unbroken/base", "model.num_layers (1 -> 2)"]),
-    ("--config.finetune.pretrain.num_steps=13", ["unbroken holds", "finetune.pretrain.num_steps (12 -> 13)"]),
-])  # fmt: skip
-def test_what_cannot_work_is_refused_in_a_line_before_anything_is_trained(folder, unbroken, flag, words):
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--config.data.path=nowhere", ["data.path=nowhere", "does not exist"]),
+        ("--config.model.num_layers=2", ["unbroken/base", "model.num_layers (1 -> 2)"]),
+        (
+            "--config.finetune.pretrain.num_steps=13",
+            ["unbroken holds", "finetune.pretrain.num_steps (12 -> 13)"],
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_in_a_line_before_anything_is_trained(
+    folder, unbroken, flag, words
+):
     code, output, errors = finish(start_tuning(folder, f"--workdir={folder / 'unbroken'}", flag))
     assert code == 2 and "compiling" not in output
     assert errors.strip().count("\n") == 0
@@ -151,12 +197,15 @@ def test_what_cannot_work_is_refused_in_a_line_before_anything_is_trained(folder
         assert word in errors
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--seeds=none"], ["--seeds", "'none'", "whole number"]),
-    (["--seeds=0"], ["--seeds", "at least 1"]),
-    ([f"--config={TINY}"], ["no section finetune", "train.py"]),
-    (["--config.finetune.pretrain.num_steps=0"], ["finetune.pretrain.num_steps=0", "positive"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--seeds=none"], ["--seeds", "'none'", "whole number"]),
+        (["--seeds=0"], ["--seeds", "at least 1"]),
+        ([f"--config={TINY}"], ["no section finetune", "train.py"]),
+        (["--config.finetune.pretrain.num_steps=0"], ["finetune.pretrain.num_steps=0", "positive"]),
+    ],
+)
 def test_wrong_flags_are_named_with_what_would_be_right(flags, words):
     with pytest.raises(ConfigError) as error:
         parse_tuning_flags(flags, description="", default_config="instruct/tiny.py")
@@ -165,6 +214,8 @@ def test_wrong_flags_are_named_with_what_would_be_right(flags, words):
 
 
 def test_a_base_that_is_not_there_is_named(tmp_path):
-    flags = parse_tuning_flags(["--config.finetune.base=nowhere"], description="", default_config="instruct/tiny.py")
+    flags = parse_tuning_flags(
+        ["--config.finetune.base=nowhere"], description="", default_config="instruct/tiny.py"
+    )
     with pytest.raises(ConfigError, match=r"finetune\.base=nowhere is no folder"):
         find_base(flags.run, tmp_path, Processes(), StopSignal())

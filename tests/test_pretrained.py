@@ -29,7 +29,9 @@ def test_a_batch_of_any_size_has_the_logits_and_the_loss_of_transformers(folder,
     logits = loaded.logits(tokens, mask)
     assert logits.dtype == np.float32
     assert logits.shape == expected["logits"].shape
-    np.testing.assert_allclose(logits[mask > 0], expected["logits"][mask > 0], rtol=0, atol=LOGIT_TOLERANCE)
+    np.testing.assert_allclose(
+        logits[mask > 0], expected["logits"][mask > 0], rtol=0, atol=LOGIT_TOLERANCE
+    )
     loss = loaded.load_balance_loss(tokens, mask)
     np.testing.assert_allclose(loss, expected["aux_loss_with_attention_mask"], rtol=1e-5)
     assert loaded.tokenizer is None
@@ -52,7 +54,8 @@ def test_the_default_mesh_is_all_devices_with_experts_first():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "mask"), [([[512]], None), ([[-1]], None), ([1], None), ([[1]], [[1, 1]]), ([[]], None)]
+    ("tokens", "mask"),
+    [([[512]], None), ([[-1]], None), ([1], None), ([[1]], [[1, 1]]), ([[]], None)],
 )
 def test_tokens_that_are_none_are_refused(tokens, mask):
     loaded = mixtral_jax.load_pretrained(HF, mesh=mesh_of())

@@ -1,4 +1,6 @@
-"""Runs of train.py that start from a dense model, or have shared experts: from nothing, gone on with, refused."""
+"""Runs of train.py that start from a dense model, or have shared experts: from nothing, gone on
+with, refused.
+"""
 
 import numpy as np
 import pytest
@@ -7,13 +9,16 @@ import mixtral_jax
 from mixtral_jax.checkpoint.export import make_small_files
 from mixtral_jax.checkpoint.weights import open_weights
 from mixtral_jax.config import ConfigError
-from tests.runs import finish, free_port, lines_of, start, write_text
+from tests.scripts import finish, free_port, lines_of, start, write_text
 
 FROM_NOTHING = (
-    "--config.upcycle.method=copy", "--config.upcycle.pretrain.num_steps=40", "--config.upcycle.pretrain.batch_size=8",
-    "--config.upcycle.pretrain.learning_rate=0.01", "--config.model.granularity=2",
+    "--config.upcycle.method=copy",
+    "--config.upcycle.pretrain.num_steps=40",
+    "--config.upcycle.pretrain.batch_size=8",
+    "--config.upcycle.pretrain.learning_rate=0.01",
+    "--config.model.granularity=2",
     "--config.optimizer.learning_rate=1e-3",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +64,20 @@ def test_a_run_that_goes_on_needs_its_dense_model_no_more(folder, upcycled):
 
 def test_a_base_that_does_not_fit_is_one_line_that_lists_all(folder, upcycled):
     dense = next(path for path in (folder / "dense", folder / "run" / "base") if path.exists())
-    flags = (f"--config.upcycle.base={dense}", "--config.model.hidden_size=64", "--config.model.num_layers=1")
+    flags = (
+        f"--config.upcycle.base={dense}",
+        "--config.model.hidden_size=64",
+        "--config.model.num_layers=1",
+    )
     code, output, errors = finish(start(folder, f"--workdir={folder / 'misfit'}", *flags))
     assert code == 2 and "compiling" not in output and errors.strip().count("\n") == 0
     assert f"upcycle.base={dense} does not fit the run" in errors
-    for word in ("hidden_size is 32", "model.hidden_size=64", "num_layers is 2", "model.num_layers=1"):
+    for word in (
+        "hidden_size is 32",
+        "model.hidden_size=64",
+        "num_layers is 2",
+        "model.num_layers=1",
+    ):
         assert word in errors
 
 
@@ -71,19 +85,28 @@ def test_a_base_that_does_not_fit_is_one_line_that_lists_all(folder, upcycled):
 def test_two_processes_upcycle_from_nothing_as_one_does(folder):
     flags = ("--config.train.num_steps=4", *FROM_NOTHING, "--config.upcycle.method=drop")
     train(folder, "one", *flags)
-    several = (f"--coordinator=localhost:{free_port()}", "--num_processes=2", "--config.mesh.cpu_devices=4")
+    several = (
+        f"--coordinator=localhost:{free_port()}",
+        "--num_processes=2",
+        "--config.mesh.cpu_devices=4",
+    )
     two = [
-        start(folder, f"--workdir={folder / 'two'}", *flags, *several, f"--process_id={index}") for index in range(2)
+        start(folder, f"--workdir={folder / 'two'}", *flags, *several, f"--process_id={index}")
+        for index in range(2)
     ]
     ends = [finish(process) for process in two]
     assert [code for code, _, _ in ends] == [0, 0], ends
     for part in ("base", ""):
-        losses = [[line["loss"] for line in lines_of(folder / name / part)] for name in ("one", "two")]
+        losses = [
+            [line["loss"] for line in lines_of(folder / name / part)] for name in ("one", "two")
+        ]
         np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_a_run_with_shared_experts_trains_loads_and_is_not_exported(folder):
-    output = train(folder, "shared", "--config.train.num_steps=2", "--config.model.num_shared_experts=2")
+    output = train(
+        folder, "shared", "--config.train.num_steps=2", "--config.model.num_shared_experts=2"
+    )
     assert "top-2 of 8 experts, and 2 shared" in output
     loaded = mixtral_jax.load_pretrained(folder / "shared")
     assert loaded.model.blocks.moe.shared_experts.gate.weight.shape == (2, 32, 64)

@@ -1,7 +1,9 @@
-"""Does a balance loss keep routing even, and what does it cost? None, the usual weight, and ten times less and more.
+"""Does a balance loss keep routing even, and what does it cost? None, the usual weight, and ten
+times less and more.
 
-Two layers of the tiny model on one device, about ten minutes on two quiet cores for 12 runs of 0.8 million tokens: long
-enough for an unbalanced router to settle on favourites. The z-loss is off, so that nothing else acts on the router.
+Two layers of the tiny model on one device, about ten minutes on two quiet cores for 12 runs of 0.8
+million tokens: long enough for an unbalanced router to settle on favourites. The z-loss is off, so
+that nothing else acts on the router.
 
     python -m mixtral_jax ablate --config=configs/ablations/balance.py --workdir=DIR
 """
@@ -20,7 +22,12 @@ def get_config() -> dict[str, Any]:
     return {
         "question": "Does a balance loss keep routing even, and what does it cost?",
         "base": base,
-        "arms": {"none": {weight: 0.0}, "1e-3": {weight: 1e-3}, "1e-2": {weight: 1e-2}, "1e-1": {weight: 1e-1}},
+        "arms": {
+            "none": {weight: 0.0},
+            "1e-3": {weight: 1e-3},
+            "1e-2": {weight: 1e-2},
+            "1e-1": {weight: 1e-1},
+        },
         "reference": "1e-2",
         "seeds": (0, 1, 2),
         "tokens": 800_000,

@@ -1,6 +1,8 @@
-"""Balance by a loss, by a bias without a loss, or by both? The bias moves choices alone and has no gradient.
+"""Balance by a loss, by a bias without a loss, or by both? The bias moves choices alone and has no
+gradient.
 
-Expect both to keep the load even; the bias moves by 1e-3 a step, so it needs some hundred steps. About ten minutes.
+Expect both to keep the load even; the bias moves by 1e-3 a step, so it needs some hundred steps.
+About ten minutes.
 
     python -m mixtral_jax ablate --config=configs/ablations/bias.py --workdir=DIR
 """

@@ -1,7 +1,8 @@
 """What does it cost to drop the routes that are over an expert's capacity?
 
-Evaluated without drops (a factor of 4 holds everything that top-2 of 8 can send), so that the held-out losses compare
-what was learned. Expect drops to fall as the balance loss takes hold. About ten minutes.
+Evaluated without drops (a factor of 4 holds everything that top-2 of 8 can send), so that the
+held-out losses compare what was learned. Expect drops to fall as the balance loss takes hold. About
+ten minutes.
 
     python -m mixtral_jax ablate --config=configs/ablations/capacity.py --workdir=DIR
 """

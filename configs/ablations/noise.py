@@ -1,7 +1,7 @@
 """Does noise on the router's input or logits help it to explore?
 
-Jitter of 1% on its input, normal noise of 1/E on its logits (V-MoE), or Gumbel noise, which samples the experts.
-Expect the last to be evener and to learn less. About ten minutes.
+Jitter of 1% on its input, normal noise of 1/E on its logits (V-MoE), or Gumbel noise, which samples
+the experts. Expect the last to be evener and to learn less. About ten minutes.
 
     python -m mixtral_jax ablate --config=configs/ablations/noise.py --workdir=DIR
 """
@@ -20,4 +20,9 @@ def get_config() -> dict[str, Any]:
         "noisy-top-k": {noise + "noisy_top_k": 1.0},
         "gumbel": {noise + "gumbel": 1.0},
     }
-    return {**ablation, "question": "Does noise in the router help?", "arms": arms, "reference": "none"}
+    return {
+        **ablation,
+        "question": "Does noise in the router help?",
+        "arms": arms,
+        "reference": "none",
+    }

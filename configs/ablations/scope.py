@@ -1,7 +1,9 @@
-"""Over which tokens should the load be even: of each sequence, of a micro-batch, or of the whole batch?
+"""Over which tokens should the load be even: of each sequence, of a micro-batch, or of the whole
+batch?
 
-Steps have four micro-batches of two sequences, so that the three differ. Expect a narrower scope to be evener within
-it, and to leave experts less room to specialise (arXiv 2501.11873). About fifteen minutes: `global` counts first.
+Steps have four micro-batches of two sequences, so that the three differ. Expect a narrower scope to
+be evener within it, and to leave experts less room to specialise (arXiv 2501.11873). About fifteen
+minutes: `global` counts first.
 
     python -m mixtral_jax ablate --config=configs/ablations/scope.py --workdir=DIR
 """

@@ -1,7 +1,8 @@
-"""How should logits become weights? Softmax after or before top-k, renormalised or not, or a sigmoid.
+"""How should logits become weights? Softmax after or before top-k, renormalised or not, or a
+sigmoid.
 
-Softmax before top-k and renormalised is softmax over the chosen, so that is one arm. Without renormalising, weights
-start at 1/E each: expect it to begin behind. About ten minutes.
+Softmax before top-k and renormalised is softmax over the chosen, so that is one arm. Without
+renormalising, weights start at 1/E each: expect it to begin behind. About ten minutes.
 
     python -m mixtral_jax ablate --config=configs/ablations/scores.py --workdir=DIR
 """

@@ -1,4 +1,5 @@
-"""The MoE layer that `bench --layer` sets beside transformers': 2,048 tokens, 8 experts, top-2, float32, one device.
+"""The MoE layer that `bench --layer` sets beside transformers': 2,048 tokens, 8 experts, top-2,
+float32, one device.
 
 python -m mixtral_jax bench --layer --config=configs/bench/layer.py
 """
@@ -11,4 +12,6 @@ from configs import models
 def get_config() -> ConfigDict:
     model = models.tiny()
     model.update(hidden_size=512, intermediate_size=1792)
-    return ConfigDict({"model": model, "train": {"num_steps": 1, "batch_size": 4, "sequence_length": 512}})
+    return ConfigDict(
+        {"model": model, "train": {"num_steps": 1, "batch_size": 4, "sequence_length": 512}}
+    )

@@ -1,7 +1,9 @@
-"""The first tuning: a tiny Mixtral, pretrained on the Python library for the occasion, learns to answer about it.
+"""The first tuning: a tiny Mixtral, pretrained on the Python library for the occasion, learns to
+answer about it.
 
-Minutes on two CPU cores, most of them for the base. All weights are trained: a tiny base knows too little for small
-adapters to bring out, which --config.finetune.lora.rank=16 shows; --config.finetune.base=DIR tunes another model.
+Minutes on two CPU cores, most of them for the base. All weights are trained: a tiny base knows too
+little for small adapters to bring out, which --config.finetune.lora.rank=16 shows;
+--config.finetune.base=DIR tunes another model.
 
     python finetune_instruct.py
 """

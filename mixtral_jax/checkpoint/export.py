@@ -1,6 +1,8 @@
-"""Weights into a folder that other programs load: of Hugging Face (transformers, vLLM, SGLang), or of Mistral.
+"""Weights into a folder that other programs load: of Hugging Face (transformers, vLLM, SGLang), or
+of Mistral.
 
-Tensors go from file to file, a few at a time. What can go wrong with the model is found before anything is written.
+Tensors go from file to file, a few at a time. What can go wrong with the model is found before
+anything is written.
 """
 
 import contextlib
@@ -11,15 +13,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from mixtral_jax.checkpoint import huggingface, mistral
-from mixtral_jax.checkpoint.architecture import require_mixtral
-from mixtral_jax.checkpoint.chat_templates import CHAT_TEMPLATES, find_version
-from mixtral_jax.checkpoint.layouts import HUGGING_FACE, MISTRAL
-from mixtral_jax.checkpoint.model_card import make_model_card
-from mixtral_jax.checkpoint.relayout import as_tensors
-from mixtral_jax.checkpoint.safetensors_files import FileWriter
-from mixtral_jax.checkpoint.stored import StoredArray, run_jobs, scratch
-from mixtral_jax.checkpoint.tokenizer_json import make_tokenizer_config, make_tokenizer_json
+from mixtral_jax.checkpoint.files.safetensors_files import FileWriter
+from mixtral_jax.checkpoint.files.stored import StoredArray, run_jobs, scratch
+from mixtral_jax.checkpoint.formats import huggingface, mistral
+from mixtral_jax.checkpoint.formats.architecture import require_mixtral
+from mixtral_jax.checkpoint.formats.chat_templates import CHAT_TEMPLATES, find_version
+from mixtral_jax.checkpoint.formats.layouts import HUGGING_FACE, MISTRAL
+from mixtral_jax.checkpoint.formats.model_card import make_model_card
+from mixtral_jax.checkpoint.formats.relayout import as_tensors
+from mixtral_jax.checkpoint.formats.tokenizer_json import make_tokenizer_config, make_tokenizer_json
 from mixtral_jax.checkpoint.weights import Weights
 from mixtral_jax.data.tokenizer import Tokenizer
 
@@ -50,17 +52,26 @@ def make_small_files(weights: Weights, format_: Format) -> dict[str, str]:
     if tokenizer is not None:
         template = CHAT_TEMPLATES[find_version(tokenizer)]
         files["tokenizer.json"] = make_tokenizer_json(tokenizer)
-        files["tokenizer_config.json"] = make_tokenizer_config(tokenizer, template, architecture.context_length)
-    return {name: _to_json(value) for name, value in files.items()} | {"README.md": make_model_card(weights)}
+        files["tokenizer_config.json"] = make_tokenizer_config(
+            tokenizer, template, architecture.context_length
+        )
+    return {name: _to_json(value) for name, value in files.items()} | {
+        "README.md": make_model_card(weights)
+    }
 
 
 def write_folder(
-    weights: Weights, folder: Path, format_: Format, report: Callable[[int], None], shard_bytes: int = SHARD_BYTES
+    weights: Weights,
+    folder: Path,
+    format_: Format,
+    report: Callable[[int], None],
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes the model into an existing folder; `report` is told of bytes as they are written.
 
     Raises:
-        ConfigError: as `make_small_files`, before anything is written; or a file that is read is damaged.
+        ConfigError: as `make_small_files`, before anything is written; or a file that is read is
+            damaged.
         OSError: a file cannot be written.
     """
     small_files = make_small_files(weights, format_)
@@ -69,7 +80,10 @@ def write_folder(
     # mistral-inference reads exactly one file.
     shards = [tensors] if format_ == "mistral" else _cut_into_shards(tensors, shard_bytes)
     stem = "consolidated" if format_ == "mistral" else "model"
-    names = [f"{stem}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    names = [
+        f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
     if len(shards) == 1:
         names = [f"{stem}.safetensors"]
     else:
@@ -83,25 +97,36 @@ def write_folder(
         _write_shard(folder / name, shard, report)
 
 
-def _cut_into_shards(tensors: Mapping[str, StoredArray], shard_bytes: int) -> list[dict[str, StoredArray]]:
+def _cut_into_shards(
+    tensors: Mapping[str, StoredArray], shard_bytes: int
+) -> list[dict[str, StoredArray]]:
     shards: list[dict[str, StoredArray]] = [{}]
     for name, tensor in tensors.items():
-        if shards[-1] and sum(stored.nbytes for stored in shards[-1].values()) + tensor.nbytes > shard_bytes:
+        if (
+            shards[-1]
+            and sum(stored.nbytes for stored in shards[-1].values()) + tensor.nbytes > shard_bytes
+        ):
             shards.append({})
         shards[-1][name] = tensor
     return shards
 
 
-def _make_index(shards: Mapping[str, Mapping[str, StoredArray]], weights: Weights) -> dict[str, Any]:
+def _make_index(
+    shards: Mapping[str, Mapping[str, StoredArray]], weights: Weights
+) -> dict[str, Any]:
     return {
         "metadata": {"total_parameters": weights.num_parameters, "total_size": weights.nbytes},
         "weight_map": {tensor: name for name, shard in shards.items() for tensor in shard},
     }
 
 
-def _write_shard(path: Path, tensors: Mapping[str, StoredArray], report: Callable[[int], None]) -> None:
+def _write_shard(
+    path: Path, tensors: Mapping[str, StoredArray], report: Callable[[int], None]
+) -> None:
     with contextlib.closing(FileWriter(path, tensors)) as writer:
-        for num_bytes in run_jobs(functools.partial(_copy, writer, name, tensors[name]) for name in tensors):
+        for num_bytes in run_jobs(
+            functools.partial(_copy, writer, name, tensors[name]) for name in tensors
+        ):
             report(num_bytes)
 
 
@@ -113,8 +138,14 @@ def _copy(writer: FileWriter, name: str, tensor: StoredArray) -> int:
 
 
 def _tokenizer_name(tokenizer: Tokenizer, format_: Format) -> str:
-    """mistral-inference tells the versions apart by the name of the file, and takes one without a version for v1."""
-    return "tokenizer.model.v3" if format_ == "mistral" and find_version(tokenizer) == "v3" else "tokenizer.model"
+    """mistral-inference tells the versions apart by the name of the file, and takes one without a
+    version for v1.
+    """
+    return (
+        "tokenizer.model.v3"
+        if format_ == "mistral" and find_version(tokenizer) == "v3"
+        else "tokenizer.model"
+    )
 
 
 def _to_json(value: Mapping[str, Any]) -> str:

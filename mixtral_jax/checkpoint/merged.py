@@ -1,10 +1,13 @@
-"""Weights with their adapters merged into them as they are read: W + scaling * A B, a block at a time."""
+"""Weights with their adapters merged into them as they are read:
+
+W + scaling * A B, a block at a time.
+"""
 
 import dataclasses
 
 import numpy as np
 
-from mixtral_jax.checkpoint.stored import Block, StoredArray, shape_of
+from mixtral_jax.checkpoint.files.stored import Block, StoredArray, shape_of
 
 
 def merge(base: StoredArray, a: StoredArray, b: StoredArray, scaling: float) -> StoredArray:

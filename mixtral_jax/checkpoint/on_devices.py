@@ -1,7 +1,8 @@
-"""Stored arrays onto the devices of a mesh: each process reads what its own devices hold, a block at a time.
+"""Stored arrays onto the devices of a mesh: each process reads what its own devices hold, a block
+at a time.
 
-Beside the model itself, host memory holds a block for each device. Where a device's part of a parameter is large, it is
-made once, on the device, and the blocks are written into it there.
+Beside the model itself, host memory holds a block for each device. Where a device's part of a
+parameter is large, it is made once, on the device, and the blocks are written into it there.
 """
 
 import collections
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import P
 
-from mixtral_jax.checkpoint.stored import NUM_THREADS, Block, StoredArray, blocks_of
+from mixtral_jax.checkpoint.files.stored import NUM_THREADS, Block, StoredArray, blocks_of
 from mixtral_jax.config import require
 
 Model = TypeVar("Model")
@@ -25,14 +26,17 @@ Model = TypeVar("Model")
 WHOLE_BYTES = 2**26
 
 
-def load_model(parameters: Mapping[str, StoredArray], shapes: Model, whole_bytes: int = WHOLE_BYTES) -> Model:
-    """The model of `shapes` (`jax.eval_shape` of its maker, on the mesh in force), with the parameters stored.
+def load_model(
+    parameters: Mapping[str, StoredArray], shapes: Model, whole_bytes: int = WHOLE_BYTES
+) -> Model:
+    """The model of `shapes` (`jax.eval_shape` of its maker, on the mesh in force), with the
+    parameters stored.
 
     They are cast to the dtypes of `shapes`.
 
     Raises:
-        ConfigError: the parameters are not those of the model, of its shapes (nothing is allocated then); or a file
-            turns out to be damaged.
+        ConfigError: the parameters are not those of the model, of its shapes (nothing is allocated
+            then); or a file turns out to be damaged.
     """
     leaves, structure = jax.tree.flatten_with_path(shapes)
     wanted = {parameter_name(path): leaf for path, leaf in leaves}
@@ -47,7 +51,9 @@ def load_model(parameters: Mapping[str, StoredArray], shapes: Model, whole_bytes
         arrays = []
         for name, leaf in wanted.items():
             stored = parameters[name].astype(leaf.dtype)
-            arrays.append(_load(stored, jax.NamedSharding(mesh, leaf.sharding.spec), pool, whole_bytes))
+            arrays.append(
+                _load(stored, jax.NamedSharding(mesh, leaf.sharding.spec), pool, whole_bytes)
+            )
     return jax.tree.unflatten(structure, arrays)
 
 
@@ -58,7 +64,10 @@ def parameter_name(path: tuple[Any, ...]) -> str:
 
 
 def _load(
-    stored: StoredArray, sharding: jax.NamedSharding, pool: concurrent.futures.Executor, whole_bytes: int
+    stored: StoredArray,
+    sharding: jax.NamedSharding,
+    pool: concurrent.futures.Executor,
+    whole_bytes: int,
 ) -> jax.Array:
     parts = sharding.addressable_devices_indices_map(stored.shape)
     devices = list(parts)
@@ -70,46 +79,69 @@ def _load(
     steps = list(blocks_of(local, unit))
     read = _read_ahead(stored, starts, steps, pool)
     if len(steps) == 1:
-        shards = [jax.device_put(part, device) for part, device in zip(next(read), devices, strict=True)]
+        shards = [
+            jax.device_put(part, device) for part, device in zip(next(read), devices, strict=True)
+        ]
     else:
         shards = _assemble(devices, local, stored.dtype, zip(steps, read, strict=True))
     return jax.make_array_from_single_device_arrays(stored.shape, sharding, shards)
 
 
 def _read_ahead(
-    stored: StoredArray, starts: Sequence[tuple[int, ...]], steps: Sequence[Block], pool: concurrent.futures.Executor
+    stored: StoredArray,
+    starts: Sequence[tuple[int, ...]],
+    steps: Sequence[Block],
+    pool: concurrent.futures.Executor,
 ) -> Iterator[list[np.ndarray]]:
-    """For each step, its block of every device's part; a block that several devices hold is read once."""
+    """For each step, its block of every device's part; a block that several devices hold is read
+    once.
+    """
     distinct = sorted(set(starts))
     depth = -(-NUM_THREADS // len(distinct))
-    pending: collections.deque[dict[tuple[int, ...], concurrent.futures.Future[np.ndarray]]] = collections.deque()
+    pending: collections.deque[dict[tuple[int, ...], concurrent.futures.Future[np.ndarray]]] = (
+        collections.deque()
+    )
     for number in range(len(steps) + depth):
         if number < len(steps):
             blocks = {start: _shift(steps[number], start) for start in distinct}
-            pending.append({start: pool.submit(stored.read, block) for start, block in blocks.items()})
+            pending.append(
+                {start: pool.submit(stored.read, block) for start, block in blocks.items()}
+            )
         if number >= depth:
             ready = {start: future.result() for start, future in pending.popleft().items()}
             yield [ready[start] for start in starts]
 
 
 def _shift(block: Block, start: tuple[int, ...]) -> Block:
-    return tuple(slice(part.start + first, part.stop + first) for part, first in zip(block, start, strict=True))
+    return tuple(
+        slice(part.start + first, part.stop + first)
+        for part, first in zip(block, start, strict=True)
+    )
 
 
 def _assemble(
-    devices: Sequence[Any], shape: tuple[int, ...], dtype: np.dtype, blocks: Iterable[tuple[Block, list[np.ndarray]]]
+    devices: Sequence[Any],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    blocks: Iterable[tuple[Block, list[np.ndarray]]],
 ) -> list[jax.Array]:
     """An array of `shape` on each device, of blocks that all have the same place in theirs.
 
     One program does it for all devices, as if their arrays were one, end to end.
     """
-    mesh = jax.sharding.Mesh(np.array(devices), ("device",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.sharding.Mesh(
+        np.array(devices), ("device",), axis_types=(jax.sharding.AxisType.Auto,)
+    )
     sharding = jax.NamedSharding(mesh, P("device"))
 
     def end_to_end(shards: Sequence[Any]) -> jax.Array:
-        on_devices = [jax.device_put(shard, device) for shard, device in zip(shards, devices, strict=True)]
+        on_devices = [
+            jax.device_put(shard, device) for shard, device in zip(shards, devices, strict=True)
+        ]
         first, *rest = on_devices[0].shape
-        return jax.make_array_from_single_device_arrays((first * len(devices), *rest), sharding, on_devices)
+        return jax.make_array_from_single_device_arrays(
+            (first * len(devices), *rest), sharding, on_devices
+        )
 
     with jax.set_mesh(mesh):
         all_shape = (shape[0] * len(devices), *shape[1:])
@@ -123,9 +155,15 @@ def _assemble(
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="mesh")
-def _write(whole: jax.Array, part: jax.Array, start: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
+def _write(
+    whole: jax.Array, part: jax.Array, start: jax.Array, mesh: jax.sharding.Mesh
+) -> jax.Array:
     write = jax.shard_map(
-        lambda whole, part, start: jax.lax.dynamic_update_slice(whole, part, [start[i] for i in range(whole.ndim)]),
-        mesh=mesh, in_specs=(P("device"), P("device"), P()), out_specs=P("device"),
-    )  # fmt: skip
+        lambda whole, part, start: jax.lax.dynamic_update_slice(
+            whole, part, [start[i] for i in range(whole.ndim)]
+        ),
+        mesh=mesh,
+        in_specs=(P("device"), P("device"), P()),
+        out_specs=P("device"),
+    )
     return write(whole, part, start)

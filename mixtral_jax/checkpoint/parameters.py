@@ -1,9 +1,10 @@
 """The parameters of our model by name: which dimensions each has, and how large they are.
 
-`PARAMETERS` are those of a Mixtral, which other programs have names for; `parameters_of` knows what ours may have more.
+`PARAMETERS` are those of a Mixtral, which other programs have names for; `parameters_of` knows what
+ours may have more.
 
-The names are those of the leaves of `model.transformer.Transformer`, which tests hold against this table. Reading a
-folder needs no model, and so no device.
+The names are those of the leaves of `model.transformer.Transformer`, which tests hold against this
+table. Reading a folder needs no model, and so no device.
 """
 
 from mixtral_jax.config import ModelConfig, RouterConfig
@@ -34,7 +35,9 @@ _LETTERS = PARAMETERS | _SHARED_EXPERTS | _BALANCE_BIAS
 
 
 def parameters_of(model: ModelConfig, router: RouterConfig = RouterConfig()) -> dict[str, str]:
-    """The parameters of a model, and the dimensions of each; with what steps move without a gradient."""
+    """The parameters of a model, and the dimensions of each; with what steps move without a
+    gradient.
+    """
     names = PARAMETERS | _SHARED_EXPERTS if model.num_shared_experts else PARAMETERS
     return names | _BALANCE_BIAS if router.bias.update_rate else names
 
@@ -61,7 +64,9 @@ def parameter_shape(parameter: str, model: ModelConfig) -> tuple[int, ...]:
 
 
 def parameter_chunk(parameter: str, model: ModelConfig) -> tuple[int, ...]:
-    """The shape of what belongs together in a parameter: that of one layer and, where they are stacked, one expert."""
+    """The shape of what belongs together in a parameter: that of one layer and, where they are
+    stacked, one expert.
+    """
     num_stacked = len(_LETTERS[parameter]) - len(chunk_dimensions(parameter))
     return (1,) * num_stacked + parameter_shape(parameter, model)[num_stacked:]
 

@@ -1,8 +1,10 @@
-"""The model's parameters in a checkpoint of a run, read by the block, without the optimizer's state beside them.
+"""The model's parameters in a checkpoint of a run, read by the block, without the optimizer's state
+beside them.
 
 Where a run trained adapters, they are merged into what they adapt.
 
-`run` restores the whole state of a run onto devices. This needs no devices: tensorstore reads what Orbax has written.
+`run` restores the whole state of a run onto devices. This needs no devices: tensorstore reads what
+Orbax has written.
 """
 
 import functools
@@ -13,11 +15,11 @@ from typing import Any
 import numpy as np
 import tensorstore
 
-from mixtral_jax.checkpoint.foreign_folder import read_object
+from mixtral_jax.checkpoint.files.foreign_folder import read_object
+from mixtral_jax.checkpoint.files.stored import Block, StoredArray
+from mixtral_jax.checkpoint.files.zarr_chunks import open_chunks
 from mixtral_jax.checkpoint.merged import merge
 from mixtral_jax.checkpoint.parameters import parameters_of
-from mixtral_jax.checkpoint.stored import Block, StoredArray
-from mixtral_jax.checkpoint.zarr_chunks import open_chunks
 from mixtral_jax.config import ConfigError, LoRAConfig, ModelConfig, RouterConfig, require
 
 # The parts of a TrainState that may hold a parameter.
@@ -39,7 +41,9 @@ def parameter_key(section: str, parameter: str) -> str:
     return f"{section}/{parameter}/value"
 
 
-def open_parameters(step: Path, model: ModelConfig, router: RouterConfig, lora: LoRAConfig) -> dict[str, StoredArray]:
+def open_parameters(
+    step: Path, model: ModelConfig, router: RouterConfig, lora: LoRAConfig
+) -> dict[str, StoredArray]:
     """The parameters in the checkpoint of one step, by name.
 
     Args:
@@ -55,7 +59,9 @@ def open_parameters(step: Path, model: ModelConfig, router: RouterConfig, lora: 
     try:
         keys = _find_keys(metadata)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{state / '_METADATA'} is damaged: {type(error).__name__}: {error}") from None
+        raise ConfigError(
+            f"{state / '_METADATA'} is damaged: {type(error).__name__}: {error}"
+        ) from None
     names = parameters_of(model, router)
     adapted = {name: _adapted_names(name) for name in names if name not in keys}
     missing = [name for name, parts in adapted.items() if not keys.keys() >= set(parts)]
@@ -81,16 +87,28 @@ def _find_keys(metadata: Mapping[str, Any]) -> dict[str, str]:
     """The keys of all arrays of the model, by their names in it."""
     entries = metadata["tree_metadata"].values()
     keys = {part["key"] for entry in entries for part in entry["key_metadata"]}
-    named = ((section, key) for section in _SECTIONS for key in keys if key.startswith(f"{section}/"))
+    named = (
+        (section, key) for section in _SECTIONS for key in keys if key.startswith(f"{section}/")
+    )
     return {key.removeprefix(f"{section}/").removesuffix("/value"): key for section, key in named}
 
 
-def _open_array(state: Path, key: str, metadata: Mapping[str, Any], context: tensorstore.Context) -> StoredArray:
+def _open_array(
+    state: Path, key: str, metadata: Mapping[str, Any], context: tensorstore.Context
+) -> StoredArray:
     folder, name = state.absolute(), f"{state}: {key}"
-    if not metadata.get("use_ocdbt") and not metadata.get("use_zarr3") and (plain := open_chunks(folder / key, name)):
+    if (
+        not metadata.get("use_ocdbt")
+        and not metadata.get("use_zarr3")
+        and (plain := open_chunks(folder / key, name))
+    ):
         return plain
     if metadata.get("use_ocdbt"):
-        files = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}, "path": f"{key}/"}
+        files = {
+            "driver": "ocdbt",
+            "base": {"driver": "file", "path": f"{folder}/"},
+            "path": f"{key}/",
+        }
     else:
         files = {"driver": "file", "path": f"{folder}/{key}/"}
     spec = {
@@ -103,7 +121,13 @@ def _open_array(state: Path, key: str, metadata: Mapping[str, Any], context: ten
     except ValueError as error:
         raise _damaged(name, error) from None
     chunk = tuple(size or 1 for size in array.chunk_layout.read_chunk.shape or array.shape)
-    return StoredArray(array.shape, array.dtype.numpy_dtype, chunk, functools.partial(_read_into, array, name), name)
+    return StoredArray(
+        array.shape,
+        array.dtype.numpy_dtype,
+        chunk,
+        functools.partial(_read_into, array, name),
+        name,
+    )
 
 
 def _read_into(array: tensorstore.TensorStore, name: str, block: Block, target: np.ndarray) -> None:

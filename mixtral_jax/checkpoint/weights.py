@@ -1,4 +1,6 @@
-"""Weights in a folder, whoever wrote it, opened and checked but not read: what all that takes weights starts from."""
+"""Weights in a folder, whoever wrote it, opened and checked but not read: what all that takes
+weights starts from.
+"""
 
 import dataclasses
 import functools
@@ -10,15 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from mixtral_jax.checkpoint import huggingface, mistral, run_parameters, safetensors_files, torch_pickle
-from mixtral_jax.checkpoint.architecture import Architecture
-from mixtral_jax.checkpoint.file_tensor import FileTensor
-from mixtral_jax.checkpoint.foreign_folder import find_file, read_bytes, read_object
-from mixtral_jax.checkpoint.layouts import Layout, find_layout
-from mixtral_jax.checkpoint.relayout import as_parameters
-from mixtral_jax.checkpoint.stored import DTYPES, StoredArray
-from mixtral_jax.config import ConfigError, FinetuneConfig, ModelConfig, RouterConfig, require
-from mixtral_jax.config_mapping import build
+from mixtral_jax.checkpoint import run_parameters
+from mixtral_jax.checkpoint.files import safetensors_files, torch_pickle
+from mixtral_jax.checkpoint.files.file_tensor import FileTensor
+from mixtral_jax.checkpoint.files.foreign_folder import find_file, read_bytes, read_object
+from mixtral_jax.checkpoint.files.stored import DTYPES, StoredArray
+from mixtral_jax.checkpoint.formats import huggingface, mistral
+from mixtral_jax.checkpoint.formats.architecture import Architecture
+from mixtral_jax.checkpoint.formats.layouts import Layout, find_layout
+from mixtral_jax.checkpoint.formats.relayout import as_parameters
+from mixtral_jax.config import (
+    ConfigError,
+    FinetuneConfig,
+    ModelConfig,
+    RouterConfig,
+    build,
+    require,
+)
 from mixtral_jax.data.tokenizer import Tokenizer, check_vocabulary
 
 _TOKENIZERS = ("tokenizer.model", "tokenizer.model.v1", "tokenizer.model.v2", "tokenizer.model.v3")
@@ -60,14 +70,18 @@ class Weights:
     def astype(self, dtype: str) -> "Weights":
         """The same, all parameters in one dtype."""
         cast = {name: stored.astype(DTYPES[dtype]) for name, stored in self.parameters.items()}
-        return dataclasses.replace(self, architecture=_with_dtype(self.architecture, dtype), parameters=cast)
+        return dataclasses.replace(
+            self, architecture=_with_dtype(self.architecture, dtype), parameters=cast
+        )
 
 
 def open_weights(folder: Path) -> Weights:
-    """Opens a run's workdir (its newest checkpoint), one step of it, or a folder of Hugging Face or Mistral.
+    """Opens a run's workdir (its newest checkpoint), one step of it, or a folder of Hugging Face or
+    Mistral.
 
     Raises:
-        ConfigError: there are no weights of a Mixtral, or they are damaged, or not all there; says what and where.
+        ConfigError: there are no weights of a Mixtral, or they are damaged, or not all there; says
+            what and where.
     """
     require(folder.is_dir(), f"{folder}: there is no such folder")
     if (folder / "checkpoints").is_dir():
@@ -87,7 +101,9 @@ def _open_step(workdir: Path, step: Path) -> Weights:
         require(are_sections, "model, router, train and finetune must be sections")
         model = build(ModelConfig, saved["model"], "model.")
         router = build(RouterConfig, saved["router"], "router.")
-        architecture = Architecture(model, router, model.context_length or saved["train"]["sequence_length"])
+        architecture = Architecture(
+            model, router, model.context_length or saved["train"]["sequence_length"]
+        )
         finetune = build(FinetuneConfig, sections[-1], "finetune.")
     except (ConfigError, KeyError, TypeError) as error:
         raise ConfigError(f"{workdir / 'config.json'} is no config of a run: {error}") from None
@@ -96,7 +112,13 @@ def _open_step(workdir: Path, step: Path) -> Weights:
         model = dataclasses.replace(model, param_dtype=finetune.frozen_dtype)
         architecture = dataclasses.replace(architecture, model=model)
     record = read_object(step / "record" / "metadata")
-    return Weights(architecture, parameters, _read_tokenizer(workdir, model), f"step {step.name} of a run", record)
+    return Weights(
+        architecture,
+        parameters,
+        _read_tokenizer(workdir, model),
+        f"step {step.name} of a run",
+        record,
+    )
 
 
 def _open_foreign(folder: Path) -> Weights:
@@ -115,7 +137,9 @@ def _open_foreign(folder: Path) -> Weights:
     parameters = as_parameters(layout, tensors, architecture.model)
     widest = functools.reduce(np.promote_types, (stored.dtype for stored in parameters.values()))
     architecture = _with_dtype(architecture, widest.name)
-    return Weights(architecture, parameters, _read_tokenizer(folder, architecture.model), layout.name)
+    return Weights(
+        architecture, parameters, _read_tokenizer(folder, architecture.model), layout.name
+    )
 
 
 def _open_hugging_face(folder: Path) -> dict[str, FileTensor] | None:
@@ -127,13 +151,26 @@ def _open_mistral(folder: Path) -> dict[str, FileTensor]:
     pickles = sorted(path.name for path in folder.iterdir() if _PICKLE.fullmatch(path.name))
     if tensors is None and not pickles:
         others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_PICKLES)
-        hint = f"; {', '.join(others)} may run code when read: save the weights as safetensors" if others else ""
-        raise ConfigError(f"{folder} has no weights: no {_HUGGING_FACE_FILE}, no consolidated.* and no index{hint}")
-    require(tensors is None or not pickles, f"{folder} has both {_MISTRAL_FILE} and {', '.join(pickles)}: remove one")
+        hint = (
+            f"; {', '.join(others)} may run code when read: save the weights as safetensors"
+            if others
+            else ""
+        )
+        raise ConfigError(
+            f"{folder} has no weights: no {_HUGGING_FACE_FILE}, no consolidated.* and no "
+            f"index{hint}"
+        )
+    require(
+        tensors is None or not pickles,
+        f"{folder} has both {_MISTRAL_FILE} and {', '.join(pickles)}: remove one",
+    )
     if tensors is not None:
         return tensors
     numbers = [int(name.split(".")[1]) for name in pickles]
-    require(numbers == list(range(len(numbers))), f"{folder} has {', '.join(pickles)}: one is missing, or there twice")
+    require(
+        numbers == list(range(len(numbers))),
+        f"{folder} has {', '.join(pickles)}: one is missing, or there twice",
+    )
     tensors = {}
     for name in pickles:
         path = find_file(folder, name)
@@ -154,26 +191,38 @@ def _open_safetensors(folder: Path, name: str) -> dict[str, FileTensor] | None:
     return None
 
 
-def _require_all_tensors(folder: Path, tensors: Mapping[str, FileTensor], model: ModelConfig) -> Layout:
+def _require_all_tensors(
+    folder: Path, tensors: Mapping[str, FileTensor], model: ModelConfig
+) -> Layout:
     """The layout of the tensors, if all that it wants is there and nothing else."""
     layout = find_layout(tensors)
     if layout is None:
         named = ", ".join(sorted(tensors)[:3])
-        raise ConfigError(f"{folder}: its tensors ({named}, ...) are named as in no layout of a Mixtral that is known")
+        raise ConfigError(
+            f"{folder}: its tensors ({named}, ...) are named as in no layout of a Mixtral that is "
+            "known"
+        )
     num_wanted = layout.count_tensors(model)
     require(
         num_wanted <= _MAX_TENSORS,
-        f"{folder}: {model.num_layers:,} layers of {model.num_experts:,} experts, as its config says, would have "
+        f"{folder}: {model.num_layers:,} layers of {model.num_experts:,} experts, as its config "
+        "says, would have "
         f"{num_wanted:,} tensors, but there are {len(tensors):,}",
     )
     wanted = layout.tensors(model)
     wrong = [f"{name} is missing" for name in wanted if name not in tensors]
-    wrong += [f"{name} in {tensors[name].path.name} is unexpected" for name in tensors if name not in wanted]
+    wrong += [
+        f"{name} in {tensors[name].path.name} is unexpected"
+        for name in tensors
+        if name not in wanted
+    ]
     for name in wanted.keys() & tensors.keys():
         found, shape = tensors[name], wanted[name].shape
         if found.shape != shape:
             wrong.append(f"{name} in {found.path.name} has shape {found.shape}, not {shape}")
-    require(not wrong, f"{folder} does not fit its config ({layout.name}): {'; '.join(sorted(wrong))}")
+    require(
+        not wrong, f"{folder} does not fit its config ({layout.name}): {'; '.join(sorted(wrong))}"
+    )
     return layout
 
 
@@ -190,7 +239,9 @@ def _read_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer | None:
 
 
 def _with_dtype(architecture: Architecture, dtype: str) -> Architecture:
-    """Held in `dtype`, and computed in it, or where float16 has too few exponents for that, in float32."""
+    """Held in `dtype`, and computed in it, or where float16 has too few exponents for that, in
+    float32.
+    """
     computed = "float32" if dtype == "float16" else dtype
     model = dataclasses.replace(architecture.model, dtype=computed, param_dtype=dtype)
     return dataclasses.replace(architecture, model=model)

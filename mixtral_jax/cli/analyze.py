@@ -1,4 +1,6 @@
-"""What routing does with a text: balance, pairs of experts, repetition, specialisation, saturation; with figures."""
+"""What routing does with a text: balance, pairs of experts, repetition, specialisation, saturation;
+with figures.
+"""
 
 import dataclasses
 import functools
@@ -14,8 +16,22 @@ from rich.console import Console
 from mixtral_jax.checkpoint.run_parameters import find_steps
 from mixtral_jax.cli.analysis_tables import print_analysis
 from mixtral_jax.cli.flags import make_verb_parser, parse_path
-from mixtral_jax.cli.open_model import ModelFlags, add_model_flags, note, open_model, parse_model_flags
-from mixtral_jax.cli.open_task import (
+from mixtral_jax.cli.model_flags import (
+    ModelFlags,
+    add_model_flags,
+    note,
+    open_model,
+    parse_model_flags,
+)
+from mixtral_jax.cli.output import claim_stdout
+from mixtral_jax.config import ConfigError, DataConfig, require
+from mixtral_jax.data.batches import spread_labels
+from mixtral_jax.data.labels import Labelling, find_labellings
+from mixtral_jax.data.sources import fingerprint_source
+from mixtral_jax.lab.routing.analysis import RoutedText, RoutingAnalysis, analyze
+from mixtral_jax.parallel.processes import Processes, join_processes
+from mixtral_jax.pretrained import Dtype, Pretrained, load_pretrained
+from mixtral_jax.runs.eval_data import (
     PackedText,
     Task,
     TrainedRun,
@@ -24,16 +40,8 @@ from mixtral_jax.cli.open_task import (
     open_task,
     plan_task,
     read_run,
-)  # fmt: skip
-from mixtral_jax.cli.output import claim_stdout
-from mixtral_jax.cli.workdir import write_json
-from mixtral_jax.config import ConfigError, DataConfig, require
-from mixtral_jax.data.batches import spread_labels
-from mixtral_jax.data.labels import Labelling, find_labellings
-from mixtral_jax.data.sources import fingerprint_source
-from mixtral_jax.lab.routing_analysis import RoutedText, RoutingAnalysis, analyze
-from mixtral_jax.parallel.processes import Processes, join_processes
-from mixtral_jax.pretrained import Dtype, Pretrained, load_pretrained
+)
+from mixtral_jax.runs.workdir import write_json
 
 # Rows of other data that are routed unless more are asked for.
 _NUM_SEQUENCES = 256
@@ -44,26 +52,39 @@ def main(arguments: list[str]) -> int:
     parser = make_verb_parser(__doc__, "analyze")
     add_model_flags(parser)
     add_task_flags(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else on standard output")
-    parser.add_argument("--to", type=parse_path, help="where to write analysis.json and figures; by default the run's "
-                        "analysis/STEP, and of a folder that is no run's, nowhere")  # fmt: skip
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON, and nothing else on standard output"
+    )
+    parser.add_argument(
+        "--to",
+        type=parse_path,
+        help="where to write analysis.json and figures; by default the run's "
+        "analysis/STEP, and of a folder that is no run's, nowhere",
+    )
     flags, model, sections = parse_model_flags(parser, arguments, data=DataConfig)
     run = read_run(flags.checkpoint)
-    data = _choose_data(sections["data"], any(each.startswith("--data.path=") for each in arguments), run)
+    data = _choose_data(
+        sections["data"], any(each.startswith("--data.path=") for each in arguments), run
+    )
     fingerprint_source(data.path, data.suffixes)  # Whether there are any, before much is loaded.
     step = _find_step(flags.checkpoint, run)
-    folder = flags.to or (run.workdir / "analysis" / str(step) if run and step is not None else None)
+    folder = flags.to or (
+        run.workdir / "analysis" / str(step) if run and step is not None else None
+    )
     with claim_stdout() as output, join_processes(model.launch) as processes:
         if folder and processes.index == 0:
             _make_folder(folder)
         loaded = open_model(model, processes)
         task = plan_task(flags, data, loaded)
         task = dataclasses.replace(task, num_sequences=task.num_sequences or _NUM_SEQUENCES)
-        earlier = find_earlier(run, step, model.dtype, loaded.mesh) if run and step is not None else {}
+        earlier = (
+            find_earlier(run, step, model.dtype, loaded.mesh) if run and step is not None else {}
+        )
         start = time.monotonic()
         analysis = analyze_text(loaded, task, processes, earlier=earlier)
         note(
-            f"routed {analysis.num_tokens:,} tokens in {time.monotonic() - start:.1f} s", is_shown=processes.index == 0
+            f"routed {analysis.num_tokens:,} tokens in {time.monotonic() - start:.1f} s",
+            is_shown=processes.index == 0,
         )
         if processes.index == 0:
             said = _describe(model, task, step) | analysis.to_json()
@@ -72,12 +93,17 @@ def main(arguments: list[str]) -> int:
             if flags.json:
                 print(json.dumps(said), file=output)
             else:
-                print_analysis(analysis, Console(file=output, highlight=False, width=_width(output)))
+                print_analysis(
+                    analysis, Console(file=output, highlight=False, width=_width(output))
+                )
     return 0
 
 
-def analyze_run(workdir: Path, mesh: jax.sharding.Mesh, processes: Processes, *, quick: bool = True) -> RoutingAnalysis:
-    """The newest checkpoint of a run, by its held-out text, in a process that has its devices already.
+def analyze_run(
+    workdir: Path, mesh: jax.sharding.Mesh, processes: Processes, *, quick: bool = True
+) -> RoutingAnalysis:
+    """The newest checkpoint of a run, by its held-out text, in a process that has its devices
+    already.
 
     Args:
         quick: leaves out the route flips, for which the model is compiled once more.
@@ -90,7 +116,13 @@ def analyze_run(workdir: Path, mesh: jax.sharding.Mesh, processes: Processes, *,
     if run is None or step is None:
         raise ConfigError(f"{workdir} is no run that has saved a checkpoint")
     loaded = load_pretrained(workdir, mesh=mesh)
-    task = Task(run.data, "held_out", run.is_chat, loaded.config.train.sequence_length, run.train.eval_sequences)
+    task = Task(
+        run.data,
+        "held_out",
+        run.is_chat,
+        loaded.config.train.sequence_length,
+        run.train.eval_sequences,
+    )
     earlier = find_earlier(run, step, None, mesh)
     return analyze_text(loaded, task, processes, earlier=earlier, compares_dtypes=not quick)
 
@@ -139,11 +171,16 @@ def _choose_data(given: DataConfig, is_named: bool, run: TrainedRun | None) -> D
     """What the flags name, or else the run's own data, with what they change of it."""
     if is_named:
         return given
-    require(run is not None, "--data.path=F must name the data: the checkpoint is no run's, which would name its own")
+    require(
+        run is not None,
+        "--data.path=F must name the data: the checkpoint is no run's, which would name its own",
+    )
     assert run is not None
     default = DataConfig()
     fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
-    return dataclasses.replace(run.data, **{key: new for key, new in fields.items() if new != getattr(default, key)})
+    return dataclasses.replace(
+        run.data, **{key: new for key, new in fields.items() if new != getattr(default, key)}
+    )
 
 
 def _find_step(checkpoint: Path, run: TrainedRun | None) -> int | None:
@@ -159,16 +196,23 @@ def _find_step(checkpoint: Path, run: TrainedRun | None) -> int | None:
 def _iterate_labels(loaded: Pretrained, text: PackedText, labellings: list[Labelling]):
     for store, plan, count in zip(text.stores, text.plans, text.counts, strict=True):
         yield from spread_labels(
-            [functools.partial(labelling.label, store) for labelling in labellings], plan,
-            num_sequences=count, batch_size=text.batch_size, mesh=loaded.mesh, rules=loaded.model.rules,
-        )  # fmt: skip
+            [functools.partial(labelling.label, store) for labelling in labellings],
+            plan,
+            num_sequences=count,
+            batch_size=text.batch_size,
+            mesh=loaded.mesh,
+            rules=loaded.model.rules,
+        )
 
 
 def _describe(model: ModelFlags, task: Task, step: int | None) -> dict[str, Any]:
     return {
-        "checkpoint": str(model.checkpoint), "step": step, "data": task.data.path, "part": task.part,
+        "checkpoint": str(model.checkpoint),
+        "step": step,
+        "data": task.data.path,
+        "part": task.part,
         "sequence_length": task.sequence_length,
-    }  # fmt: skip
+    }
 
 
 def _make_folder(folder: Path) -> None:
@@ -176,12 +220,14 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be made ({error.strerror}): name another with --to=DIR") from None
+        raise ConfigError(
+            f"{folder} cannot be made ({error.strerror}): name another with --to=DIR"
+        ) from None
 
 
 def _write(folder: Path, said: dict[str, Any], analysis: RoutingAnalysis) -> None:
     # Slow to import, and a report that nobody keeps needs none.
-    from mixtral_jax.lab.routing_pictures import draw_routing
+    from mixtral_jax.lab.pictures.routing import draw_routing
 
     path = folder / "analysis.json"
     before = json.loads(path.read_text("utf-8")).get("pictures", []) if path.exists() else []

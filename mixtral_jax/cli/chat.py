@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from mixtral_jax.cli.flags import make_verb_parser
-from mixtral_jax.cli.open_model import (
+from mixtral_jax.cli.model_flags import (
     add_model_flags,
     add_settings_flags,
     note,
@@ -24,26 +24,40 @@ _LONG_ANSWER = Settings(max_new_tokens=1024)
 
 
 def main(arguments: list[str]) -> int:
-    """`chat --checkpoint DIR`: each line of standard input is a message, each answer goes to standard output."""
+    """`chat --checkpoint DIR`: each line of standard input is a message, each answer goes to
+    standard output.
+    """
     parser = make_verb_parser(__doc__, "chat")
     add_model_flags(parser)
     parser.add_argument("--system", help="what the model is told before the first message")
-    parser.add_argument("--safe_mode", action="store_true", help="put Mistral's guardrail before that")
+    parser.add_argument(
+        "--safe_mode", action="store_true", help="put Mistral's guardrail before that"
+    )
     add_settings_flags(parser, _LONG_ANSWER)
     flags, model, _ = parse_model_flags(parser, arguments)
     settings = read_settings(flags)
     with join_processes(model.launch) as processes:
-        require(processes.count == 1, "chat is for one process: several cannot read one terminal; use generate")
+        require(
+            processes.count == 1,
+            "chat is for one process: several cannot read one terminal; use generate",
+        )
         loaded = open_model(model, processes)
-        require(loaded.tokenizer, f"--checkpoint={flags.checkpoint} came without a tokenizer: a chat needs one")
-        Conversation(loaded, flags.system, settings, safe_mode=flags.safe_mode).run(read_messages(sys.stdin))
+        require(
+            loaded.tokenizer,
+            f"--checkpoint={flags.checkpoint} came without a tokenizer: a chat needs one",
+        )
+        Conversation(loaded, flags.system, settings, safe_mode=flags.safe_mode).run(
+            read_messages(sys.stdin)
+        )
     return 0
 
 
 class Conversation:
     """What has been said, and how it goes on."""
 
-    def __init__(self, loaded: Pretrained, system: str | None, settings: Settings, *, safe_mode: bool):
+    def __init__(
+        self, loaded: Pretrained, system: str | None, settings: Settings, *, safe_mode: bool
+    ):
         self._loaded = loaded
         self._asked: dict[str, Any] = {**vars(settings), "safe_mode": safe_mode}
         self._messages = [{"role": "system", "content": system}] if system else []
@@ -73,7 +87,9 @@ class Conversation:
         """Writes the answer as it comes; at Ctrl-C it ends where it is."""
         pieces = []
         # What is written here cannot deceive anyone but who writes it.
-        answer = self._loaded.stream_chat(self._messages, literal_inst="keep", speed=self._speed, **self._asked)
+        answer = self._loaded.stream_chat(
+            self._messages, literal_inst="keep", speed=self._speed, **self._asked
+        )
         try:
             for piece in answer:
                 pieces.append(piece)

@@ -21,5 +21,7 @@ def main(arguments: list[str]) -> int:
         return 0
     verbs = {"inspect": data_inspect.main, "validate": data_validate.main}
     if verb not in verbs:
-        raise ConfigError(f"unknown verb {f'data {verb}'!r}; there are: data inspect, data validate")
+        raise ConfigError(
+            f"unknown verb {f'data {verb}'!r}; there are: data inspect, data validate"
+        )
     return verbs[verb](rest)

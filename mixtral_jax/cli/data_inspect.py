@@ -9,11 +9,13 @@ from rich.text import Text
 from mixtral_jax.cli.data_rows import EncodedRow, leave_the_pipe, make_rows_parser, open_rows
 from mixtral_jax.data.readers import BadRow
 from mixtral_jax.data.tokenizer import Tokenizer
-from mixtral_jax.train.console import make_console
+from mixtral_jax.runs.console import make_console
 
 
 def main(arguments: list[str]) -> int:
-    """`data inspect FILE` with --json: a line a row; without: the pieces, those that are learnt behind a `+`."""
+    """`data inspect FILE` with --json: a line a row; without: the pieces, those that are learnt
+    behind a `+`.
+    """
     parser = make_rows_parser("inspect", __doc__)
     parser.add_argument("--json", action="store_true", help="a line of JSON for each row")
     flags = parser.parse_args(arguments)
@@ -33,7 +35,11 @@ def main(arguments: list[str]) -> int:
 def _as_json(index: int, row: EncodedRow | BadRow) -> dict[str, object]:
     if isinstance(row, BadRow):
         return {"index": index, "error": row.reason, "origin": row.origin}
-    return {"index": index, "tokens": row.chat.tokens.tolist(), "loss_mask": row.chat.loss_mask.tolist()}
+    return {
+        "index": index,
+        "tokens": row.chat.tokens.tolist(),
+        "loss_mask": row.chat.loss_mask.tolist(),
+    }
 
 
 def _as_text(row: EncodedRow | BadRow, tokenizer: Tokenizer) -> Text:

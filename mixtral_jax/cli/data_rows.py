@@ -11,9 +11,9 @@ from typing import get_args
 
 from mixtral_jax.cli.flags import FlagParser
 from mixtral_jax.config import ChatFormat, LiteralInst, require
-from mixtral_jax.data.chat import ChatTemplate, EncodedChat
-from mixtral_jax.data.conversations import Chat, drop_unsupervised, read_chats
-from mixtral_jax.data.messages import Mode
+from mixtral_jax.data.chat.conversations import Chat, drop_unsupervised, read_chats
+from mixtral_jax.data.chat.messages import Mode
+from mixtral_jax.data.chat.template import ChatTemplate, EncodedChat
 from mixtral_jax.data.readers import BadRow
 from mixtral_jax.data.sources import split_sources
 from mixtral_jax.data.tokenizer import Tokenizer, read_tokenizer
@@ -40,19 +40,31 @@ class Rows:
 def make_rows_parser(verb: str, description: str | None) -> argparse.ArgumentParser:
     """A parser of the flags that both verbs take."""
     parser = FlagParser(prog=f"mixtral-jax data {verb}", description=description)
-    parser.add_argument("file", help="a file, folder, glob, hub:NAME: anything that data.path takes")
-    parser.add_argument("--tokenizer", help="mixtral, mixtral-v3, a .model file, or a workdir that holds one")
-    parser.add_argument("--template", choices=["v1", "v3"], help="by default that of the tokenizer")
-    parser.add_argument("--mode", choices=get_args(Mode), default="training", help="who is to see the rows")
     parser.add_argument(
-        "--literal_inst", choices=get_args(LiteralInst), default="reject", help="what v1 does with [INST] in a text"
+        "file", help="a file, folder, glob, hub:NAME: anything that data.path takes"
     )
-    parser.add_argument("--format", choices=get_args(ChatFormat), default="auto", help="by default that of each row")
+    parser.add_argument(
+        "--tokenizer", help="mixtral, mixtral-v3, a .model file, or a workdir that holds one"
+    )
+    parser.add_argument("--template", choices=["v1", "v3"], help="by default that of the tokenizer")
+    parser.add_argument(
+        "--mode", choices=get_args(Mode), default="training", help="who is to see the rows"
+    )
+    parser.add_argument(
+        "--literal_inst",
+        choices=get_args(LiteralInst),
+        default="reject",
+        help="what v1 does with [INST] in a text",
+    )
+    parser.add_argument(
+        "--format", choices=get_args(ChatFormat), default="auto", help="by default that of each row"
+    )
     return parser
 
 
 def open_rows(flags: argparse.Namespace, *, only_supervised: bool) -> Rows:
-    """The rows that the flags name; `only_supervised` makes those without a token to be learnt bad ones.
+    """The rows that the flags name; `only_supervised` makes those without a token to be learnt bad
+    ones.
 
     Raises:
         ConfigError: no tokenizer, no such file, or a template that does not fit.

@@ -1,4 +1,6 @@
-"""Names every row of a file that no conversation can be made of, by line and reason; counts the others."""
+"""Names every row of a file that no conversation can be made of, by line and reason; counts the
+others.
+"""
 
 import collections
 import dataclasses
@@ -12,7 +14,9 @@ from mixtral_jax.data.readers import BadRow
 def main(arguments: list[str]) -> int:
     """`data validate FILE`: 1 if any row is bad, 0 if none is."""
     parser = make_rows_parser("validate", __doc__)
-    parser.add_argument("--sequence_length", type=int, help="of the run to come: to name rows that are longer")
+    parser.add_argument(
+        "--sequence_length", type=int, help="of the run to come: to name rows that are longer"
+    )
     flags = parser.parse_args(arguments)
     length = flags.sequence_length
     require(length is None or length >= 2, f"--sequence_length={length} must be at least 2")

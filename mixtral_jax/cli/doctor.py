@@ -1,4 +1,6 @@
-"""Says what a run would find here: processes, devices, versions, kernels, free disk; and what would go wrong."""
+"""Says what a run would find here: processes, devices, versions, kernels, free disk; and what would
+go wrong.
+"""
 
 import dataclasses
 import json
@@ -10,11 +12,8 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from mixtral_jax.cli import checkup
-from mixtral_jax.cli.checkup import Problem, in_gib
 from mixtral_jax.cli.flags import RunFlags, add_run_flags, make_parser, parse_config, read_run_flags
 from mixtral_jax.cli.output import claim_stdout
-from mixtral_jax.cli.start import choose_kernels, describe_experts, prepare_devices
 from mixtral_jax.config import Config, ConfigError
 from mixtral_jax.data.cache import default_cache_dir
 from mixtral_jax.finetune.tunable import make_tunable
@@ -32,13 +31,18 @@ from mixtral_jax.parallel.agreement import (
 from mixtral_jax.parallel.coordinator import find_scheduler
 from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, resolve_mesh
 from mixtral_jax.parallel.processes import Processes, join_processes
-from mixtral_jax.train.console import make_console
+from mixtral_jax.runs import checkup
+from mixtral_jax.runs.checkup import Problem, in_gib
+from mixtral_jax.runs.console import make_console
+from mixtral_jax.runs.run import choose_kernels, describe_experts, prepare_devices
 from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from mixtral_jax.train.state import abstract_state
 
 
 def main(arguments: list[str]) -> int:
-    """`doctor` with the flags of the run to come [--json]: 0 if nothing is wrong, 2 if something would go wrong."""
+    """`doctor` with the flags of the run to come [--json]: 0 if nothing is wrong, 2 if something
+    would go wrong.
+    """
     parser = make_parser(__doc__, "pretrain/tiny.py", "doctor")
     add_run_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
@@ -59,14 +63,18 @@ def examine(flags: RunFlags, processes: Processes) -> dict[str, Any]:
     prepare_devices(config)
     devices = share_devices(processes)
     unequal = find_unequal_devices(devices)
-    found = [Problem(what, ALIKE) for what in differences] + [Problem(what, EQUAL) for what in unequal]
+    found = [Problem(what, ALIKE) for what in differences] + [
+        Problem(what, EQUAL) for what in unequal
+    ]
     found += checkup.check_launch(processes, find_scheduler())
     found += checkup.check_workdir(flags.workdir, processes, members)
     found += _check_everywhere(config, processes, members, devices)
     report = {
         "processes": [_row(member, there) for member, there in zip(members, devices, strict=True)],
         "versions": members[0].versions,
-        **_examine_plan(config, flags.workdir or Path("runs"), found, is_whole=not differences and not unequal),
+        **_examine_plan(
+            config, flags.workdir or Path("runs"), found, is_whole=not differences and not unequal
+        ),
     }
     return report | {"problems": [dataclasses.asdict(problem) for problem in found]}
 
@@ -87,23 +95,37 @@ def _check_everywhere(
     return [
         problem
         if len(ids) == processes.count
-        else Problem(f"process {', '.join(map(str, ids))} on {members[ids[0]].host}: {problem.what}", problem.fix)
+        else Problem(
+            f"process {', '.join(map(str, ids))} on {members[ids[0]].host}: {problem.what}",
+            problem.fix,
+        )
         for problem, ids in where.items()
     ]
 
 
-def _examine_plan(config: Config, workdir: Path, found: list[Problem], is_whole: bool) -> dict[str, Any]:
-    """What the config comes to on these devices; adds to `found`. `is_whole`: the processes can work together."""
+def _examine_plan(
+    config: Config, workdir: Path, found: list[Problem], is_whole: bool
+) -> dict[str, Any]:
+    """What the config comes to on these devices; adds to `found`.
+
+    `is_whole`: the processes can work together.
+    """
     device = jax.local_devices()[0]
     plan: dict[str, Any] = {
-        "cache": str(default_cache_dir()), "workdir": str(workdir), "free_bytes": checkup.free_bytes(workdir),
-    }  # fmt: skip
+        "cache": str(default_cache_dir()),
+        "workdir": str(workdir),
+        "free_bytes": checkup.free_bytes(workdir),
+    }
     try:
         config = checkup.fit_base(config, found)
         config = resolve_mesh(config, jax.device_count())
         choices = choose_kernels(config, device.platform)
     except ConfigError as error:
-        found.append(checkup.as_problem(error, "set the axes in --config.mesh, or use another number of devices"))
+        found.append(
+            checkup.as_problem(
+                error, "set the axes in --config.mesh, or use another number of devices"
+            )
+        )
         return plan
     plan["kernels"] = {part: dataclasses.asdict(choice) for part, choice in choices.items()}
     if not is_whole:
@@ -115,7 +137,9 @@ def _examine_plan(config: Config, workdir: Path, found: list[Problem], is_whole:
     with jax.set_mesh(mesh):
         count = count_parameters(jax.eval_shape(tunable.make_model))
         leaves = jax.tree.leaves(abstract_state(tunable.make_model, optimizer, tunable.trainable))
-    shards = [jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in leaves]
+    shards = [
+        jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in leaves
+    ]
     plan |= {
         "mesh": {axis: mesh.shape[axis] for axis in MESH_AXES},
         "experts": describe_experts(mesh, config.model.num_experts),
@@ -124,7 +148,9 @@ def _examine_plan(config: Config, workdir: Path, found: list[Problem], is_whole:
         "state_bytes_per_device": _size(shards),
         "sum_seconds": checkup.time_sum(mesh),
     }
-    found += checkup.check_disk(plan["free_bytes"], plan["checkpoint_bytes"], config.checkpoint.keep, workdir)
+    found += checkup.check_disk(
+        plan["free_bytes"], plan["checkpoint_bytes"], config.checkpoint.keep, workdir
+    )
     found += checkup.check_memory(plan["state_bytes_per_device"], device)
     return plan
 
@@ -133,21 +159,34 @@ def show(report: dict[str, Any], output: Any) -> None:
     """Prints the report for people."""
     console = make_console(output=output)
     _show_processes(report["processes"], console)
-    console.print(f"versions    {', '.join(f'{name} {version}' for name, version in report['versions'].items())}")
+    console.print(
+        "versions    "
+        f"{', '.join(f'{name} {version}' for name, version in report['versions'].items())}"
+    )
     if "mesh" in report:
-        console.print(f"mesh        {', '.join(f'{axis}={size}' for axis, size in report['mesh'].items())}")
+        console.print(
+            f"mesh        {', '.join(f'{axis}={size}' for axis, size in report['mesh'].items())}"
+        )
         for line in report["experts"]:
             console.print(f"experts     {line}")
         state, seconds = in_gib(report["state_bytes_per_device"]), report["sum_seconds"]
-        console.print(f"parameters  {report['parameters']:,}; with the optimizer's state {state} a device")
+        console.print(
+            f"parameters  {report['parameters']:,}; with the optimizer's state {state} a device"
+        )
         console.print(f"devices     all answer: a sum over them takes {seconds * 1e3:.1f} ms")
     for part, choice in report.get("kernels", {}).items():
         console.print(f"{part:<12}{choice['name']} ({choice['why']})")
-    needed = f"; a checkpoint takes {in_gib(report['checkpoint_bytes'])}" if "checkpoint_bytes" in report else ""
+    needed = (
+        f"; a checkpoint takes {in_gib(report['checkpoint_bytes'])}"
+        if "checkpoint_bytes" in report
+        else ""
+    )
     console.print(f"workdir     {report['workdir']}: {in_gib(report['free_bytes'])} free{needed}")
     console.print(f"cache       {report['cache']}")
     for number, problem in enumerate(report["problems"], start=1):
-        console.print(f"[bold]problem {number}[/]   {problem['what']}\n  [bold]fix[/]       {problem['fix']}")
+        console.print(
+            f"[bold]problem {number}[/]   {problem['what']}\n  [bold]fix[/]       {problem['fix']}"
+        )
     if not report["problems"]:
         console.print("[bold]no problem found[/]")
 
@@ -156,15 +195,22 @@ def _show_processes(processes: list[dict[str, Any]], console: Console) -> None:
     table = Table("process", "host", "pid", "devices", "workdir")
     for row in processes:
         devices = f"{row['num_devices']} x {row['device_kind']} ({row['platform']})"
-        table.add_row(str(row["index"]), row["host"], str(row["pid"]), devices, row["workdir"] or "-")
+        table.add_row(
+            str(row["index"]), row["host"], str(row["pid"]), devices, row["workdir"] or "-"
+        )
     console.print(table)
 
 
 def _row(member: Member, devices: LocalDevices) -> dict[str, Any]:
     return {
-        "index": member.index, "host": member.host, "pid": member.pid, "platform": devices.platform,
-        "device_kind": devices.kind, "num_devices": devices.count, "workdir": member.workdir,
-    }  # fmt: skip
+        "index": member.index,
+        "host": member.host,
+        "pid": member.pid,
+        "platform": devices.platform,
+        "device_kind": devices.kind,
+        "num_devices": devices.count,
+        "workdir": member.workdir,
+    }
 
 
 def _size(leaves: list[Any]) -> int:

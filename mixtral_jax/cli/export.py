@@ -3,20 +3,31 @@
 import time
 
 from mixtral_jax.checkpoint.export import FORMATS, make_small_files, write_folder
-from mixtral_jax.checkpoint.new_folder import new_folder, require_room
-from mixtral_jax.checkpoint.stored import DTYPES
+from mixtral_jax.checkpoint.files.new_folder import new_folder, require_room
+from mixtral_jax.checkpoint.files.stored import DTYPES
 from mixtral_jax.checkpoint.weights import open_weights
-from mixtral_jax.cli.byte_progress import byte_progress
 from mixtral_jax.cli.flags import make_verb_parser, parse_path
+from mixtral_jax.runs.byte_progress import byte_progress
 
 
 def main(arguments: list[str]) -> int:
     """`export --checkpoint DIR --to DIR [--format=hf|mistral] [--dtype=D]`."""
     parser = make_verb_parser(__doc__, "export")
-    parser.add_argument("--checkpoint", type=parse_path, required=True, help="a workdir, a step of it, or any weights")
-    parser.add_argument("--to", type=parse_path, required=True, help="the folder that is made of it")
-    parser.add_argument("--format", choices=FORMATS, default="hf", help="by default hf, of Hugging Face")
-    parser.add_argument("--dtype", choices=DTYPES, help="what to store the weights in; by default as they are")
+    parser.add_argument(
+        "--checkpoint",
+        type=parse_path,
+        required=True,
+        help="a workdir, a step of it, or any weights",
+    )
+    parser.add_argument(
+        "--to", type=parse_path, required=True, help="the folder that is made of it"
+    )
+    parser.add_argument(
+        "--format", choices=FORMATS, default="hf", help="by default hf, of Hugging Face"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="what to store the weights in; by default as they are"
+    )
     flags = parser.parse_args(arguments)
     weights = open_weights(flags.checkpoint)
     if flags.dtype:
@@ -29,7 +40,9 @@ def main(arguments: list[str]) -> int:
     for note in weights.architecture.notes:
         print(f"note: {note}")
     print(
-        f"exported {weights.num_parameters:,} parameters in {weights.architecture.model.param_dtype} "
-        f"({weights.source}) to {flags.to}: {weights.nbytes / 1e9:.2f} GB in {time.monotonic() - start:.1f} s"
+        f"exported {weights.num_parameters:,} parameters in "
+        f"{weights.architecture.model.param_dtype} "
+        f"({weights.source}) to {flags.to}: {weights.nbytes / 1e9:.2f} GB in "
+        f"{time.monotonic() - start:.1f} s"
     )
     return 0

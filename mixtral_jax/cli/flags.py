@@ -1,30 +1,35 @@
-"""Flags of a run, shared by the scripts and the verbs: `--config=FILE`, `--config.KEY=VALUE`, `--workdir=DIR`."""
+"""Flags of a run, shared by the scripts and the verbs:
+
+`--config=FILE`, `--config.KEY=VALUE`, `--workdir=DIR`.
+"""
 
 import argparse
 import dataclasses
 import os
-import runpy
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-from ml_collections import ConfigDict
-
-from mixtral_jax.config import Config, ConfigError, require
-from mixtral_jax.config_mapping import build, set_key
+from mixtral_jax.config import (
+    SHIPPED,
+    Config,
+    ConfigError,
+    build,
+    load_config_file,
+    require,
+    set_key,
+)
 from mixtral_jax.parallel.coordinator import Launch
-
-Read = TypeVar("Read")
-
-# Beside the package in a clone, which is how it is installed.
-SHIPPED = Path(__file__).parents[2] / "configs"
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFlags:
-    """What the command line said; `config` is validated, but its mesh not yet fitted to the devices."""
+    """What the command line said;
+
+    `config` is validated, but its mesh not yet fitted to the devices.
+    """
 
     config: Config
     config_path: Path
@@ -44,9 +49,11 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def run_command(command: Callable[[list[str]], int]) -> NoReturn:
-    """Exits with what `command(arguments)` returns; with 2 and one line if the user was wrong, 130 at Ctrl-C.
+    """Exits with what `command(arguments)` returns; with 2 and one line if the user was wrong, 130
+    at Ctrl-C.
 
-    Where the reader of a pipe has gone, as `head` does, nobody is there to be told: 1, without a word.
+    Where the reader of a pipe has gone, as `head` does, nobody is there to be told: 1, without a
+    word.
     """
     try:
         code = command(sys.argv[1:])
@@ -56,12 +63,16 @@ def run_command(command: Callable[[list[str]], int]) -> NoReturn:
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Or Python fails once more, at what is left to write.
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), 1
+        )  # Or Python fails once more, at what is left to write.
         code = 1
     sys.exit(code)
 
 
-def parse_run_flags(arguments: Sequence[str], *, description: str | None, default_config: str) -> RunFlags:
+def parse_run_flags(
+    arguments: Sequence[str], *, description: str | None, default_config: str
+) -> RunFlags:
     """The flags of a script that trains."""
     parser = make_parser(description, default_config)
     add_run_flags(parser)
@@ -70,15 +81,21 @@ def parse_run_flags(arguments: Sequence[str], *, description: str | None, defaul
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Adds --workdir and what says which processes there are."""
-    parser.add_argument("--workdir", type=parse_path, help="where everything is written; the same one again resumes")
+    parser.add_argument(
+        "--workdir", type=parse_path, help="where everything is written; the same one again resumes"
+    )
     add_process_flags(parser)
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
     """Adds what says which processes there are."""
-    parser.add_argument("--coordinator", help="HOST:PORT of process 0, where jax cannot find it itself")
+    parser.add_argument(
+        "--coordinator", help="HOST:PORT of process 0, where jax cannot find it itself"
+    )
     parser.add_argument("--num_processes", type=int, help="how many there are in all")
-    parser.add_argument("--process_id", type=int, help="of this process, from 0; 0 runs on the coordinator's host")
+    parser.add_argument(
+        "--process_id", type=int, help="of this process, from 0; 0 runs on the coordinator's host"
+    )
 
 
 def read_run_flags(flags: argparse.Namespace, config: Config) -> RunFlags:
@@ -99,10 +116,13 @@ def read_process_flags(flags: argparse.Namespace) -> Launch:
     return Launch(flags.coordinator, flags.num_processes, flags.process_id)
 
 
-def make_parser(description: str | None, default_config: str, verb: str | None = None) -> argparse.ArgumentParser:
+def make_parser(
+    description: str | None, default_config: str, verb: str | None = None
+) -> argparse.ArgumentParser:
     """A parser that knows --config, for more flags to be added; its errors are `ConfigError`s."""
     epilog = (
-        "--config.KEY=VALUE sets any key, as --config.train.num_steps=100; all keys, with their defaults: "
+        "--config.KEY=VALUE sets any key, as --config.train.num_steps=100; all keys, with their "
+        "defaults: "
         "mixtral_jax/config.py; configs to start from: configs/"
     )
     prog = f"mixtral-jax {verb}" if verb else None
@@ -129,7 +149,9 @@ def parse_path(text: str) -> Path:
     return Path(text)
 
 
-def parse_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+def parse_config(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> tuple[argparse.Namespace, Config]:
     """The parser's flags, and the config file with every --config.KEY=VALUE applied in order."""
     flags, rest = parser.parse_known_args(arguments)
     mapping = load_config_file(flags.config)
@@ -145,7 +167,8 @@ def set_config_keys(mapping: dict[str, Any], arguments: Sequence[str]) -> None:
     """
     for argument in arguments:
         require(
-            argument.startswith("--config."), f"unknown flag {argument!r}; config keys are set as --config.KEY=VALUE"
+            argument.startswith("--config."),
+            f"unknown flag {argument!r}; config keys are set as --config.KEY=VALUE",
         )
         _override(mapping, argument, "--config.")
 
@@ -153,7 +176,8 @@ def set_config_keys(mapping: dict[str, Any], arguments: Sequence[str]) -> None:
 def parse_sections(
     parser: argparse.ArgumentParser, arguments: Sequence[str], **sections: type
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The parser's flags, and some sections of the config without a config: a dataclass each, from `--NAME.KEY=VALUE`.
+    """The parser's flags, and some sections of the config without a config: a dataclass each, from
+    `--NAME.KEY=VALUE`.
 
     Raises:
         ConfigError: names the flag, or the key and its value, and what would be right.
@@ -164,36 +188,9 @@ def parse_sections(
         is_known = any(argument.startswith(f"--{name}.") for name in sections)
         require(is_known, f"unknown flag {argument!r} (--help lists the flags)")
         _override(mapping, argument, "--")
-    return flags, {name: build(section, mapping[name], f"{name}.") for name, section in sections.items()}
-
-
-def load_config_file(path: Path) -> dict[str, Any]:
-    """The nested mapping that `get_config()` of a config file returns. The file runs as Python."""
-    return run_config_file(path, lambda said: ConfigDict(said).to_dict())
-
-
-def run_config_file(path: Path, read: Callable[[Any], Read]) -> Read:
-    """What `read` makes of what `get_config()` of a file returns.
-
-    Raises:
-        ConfigError: there is no such file or function, or one of the two fails.
-    """
-    if not path.is_file():
-        problem = "is a folder: name a .py file in it" if path.is_dir() else "there is no such file"
-        raise ConfigError(f"--config={path}: {problem}; shipped ones are under configs/")
-    # Config files import their parents from the `configs` folder that they live in, or that of the current one.
-    roots = [str(folder.parent) for folder in path.resolve().parents if folder.name == "configs"]
-    sys.path[:0] = [root for root in roots[:1] if root not in sys.path]
-    sys.path.append(str(Path.cwd()))
-    try:
-        get_config = runpy.run_path(str(path)).get("get_config")
-        if get_config is None:
-            raise ConfigError(f"--config={path} must have a function get_config() that returns a ConfigDict")
-        return read(get_config())
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"--config={path} does not run: {type(error).__name__}: {error}") from error
+    return flags, {
+        name: build(section, mapping[name], f"{name}.") for name, section in sections.items()
+    }
 
 
 def _override(mapping: dict[str, Any], argument: str, prefix: str) -> None:

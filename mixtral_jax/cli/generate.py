@@ -3,7 +3,7 @@
 from typing import IO
 
 from mixtral_jax.cli.flags import make_verb_parser
-from mixtral_jax.cli.open_model import (
+from mixtral_jax.cli.model_flags import (
     add_model_flags,
     add_settings_flags,
     note,
@@ -19,7 +19,9 @@ from mixtral_jax.pretrained import Pretrained
 
 
 def main(arguments: list[str]) -> int:
-    """`generate --checkpoint DIR --prompt TEXT`: the continuation on standard output, the speed on standard error."""
+    """`generate --checkpoint DIR --prompt TEXT`: the continuation on standard output, the speed on
+    standard error.
+    """
     parser = make_verb_parser(__doc__, "generate")
     add_model_flags(parser)
     parser.add_argument("--prompt", required=True, help="the text to continue")
@@ -32,7 +34,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def write_continuation(loaded: Pretrained, prompt: str, settings: Settings, output: IO[str] | None) -> None:
+def write_continuation(
+    loaded: Pretrained, prompt: str, settings: Settings, output: IO[str] | None
+) -> None:
     """Writes the continuation as it comes, with a newline behind it only in a terminal.
 
     `output` is None where another process writes.
@@ -48,7 +52,10 @@ def write_continuation(loaded: Pretrained, prompt: str, settings: Settings, outp
         return
     if output.isatty():
         output.write("\n")
-    note(f"{speed} on {loaded.mesh.size} device(s), {loaded.config.model.dtype}; ended: {finish_reason}")
+    note(
+        f"{speed} on {loaded.mesh.size} device(s), {loaded.config.model.dtype}; ended: "
+        f"{finish_reason}"
+    )
     meant_for = loaded.config.train.sequence_length
     if len(ids) + speed.new_tokens + 1 > meant_for:
         note(f"note: the model was made for texts of {meant_for:,} tokens, and this one is longer")

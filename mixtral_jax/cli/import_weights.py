@@ -14,16 +14,21 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from mixtral_jax.checkpoint.new_folder import make_mark, new_folder, require_room
+from mixtral_jax.checkpoint.files.new_folder import make_mark, new_folder, require_room
+from mixtral_jax.checkpoint.files.stored import DTYPES
+from mixtral_jax.checkpoint.files.zarr_chunks import write_chunks
 from mixtral_jax.checkpoint.run_parameters import parameter_key
-from mixtral_jax.checkpoint.stored import DTYPES
 from mixtral_jax.checkpoint.weights import Weights, open_weights
-from mixtral_jax.checkpoint.zarr_chunks import write_chunks
-from mixtral_jax.cli.byte_progress import byte_progress
-from mixtral_jax.cli.flags import add_process_flags, make_verb_parser, parse_path, read_process_flags
+from mixtral_jax.cli.flags import (
+    add_process_flags,
+    make_verb_parser,
+    parse_path,
+    read_process_flags,
+)
 from mixtral_jax.config import MeshConfig
 from mixtral_jax.parallel.coordinator import find_scheduler
-from mixtral_jax.train.console import make_console
+from mixtral_jax.runs.byte_progress import byte_progress
+from mixtral_jax.runs.console import make_console
 
 if TYPE_CHECKING:
     from mixtral_jax.parallel.processes import Processes
@@ -32,9 +37,15 @@ if TYPE_CHECKING:
 def main(arguments: list[str]) -> int:
     """`import --from DIR --to DIR [--dtype D]`."""
     parser = make_verb_parser(__doc__, "import")
-    parser.add_argument("--from", dest="source", type=parse_path, required=True, help="a folder with weights")
-    parser.add_argument("--to", type=parse_path, required=True, help="the workdir that is made of them")
-    parser.add_argument("--dtype", choices=DTYPES, help="what to store them in; by default as they are")
+    parser.add_argument(
+        "--from", dest="source", type=parse_path, required=True, help="a folder with weights"
+    )
+    parser.add_argument(
+        "--to", type=parse_path, required=True, help="the workdir that is made of them"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="what to store them in; by default as they are"
+    )
     add_process_flags(parser)
     flags = parser.parse_args(arguments)
     weights = open_weights(flags.source)
@@ -62,7 +73,10 @@ def import_weights(weights: Weights, to: Path, processes: "Processes | None" = N
     start = time.monotonic()
     index, count = (processes.index, processes.count) if processes else (0, 1)
     mark = processes.share("mark", make_mark())[0] if processes else make_mark()
-    arrays = {parameter_key("trained", parameter): stored for parameter, stored in weights.parameters.items()}
+    arrays = {
+        parameter_key("trained", parameter): stored
+        for parameter, stored in weights.parameters.items()
+    }
     with (
         new_folder(to, mark, is_writer=index == 0) as folder,
         byte_progress("importing", weights.nbytes // count, is_shown=index == 0) as report,
@@ -70,7 +84,7 @@ def import_weights(weights: Weights, to: Path, processes: "Processes | None" = N
         chunks = folder / "chunks"
         with _copy_in_background(write_chunks(chunks, arrays, index, count), report) as copying:
             # Starts jax and Orbax meanwhile.
-            from mixtral_jax.checkpoint.run_writer import adopt_chunks
+            from mixtral_jax.checkpoint.files.run_writer import adopt_chunks
 
             def wait() -> None:
                 copying.result()
@@ -113,7 +127,8 @@ def _describe(weights: Weights, to: Path, seconds: float, console: Console) -> N
     for note in weights.architecture.notes:
         console.print(f"note: {note}")
     console.print(
-        f"imported {weights.num_parameters:,} parameters in {weights.architecture.model.param_dtype} "
+        f"imported {weights.num_parameters:,} parameters in "
+        f"{weights.architecture.model.param_dtype} "
         f"({weights.source}) into {to}: {weights.nbytes / 1e9:.2f} GB in {seconds:.1f} s"
     )
 

@@ -1,7 +1,7 @@
 """`mixtral-jax VERB ...`: finds the verb, and leaves its flags to the verb's own file.
 
-A verb's module has `main(arguments) -> exit code`; the first line of its docstring is its help. Help
-reads that line without importing the module, so that it is not kept waiting for jax.
+A verb's module has `main(arguments) -> exit code`; the first line of its docstring is its help.
+Help reads that line without importing the module, so that it is not kept waiting for jax.
 """
 
 import ast
@@ -14,9 +14,18 @@ from mixtral_jax.config import ConfigError
 
 # Verb -> file in this folder.
 VERBS = {
-    "import": "import_weights", "export": "export", "generate": "generate", "chat": "chat", "evaluate": "evaluate",
-    "data": "data", "analyze": "analyze", "ablate": "ablate", "bench": "bench", "plan": "plan", "doctor": "doctor",
-}  # fmt: skip
+    "import": "import_weights",
+    "export": "export",
+    "generate": "generate",
+    "chat": "chat",
+    "evaluate": "evaluate",
+    "data": "data",
+    "analyze": "analyze",
+    "ablate": "ablate",
+    "bench": "bench",
+    "plan": "plan",
+    "doctor": "doctor",
+}
 
 
 def main() -> NoReturn:
@@ -43,6 +52,8 @@ def describe_verbs() -> str:
     """The help text: a line a verb."""
     lines = ["usage: mixtral-jax VERB ...   (mixtral-jax VERB --help lists its flags)", ""]
     for verb, name in VERBS.items():
-        docstring = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{name}.py").read_text())) or ""
+        docstring = (
+            ast.get_docstring(ast.parse(Path(__file__).with_name(f"{name}.py").read_text())) or ""
+        )
         lines.append(f"  {verb:<10} {docstring.splitlines()[0]}")
     return "\n".join(lines)

@@ -1,4 +1,6 @@
-"""What a run would need of devices that are not here: memory, FLOPs, collectives, and a bound on its speed."""
+"""What a run would need of devices that are not here: memory, FLOPs, collectives, and a bound on
+its speed.
+"""
 
 import argparse
 import json
@@ -17,12 +19,27 @@ from mixtral_jax.plan.topology import Target, open_target, parse_topology
 def main(arguments: list[str]) -> int:
     """`plan --config=F --topology=v5p:4x4x4 [--json] [--sweep] [--config.KEY=VALUE ...]`."""
     parser = make_parser(__doc__, "pretrain/mixtral_8x7b_v5p.py")
-    parser.add_argument("--topology", required=True, help="a TPU slice (v5p:4x4x4, v6e:16x16) or GPUs (h100:8)")
-    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else on standard output")
-    parser.add_argument("--cpu_fallback", action="store_true", help="without libtpu, estimate on virtual CPU devices")
-    parser.add_argument("--sweep", action="store_true", help="try meshes and batch sizes, and rank what fits")
-    parser.add_argument("--sweep_batch_sizes", help="numbers of sequences, as 64,128 (default: the config's, 2x, 4x)")
-    parser.add_argument("--sweep_limit", type=int, default=12, help="the most compilations of a sweep (default 12)")
+    parser.add_argument(
+        "--topology", required=True, help="a TPU slice (v5p:4x4x4, v6e:16x16) or GPUs (h100:8)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON, and nothing else on standard output"
+    )
+    parser.add_argument(
+        "--cpu_fallback",
+        action="store_true",
+        help="without libtpu, estimate on virtual CPU devices",
+    )
+    parser.add_argument(
+        "--sweep", action="store_true", help="try meshes and batch sizes, and rank what fits"
+    )
+    parser.add_argument(
+        "--sweep_batch_sizes",
+        help="numbers of sequences, as 64,128 (default: the config's, 2x, 4x)",
+    )
+    parser.add_argument(
+        "--sweep_limit", type=int, default=12, help="the most compilations of a sweep (default 12)"
+    )
     flags, config = parse_config(parser, arguments)
     topology = parse_topology(flags.topology)
     batch_sizes = _batch_sizes(flags, config)
@@ -37,12 +54,17 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _sweep(flags: argparse.Namespace, config: Config, target: Target, batch_sizes: list[int]) -> int:
+def _sweep(
+    flags: argparse.Namespace, config: Config, target: Target, batch_sizes: list[int]
+) -> int:
     progress = Console(stderr=True, highlight=False)
     attempts = sweep(
-        config, target, batch_sizes=batch_sizes, limit=flags.sweep_limit,
+        config,
+        target,
+        batch_sizes=batch_sizes,
+        limit=flags.sweep_limit,
         say=lambda line: progress.print(line, soft_wrap=True),
-    )  # fmt: skip
+    )
     if flags.json:
         ranked = [{"rank": attempt.rank, **attempt.plan.to_json()} for attempt in attempts]
         json.dump({"topology": target.topology.name, "plans": ranked}, sys.stdout, indent=2)
@@ -68,7 +90,9 @@ def _batch_sizes(flags: argparse.Namespace, config: Config) -> list[int]:
     accumulation = config.train.gradient_accumulation
     if not sizes or any(size < 1 or size % accumulation for size in sizes):
         raise ConfigError(
-            f"--sweep_batch_sizes={flags.sweep_batch_sizes} must be numbers with commas between, each a multiple of "
-            f"train.gradient_accumulation={accumulation}, as {64 * accumulation},{128 * accumulation}"
+            f"--sweep_batch_sizes={flags.sweep_batch_sizes} must be numbers with commas between, "
+            "each a multiple of "
+            f"train.gradient_accumulation={accumulation}, as "
+            f"{64 * accumulation},{128 * accumulation}"
         )
     return sizes

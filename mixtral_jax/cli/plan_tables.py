@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from mixtral_jax.cli.checkup import in_gib
 from mixtral_jax.plan.estimate import Plan
 from mixtral_jax.plan.meshes import describe_mesh
 from mixtral_jax.plan.sweep import Attempt
+from mixtral_jax.runs.checkup import in_gib
 
 # Lighter ones are in --json.
 NUM_COLLECTIVES = 12
@@ -20,13 +20,15 @@ def print_plan(plan: Plan, console: Console) -> None:
     train, mesh = step.config.train, describe_mesh(step.config.mesh)
     part = "" if step.trained == step.parameters else f", {step.trained.total:,} trained"
     console.print(
-        f"[bold]{topology.name}[/]: {topology.num_devices} devices as {mesh}; {train.batch_size} sequences of "
+        f"[bold]{topology.name}[/]: {topology.num_devices} devices as {mesh}; {train.batch_size} "
+        "sequences of "
         f"{train.sequence_length:,} tokens a step\n"
         f"{step.parameters.total:,} parameters, {step.parameters.active:,} active{part}"
     )
     if plan.target.is_estimate:
         console.print(
-            f"[bold yellow]an estimate[/]: compiled on virtual CPU devices, not for {topology.chip.name}: memory, "
+            "[bold yellow]an estimate[/]: compiled on virtual CPU devices, not for "
+            f"{topology.chip.name}: memory, "
             "traffic and collectives may differ"
         )
     console.print(f"compiled in {step.seconds:.0f} s\n")
@@ -37,7 +39,16 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def print_sweep(attempts: Sequence[Attempt], console: Console) -> None:
     """A line for each attempt, the best first."""
-    table = make_table("", "mesh", ">sequences", ">memory", "fits", ">MFU at most", ">tokens/s a device", "bound by")
+    table = make_table(
+        "",
+        "mesh",
+        ">sequences",
+        ">memory",
+        "fits",
+        ">MFU at most",
+        ">tokens/s a device",
+        "bound by",
+    )
     for attempt in attempts:
         plan, config, roofline = attempt.plan, attempt.plan.step.config, attempt.plan.roofline
         table.add_row(
@@ -66,7 +77,10 @@ def _print_memory(plan: Plan, console: Console) -> None:
         table.add_row(name, in_gib(size))
     console.print(table)
     room = in_gib(abs(hbm - memory.peak))
-    console.print(f"[bold]{'fits' if plan.fits else 'does not fit'}[/], {room} {'left' if plan.fits else 'over'}")
+    console.print(
+        f"[bold]{'fits' if plan.fits else 'does not fit'}[/], {room} "
+        f"{'left' if plan.fits else 'over'}"
+    )
     for line in plan.advice:
         console.print(f"  {line}", soft_wrap=True)
     console.print()
@@ -88,14 +102,21 @@ def _print_roofline(plan: Plan, console: Console) -> None:
             roofline.hbm_seconds,
             f"{plan.hbm_traffic / 1e9:,.3f} GB at {chip.hbm_bytes_per_second / 1e9:,.0f} GB/s",
         ),
-        ("interconnect", roofline.interconnect_seconds, f"{sent / 1e9:,.3f} GB sent, over the links of each axis"),
+        (
+            "interconnect",
+            roofline.interconnect_seconds,
+            f"{sent / 1e9:,.3f} GB sent, over the links of each axis",
+        ),
     ):
-        table.add_row(part, f"{seconds * 1e3:,.3f}", source, style="bold" if part == roofline.bound_by else "")
+        table.add_row(
+            part, f"{seconds * 1e3:,.3f}", source, style="bold" if part == roofline.bound_by else ""
+        )
     console.print(table)
     console.print(
         f"bound by [bold]{roofline.bound_by}[/]: at most {roofline.mfu_bound:.1%} MFU, "
         f"{roofline.tokens_per_second_per_device:,.0f} tokens/s a device\n"
-        f"{plan.model_flops:.4g} FLOPs on all devices that the model needs, {plan.hardware_flops:.4g} that are done\n"
+        f"{plan.model_flops:.4g} FLOPs on all devices that the model needs, "
+        f"{plan.hardware_flops:.4g} that are done\n"
     )
 
 
@@ -104,19 +125,30 @@ def _print_collectives(plan: Plan, console: Console) -> None:
     pairs = list(zip(plan.collectives, plan.collective_seconds, strict=True))
     for collective, seconds in pairs[:NUM_COLLECTIVES]:
         table.add_row(
-            collective.op, collective.axis or "-", collective.pass_, str(collective.count),
-            f"{collective.bytes_per_device / 1e6:,.3f}", f"{seconds * 1e3:,.3f}", collective.operand,
-        )  # fmt: skip
+            collective.op,
+            collective.axis or "-",
+            collective.pass_,
+            str(collective.count),
+            f"{collective.bytes_per_device / 1e6:,.3f}",
+            f"{seconds * 1e3:,.3f}",
+            collective.operand,
+        )
     console.print(table)
     rest = pairs[NUM_COLLECTIVES:]
     if rest:
         megabytes = sum(collective.bytes_per_device for collective, _ in rest) / 1e6
-        console.print(f"and {len(rest)} lighter kinds, {megabytes:,.3f} MB in all: --json lists them")
+        console.print(
+            f"and {len(rest)} lighter kinds, {megabytes:,.3f} MB in all: --json lists them"
+        )
 
 
 def make_table(*headings: str) -> Table:
     """A plain table; a heading that begins with > is of numbers."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in headings:
-        table.add_column(heading.lstrip(">"), justify="right" if heading.startswith(">") else "left", no_wrap=True)
+        table.add_column(
+            heading.lstrip(">"),
+            justify="right" if heading.startswith(">") else "left",
+            no_wrap=True,
+        )
     return table

@@ -1,4 +1,5 @@
-"""From files to batches: sources -> tokenizer -> token stores -> packed rows -> batches on the mesh.
+"""From files to batches: sources -> tokenizer -> token stores -> packed rows -> batches on the
+mesh.
 
 Everything here is a pure function of the files, the config and the seed, so a run resumes from its
 step number alone. Knows nothing of models or training.

@@ -32,8 +32,9 @@ class TrainBatches:
     """The batches of a run, without end: epoch after epoch, each in an order of its own.
 
     Global row i is row `permutation(seed, epoch)[i % num_rows]` of the plan, epoch = i // num_rows;
-    batch b is the global rows from b * batch_size. A plan smaller than a batch is read several times
-    in it. With weights, sources are dealt out evenly in that proportion, each in epochs of its own.
+    batch b is the global rows from b * batch_size. A plan smaller than a batch is read several
+    times in it. With weights, sources are dealt out evenly in that proportion, each in epochs of
+    its own.
 
     Args:
         batch_size: sequences in a batch, over all processes.
@@ -66,13 +67,16 @@ class TrainBatches:
         """Batch `start` and all that follow, made ahead in a thread that ends with the iterator.
 
         Yields:
-            The batch, its arrays [gradient_accumulation, batch_size / gradient_accumulation, T]; and
-            a hash of 16 hex digits of the plan and the batch's rows, which is all that the batch
-            depends on: equal on every process, and for any number of processes and micro-batches.
+            The batch, its arrays [gradient_accumulation, batch_size / gradient_accumulation, T];
+            and a hash of 16 hex digits of the plan and the batch's rows, which is all that the
+            batch depends on: equal on every process, and for any number of processes and
+            micro-batches.
         """
         maker = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         try:
-            made = collections.deque(maker.submit(self._make, start + ahead) for ahead in range(_PREFETCHED))
+            made = collections.deque(
+                maker.submit(self._make, start + ahead) for ahead in range(_PREFETCHED)
+            )
             for number in itertools.count(start + _PREFETCHED):
                 made.append(maker.submit(self._make, number))
                 yield made.popleft().result()
@@ -82,13 +86,16 @@ class TrainBatches:
     def row_ids(self, number: int) -> np.ndarray:
         """The rows of the plan that batch `number` holds, int64 [batch_size]."""
         size = self._shape[0] * self._shape[1]
-        return np.array([self._order[i] for i in range(number * size, (number + 1) * size)], np.int64)
+        return np.array(
+            [self._order[i] for i in range(number * size, (number + 1) * size)], np.int64
+        )
 
     def _make(self, number: int) -> tuple[Batch, str]:
         row_ids = self.row_ids(number)
         require(
             self._plan.num_supervised[row_ids].any(),
-            f"batch {number} has no token to learn: its mean loss would be 0 / 0. Leave such rows out of data.path",
+            f"batch {number} has no token to learn: its mean loss would be 0 / 0. Leave such rows "
+            "out of data.path",
         )
         digest = hashlib.sha256(self._plan.fingerprint.encode() + row_ids.tobytes())
         return self._place(row_ids.reshape(self._shape)), digest.hexdigest()[:16]
@@ -110,7 +117,9 @@ def held_out_batches(
     """
     _require_rows(plan, "held-out")
     layout = {"mesh": mesh, "rules": rules}
-    return list(spread_batches(store, plan, num_sequences=num_sequences, batch_size=batch_size, **layout))
+    return list(
+        spread_batches(store, plan, num_sequences=num_sequences, batch_size=batch_size, **layout)
+    )
 
 
 def spread_batches(
@@ -139,7 +148,8 @@ def spread_labels(
     mesh: jax.sharding.Mesh,
     rules: AxisRules,
 ) -> Iterator[jax.Array]:
-    """Beside each of `spread_batches`: what `labels` say of its inputs, int32 [len(labels), batch_size, T].
+    """Beside each of `spread_batches`: what `labels` say of its inputs, int32 [len(labels),
+    batch_size, T].
 
     Args:
         labels: each a number for every token of a document, of which 0 is also that of padding.
@@ -164,7 +174,9 @@ def _spread_row_ids(plan: PackPlan, num_sequences: int, batch_size: int) -> Iter
     """The rows of each batch, int64 [batch_size]; the last are filled up with `_NO_ROW`."""
     count = min(num_sequences, plan.num_rows)
     padding = [_NO_ROW] * (-count % batch_size)
-    row_ids = np.concatenate([np.arange(count) * plan.num_rows // max(count, 1), padding]).astype(np.int64)
+    row_ids = np.concatenate([np.arange(count) * plan.num_rows // max(count, 1), padding]).astype(
+        np.int64
+    )
     yield from row_ids.reshape(-1, batch_size)
 
 
@@ -178,17 +190,28 @@ def _mix(plan: PackPlan, seed: int, weights: Sequence[float]) -> grain.MapDatase
     ends = list(itertools.accumulate(plan.rows_by_source))
     ends += [plan.num_rows] * (len(weights) - len(ends))
     for source, (first, end) in enumerate(itertools.pairwise([0, *ends])):
-        require(end > first, f"data.path: source {source + 1} has a weight, and no row to train on: leave it out")
+        require(
+            end > first,
+            f"data.path: source {source + 1} has a weight, and no row to train on: leave it out",
+        )
     parts = [_shuffle(first, end, seed) for first, end in itertools.pairwise([0, *ends])]
     return grain.MapDataset.mix(parts, list(weights))
 
 
 def _require_rows(plan: PackPlan, side: str) -> None:
-    require(plan.num_rows, f"data.path gives no {side} row: give more text, or change data.held_out_fraction")
+    require(
+        plan.num_rows,
+        f"data.path gives no {side} row: give more text, or change data.held_out_fraction",
+    )
 
 
 def _place_rows(
-    store: TokenStore, plan: PackPlan, row_ids: np.ndarray, *, mesh: jax.sharding.Mesh, rules: AxisRules
+    store: TokenStore,
+    plan: PackPlan,
+    row_ids: np.ndarray,
+    *,
+    mesh: jax.sharding.Mesh,
+    rules: AxisRules,
 ) -> Batch:
     """The rows `row_ids` [micro-batches, sequences] on the mesh; each process makes those it holds."""
     shape = (*row_ids.shape, plan.sequence_length)

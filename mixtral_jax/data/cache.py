@@ -102,7 +102,10 @@ def _write(folder: Path, tokenizing: Tokenizing) -> None:
 
 def _write_stores(folder: Path, tokenizing: Tokenizing) -> None:
     dtype = np.dtype(np.uint16 if tokenizing.vocab_size <= 2**16 else np.uint32)
-    with StoreWriter(folder / "train", dtype) as train, StoreWriter(folder / "held_out", dtype) as held_out:
+    with (
+        StoreWriter(folder / "train", dtype) as train,
+        StoreWriter(folder / "held_out", dtype) as held_out,
+    ):
         for group in _group(tokenizing.items()):
             encoded = tokenizing.encode([placed.item for placed in group])
             for tokenized, placed in zip(encoded, group, strict=True):

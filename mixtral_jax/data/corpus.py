@@ -1,6 +1,8 @@
-"""All that `data.path` names, read twice: once to see what is bad and what to hold out, once to be tokenised.
+"""All that `data.path` names, read twice: once to see what is bad and what to hold out, once to be
+tokenised.
 
-What an item is (a document, a conversation) and how it becomes ids is for `text` and `chats` to say.
+What an item is (a document, a conversation) and how it becomes ids is for `text` and `chats` to
+say.
 """
 
 import array
@@ -71,20 +73,22 @@ class RowCount:
         num_rows, num_bad = self.num_rows, self.num_bad
         require(
             num_bad <= config.max_bad_fraction * num_rows,
-            f"data.path={config.path}: {num_bad} of {num_rows} rows are bad ({num_bad / max(num_rows, 1):.1%}), over "
+            f"data.path={config.path}: {num_bad} of {num_rows} rows are bad "
+            f"({num_bad / max(num_rows, 1):.1%}), over "
             f"data.max_bad_fraction={config.max_bad_fraction}; first: {self.first_bad}",
         )
         require(
             num_rows > num_bad,
-            f"data.path={config.path} holds no document ({num_rows} rows): name files that hold text",
+            f"data.path={config.path} holds no document ({num_rows} rows): name files that hold "
+            "text",
         )
 
 
 class Corpus(Generic[ItemT]):
     """The items of a config and the side of each; every pass streams the files anew.
 
-    The side of an item follows from its key alone, so that new files move no old item and copies lie on one side. One
-    exception: a side left empty gets the item nearest to it, with its copies.
+    The side of an item follows from its key alone, so that new files move no old item and copies
+    lie on one side. One exception: a side left empty gets the item nearest to it, with its copies.
 
     Args:
         read: the items of a source, always in the same order.
@@ -134,7 +138,11 @@ class Corpus(Generic[ItemT]):
         count = RowCount(len(places) + num_bad, num_bad, first_bad)
         count.check(self._config)
         where = np.array(places)
-        return _choose_held_out(where, self._config.held_out_fraction), count, bool(where.min() == where.max())
+        return (
+            _choose_held_out(where, self._config.held_out_fraction),
+            count,
+            bool(where.min() == where.max()),
+        )
 
 
 def _place(key: str) -> float:

@@ -1,4 +1,6 @@
-"""What kind of text a document is, as far as the file says it that it was found in: for those who compare kinds."""
+"""What kind of text a document is, as far as the file says it that it was found in: for those who
+compare kinds.
+"""
 
 import glob
 from pathlib import Path
@@ -28,7 +30,8 @@ def find_root(path: str) -> Path:
 
 
 def find_category(file: Path, root: Path, *, holds_rows: bool) -> Category:
-    """By its place and its suffix: the domain is the first folder below `root` on the way to `file`; of a file of rows
-    in `root` itself, its name."""
+    """By its place and its suffix: the domain is the first folder below `root` on the way to
+    `file`; of a file of rows in `root` itself, its name.
+    """
     first, *rest = file.relative_to(root).parts
     return Category(first if rest or holds_rows else TOP_LEVEL, file.suffix)

@@ -77,15 +77,19 @@ class _Pieces:
         return _Pieces(*(getattr(self, field.name)[which] for field in dataclasses.fields(self)))
 
 
-def plan_rows(store: TokenStore, sequence_length: int, *, long_documents: LongDocuments = "split") -> PackPlan:
-    """Packs documents, or pieces of them, into rows of `sequence_length` pairs of a token and the next.
+def plan_rows(
+    store: TokenStore, sequence_length: int, *, long_documents: LongDocuments = "split"
+) -> PackPlan:
+    """Packs documents, or pieces of them, into rows of `sequence_length` pairs of a token and the
+    next.
 
     A document of n tokens is n - 1 pairs. Pieces without a target to be learnt are left out.
 
     Args:
-        long_documents: what becomes of those of more pairs than a row has. `split`: pieces, of which neighbours share a
-            token, the last target of one and the first input of the other, so that each token after BOS is a target
-            exactly once. `cut`: the first piece alone. `drop`: nothing. `error`: there must be none.
+        long_documents: what becomes of those of more pairs than a row has. `split`: pieces, of
+            which neighbours share a token, the last target of one and the first input of the other,
+            so that each token after BOS is a target exactly once. `cut`: the first piece alone.
+            `drop`: nothing. `error`: there must be none.
 
     Raises:
         ConfigError: a document is too long where none may be.
@@ -94,8 +98,10 @@ def plan_rows(store: TokenStore, sequence_length: int, *, long_documents: LongDo
     num_long = int((num_pairs > sequence_length).sum())
     require(
         not num_long or long_documents != "error",
-        f"{num_long} of {len(num_pairs)} conversations are longer than train.sequence_length={sequence_length}, the "
-        f"longest of {num_pairs.max(initial=0) + 1} tokens: lengthen it, or set data.chat.long_rows to cut or drop "
+        f"{num_long} of {len(num_pairs)} conversations are longer than "
+        f"train.sequence_length={sequence_length}, the "
+        f"longest of {num_pairs.max(initial=0) + 1} tokens: lengthen it, or set "
+        "data.chat.long_rows to cut or drop "
         f"(mixtral-jax data validate --sequence_length={sequence_length} names them)",
     )
     all_pieces = _cut_pieces(store, num_pairs, sequence_length, long_documents)
@@ -109,12 +115,17 @@ def plan_rows(store: TokenStore, sequence_length: int, *, long_documents: LongDo
     for numbers in (pieces.documents, pieces.starts, pieces.lengths, row_offsets):
         digest.update(numbers.tobytes())
     return PackPlan(
-        sequence_length, pieces.documents, pieces.starts, pieces.lengths, row_offsets,
+        sequence_length,
+        pieces.documents,
+        pieces.starts,
+        pieces.lengths,
+        row_offsets,
         num_supervised=np.bincount(rows, pieces.supervised, minlength=num_rows).astype(np.int64),
-        rows_by_source=rows_by_source, num_long=num_long,
+        rows_by_source=rows_by_source,
+        num_long=num_long,
         num_unsupervised=len(np.unique(all_pieces.documents)) - len(np.unique(pieces.documents)),
         fingerprint=digest.hexdigest(),
-    )  # fmt: skip
+    )
 
 
 def make_row(store: TokenStore, plan: PackPlan, i: int) -> Row:
@@ -164,13 +175,16 @@ def _cut_pieces(
     return _Pieces(documents, starts, lengths, _count_supervised(store, documents, starts, lengths))
 
 
-def _count_supervised(store: TokenStore, documents: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def _count_supervised(
+    store: TokenStore, documents: np.ndarray, starts: np.ndarray, lengths: np.ndarray
+) -> np.ndarray:
     """The targets to be learnt of every piece, int64."""
     if store.loss_mask is None or not len(documents):
         return lengths
     first = store.offsets[documents] + starts + 1
     bounds = np.stack([first, first + lengths], axis=1).reshape(-1)
-    # A sum for every two neighbouring bounds, of which every other is of a piece; the last bound may be the very end.
+    # A sum for every two neighbouring bounds, of which every other is of a piece; the last bound
+    # may be the very end.
     return np.add.reduceat(np.append(store.loss_mask, np.uint8(0)), bounds, dtype=np.int64)[::2]
 
 

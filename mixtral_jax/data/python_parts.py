@@ -9,20 +9,26 @@ import numpy as np
 PARTS = ("code", "comments", "docstrings", "other strings")
 _CODE, _COMMENT, _DOCSTRING, _STRING = range(len(PARTS))
 
-# What stands before a statement; from Python 3.12 on, the pieces of an f-string are tokens of their own.
+# What stands before a statement; from Python 3.12 on, the pieces of an f-string are tokens of their
+# own.
 _BEFORE_STATEMENT = {"ENCODING", "NEWLINE", "NL", "INDENT", "DEDENT", "COMMENT"}
 _STRINGS = {"STRING", "FSTRING_START", "FSTRING_MIDDLE", "FSTRING_END"}
 
 
 def find_parts(source: str) -> np.ndarray | None:
-    """A place in `PARTS` for each UTF-8 byte of a source, uint8; None where Python cannot read it to its end."""
+    """A place in `PARTS` for each UTF-8 byte of a source, uint8;
+
+    None where Python cannot read it to its end.
+    """
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     except (tokenize.TokenError, SyntaxError):
         return None
     sizes = _count_bytes(source)
     starts = np.concatenate([[0], np.cumsum(sizes)])  # Of characters, in bytes.
-    lines = np.cumsum([0, *(len(line) + 1 for line in source.split("\n"))])  # Of lines, in characters.
+    lines = np.cumsum(
+        [0, *(len(line) + 1 for line in source.split("\n"))]
+    )  # Of lines, in characters.
     parts = np.full(starts[-1], _CODE, np.uint8)
     for token, part in _find_texts(tokens):
         (first_line, first), (last_line, last) = token.start, token.end
@@ -34,11 +40,15 @@ def find_parts(source: str) -> np.ndarray | None:
 def _find_texts(tokens: list[tokenize.TokenInfo]) -> Iterator[tuple[tokenize.TokenInfo, int]]:
     """The tokens that are no code; a docstring is a string that is a statement."""
     kinds = [tokenize.tok_name[token.type] for token in tokens]
-    for before, kind, after, token in zip(["NEWLINE", *kinds], kinds, [*kinds[1:], ""], tokens, strict=False):
+    for before, kind, after, token in zip(
+        ["NEWLINE", *kinds], kinds, [*kinds[1:], ""], tokens, strict=False
+    ):
         if kind == "COMMENT":
             yield token, _COMMENT
         elif kind in _STRINGS:
-            is_statement = kind == "STRING" and before in _BEFORE_STATEMENT and after in ("NEWLINE", "COMMENT")
+            is_statement = (
+                kind == "STRING" and before in _BEFORE_STATEMENT and after in ("NEWLINE", "COMMENT")
+            )
             yield token, _DOCSTRING if is_statement else _STRING
 
 

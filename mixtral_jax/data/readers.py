@@ -1,7 +1,8 @@
 """Reads the rows of one file, by the form that its suffix names.
 
-A line that is no row becomes a `BadRow` that says where it is and what is wrong with it; a file that gives no rows is
-an error, since what it should have held is lost. Which files to read, and what a row must hold, is for others to say.
+A line that is no row becomes a `BadRow` that says where it is and what is wrong with it; a file
+that gives no rows is an error, since what it should have held is lost. Which files to read, and
+what a row must hold, is for others to say.
 """
 
 import csv
@@ -21,8 +22,9 @@ INVALID_UTF8 = "invalid UTF-8"
 
 @dataclasses.dataclass(frozen=True)
 class RawRow:
-    """What was read of a row, whatever it holds; `origin` is where, such as `file.jsonl:17`, and `category` what its
-    file says of it."""
+    """What was read of a row, whatever it holds; `origin` is where, such as `file.jsonl:17`, and
+    `category` what its file says of it.
+    """
 
     value: object
     origin: str
@@ -42,17 +44,24 @@ def read_file(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     """The rows of a file; one whose suffix is not in `READERS` is one text.
 
     Args:
-        fields: what will be asked for: columns of other names are not read, and a text is filed under the first.
+        fields: what will be asked for: columns of other names are not read, and a text is filed
+            under the first.
 
     Raises:
         ConfigError: the file, or what is left of it, cannot be read; names it and the reason.
     """
     try:
         yield from READERS.get(file.suffix, _read_text)(file, fields)
-    except (OSError, ValueError, RuntimeError, csv.Error) as error:  # pyarrow's own errors are among these.
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        csv.Error,
+    ) as error:  # pyarrow's own errors are among these.
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"{file}: unreadable {file.suffix} file ({reason}): mend it, or move it out of data.path"
+            f"{file}: unreadable {file.suffix} file ({reason}): mend it, or move it out of "
+            "data.path"
         ) from error
 
 
@@ -131,7 +140,9 @@ def _read_arrow(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
 
 
 def _read_columns(batches: Any, fields: Sequence[str], file: Path) -> Iterator[RawRow | BadRow]:
-    """The rows of record batches, counted from 1; all names and no values where none of `fields` is among them."""
+    """The rows of record batches, counted from 1; all names and no values where none of `fields` is
+    among them.
+    """
     number = 0
     for batch in batches:
         names = batch.schema.names
@@ -140,7 +151,9 @@ def _read_columns(batches: Any, fields: Sequence[str], file: Path) -> Iterator[R
             number += 1
             origin = f"{file}:{number}"
             try:
-                row = {name: column[place].as_py() for name, column in columns.items()} or dict.fromkeys(names)
+                row = {
+                    name: column[place].as_py() for name, column in columns.items()
+                } or dict.fromkeys(names)
             except UnicodeDecodeError as error:
                 yield BadRow(origin, f"{INVALID_UTF8} at byte {error.start}", INVALID_UTF8)
             else:

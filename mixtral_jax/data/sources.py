@@ -1,7 +1,7 @@
 """Finds what `data.path` names and reads its rows, whatever files they lie in.
 
-How a file is read is for `readers`; what a row becomes, for `documents` and `conversations`; how many bad ones are too
-many, for `corpus`.
+How a file is read is for `readers`; what a row becomes, for `documents` and `conversations`; how
+many bad ones are too many, for `corpus`.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.config import ConfigError, require
+from mixtral_jax.data.chat.stdlib_chat import make_conversations
 from mixtral_jax.data.domains import find_category, find_root
 from mixtral_jax.data.readers import READERS, BadRow, RawRow, read_file
 from mixtral_jax.data.stdlib import list_stdlib, stdlib_root, walk
-from mixtral_jax.data.stdlib_chat import make_conversations
 
 STDLIB = "python-stdlib"
 STDLIB_CHAT = "python-stdlib-chat"
@@ -29,8 +29,9 @@ _BOOKKEEPING = {"dataset_info.json", "dataset_dict.json", "state.json"}
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One of the places that `data.path` names; `weight` is its part of the rows of a batch, before all are divided by
-    their sum, or None: as much as it holds."""
+    """One of the places that `data.path` names; `weight` is its part of the rows of a batch, before
+    all are divided by their sum, or None: as much as it holds.
+    """
 
     path: str
     weight: float | None = None
@@ -39,8 +40,8 @@ class Source:
 def split_sources(path: str) -> list[Source]:
     """The sources in a value of `data.path`: one, or several as `PATH[:WEIGHT],PATH[:WEIGHT]`.
 
-    Where one has a weight, the others have 1 unless they say otherwise. A name that exists as it is written is one
-    source, whatever commas and colons are in it.
+    Where one has a weight, the others have 1 unless they say otherwise. A name that exists as it is
+    written is one source, whatever commas and colons are in it.
 
     Raises:
         ConfigError: a source is empty or named twice, or a weight is not positive.
@@ -50,7 +51,10 @@ def split_sources(path: str) -> list[Source]:
     paths = [source.path for source in sources]
     for name in paths:
         require(name, f"data.path={path} has an empty source: write PATH:WEIGHT,PATH:WEIGHT")
-        require(paths.count(name) == 1, f"data.path={path} names {name} twice: give it one weight instead")
+        require(
+            paths.count(name) == 1,
+            f"data.path={path} names {name} twice: give it one weight instead",
+        )
     if any(source.weight is not None for source in sources):
         sources = [dataclasses.replace(source, weight=source.weight or 1.0) for source in sources]
     return sources
@@ -70,11 +74,15 @@ def _split_weight(part: str) -> Source:
         number = float(weight)
     except ValueError:
         return Source(part)
-    require(0 < number < math.inf, f"data.path: the weight of {name}:{weight} must be a positive number")
+    require(
+        0 < number < math.inf, f"data.path: the weight of {name}:{weight} must be a positive number"
+    )
     return Source(name, number)
 
 
-def read_rows(path: str, fields: Sequence[str], suffixes: str | None = None) -> Iterator[RawRow | BadRow]:
+def read_rows(
+    path: str, fields: Sequence[str], suffixes: str | None = None
+) -> Iterator[RawRow | BadRow]:
     """The rows of one source, always in the same order.
 
     Args:
@@ -96,14 +104,20 @@ def read_rows(path: str, fields: Sequence[str], suffixes: str | None = None) -> 
 
 
 def fingerprint_source(path: str, suffixes: str | None = None) -> str:
-    """A hex hash of the names, sizes and times of the files that `path`, of any form, names: changes when they do."""
+    """A hex hash of the names, sizes and times of the files that `path`, of any form, names:
+    changes when they do.
+    """
     digest = hashlib.sha256(path.encode(errors="surrogateescape"))
     for source in split_sources(path):
         if source.path in (STDLIB, STDLIB_CHAT):
             digest.update(platform.python_version().encode())
         for file in _list_source(source.path, suffixes):
             stat = file.stat()
-            digest.update(f"\n{file.absolute()} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape"))
+            digest.update(
+                f"\n{file.absolute()} {stat.st_size} {stat.st_mtime_ns}".encode(
+                    errors="surrogateescape"
+                )
+            )
     return digest.hexdigest()
 
 
@@ -128,7 +142,8 @@ def _list_files(path: str, suffixes: str | None) -> list[Path]:
     if place.is_file():
         require(
             place.suffix in read,
-            f"data.path={path} is none of {forms}: convert it, or if it is text, name its suffix in data.suffixes",
+            f"data.path={path} is none of {forms}: convert it, or if it is text, name its suffix "
+            "in data.suffixes",
         )
         return [place]
     if place.is_dir():
@@ -136,7 +151,8 @@ def _list_files(path: str, suffixes: str | None) -> list[Path]:
     else:
         found = map(Path, glob.glob(str(place), recursive=True))
         require(
-            glob.has_magic(path), f"data.path={path} does not exist: name a file, folder, glob, hub:NAME or {STDLIB}"
+            glob.has_magic(path),
+            f"data.path={path} does not exist: name a file, folder, glob, hub:NAME or {STDLIB}",
         )
     files = sorted(file for file in found if file.suffix in read and file.is_file())
     files = [file for file in files if file.name not in _BOOKKEEPING]
@@ -155,6 +171,7 @@ def _load_hub(path: str) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"data.path={path} cannot be had ({reason}): check NAME and SPLIT of hub:NAME[:SPLIT] and the network, "
+            f"data.path={path} cannot be had ({reason}): check NAME and SPLIT of hub:NAME[:SPLIT] "
+            "and the network, "
             "or name local files"
         ) from error

@@ -14,7 +14,8 @@ import numpy as np
 
 from mixtral_jax.data.domains import UNSAID, Category
 
-# A field that is different in every row tells no texts apart: what comes after so many has no category.
+# A field that is different in every row tells no texts apart: what comes after so many has no
+# category.
 _MOST_CATEGORIES = 1000
 
 
@@ -40,9 +41,12 @@ class TokenStore:
         offsets: int64 [num_documents + 1]; document d is `tokens[offsets[d]:offsets[d + 1]]`.
         fingerprint: sha256, in hex, of the tokens, the lengths and the mask.
         loss_mask: uint8 [num_tokens], 1 on what is to be learnt; None: all of it.
-        documents_by_source: how many documents came from each source, in order; empty: all from one.
-        categories: uint16 [num_documents], what each document is, as a place in `category_names`; None: nobody said.
-        category_names: all there are; the first is that of documents that have none, or one too many.
+        documents_by_source: how many documents came from each source, in order; empty: all from
+            one.
+        categories: uint16 [num_documents], what each document is, as a place in `category_names`;
+            None: nobody said.
+        category_names: all there are; the first is that of documents that have none, or one too
+            many.
     """
 
     tokens: np.ndarray
@@ -62,11 +66,16 @@ class TokenStore:
         """`length` tokens of a document from its token `start`; all that follow, if None."""
         first, end = self.offsets[document] + start, self.offsets[document + 1]
         span = slice(first, end if length is None else min(end, first + length))
-        return Tokenized(self.tokens[span], None if self.loss_mask is None else self.loss_mask[span])
+        return Tokenized(
+            self.tokens[span], None if self.loss_mask is None else self.loss_mask[span]
+        )
 
 
 class StoreWriter:
-    """Writes a token store, document by document; leaving the context completes it. All have a mask, or none has."""
+    """Writes a token store, document by document; leaving the context completes it.
+
+    All have a mask, or none has.
+    """
 
     def __init__(self, folder: Path, dtype: np.dtype):
         folder.mkdir()
@@ -128,11 +137,18 @@ def open_store(folder: Path) -> TokenStore:
     offsets = np.load(folder / "offsets.npy")
     num_tokens = int(offsets[-1])
     tokens = _map(folder / "tokens", np.dtype(summary["dtype"]), num_tokens)
-    masks = _map(folder / "loss_mask", np.dtype(np.uint8), num_tokens) if summary["has_masks"] else None
+    masks = (
+        _map(folder / "loss_mask", np.dtype(np.uint8), num_tokens) if summary["has_masks"] else None
+    )
     return TokenStore(
-        tokens, offsets, summary["fingerprint"], masks, tuple(summary["documents_by_source"]),
-        np.load(folder / "categories.npy"), tuple(Category(*names) for names in summary["category_names"]),
-    )  # fmt: skip
+        tokens,
+        offsets,
+        summary["fingerprint"],
+        masks,
+        tuple(summary["documents_by_source"]),
+        np.load(folder / "categories.npy"),
+        tuple(Category(*names) for names in summary["category_names"]),
+    )
 
 
 def _map(file: Path, dtype: np.dtype, count: int) -> np.ndarray:
@@ -144,7 +160,9 @@ def _map(file: Path, dtype: np.dtype, count: int) -> np.ndarray:
 
 
 def flush_to_disk(folder: Path) -> None:
-    """Returns when all files in and below `folder` are on the disk: a rename may get there before what it names."""
+    """Returns when all files in and below `folder` are on the disk: a rename may get there before
+    what it names.
+    """
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

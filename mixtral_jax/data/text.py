@@ -17,14 +17,21 @@ from mixtral_jax.data.corpus import Corpus, Placed
 from mixtral_jax.data.documents import Document, read_documents
 from mixtral_jax.data.sources import fingerprint_source
 from mixtral_jax.data.store import Tokenized, TokenStore
-from mixtral_jax.data.tokenizer import Tokenizer, check_planned_vocabulary, check_vocabulary, load_tokenizer
+from mixtral_jax.data.tokenizer import (
+    Tokenizer,
+    check_planned_vocabulary,
+    check_vocabulary,
+    load_tokenizer,
+)
 
 _CACHE_FORMAT = 5  # Raise it when the same files and config would give other stores.
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedText:
-    """What a run reads: two stores without a common document, their tokenizer, the number of bad rows."""
+    """What a run reads: two stores without a common document, their tokenizer, the number of bad
+    rows.
+    """
 
     train: TokenStore
     held_out: TokenStore
@@ -33,18 +40,25 @@ class PreparedText:
 
 
 def prepare_text(
-    config: DataConfig, vocab_size: int, tokenizer_path: Path, cache_dir: Path | None = None, *, is_writer: bool = True
+    config: DataConfig,
+    vocab_size: int,
+    tokenizer_path: Path,
+    cache_dir: Path | None = None,
+    *,
+    is_writer: bool = True,
 ) -> PreparedText:
     """Reads, splits and tokenises the text of a run, or opens the cache of an earlier one.
 
-    The side of a document follows from its text, as `Corpus` says, so that copies lie on one side. Where all documents
-    are copies of one, there is but that one, and its tail is held out, from the start of a line.
+    The side of a document follows from its text, as `Corpus` says, so that copies lie on one side.
+    Where all documents are copies of one, there is but that one, and its tail is held out, from the
+    start of a line.
 
     Args:
         vocab_size: of the model; the tokenizer must fit in it.
         tokenizer_path: where the run keeps its tokenizer.
         cache_dir: by default `default_cache_dir()`.
-        is_writer: whether to write `tokenizer_path`; one process of a run does, each may write its cache.
+        is_writer: whether to write `tokenizer_path`; one process of a run does, each may write its
+            cache.
 
     Raises:
         ConfigError: nothing to read, too many bad rows, or no fitting tokenizer.
@@ -57,15 +71,21 @@ def prepare_text(
     if config.tokenizer.startswith("train:") and not saved.exists():
         saved = cache_dir / f"{key}.model"  # Runs on the same text share the training.
     may_save = is_writer or saved != tokenizer_path
-    tokenizer = load_tokenizer(config.tokenizer, lambda: _train_texts(config, corpus), saved, may_save=may_save)
+    tokenizer = load_tokenizer(
+        config.tokenizer, lambda: _train_texts(config, corpus), saved, may_save=may_save
+    )
     check_vocabulary(tokenizer, vocab_size)
-    prepared = _tokenize(config, corpus, tokenizer, cache_dir / f"{key}-{tokenizer.fingerprint[:16]}")
+    prepared = _tokenize(
+        config, corpus, tokenizer, cache_dir / f"{key}-{tokenizer.fingerprint[:16]}"
+    )
     if is_writer and saved != tokenizer_path:
         tokenizer.save(tokenizer_path)
     return prepared
 
 
-def tokenize_text(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path | None = None) -> PreparedText:
+def tokenize_text(
+    config: DataConfig, tokenizer: Tokenizer, cache_dir: Path | None = None
+) -> PreparedText:
     """`prepare_text` with a tokenizer that there is already; `config.tokenizer` may say anything.
 
     Raises:
@@ -73,14 +93,23 @@ def tokenize_text(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path | No
     """
     cache_dir = cache_dir or default_cache_dir()
     corpus = _open_corpus(config)
-    return _tokenize(config, corpus, tokenizer, cache_dir / f"{_fingerprint_data(config)}-{tokenizer.fingerprint[:16]}")
+    return _tokenize(
+        config,
+        corpus,
+        tokenizer,
+        cache_dir / f"{_fingerprint_data(config)}-{tokenizer.fingerprint[:16]}",
+    )
 
 
-def _tokenize(config: DataConfig, corpus: Corpus[Document], tokenizer: Tokenizer, folder: Path) -> PreparedText:
+def _tokenize(
+    config: DataConfig, corpus: Corpus[Document], tokenizer: Tokenizer, folder: Path
+) -> PreparedText:
     tokenizing = Tokenizing(
-        items=lambda: _split(config, corpus), count=lambda: corpus.count,
-        encode=lambda documents: _encode(tokenizer, documents), vocab_size=tokenizer.vocab_size,
-    )  # fmt: skip
+        items=lambda: _split(config, corpus),
+        count=lambda: corpus.count,
+        encode=lambda documents: _encode(tokenizer, documents),
+        vocab_size=tokenizer.vocab_size,
+    )
     cached = open_or_write(folder, tokenizing, config)
     return PreparedText(cached.train, cached.held_out, tokenizer, cached.count.num_bad)
 
@@ -115,6 +144,12 @@ def _encode(tokenizer: Tokenizer, documents: list[Document]) -> Iterator[Tokeniz
 
 def _fingerprint_data(config: DataConfig) -> str:
     """Of what changes the tokens, and nothing else: the limit on bad rows does not."""
-    chosen = [config.path, config.text_field, config.domain_field, config.held_out_fraction, config.tokenizer]
+    chosen = [
+        config.path,
+        config.text_field,
+        config.domain_field,
+        config.held_out_fraction,
+        config.tokenizer,
+    ]
     described = [_CACHE_FORMAT, *chosen, fingerprint_source(config.path, config.suffixes)]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]

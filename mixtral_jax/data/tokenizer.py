@@ -1,4 +1,5 @@
-"""Text to ids and back, through a SentencePiece model: one given, Mixtral's own, or one trained here.
+"""Text to ids and back, through a SentencePiece model: one given, Mixtral's own, or one trained
+here.
 
 Which text to train on, and where documents begin and end, is for `text` to say.
 """
@@ -17,7 +18,10 @@ import sentencepiece
 
 from mixtral_jax.config import ConfigError, require
 
-_MISTRAL_FILES = {"mixtral": "tokenizer.model.v1", "mixtral-v3": "mistral_instruct_tokenizer_240323.model.v3"}
+_MISTRAL_FILES = {
+    "mixtral": "tokenizer.model.v1",
+    "mixtral-v3": "mistral_instruct_tokenizer_240323.model.v3",
+}
 
 # Training leaves out what is longer than 4192 bytes: 1000 characters are at most 4000.
 _CHUNK_CHARACTERS = 1000
@@ -35,7 +39,8 @@ class Tokenizer:
         model: its bytes, as in its file.
         fingerprint: sha256, in hex, of the model's bytes.
         bytes_per_token: int64 [vocab_size], the bytes of UTF-8 text each piece stands for.
-        prefix_bytes: those of the pieces of a text beyond the text's own: the space that Mixtral's puts before it.
+        prefix_bytes: those of the pieces of a text beyond the text's own: the space that Mixtral's
+            puts before it.
 
     Raises:
         ValueError: the bytes are no SentencePiece model with a beginning and an end of text.
@@ -53,8 +58,12 @@ class Tokenizer:
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
-            raise ValueError("the SentencePiece model lacks a beginning (bos) or an end (eos) of text")
-        self.bytes_per_token = np.array([self._count_bytes(token) for token in range(self.vocab_size)], np.int64)
+            raise ValueError(
+                "the SentencePiece model lacks a beginning (bos) or an end (eos) of text"
+            )
+        self.bytes_per_token = np.array(
+            [self._count_bytes(token) for token in range(self.vocab_size)], np.int64
+        )
         self.prefix_bytes = int(self._processor.normalize("a").startswith(_SPACE))
 
     def encode(self, text: str) -> list[int]:
@@ -62,20 +71,29 @@ class Tokenizer:
         return self.encode_all([text])[0].tolist()
 
     def encode_all(self, texts: list[str]) -> list[np.ndarray]:
-        """`encode` of each, int32, on every core; needs no more memory for a long text than for many short ones."""
+        """`encode` of each, int32, on every core; needs no more memory for a long text than for
+        many short ones.
+        """
         chunks = [list(self._cut(text)) for text in texts]
         heads = self._encode([first for first, *_ in chunks])
         return [
-            np.concatenate([head, *self._encode_rest(rest)]) for head, (_, *rest) in zip(heads, chunks, strict=True)
+            np.concatenate([head, *self._encode_rest(rest)])
+            for head, (_, *rest) in zip(heads, chunks, strict=True)
         ]
 
     def control_id(self, piece: str) -> int | None:
-        """The id of a control piece such as `[INST]`, which no text encodes to; None if there is no such piece."""
+        """The id of a control piece such as `[INST]`, which no text encodes to;
+
+        None if there is no such piece.
+        """
         token = self._processor.piece_to_id(piece)
         return token if self._processor.is_control(token) else None
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """The piece of each id, as the model spells it: `\u2581` for a space, `<0x0A>` for a byte."""
+        """The piece of each id, as the model spells it:
+
+        `\u2581` for a space, `<0x0A>` for a byte.
+        """
         return [self._processor.id_to_piece(int(token)) for token in ids]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -92,10 +110,15 @@ class Tokenizer:
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         num_threads = min(len(texts), os.cpu_count() or 1)
-        return [np.array(ids, np.int32) for ids in self._processor.encode(texts, num_threads=num_threads)]
+        return [
+            np.array(ids, np.int32)
+            for ids in self._processor.encode(texts, num_threads=num_threads)
+        ]
 
     def _encode_rest(self, chunks: list[str]) -> Iterator[np.ndarray]:
-        """Ids of chunks that begin with a character of the one before, without those of that character."""
+        """Ids of chunks that begin with a character of the one before, without those of that
+        character.
+        """
         for start in range(0, len(chunks), _ENCODED_CHUNKS):
             group = chunks[start : start + _ENCODED_CHUNKS]
             for chunk, ids in zip(group, self._encode(group), strict=True):
@@ -104,8 +127,9 @@ class Tokenizer:
     def _cut(self, text: str) -> Iterator[str]:
         """Chunks whose ids, end to end, are those of the text: cut where no piece can span the cut.
 
-        All but the first begin with the character before the cut, which takes up the space that SentencePiece
-        puts before a text. Nothing merges across a cut, so what that character encodes to is known.
+        All but the first begin with the character before the cut, which takes up the space that
+        SentencePiece puts before a text. Nothing merges across a cut, so what that character
+        encodes to is known.
         """
         start = 0
         while len(text) - start > _ENCODED_CHARACTERS and self._keeps_text:
@@ -124,7 +148,9 @@ class Tokenizer:
 
     @functools.cached_property
     def _keeps_text(self) -> bool:
-        """Whether the model encodes text as it is, as Mixtral's do; others rewrite characters or strip spaces."""
+        """Whether the model encodes text as it is, as Mixtral's do; others rewrite characters or
+        strip spaces.
+        """
         probe = " \ufb01\n\t\uff21  x"
         return self._processor.normalize(probe).endswith(probe.replace(" ", _SPACE))
 
@@ -137,11 +163,14 @@ class Tokenizer:
         return len(processor.id_to_piece(token).replace(_SPACE, " ").encode())
 
 
-def load_tokenizer(spec: str, texts: Callable[[], Iterable[str]], saved: Path, *, may_save: bool = True) -> Tokenizer:
+def load_tokenizer(
+    spec: str, texts: Callable[[], Iterable[str]], saved: Path, *, may_save: bool = True
+) -> Tokenizer:
     """The tokenizer that `spec`, a value of `data.tokenizer`, names; a copy goes to `saved`.
 
     Args:
-        spec: a `.model` file, `mixtral`, `mixtral-v3`, or `train:N` for one of N pieces made from `texts`.
+        spec: a `.model` file, `mixtral`, `mixtral-v3`, or `train:N` for one of N pieces made from
+            `texts`.
         texts: gives the same texts at every call; called for `train:N` only, unless `saved` exists:
             a run that goes on keeps the tokenizer it began with.
         saved: where a run keeps its tokenizer.
@@ -159,7 +188,11 @@ def load_tokenizer(spec: str, texts: Callable[[], Iterable[str]], saved: Path, *
     else:
         tokenizer = read_tokenizer(spec)
         same = old is None or old.fingerprint == tokenizer.fingerprint
-    require(same, f"{saved} is another tokenizer than data.tokenizer={spec}: use a new workdir, or delete that file")
+    require(
+        same,
+        f"{saved} is another tokenizer than data.tokenizer={spec}: use a new workdir, or delete "
+        "that file",
+    )
     if old is None and may_save:
         tokenizer.save(saved)
     return tokenizer
@@ -198,19 +231,23 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     pieces = tokenizer.vocab_size
     require(
         pieces <= vocab_size,
-        f"the tokenizer has {pieces} pieces but model.vocab_size={vocab_size}: set --config.model.vocab_size={pieces}",
+        f"the tokenizer has {pieces} pieces but model.vocab_size={vocab_size}: set "
+        f"--config.model.vocab_size={pieces}",
     )
 
 
 def _read_model(file: Path, name: str) -> Tokenizer:
     require(
         file.is_file(),
-        f"{name}: no such file; give a SentencePiece .model file, {', '.join(_MISTRAL_FILES)}, or train:N",
+        f"{name}: no such file; give a SentencePiece .model file, {', '.join(_MISTRAL_FILES)}, or "
+        "train:N",
     )
     try:
         return Tokenizer(file.read_bytes())
     except ValueError as error:
-        raise ConfigError(f"{name}: {error}; give another .model file, or train:N to train one") from error
+        raise ConfigError(
+            f"{name}: {error}; give another .model file, or train:N to train one"
+        ) from error
 
 
 def _find_mistral(spec: str) -> Path:
@@ -219,7 +256,8 @@ def _find_mistral(spec: str) -> Path:
     files = [Path(folder) / "data" / _MISTRAL_FILES[spec] for folder in folders or ()]
     require(
         any(file.is_file() for file in files),
-        f"data.tokenizer={spec} needs the package mistral-common: pip install 'mixtral_jax[mistral]', "
+        f"data.tokenizer={spec} needs the package mistral-common: pip install "
+        "'mixtral_jax[mistral]', "
         "or name a .model file",
     )
     return next(file for file in files if file.is_file())
@@ -228,7 +266,8 @@ def _find_mistral(spec: str) -> Path:
 def _parse_num_pieces(spec: str, size: str) -> int:
     require(
         size.isascii() and size.isdigit() and len(size) <= 9,  # SentencePiece counts in 32 bits.
-        f"data.tokenizer={spec}: train:N needs a whole number of at most 9 digits, such as train:4096",
+        f"data.tokenizer={spec}: train:N needs a whole number of at most 9 digits, such as "
+        "train:4096",
     )
     return int(size)
 
@@ -256,14 +295,17 @@ def _train(num_pieces: int, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2].partition(" Increase")[0]
         raise ConfigError(
-            f"data.tokenizer=train:{num_pieces}: {num_pieces} pieces are too few or too many for this text "
+            f"data.tokenizer=train:{num_pieces}: {num_pieces} pieces are too few or too many for "
+            "this text "
             f"({reason}): choose another N, or give more text"
         ) from error
     return Tokenizer(model.getvalue())
 
 
 def _sample_chunks(texts: Callable[[], Iterable[str]]) -> Iterator[str]:
-    """Chunks of the text, newlines included so that pieces may hold them, spread evenly if there are many."""
+    """Chunks of the text, newlines included so that pieces may hold them, spread evenly if there
+    are many.
+    """
     share = min(1.0, _SAMPLE_CHARACTERS / max(1, sum(map(len, texts()))))
     chunks = (chunk for text in texts() for chunk in _cut_chunks(text))
     for number, chunk in enumerate(chunks):

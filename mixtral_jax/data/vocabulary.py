@@ -1,4 +1,6 @@
-"""The pieces of a SentencePiece model, and how it finds them: what another program needs to tokenise alike."""
+"""The pieces of a SentencePiece model, and how it finds them: what another program needs to
+tokenise alike.
+"""
 
 import dataclasses
 from typing import Literal
@@ -8,8 +10,16 @@ from sentencepiece import sentencepiece_model_pb2
 from mixtral_jax.data.tokenizer import Tokenizer
 
 PieceKind = Literal["text", "control", "unknown", "byte"]
-# By the numbers of SentencePiece's format. A piece that its maker named is found before all others, but is text.
-_KINDS: dict[int, PieceKind] = {1: "text", 2: "unknown", 3: "control", 4: "text", 5: "text", 6: "byte"}
+# By the numbers of SentencePiece's format. A piece that its maker named is found before all others,
+# but is text.
+_KINDS: dict[int, PieceKind] = {
+    1: "text",
+    2: "unknown",
+    3: "control",
+    4: "text",
+    5: "text",
+    6: "byte",
+}
 _NAMED_BY_MAKER = 4
 _BPE = 2
 
@@ -34,9 +44,9 @@ class Vocabulary:
     """All pieces, by id.
 
     Attributes:
-        is_like_mixtral: whether the model is BPE with byte fallback that puts a space before a text, and leaves it as
-            it is otherwise. Pieces that are found before all others may only be names in brackets, as Mixtral's
-            `[REFERENCE_DOC_0]`.
+        is_like_mixtral: whether the model is BPE with byte fallback that puts a space before a
+            text, and leaves it as it is otherwise. Pieces that are found before all others may only
+            be names in brackets, as Mixtral's `[REFERENCE_DOC_0]`.
     """
 
     pieces: tuple[Piece, ...]
@@ -49,9 +59,13 @@ class Vocabulary:
 
 def read_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     """The vocabulary of a tokenizer."""
-    spec = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)  # pyright: ignore[reportAttributeAccessIssue]
+    model_proto = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
+    spec = model_proto.FromString(tokenizer.model)
     first = [piece.piece for piece in spec.pieces if piece.type == _NAMED_BY_MAKER]
-    keeps_text = spec.normalizer_spec.name == "identity" and not spec.normalizer_spec.remove_extra_whitespaces
+    keeps_text = (
+        spec.normalizer_spec.name == "identity"
+        and not spec.normalizer_spec.remove_extra_whitespaces
+    )
     is_like_mixtral = (
         spec.trainer_spec.model_type == _BPE
         and spec.trainer_spec.byte_fallback
@@ -61,4 +75,6 @@ def read_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
         and spec.normalizer_spec.escape_whitespaces
         and all(name.startswith("[") and name.endswith("]") for name in first)
     )
-    return Vocabulary(tuple(Piece(p.piece, p.score, _KINDS[p.type]) for p in spec.pieces), is_like_mixtral)
+    return Vocabulary(
+        tuple(Piece(p.piece, p.score, _KINDS[p.type]) for p in spec.pieces), is_like_mixtral
+    )

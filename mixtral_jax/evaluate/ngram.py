@@ -9,8 +9,11 @@ from mixtral_jax.evaluate.perplexity import TokenBytes
 from mixtral_jax.parallel.batch import Batch
 
 
-def measure_ngrams(train_tokens: np.ndarray, batches: Sequence[Batch], token_bytes: TokenBytes) -> dict[str, float]:
-    """Bits per byte of `unigram` and `bigram`, fitted on `train_tokens`, on the tokens that `make_evaluator` scores.
+def measure_ngrams(
+    train_tokens: np.ndarray, batches: Sequence[Batch], token_bytes: TokenBytes
+) -> dict[str, float]:
+    """Bits per byte of `unigram` and `bigram`, fitted on `train_tokens`, on the tokens that
+    `make_evaluator` scores.
 
     The unigram is smoothed with one count a token; the bigram backs off to it with Witten-Bell
     weights (a history seen with many successors trusts them less). Needs every row on this host.
@@ -21,7 +24,9 @@ def measure_ngrams(train_tokens: np.ndarray, batches: Sequence[Batch], token_byt
     counts = np.bincount(train_tokens, minlength=V) + 1.0
     unigram = counts / counts.sum()
 
-    pairs, pair_counts = np.unique(train_tokens[:-1].astype(np.int64) * V + train_tokens[1:], return_counts=True)
+    pairs, pair_counts = np.unique(
+        train_tokens[:-1].astype(np.int64) * V + train_tokens[1:], return_counts=True
+    )
     history_counts = np.bincount(pairs // V, weights=pair_counts, minlength=V)
     successors = np.bincount(pairs // V, minlength=V)
     wanted = history.astype(np.int64) * V + target

@@ -38,8 +38,8 @@ class _EvalSums:
 class TokenBytes:
     """How many UTF-8 bytes of text a predicted token stands for.
 
-    `per_token` [V] counts those of its piece; the first of a document, after `bos_id`, has `prefix` more than
-    the text: what the tokenizer puts before it.
+    `per_token` [V] counts those of its piece; the first of a document, after `bos_id`, has `prefix`
+    more than the text: what the tokenizer puts before it.
     """
 
     per_token: np.ndarray
@@ -61,8 +61,8 @@ def make_evaluator(
 ) -> Evaluator:
     """A function from a model, as `Transformer` is one, to `eval/` figures over all of `batches`.
 
-    Bits per byte divides by the bytes of text that the predicted tokens stand for. `baselines` (bits per
-    byte by name, on the same tokens) are given back beside them.
+    Bits per byte divides by the bytes of text that the predicted tokens stand for. `baselines`
+    (bits per byte by name, on the same tokens) are given back beside them.
     """
     per_token_V = token_bytes.per_token.astype(np.int32)
 
@@ -70,11 +70,15 @@ def make_evaluator(
     def sum_batch(model: Callable[..., ModelOutput], batch: Batch) -> _EvalSums:
         micro = jax.tree.map(lambda rows: rows[0], batch)
         output = model(micro.tokens, micro.positions, micro.segment_ids)
-        losses_BT = cross_entropy(output.logits_BTV, micro.targets) * micro.loss_mask.astype(jnp.float32)
+        losses_BT = cross_entropy(output.logits_BTV, micro.targets) * micro.loss_mask.astype(
+            jnp.float32
+        )
         sharding = jax.typeof(micro.targets).sharding
         piece_bytes_BT = jnp.asarray(per_token_V).at[micro.targets].get(out_sharding=sharding)
         bytes_BT = token_bytes.in_text(piece_bytes_BT, micro.tokens) * micro.loss_mask
-        return _EvalSums(jnp.sum(losses_BT), jnp.sum(micro.loss_mask), jnp.sum(bytes_BT), output.routing.sums)
+        return _EvalSums(
+            jnp.sum(losses_BT), jnp.sum(micro.loss_mask), jnp.sum(bytes_BT), output.routing.sums
+        )
 
     def evaluate(model: Any) -> dict[str, Any]:
         sums = functools.reduce(operator.add, (sum_batch(model, b) for b in batches))

@@ -30,26 +30,34 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The log-probability of a continuation, in nats, and whether each of its tokens is the likeliest."""
+    """The log-probability of a continuation, in nats, and whether each of its tokens is the
+    likeliest.
+    """
 
     loglikelihood: float
     is_greedy: bool
 
 
 def score_pairs(loaded: Pretrained, pairs: Sequence[Pair]) -> Iterator[tuple[int, Score]]:
-    """The number of a pair, and its score, as they come: long ones first, so that a batch has rows of like length.
+    """The number of a pair, and its score, as they come: long ones first, so that a batch has rows
+    of like length.
 
     Raises:
         ConfigError: a context is empty.
     """
-    require(all(len(pair.context) for pair in pairs), "a context must have at least one token, such as BOS")
+    require(
+        all(len(pair.context) for pair in pairs),
+        "a context must have at least one token, such as BOS",
+    )
     lengths = np.array([len(pair.context) + len(pair.continuation) - 1 for pair in pairs], np.int64)
     left = np.argsort(-lengths, kind="stable")
     devices = loaded.model.rules.count_row_devices(loaded.mesh)
     while len(left):
         T = bucket(int(lengths[left[0]]))
         chosen, left = np.split(left, [devices * max(1, _TOKENS_AT_ONCE // T)])
-        yield from zip(chosen.tolist(), _score_rows(loaded, [pairs[i] for i in chosen], T), strict=True)
+        yield from zip(
+            chosen.tolist(), _score_rows(loaded, [pairs[i] for i in chosen], T), strict=True
+        )
 
 
 def _score_rows(loaded: Pretrained, pairs: Sequence[Pair], T: int) -> Iterator[Score]:
@@ -62,7 +70,10 @@ def _score_rows(loaded: Pretrained, pairs: Sequence[Pair], T: int) -> Iterator[S
         segment_ids_BT[row, :end] = 1
         mask_BT[row, end - num_new : end] = 1
     arrays = (tokens_BT, targets_BT, mask_BT, segment_ids_BT)
-    with jax.set_mesh(loaded.mesh), jax.default_matmul_precision(matmul_precision(loaded.config.model.dtype)):
+    with (
+        jax.set_mesh(loaded.mesh),
+        jax.default_matmul_precision(matmul_precision(loaded.config.model.dtype)),
+    ):
         rows = (place(array, loaded.mesh, loaded.model.rules) for array in arrays)
         nats_B, misses_B = (np.asarray(x_B) for x_B in _sum_rows(loaded.model, *rows))
     for nats, misses in zip(nats_B[: len(pairs)], misses_B[: len(pairs)], strict=True):
@@ -71,20 +82,37 @@ def _score_rows(loaded: Pretrained, pairs: Sequence[Pair], T: int) -> Iterator[S
 
 @jax.jit
 def _sum_rows(
-    model: Transformer, tokens_BT: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, segment_ids_BT: jax.Array
+    model: Transformer,
+    tokens_BT: jax.Array,
+    targets_BT: jax.Array,
+    mask_BT: jax.Array,
+    segment_ids_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Of each row's masked targets, their loss in nats, and how many are not the likeliest; the same everywhere."""
+    """Of each row's masked targets, their loss in nats, and how many are not the likeliest; the
+    same everywhere.
+    """
     x_BTD = model.run_blocks(tokens_BT, segment_ids_BT=segment_ids_BT).x_BTD
     size = min(tokens_BT.shape[1], _LOGITS_AT_ONCE)
 
     def add_part(sums, start):
-        part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1)
-        logits_BtV, targets_Bt, mask_Bt = model.to_logits(part(x_BTD)), part(targets_BT), part(mask_BT)
-        nats_B = jnp.sum(cross_entropy(logits_BtV, targets_Bt) * mask_Bt.astype(jnp.float32), axis=1)
+        part = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1
+        )
+        logits_BtV, targets_Bt, mask_Bt = (
+            model.to_logits(part(x_BTD)),
+            part(targets_BT),
+            part(mask_BT),
+        )
+        nats_B = jnp.sum(
+            cross_entropy(logits_BtV, targets_Bt) * mask_Bt.astype(jnp.float32), axis=1
+        )
         misses_B = jnp.sum((jnp.argmax(logits_BtV, axis=-1) != targets_Bt) & (mask_Bt > 0), axis=1)
         return jax.tree.map(jnp.add, sums, (nats_B, misses_B)), None
 
     B, T = tokens_BT.shape
-    zeros = [jnp.zeros(B, dtype, out_sharding=model.rules.spec("batch")) for dtype in (jnp.float32, jnp.int32)]
+    zeros = [
+        jnp.zeros(B, dtype, out_sharding=model.rules.spec("batch"))
+        for dtype in (jnp.float32, jnp.int32)
+    ]
     sums, _ = jax.lax.scan(add_part, tuple(zeros), jnp.arange(0, T, size))
     return jax.tree.map(lambda x_B: jax.reshard(x_B, jax.P(None)), sums)

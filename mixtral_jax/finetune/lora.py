@@ -1,13 +1,14 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): projections with a trainable pair of thin ones beside them.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): projections with a trainable pair of thin ones beside
+them.
 
-The pair is A of [inputs, r] and B of [r, outputs], projections of the same kind as the one they adapt.
-So those of experts are an A and a B for each, which live where the expert does, are gathered like its
-weights, and multiply its rows by the same grouped kernel.
+The pair is A of [inputs, r] and B of [r, outputs], projections of the same kind as the one they
+adapt. So those of experts are an A and a B for each, which live where the expert does, are gathered
+like its weights, and multiply its rows by the same grouped kernel.
 
-B starts at zero: at step 0 an adapter adds 0 to what the plain projection gives, which changes no bit of
-it. That adapted experts run their three projections one by one, where plain ones take the fused kernel,
-changes none either: both cut rows into the same blocks and multiply each in the same way
-(tests/kernels/test_grouped_matmul.py).
+B starts at zero: at step 0 an adapter adds 0 to what the plain projection gives, which changes no
+bit of it. That adapted experts run their three projections one by one, where plain ones take the
+fused kernel, changes none either: both cut rows into the same blocks and multiply each in the same
+way (tests/kernels/test_grouped_matmul.py).
 """
 
 import re
@@ -26,24 +27,38 @@ from mixtral_jax.model.moe import ExpertProjection
 
 
 class LoRAProjection(nnx.Module):
-    """A dense projection and its adapter: x W + scaling * (x A) B. `config` says in which dtype these are stored."""
+    """A dense projection and its adapter: x W + scaling * (x A)
+
+    B. `config` says in which dtype these are stored.
+    """
 
     def __init__(self, base: Projection, lora: LoRAConfig, config: ModelConfig, rngs: nnx.Rngs):
         x, inputs, outputs, y = _spell(base)
         low = "".join(letter for letter in x if letter not in inputs) + "r"
         shape, axes, count = base.weight.shape, base.axes, len(inputs)
-        shared: dict[str, Any] = {"config": config, "rules": base.rules, "rngs": rngs, "dtype": base.dtype}
+        shared: dict[str, Any] = {
+            "config": config,
+            "rules": base.rules,
+            "rngs": rngs,
+            "dtype": base.dtype,
+        }
         shared["variable"] = nnx.LoRAParam
         self.base = base
         self.scaling = lora.scaling
         self.lora_a = Projection(
-            f"{x},{inputs}r->{low}", (*shape[:count], lora.rank), (*axes[:count], None),
-            init=_kaiming_uniform(range(count)), **shared,
-        )  # fmt: skip
+            f"{x},{inputs}r->{low}",
+            (*shape[:count], lora.rank),
+            (*axes[:count], None),
+            init=_kaiming_uniform(range(count)),
+            **shared,
+        )
         self.lora_b = Projection(
-            f"{low},r{outputs}->{y}", (lora.rank, *shape[count:]), (None, *axes[count:]),
-            init=nnx.initializers.zeros, **shared,
-        )  # fmt: skip
+            f"{low},r{outputs}->{y}",
+            (lora.rank, *shape[count:]),
+            (None, *axes[count:]),
+            init=nnx.initializers.zeros,
+            **shared,
+        )
 
     def __call__(self, x: jax.Array, out_sharding: P) -> jax.Array:
         low_BTr = self.lora_a(x, P(*out_sharding[:2], None))
@@ -58,17 +73,32 @@ class LoRAProjection(nnx.Module):
 class LoRAExpertProjection(nnx.Module):
     """One matrix and one adapter per expert, on rows that are sorted by expert."""
 
-    def __init__(self, base: ExpertProjection, lora: LoRAConfig, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(
+        self, base: ExpertProjection, lora: LoRAConfig, config: ModelConfig, rngs: nnx.Rngs
+    ):
         E, D, F = base.weight.shape
         expert, inputs, outputs = base.axes
-        shared: dict[str, Any] = {"config": config, "rules": base.rules, "rngs": rngs, "variable": nnx.LoRAParam}
+        shared: dict[str, Any] = {
+            "config": config,
+            "rules": base.rules,
+            "rngs": rngs,
+            "variable": nnx.LoRAParam,
+        }
         self.base = base
         self.scaling = lora.scaling
         self.lora_a = ExpertProjection(
-            (E, D, lora.rank), (expert, inputs, None), base.kernel, init=_kaiming_uniform([1], experts=0), **shared
+            (E, D, lora.rank),
+            (expert, inputs, None),
+            base.kernel,
+            init=_kaiming_uniform([1], experts=0),
+            **shared,
         )
         self.lora_b = ExpertProjection(
-            (E, lora.rank, F), (expert, None, outputs), base.kernel, init=nnx.initializers.zeros, **shared
+            (E, lora.rank, F),
+            (expert, None, outputs),
+            base.kernel,
+            init=nnx.initializers.zeros,
+            **shared,
         )
 
     def __call__(self, x_RD: jax.Array, groups: RowGroups) -> jax.Array:
@@ -101,13 +131,19 @@ def _spell(base: Projection) -> tuple[str, str, str, str]:
 
 def _merge(adapted: Adapted, equation: str) -> jax.Array:
     base = adapted.base
-    a, b, weight = (module.weight[...].astype(jnp.float32) for module in (adapted.lora_a, adapted.lora_b, base))
+    a, b, weight = (
+        module.weight[...].astype(jnp.float32) for module in (adapted.lora_a, adapted.lora_b, base)
+    )
     layout = base.rules.spec(*base.axes)
-    return weight + adapted.scaling * jnp.einsum(equation, a, b, precision="highest", out_sharding=layout)
+    return weight + adapted.scaling * jnp.einsum(
+        equation, a, b, precision="highest", out_sharding=layout
+    )
 
 
 def _kaiming_uniform(inputs: Sequence[int], *, experts: int | tuple[()] = ()) -> nnx.Initializer:
-    """U(-1/sqrt(n), 1/sqrt(n)) over n inputs, those of torch's linear layers, PEFT and mistral-finetune."""
+    """U(-1/sqrt(n), 1/sqrt(n)) over n inputs, those of torch's linear layers, PEFT and
+    mistral-finetune.
+    """
     return nnx.initializers.variance_scaling(
         1 / 3, "fan_in", "uniform", in_axis=tuple(inputs), out_axis=-1, batch_axis=experts
     )

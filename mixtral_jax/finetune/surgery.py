@@ -1,4 +1,5 @@
-"""Operations on whole models: adapters put into every block, their inputs dropped for a step, or merged for good.
+"""Operations on whole models: adapters put into every block, their inputs dropped for a step, or
+merged for good.
 
 Each returns another model and leaves the one it is given as it was.
 """
@@ -20,7 +21,8 @@ from mixtral_jax.model.transformer import Block, Transformer
 
 
 def add_adapters(model: Transformer, config: Config, rngs: nnx.Rngs) -> Transformer:
-    """The model with an adapter on each projection that the config's targets name; what it computes stays the same.
+    """The model with an adapter on each projection that the config's targets name; what it computes
+    stays the same.
 
     Adapters are stored in `model.param_dtype`, the rest as it was.
 
@@ -35,7 +37,9 @@ def add_adapters(model: Transformer, config: Config, rngs: nnx.Rngs) -> Transfor
     def adapt_block(block: Block, rngs: nnx.Rngs) -> Block:
         return _replace(block, names, lambda base: adapt(base, lora, of_adapters, rngs))
 
-    return _with_blocks(model, jax.vmap(adapt_block)(model.blocks, rngs.split(model.config.num_layers)))
+    return _with_blocks(
+        model, jax.vmap(adapt_block)(model.blocks, rngs.split(model.config.num_layers))
+    )
 
 
 def merge_adapters(model: Transformer) -> Transformer:
@@ -52,12 +56,14 @@ def merge_adapters(model: Transformer) -> Transformer:
 
 
 def drop_inputs(model: Transformer, rate: float, key: jax.Array) -> Transformer:
-    """The model whose adapters go without a share `rate` of their input features, the others made up for it.
+    """The model whose adapters go without a share `rate` of their input features, the others made
+    up for it.
 
-    Rows of A that are zero, and drawn anew for each layer, expert and adapter, do that for all tokens alike (LoRA
-    Dropout, arXiv 2404.09610, without its columns of B). Masks of their own for each token would cost more
-    than the adapters: R x F random numbers a layer, drawn again where it is recomputed; and experts
-    would need to know which token a row is. So the mask is the same on every mesh, and with every transport.
+    Rows of A that are zero, and drawn anew for each layer, expert and adapter, do that for all
+    tokens alike (LoRA Dropout, arXiv 2404.09610, without its columns of B). Masks of their own for
+    each token would cost more than the adapters: R x F random numbers a layer, drawn again where it
+    is recomputed; and experts would need to know which token a row is. So the mask is the same on
+    every mesh, and with every transport.
     """
     names = list(find(model.blocks, Adapted))
 
@@ -70,10 +76,11 @@ def drop_inputs(model: Transformer, rate: float, key: jax.Array) -> Transformer:
 
 
 def drop_hidden(model: Transformer, rate: float, key: jax.Array) -> Transformer:
-    """The model whose experts go without a share `rate` of their hidden units, the others made up for it.
+    """The model whose experts go without a share `rate` of their hidden units, the others made up
+    for it.
 
-    Expert dropout (Switch Transformer, arXiv 2101.03961, section 2.4), for the tokens of a micro-batch alike, as
-    `drop_inputs` and for its reasons.
+    Expert dropout (Switch Transformer, arXiv 2101.03961, section 2.4), for the tokens of a
+    micro-batch alike, as `drop_inputs` and for its reasons.
     """
 
     def drop_block(block: Block, key: jax.Array) -> Block:
@@ -91,8 +98,14 @@ def enter_training(model: Transformer, key: jax.Array) -> Transformer:
 
 
 def find(block: nnx.Module, kinds: Any) -> dict[str, Any]:
-    """The modules of these kinds in a block, or in a stack of blocks, by their names, as in `moe.experts.gate`."""
-    return {".".join(map(str, path)): module for path, module in nnx.iter_modules(block) if isinstance(module, kinds)}
+    """The modules of these kinds in a block, or in a stack of blocks, by their names, as in
+    `moe.experts.gate`.
+    """
+    return {
+        ".".join(map(str, path)): module
+        for path, module in nnx.iter_modules(block)
+        if isinstance(module, kinds)
+    }
 
 
 def _merge(adapted: Adapted) -> Plain:
@@ -116,7 +129,9 @@ def _drop_rows(projection: Any, rate: float, key: jax.Array) -> Any:
         return projection
     weight = projection.weight[...]
     spec = jax.typeof(weight).sharding.spec
-    is_kept = jax.random.bernoulli(key, 1 - rate, (*weight.shape[:-1], 1), out_sharding=P(*spec[:-1], None))
+    is_kept = jax.random.bernoulli(
+        key, 1 - rate, (*weight.shape[:-1], 1), out_sharding=P(*spec[:-1], None)
+    )
     projection.weight[...] = jnp.where(is_kept, weight / (1 - rate), 0)
     return projection
 

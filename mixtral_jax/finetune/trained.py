@@ -13,7 +13,9 @@ _ENDINGS = ("weight", "scale", "base", "lora_a", "lora_b")
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of a model, of every layer where it is in blocks, as in `moe.experts.gate`; and its parameters."""
+    """A part of a model, of every layer where it is in blocks, as in `moe.experts.gate`; and its
+    parameters.
+    """
 
     name: str
     trained: int
@@ -21,10 +23,15 @@ class Part:
 
 
 def list_parts(model: nnx.Module, trainable: Filter) -> list[Part]:
-    """The parts of a model, or of the shapes of one: the embedding, then all in the order of their names."""
+    """The parts of a model, or of the shapes of one: the embedding, then all in the order of their
+    names.
+    """
     trained, everything = _count(model, trainable), _count(model, nnx.Param)
     in_order = sorted(everything, key=lambda name: (not name.startswith("embedding"), name))
-    return [Part(name, trained.get(name, 0), everything[name] - trained.get(name, 0)) for name in in_order]
+    return [
+        Part(name, trained.get(name, 0), everything[name] - trained.get(name, 0))
+        for name in in_order
+    ]
 
 
 def describe_trained(model: nnx.Module, trainable: Filter) -> str:
@@ -32,9 +39,15 @@ def describe_trained(model: nnx.Module, trainable: Filter) -> str:
     parts = list_parts(model, trainable)
     total = Part("in all", sum(part.trained for part in parts), sum(part.frozen for part in parts))
     rows = [("part", "trained", "frozen")]
-    rows += [(part.name, f"{part.trained:,}" if part.trained else "-", f"{part.frozen:,}") for part in (*parts, total)]
+    rows += [
+        (part.name, f"{part.trained:,}" if part.trained else "-", f"{part.frozen:,}")
+        for part in (*parts, total)
+    ]
     width, *numbers = (max(map(len, column)) for column in zip(*rows, strict=True))
-    lines = ["  ".join((row[0].ljust(width), row[1].rjust(numbers[0]), row[2].rjust(numbers[1]))) for row in rows]
+    lines = [
+        "  ".join((row[0].ljust(width), row[1].rjust(numbers[0]), row[2].rjust(numbers[1])))
+        for row in rows
+    ]
     return "\n".join([*lines, f"{total.trained / (total.trained + total.frozen):.2%} is trained"])
 
 
@@ -47,7 +60,9 @@ def _count(model: nnx.Module, kind: Filter) -> dict[str, int]:
 
 
 def _part_of(path: tuple[Any, ...]) -> str:
-    names = jax.tree_util.keystr(path[:-1], simple=True, separator="/").split("/")  # Last is the array in the variable.
+    names = jax.tree_util.keystr(path[:-1], simple=True, separator="/").split(
+        "/"
+    )  # Last is the array in the variable.
     while len(names) > 1 and names[-1] in _ENDINGS:
         names.pop()
     return ".".join(names).removeprefix("blocks.")

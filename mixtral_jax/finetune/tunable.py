@@ -1,6 +1,7 @@
 """From a config to what a run trains: the same for scripts, plans and benchmarks.
 
-Leaves to `checkpoint` where the weights of the base come from, and to `train` how what is trainable learns.
+Leaves to `checkpoint` where the weights of the base come from, and to `train` how what is trainable
+learns.
 """
 
 import dataclasses
@@ -21,10 +22,11 @@ _ADAPTERS, _NOISE = 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class Tunable:
-    """A model to be trained. `make_base` gives the plain one, in the dtypes that its weights are loaded into.
+    """A model to be trained. `make_base` gives the plain one, in the dtypes that its weights are
+    loaded into.
 
-    `adapt` adds to it what is trained beside it, `trainable` tells that from the rest, and `perturb` is the noise
-    of training, for `train.step` to add.
+    `adapt` adds to it what is trained beside it, `trainable` tells that from the rest, and
+    `perturb` is the noise of training, for `train.step` to add.
     """
 
     make_base: Callable[[], Transformer]
@@ -38,12 +40,16 @@ class Tunable:
 
 
 def make_tunable(config: Config, platform: str, rules: AxisRules = AxisRules()) -> Tunable:
-    """What the config says, for devices of `platform`; without a section `finetune`, all of a plain model."""
+    """What the config says, for devices of `platform`; without a section `finetune`, all of a plain
+    model.
+    """
     finetune, router = config.finetune, config.router
     lora = finetune and finetune.lora
 
     def perturb(model: Transformer, step: jax.Array, number: jax.Array) -> Transformer:
-        keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(_key(config, _NOISE), step), number), 3)
+        keys = jax.random.split(
+            jax.random.fold_in(jax.random.fold_in(_key(config, _NOISE), step), number), 3
+        )
         model = enter_training(model, keys[0])
         if router.expert_dropout:
             model = drop_hidden(model, router.expert_dropout, keys[1])
@@ -51,10 +57,14 @@ def make_tunable(config: Config, platform: str, rules: AxisRules = AxisRules()) 
 
     if finetune is None or finetune.lora.rank == 0:
         freezes_router = router.learning_rate_factor == 0
-        trainable = nnx.All(nnx.Param, nnx.Not(nnx.PathContains("router"))) if freezes_router else nnx.Param
+        trainable = (
+            nnx.All(nnx.Param, nnx.Not(nnx.PathContains("router"))) if freezes_router else nnx.Param
+        )
         return Tunable(model_maker(config, platform, rules), lambda base: base, trainable, perturb)
     frozen_dtype = finetune.frozen_dtype or config.model.param_dtype
-    of_base = dataclasses.replace(config, model=dataclasses.replace(config.model, param_dtype=frozen_dtype))
+    of_base = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, param_dtype=frozen_dtype)
+    )
 
     def adapt(base: Transformer) -> Transformer:
         return add_adapters(base, config, nnx.Rngs(_key(config, _ADAPTERS)))

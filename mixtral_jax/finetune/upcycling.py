@@ -1,7 +1,8 @@
-"""Experts made of a dense layer: copies of it, or of its slices, that are noisy, in part drawn anew, or neither.
+"""Experts made of a dense layer: copies of it, or of its slices, that are noisy, in part drawn
+anew, or neither.
 
-Works on a model that is on its mesh, a layer at a time, each device on what it holds; the random numbers do not
-depend on the mesh. Leaves to `checkpoint.upcycled` how copies get there.
+Works on a model that is on its mesh, a layer at a time, each device on what it holds; the random
+numbers do not depend on the mesh. Leaves to `checkpoint.upcycled` how copies get there.
 """
 
 from typing import Any
@@ -31,7 +32,8 @@ def upcycle(copies: nnx.State, fresh: Transformer, config: Config) -> Transforme
     """The model that an upcycled run starts from. Call it under `jax.jit`.
 
     Args:
-        copies: `without_routers` of the model, every expert a copy of the dense layer, or of one slice of it.
+        copies: `without_routers` of the model, every expert a copy of the dense layer, or of one
+            slice of it.
         fresh: a newly initialised model, whose routers are taken.
         config: of the run.
     """
@@ -46,14 +48,18 @@ def upcycle(copies: nnx.State, fresh: Transformer, config: Config) -> Transforme
         return model  # To the bit.
     key = jax.random.fold_in(jax.random.key(config.train.seed), _PURPOSE)
     keys_L = jax.random.split(key, config.model.num_layers)
-    moe.experts = jax.lax.map(lambda layer: _change(layer[0], layer[1], settings, scale), (moe.experts, keys_L))
+    moe.experts = jax.lax.map(
+        lambda layer: _change(layer[0], layer[1], settings, scale), (moe.experts, keys_L)
+    )
     return model
 
 
 def tie_slices(router: Router, num_slices: int) -> None:
-    """Gives the slices of a copy one column of the gate, that of the first, so that a token takes all or none of them.
+    """Gives the slices of a copy one column of the gate, that of the first, so that a token takes
+    all or none of them.
 
-    The virtual groups of arXiv 2410.07524: their gradients differ, so they part from the first step on.
+    The virtual groups of arXiv 2410.07524: their gradients differ, so they part from the first step
+    on.
     """
     gate_LDE = router.gate.weight[...]
     first_LDC1 = gate_LDE.reshape(*gate_LDE.shape[:2], -1, num_slices)[..., :1]
@@ -89,7 +95,8 @@ def choose_units(key: jax.Array, E: int, F: int, fraction: float) -> jax.Array:
 
 
 def redraw(weight: jax.Array, is_new: jax.Array, key: jax.Array) -> jax.Array:
-    """What belongs to new units is drawn from a normal distribution of the mean and standard deviation that it had.
+    """What belongs to new units is drawn from a normal distribution of the mean and standard
+    deviation that it had.
 
     Each expert has its own (Drop-Upcycling, arXiv 2502.19261, section 3).
 
@@ -109,4 +116,6 @@ def redraw(weight: jax.Array, is_new: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _normal(key: jax.Array, like: jax.Array) -> jax.Array:
-    return jax.random.normal(key, like.shape, jnp.float32, out_sharding=jax.typeof(like).sharding.spec)
+    return jax.random.normal(
+        key, like.shape, jnp.float32, out_sharding=jax.typeof(like).sharding.spec
+    )

@@ -15,7 +15,9 @@ from mixtral_jax.parallel.rules import AxisRules
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Prompts padded on the left, and rows without one that fill the batch up; and how many slots all will need."""
+    """Prompts padded on the left, and rows without one that fill the batch up; and how many slots
+    all will need.
+    """
 
     tokens_BT: jax.Array
     lengths_B: jax.Array
@@ -30,11 +32,14 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context: in
     """
     require(prompts, "there must be at least one prompt")
     for ids in prompts:
-        require(len(ids), "a prompt must have at least one token, such as the beginning of text (BOS)")
+        require(
+            len(ids), "a prompt must have at least one token, such as the beginning of text (BOS)"
+        )
         low, high = min(ids), max(ids)
         require(
             low >= 0 and high < vocab_size,
-            f"a prompt has the id {low if low < 0 else high}, but ids of this model run from 0 to {vocab_size - 1}",
+            f"a prompt has the id {low if low < 0 else high}, but ids of this model run from 0 to "
+            f"{vocab_size - 1}",
         )
         require(
             len(ids) < context,
@@ -43,7 +48,10 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context: in
 
 
 def lay_out(
-    prompts: Sequence[Sequence[int]], settings: Sequence[Settings], mesh: jax.sharding.Mesh, rules: AxisRules
+    prompts: Sequence[Sequence[int]],
+    settings: Sequence[Settings],
+    mesh: jax.sharding.Mesh,
+    rules: AxisRules,
 ) -> Rows:
     """The prompts on the mesh; each process places the rows that its devices hold."""
     T = bucket(max(map(len, prompts)))
@@ -57,8 +65,12 @@ def lay_out(
     return Rows(place(tokens_BT, mesh, rules), place(lengths_B, mesh, rules), num_slots)
 
 
-def lay_out_sampling(settings: Sequence[Settings], mesh: jax.sharding.Mesh, rules: AxisRules) -> Sampling | None:
-    """How each row draws, or None where all take the likeliest token, for which there is a program of its own."""
+def lay_out_sampling(
+    settings: Sequence[Settings], mesh: jax.sharding.Mesh, rules: AxisRules
+) -> Sampling | None:
+    """How each row draws, or None where all take the likeliest token, for which there is a program
+    of its own.
+    """
     if all(asked.temperature == 0 for asked in settings):
         return None
     B = num_rows(len(settings), mesh, rules)
@@ -68,8 +80,12 @@ def lay_out_sampling(settings: Sequence[Settings], mesh: jax.sharding.Mesh, rule
         values_B[: len(settings)] = [getattr(asked, name) for asked in settings]
         return place(values_B, mesh, rules)
 
-    return Sampling(column("temperature", np.float32), column("top_p", np.float32),
-                    column("top_k", np.int32), column("seed", np.uint32))  # fmt: skip
+    return Sampling(
+        column("temperature", np.float32),
+        column("top_p", np.float32),
+        column("top_k", np.int32),
+        column("seed", np.uint32),
+    )
 
 
 def num_rows(num_prompts: int, mesh: jax.sharding.Mesh, rules: AxisRules) -> int:

@@ -1,8 +1,8 @@
 """The key-value cache: what attention keeps of all tokens so far, in slots of one array a kind.
 
-Rows are padded on the left, so that the last token of every prompt is in the last column and all rows write their next
-one into the same slot: an update in place of one slice. Padding at the right would make it a scatter, each row to a
-slot of its own, over devices too.
+Rows are padded on the left, so that the last token of every prompt is in the last column and all
+rows write their next one into the same slot: an update in place of one slice. Padding at the right
+would make it a scatter, each row to a slot of its own, over devices too.
 """
 
 import dataclasses
@@ -13,13 +13,18 @@ import jax.numpy as jnp
 from mixtral_jax.kernels.attention import KeyValues, Past
 
 _SMALLEST = 16
-# Beyond it sizes are a quarter of a power of two apart: multiples of the blocks that attention works on.
+# Beyond it sizes are a quarter of a power of two apart: multiples of the blocks that attention
+# works on.
 _LAST_POWER = 1024
 
 
 def bucket(length: int) -> int:
-    """The next size, from `length` up, that programs are compiled for: 16, 32, ... 1024, 1536, 2048, 2560, ..."""
-    power = 1 << max(length - 1, 1).bit_length()  # The least power of two that is at least `length`.
+    """The next size, from `length` up, that programs are compiled for: 16, 32, ... 1024, 1536,
+    2048, 2560, ...
+    """
+    power = (
+        1 << max(length - 1, 1).bit_length()
+    )  # The least power of two that is at least `length`.
     if power <= _LAST_POWER:
         return max(power, _SMALLEST)
     step = max(power // 8, _LAST_POWER // 2)
@@ -29,7 +34,8 @@ def bucket(length: int) -> int:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of all layers, [L, B, S, K, H], sharded as activations: rows over devices, heads over `tensor`.
+    """Keys and values of all layers, [L, B, S, K, H], sharded as activations: rows over devices,
+    heads over `tensor`.
 
     Slots from `length` on are free; their segment is 0.
     """

@@ -1,4 +1,6 @@
-"""Continues prompts: compiles what is needed, runs it a few tokens at a time, and ends rows that are over."""
+"""Continues prompts: compiles what is needed, runs it a few tokens at a time, and ends rows that
+are over.
+"""
 
 import contextlib
 import dataclasses
@@ -18,7 +20,8 @@ from mixtral_jax.generate.text import TextStream
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.parallel.mesh import matmul_precision
 
-# Tokens between two looks at what was written: when it is shown as it comes, and when only stop strings are sought.
+# Tokens between two looks at what was written: when it is shown as it comes, and when only stop
+# strings are sought.
 STREAMED, UNSEEN = 4, 32
 
 FinishReason = Literal["stop", "length"]
@@ -26,7 +29,9 @@ FinishReason = Literal["stop", "length"]
 
 @dataclasses.dataclass
 class Speed:
-    """What reading and writing took, in seconds, without compiling; and how many tokens that was, of all prompts."""
+    """What reading and writing took, in seconds, without compiling; and how many tokens that was,
+    of all prompts.
+    """
 
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -47,7 +52,8 @@ class Speed:
 
         return (
             f"prefill {rate(self.prompt_tokens, self.prefill_seconds)}, "
-            f"decode {rate(self.new_tokens, self.decode_seconds)}, compiling {self.compile_seconds:.1f} s"
+            f"decode {rate(self.new_tokens, self.decode_seconds)}, compiling "
+            f"{self.compile_seconds:.1f} s"
         )
 
 
@@ -55,7 +61,8 @@ class Continuation:
     """What has been written after one prompt.
 
     Attributes:
-        finish_reason: None while it goes on; `stop` at the model's own end or a stop string, `length` at the limit.
+        finish_reason: None while it goes on; `stop` at the model's own end or a stop string,
+            `length` at the limit.
     """
 
     def __init__(self, settings: Settings, eos_id: int | None, stream: TextStream | None):
@@ -110,11 +117,15 @@ class Generator:
     """A model that continues prompts, on the mesh that it lies on.
 
     Args:
-        tokenizer: for text; without one, prompts are ids, there are no stop strings, and no end of text.
-        context: the most tokens that a prompt and its continuation have together; there, a continuation ends.
+        tokenizer: for text; without one, prompts are ids, there are no stop strings, and no end of
+            text.
+        context: the most tokens that a prompt and its continuation have together; there, a
+            continuation ends.
     """
 
-    def __init__(self, model: Transformer, mesh: jax.sharding.Mesh, tokenizer: Tokenizer | None, context: int):
+    def __init__(
+        self, model: Transformer, mesh: jax.sharding.Mesh, tokenizer: Tokenizer | None, context: int
+    ):
         self.model = model
         self.mesh = mesh
         self.tokenizer = tokenizer
@@ -123,7 +134,10 @@ class Generator:
         self._decode = _Program(decode, static="room", donated="state")
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], settings: Settings | Sequence[Settings], speed: Speed | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Settings | Sequence[Settings],
+        speed: Speed | None = None,
     ) -> list[Continuation]:
         """Continues all prompts to their ends, in one batch.
 
@@ -150,19 +164,26 @@ class Generator:
         """As `generate`, but gives the continuations each time that they have grown.
 
         Args:
-            is_answer: the text begins with its first word, not with the space that parts this from the prompt's last.
+            is_answer: the text begins with its first word, not with the space that parts this from
+                the prompt's last.
         """
         asked = [settings] * len(prompts) if isinstance(settings, Settings) else list(settings)
         check_prompts(prompts, self.model.config.vocab_size, self.context)
         asked = [s.within(self.context - len(ids)) for ids, s in zip(prompts, asked, strict=True)]
-        continuations = [self._begin(() if is_answer else ids, s) for ids, s in zip(prompts, asked, strict=True)]
+        continuations = [
+            self._begin(() if is_answer else ids, s) for ids, s in zip(prompts, asked, strict=True)
+        ]
         return self._run(prompts, asked, continuations, speed or Speed(), tokens_at_once)
 
     def _begin(self, context: Sequence[int], settings: Settings) -> Continuation:
         if self.tokenizer is None:
-            require(not settings.stop, "stop strings need a tokenizer, and this model came without one")
+            require(
+                not settings.stop, "stop strings need a tokenizer, and this model came without one"
+            )
             return Continuation(settings, None, None)
-        return Continuation(settings, self.tokenizer.eos_id, TextStream(self.tokenizer, context, settings.stop))
+        return Continuation(
+            settings, self.tokenizer.eos_id, TextStream(self.tokenizer, context, settings.stop)
+        )
 
     def _run(
         self,
@@ -183,12 +204,16 @@ class Generator:
         num_choices, eos_id = self.model.config.vocab_size, -1
         if self.tokenizer is not None:
             num_choices, eos_id = min(num_choices, self.tokenizer.vocab_size), self.tokenizer.eos_id
-        return Rule(lay_out_sampling(asked, self.mesh, self.model.rules), np.int32(eos_id), num_choices)
+        return Rule(
+            lay_out_sampling(asked, self.mesh, self.model.rules), np.int32(eos_id), num_choices
+        )
 
     def _read(self, prompts, asked, rule, continuations, speed) -> State:
         rows = lay_out(prompts, asked, self.mesh, self.model.rules)
         with self._on_mesh(), speed.compiling():
-            run = self._prefill.compile(self.model, rows.tokens_BT, rows.lengths_B, rule, num_slots=rows.num_slots)
+            run = self._prefill.compile(
+                self.model, rows.tokens_BT, rows.lengths_B, rule, num_slots=rows.num_slots
+            )
         with self._on_mesh():
             start = time.perf_counter()
             written = run(self.model, rows.tokens_BT, rows.lengths_B, rule)
@@ -199,9 +224,19 @@ class Generator:
 
     def _write(self, state: State, rule: Rule, continuations, speed, tokens_at_once) -> State:
         wanted_B = np.zeros(len(state.token_B), bool)
-        wanted_B[: len(continuations)] = [continuation.finish_reason is None for continuation in continuations]
-        num_tokens = min(tokens_at_once, max(continuation.num_left for continuation in continuations))
-        arguments = (self.model, state, place(wanted_B, self.mesh, self.model.rules), rule, np.int32(num_tokens))
+        wanted_B[: len(continuations)] = [
+            continuation.finish_reason is None for continuation in continuations
+        ]
+        num_tokens = min(
+            tokens_at_once, max(continuation.num_left for continuation in continuations)
+        )
+        arguments = (
+            self.model,
+            state,
+            place(wanted_B, self.mesh, self.model.rules),
+            rule,
+            np.int32(num_tokens),
+        )
         with self._on_mesh(), speed.compiling():
             run = self._decode.compile(*arguments, room=UNSEEN)
         with self._on_mesh():
@@ -213,7 +248,10 @@ class Generator:
 
     @contextlib.contextmanager
     def _on_mesh(self) -> Iterator[None]:
-        with jax.set_mesh(self.mesh), jax.default_matmul_precision(matmul_precision(self.model.config.dtype)):
+        with (
+            jax.set_mesh(self.mesh),
+            jax.default_matmul_precision(matmul_precision(self.model.config.dtype)),
+        ):
             yield
 
 
@@ -236,7 +274,9 @@ class _Program:
 def _hand_out(tokens_BC: jax.Array, continuations: Sequence[Continuation]) -> int:
     """Waits for the tokens, gives each row its own, and counts them."""
     count = 0
-    for row, continuation in zip(np.asarray(tokens_BC), continuations, strict=False):  # Other rows only fill up.
+    for row, continuation in zip(
+        np.asarray(tokens_BC), continuations, strict=False
+    ):  # Other rows only fill up.
         ids = row[row != NO_TOKEN].tolist()
         continuation.take(ids)
         count += len(ids)

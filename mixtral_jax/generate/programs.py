@@ -1,7 +1,7 @@
 """The two programs that run on devices: `prefill` reads prompts, `decode` writes some tokens more.
 
-A program is compiled for a bucket of sizes and serves all prompts in it. Rows that are over, or that only fill up the
-batch, are padding to the model: neither attended to nor routed.
+A program is compiled for a bucket of sizes and serves all prompts in it. Rows that are over, or
+that only fill up the batch, are padding to the model: neither attended to nor routed.
 """
 
 import dataclasses
@@ -23,7 +23,9 @@ NO_TOKEN = -1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What decides on tokens: how to draw (None: the likeliest), where to end, and how many ids have a meaning."""
+    """What decides on tokens: how to draw (None: the likeliest), where to end, and how many ids
+    have a meaning.
+    """
 
     sampling: Sampling | None
     eos_id: jax.Array | np.int32  # -1 for none
@@ -51,8 +53,12 @@ class Written:
     tokens_BC: jax.Array
 
 
-def prefill(model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array, rule: Rule, *, num_slots: int) -> Written:
-    """Reads prompts, padded on the left, of which row b has `lengths_B[b]` tokens (0: no prompt); one token each."""
+def prefill(
+    model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array, rule: Rule, *, num_slots: int
+) -> Written:
+    """Reads prompts, padded on the left, of which row b has `lengths_B[b]` tokens (0: no prompt);
+    one token each.
+    """
     T = tokens_BT.shape[1]
     positions_BT = jnp.arange(T)[None] - (T - lengths_B)[:, None]
     segment_ids_BT = (positions_BT >= 0).astype(jnp.int32)
@@ -66,9 +72,18 @@ def prefill(model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array, rule
     return Written(state, _replicate(jnp.where(is_row_B, token_B, NO_TOKEN)[:, None]))
 
 
-def decode(model: Transformer, state: State, wanted_B: jax.Array, rule: Rule, num_tokens: jax.Array, *,
-           room: int) -> Written:  # fmt: skip
-    """Up to `num_tokens` more (at most `room`) for each row that is live and wanted; ends early when none is."""
+def decode(
+    model: Transformer,
+    state: State,
+    wanted_B: jax.Array,
+    rule: Rule,
+    num_tokens: jax.Array,
+    *,
+    room: int,
+) -> Written:
+    """Up to `num_tokens` more (at most `room`) for each row that is live and wanted; ends early
+    when none is.
+    """
     state = dataclasses.replace(state, is_live_B=state.is_live_B & wanted_B)
     out_sharding = model.rules.spec("batch", None)
     tokens_BC = jnp.full((len(wanted_B), room), NO_TOKEN, jnp.int32, out_sharding=out_sharding)
@@ -90,7 +105,11 @@ def decode(model: Transformer, state: State, wanted_B: jax.Array, rule: Rule, nu
 def _advance(model: Transformer, state: State, rule: Rule) -> tuple[jax.Array, State]:
     segment_ids_B1 = state.is_live_B[:, None].astype(jnp.int32)
     output = model.run_blocks(
-        state.token_B[:, None], state.position_B[:, None], segment_ids_B1, state.cache.past, gives_key_values=True
+        state.token_B[:, None],
+        state.position_B[:, None],
+        segment_ids_B1,
+        state.cache.past,
+        gives_key_values=True,
     )
     assert output.key_values is not None
     token_B = _choose(model, output.x_BTD, rule, state.number)

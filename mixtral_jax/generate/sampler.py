@@ -1,7 +1,7 @@
 """Which token comes next: the likeliest, or one drawn from a distribution that is cut to its head.
 
-A draw depends on the row's own seed, on how many tokens it has so far and on its logits: not on the other rows, nor on
-the mesh.
+A draw depends on the row's own seed, on how many tokens it has so far and on its logits: not on the
+other rows, nor on the mesh.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from mixtral_jax.parallel.rules import AxisRules
 class Sampling:
     """How each row draws; a row of temperature 0 takes the likeliest token.
 
-    Logits are divided by the temperature, then cut to the `top_k` likeliest tokens (0: all), then to the fewest of
-    these that together have a probability of `top_p` (arXiv 1904.09751).
+    Logits are divided by the temperature, then cut to the `top_k` likeliest tokens (0: all), then
+    to the fewest of these that together have a probability of `top_p` (arXiv 1904.09751).
     """
 
     temperature_B: jax.Array  # float32
@@ -28,11 +28,16 @@ class Sampling:
 
 
 def choose_tokens(
-    logits_BV: jax.Array, sampling: Sampling | None, number: jax.Array, num_choices: int, rules: AxisRules
+    logits_BV: jax.Array,
+    sampling: Sampling | None,
+    number: jax.Array,
+    num_choices: int,
+    rules: AxisRules,
 ) -> jax.Array:
     """The next token of each row, int32 [B], its `number`-th; None takes the likeliest.
 
-    Ids from `num_choices` on have no meaning, and are never taken. Of equal logits the lowest id comes first.
+    Ids from `num_choices` on have no meaning, and are never taken. Of equal logits the lowest id
+    comes first.
     """
     whole_BV = jax.reshard(logits_BV.astype(jnp.float32), rules.spec("batch", None))
     whole_BV = whole_BV[:, :num_choices]
@@ -57,9 +62,11 @@ def _draw(logits_V: jax.Array, sampling: Sampling, number: jax.Array) -> jax.Arr
 
 
 def _keep_head(logits_V: jax.Array, weight_V: jax.Array, wanted: jax.Array) -> jax.Array:
-    """Which are the fewest of the largest logits that together weigh `wanted`; of equal ones, those of the lowest ids.
+    """Which are the fewest of the largest logits that together weigh `wanted`; of equal ones, those
+    of the lowest ids.
 
-    Looks for the least of them by halving, not by sorting: a sort of 32,000 logits takes longer than a small model.
+    Looks for the least of them by halving, not by sorting: a sort of 32,000 logits takes longer
+    than a small model.
     """
     rank_V = _as_integers(logits_V)
 
@@ -74,7 +81,9 @@ def _keep_head(logits_V: jax.Array, weight_V: jax.Array, wanted: jax.Array) -> j
     bounds = (jnp.full_like(rank_V[0], limits.min), jnp.full_like(rank_V[0], limits.max))
     _, least = jax.lax.fori_loop(0, 32, halve, bounds)
     is_larger_V, is_least_V = rank_V > least, rank_V == least
-    weight_before_V = jnp.sum(jnp.where(is_larger_V, weight_V, 0)) + weight_V * (jnp.cumsum(is_least_V) - 1)
+    weight_before_V = jnp.sum(jnp.where(is_larger_V, weight_V, 0)) + weight_V * (
+        jnp.cumsum(is_least_V) - 1
+    )
     return is_larger_V | (is_least_V & (weight_before_V < wanted))
 
 

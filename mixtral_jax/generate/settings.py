@@ -12,9 +12,10 @@ from mixtral_jax.config import require
 class Settings:
     """How to continue one prompt.
 
-    `temperature=0` takes the likeliest token each time. Otherwise tokens are drawn with the noise of `seed`, from the
-    `top_k` likeliest (0: all) and, of these, the fewest that have a probability of `top_p` together. The text ends
-    before the first of the `stop` strings, at the end that the model sets, or after `max_new_tokens`.
+    `temperature=0` takes the likeliest token each time. Otherwise tokens are drawn with the noise
+    of `seed`, from the `top_k` likeliest (0: all) and, of these, the fewest that have a probability
+    of `top_p` together. The text ends before the first of the `stop` strings, at the end that the
+    model sets, or after `max_new_tokens`.
     """
 
     max_new_tokens: int = 256
@@ -25,10 +26,13 @@ class Settings:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self):
-        require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        require(
+            self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1"
+        )
         require(
             0 <= self.temperature < math.inf,
-            f"temperature={self.temperature} must be 0, for the likeliest token, or a positive number",
+            f"temperature={self.temperature} must be 0, for the likeliest token, or a positive "
+            "number",
         )
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1]; 1 keeps all tokens")
         require(self.top_k >= 0, f"top_k={self.top_k} must be at least 1, or 0 to keep all tokens")

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from mixtral_jax.data.tokenizer import Tokenizer
 
-# What the tokenizer writes for each byte that is no character, or not yet: a character has at most three such bytes.
+# What the tokenizer writes for each byte that is no character, or not yet: a character has at most
+# three such bytes.
 _NO_CHARACTER = "\ufffd"
 _MOST_UNFINISHED = 3
 # Ids before those to be shown that decide how these begin: whether with a space.
@@ -16,7 +17,8 @@ class TextStream:
     """Turns ids, a few at a time, into text.
 
     Args:
-        context: ids before the first one. After none, the text begins without the space that begins a first word.
+        context: ids before the first one. After none, the text begins without the space that begins
+            a first word.
         stop: strings before which the text ends.
 
     Attributes:
@@ -28,7 +30,9 @@ class TextStream:
         self._decode = tokenizer.decode
         self._stop = tuple(stop)
         self._window = list(context[-_CONTEXT:])
-        self._seen = len(self._decode(self._window))  # Characters of the window that are in `_text`, or before it.
+        self._seen = len(
+            self._decode(self._window)
+        )  # Characters of the window that are in `_text`, or before it.
         self._text = ""  # Whole characters.
         self._lengths: list[int] = []  # Of `_text`, after each id.
         self._end = 0  # Of what may be shown of it.
@@ -60,7 +64,9 @@ class TextStream:
     def _extend(self, most_unfinished: int) -> None:
         whole = self._decode(self._window)
         end = len(whole)
-        while end > max(self._seen, len(whole) - most_unfinished) and whole[end - 1] == _NO_CHARACTER:
+        while (
+            end > max(self._seen, len(whole) - most_unfinished) and whole[end - 1] == _NO_CHARACTER
+        ):
             end -= 1
         self._text += whole[self._seen : end]
         self._seen = end
@@ -68,7 +74,9 @@ class TextStream:
             self._forget()
 
     def _forget(self) -> None:
-        """Keeps the end of the window alone, as far as that has a character: a space is dropped before the first."""
+        """Keeps the end of the window alone, as far as that has a character: a space is dropped
+        before the first.
+        """
         window = self._window[-_CONTEXT:]
         if text := self._decode(window):
             self._window, self._seen = window, len(text)
@@ -77,7 +85,9 @@ class TextStream:
         # A stop string can begin before what is new, but not before what has been shown.
         begins = [at for at in (self._text.find(stop, self._end) for stop in self._stop) if at >= 0]
         self.is_stopped = bool(begins)
-        self._end = min(begins, default=len(self._text) - (0 if is_last else self._unfinished_stop()))
+        self._end = min(
+            begins, default=len(self._text) - (0 if is_last else self._unfinished_stop())
+        )
         self.num_ids = self._count_ids() if begins else len(self._lengths)
 
     def _count_ids(self) -> int:
@@ -89,5 +99,9 @@ class TextStream:
         """Characters at the end that may turn out to be the beginning of a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
         lengths = range(min(longest, len(self._text) - self._end), 0, -1)
-        is_begun = (length for length in lengths if any(s.startswith(self._text[-length:]) for s in self._stop))
+        is_begun = (
+            length
+            for length in lengths
+            if any(s.startswith(self._text[-length:]) for s in self._stop)
+        )
         return next(is_begun, 0)

@@ -1,4 +1,5 @@
-"""Grouped matmuls without a kernel: a batched matmul over the head of every group, loops over its tail.
+"""Grouped matmuls without a kernel: a batched matmul over the head of every group, loops over its
+tail.
 
 The head of a group, its first rows up to half of what a balanced routing gives, is padded and goes
 through one batched matmul with the heads of the others. Its tail is cut into blocks, large ones and
@@ -48,17 +49,23 @@ def _activate(gated_bF: jax.Array, upped_bF: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _apply_to_groups(apply: Apply, x_RX: jax.Array, weights: Any, groups: RowGroups) -> jax.Array:
-    """`apply` to the rows of each group with its own weights, of which each leaf is [E, ...]; zero elsewhere."""
+    """`apply` to the rows of each group with its own weights, of which each leaf is [E, ...]; zero
+    elsewhere.
+    """
     return _forward(apply, x_RX, weights, groups)[0]
 
 
-def _forward(apply: Apply, x_RX: jax.Array, weights: Any, groups: RowGroups) -> tuple[jax.Array, Any]:
+def _forward(
+    apply: Apply, x_RX: jax.Array, weights: Any, groups: RowGroups
+) -> tuple[jax.Array, Any]:
     heads = _Heads.of(groups, len(x_RX))
     y_ECY, pull_back = jax.vjp(jax.vmap(apply), heads.take(x_RX), weights)
     x_PX = _lengthen(x_RX)
 
     def add_tail(_, own_weights, tail, y_PY):
-        return tail.fold(lambda block, y_PY: block.add(y_PY, apply(block.read(x_PX), own_weights)), y_PY)
+        return tail.fold(
+            lambda block, y_PY: block.add(y_PY, apply(block.read(x_PX), own_weights)), y_PY
+        )
 
     y_PY = _fold_tails(groups, heads.length, weights, add_tail, _lengthen(heads.put_back(y_ECY)))
     return y_PY[: len(x_RX)], (pull_back, heads, x_RX, weights, groups)
@@ -81,11 +88,20 @@ def _backward(apply: Apply, residuals: Any, dy_RY: jax.Array) -> tuple[jax.Array
         # Many small parts would vanish in bfloat16.
         zeros = jax.tree.map(lambda weight: jnp.zeros_like(weight, dtype=jnp.float32), own_weights)
         dx_PX, own_sum = tail.fold(add_block, (dx_PX, zeros))
-        return dx_PX, jax.tree.map(lambda whole, own: _add_at(whole, expert, own), dweights, own_sum)
+        return dx_PX, jax.tree.map(
+            lambda whole, own: _add_at(whole, expert, own), dweights, own_sum
+        )
 
-    start = (_lengthen(heads.put_back(dx_ECX)), jax.tree.map(lambda leaf: leaf.astype(jnp.float32), dweights))
+    start = (
+        _lengthen(heads.put_back(dx_ECX)),
+        jax.tree.map(lambda leaf: leaf.astype(jnp.float32), dweights),
+    )
     dx_PX, dweights = _fold_tails(groups, heads.length, weights, add_tail, start)
-    return dx_PX[: len(x_RX)], jax.tree.map(lambda leaf, weight: leaf.astype(weight.dtype), dweights, weights), None
+    return (
+        dx_PX[: len(x_RX)],
+        jax.tree.map(lambda leaf, weight: leaf.astype(weight.dtype), dweights, weights),
+        None,
+    )
 
 
 _apply_to_groups.defvjp(_forward, _backward)
@@ -94,7 +110,9 @@ _apply_to_groups.defvjp(_forward, _backward)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Heads:
-    """The first C rows of each group: where they are among all rows, and where each row is among them."""
+    """The first C rows of each group: where they are among all rows, and where each row is among
+    them.
+    """
 
     row_EC: jax.Array  # R where the group has fewer
     place_R: jax.Array  # E * C for a row of no head
@@ -106,7 +124,9 @@ class _Heads:
         ends_E = jnp.cumsum(groups.rows_per_expert_E)
         starts_E = ends_E - groups.rows_per_expert_E
         row_EC = starts_E[:, None] + jnp.arange(C)[None]
-        expert_R = jnp.searchsorted(ends_E, jnp.arange(num_rows), side="right", method="compare_all")
+        expert_R = jnp.searchsorted(
+            ends_E, jnp.arange(num_rows), side="right", method="compare_all"
+        )
         place_R = jnp.arange(num_rows) - starts_E[jnp.minimum(expert_R, E - 1)]
         is_in_R = (expert_R < E) & (place_R < C)
         return cls(
@@ -170,16 +190,24 @@ class _Tail:
 
 
 def _fold_tails(
-    groups: RowGroups, head_length: int, weights: Any, body: Callable[[jax.Array, Any, _Tail, Any], Any], carry: Any
+    groups: RowGroups,
+    head_length: int,
+    weights: Any,
+    body: Callable[[jax.Array, Any, _Tail, Any], Any],
+    carry: Any,
 ) -> Any:
-    """Folds `body(expert, its weights, tail, carry)` over the groups that are longer than their head."""
+    """Folds `body(expert, its weights, tail, carry)` over the groups that are longer than their
+    head.
+    """
     ends_E = jnp.cumsum(groups.rows_per_expert_E)
     lengths_E = jnp.maximum(groups.rows_per_expert_E - head_length, 0)
     longest_first_E = jnp.argsort(-lengths_E)
 
     def step(i, carry):
         e = longest_first_E[i]
-        own_weights = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, e, keepdims=False), weights)
+        own_weights = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, e, keepdims=False), weights
+        )
         return body(e, own_weights, _Tail(ends_E[e] - lengths_E[e], ends_E[e]), carry)
 
     return jax.lax.fori_loop(0, jnp.sum(lengths_E > 0), step, carry)

@@ -1,8 +1,9 @@
 """Rows that are sorted by expert, a chunk at a time, for as long as there are any.
 
-A buffer with room for the worst routing is mostly empty: of Mixtral's, three rows in four. Grouped kernels skip
-the rows that are not there, but what lies between two matmuls is as long as the buffer, and XLA:TPU computes the
-gradient of a weight from all of it. Here memory is that of a chunk, and work that of the chunks with rows.
+A buffer with room for the worst routing is mostly empty: of Mixtral's, three rows in four. Grouped
+kernels skip the rows that are not there, but what lies between two matmuls is as long as the
+buffer, and XLA:TPU computes the gradient of a weight from all of it. Here memory is that of a
+chunk, and work that of the chunks with rows.
 """
 
 import dataclasses
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 
 from mixtral_jax.kernels.groups import RowGroups
 
-# Of a balanced routing. More chunks leave less of the last one empty, and read the weights more often.
+# Of a balanced routing. More chunks leave less of the last one empty, and read the weights more
+# often.
 _CHUNKS = 4
 # In the names of these loops, before the rows of a chunk.
 _SCOPE = "rows_in_chunks_of_"
@@ -27,10 +29,12 @@ Apply = Callable[[Any, Any, RowGroups], jax.Array]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def apply_in_chunks(apply: Apply, weights: Any, rows: Any, groups: RowGroups) -> jax.Array:
-    """`apply` to `rows`, arrays of [R, ...], a chunk after the other: [R, Y], zero in chunks without rows.
+    """`apply` to `rows`, arrays of [R, ...], a chunk after the other: [R, Y], zero in chunks
+    without rows.
 
-    `apply` computes each row by itself. The backward pass keeps what came in and computes the rest again, a chunk at
-    a time, and adds up the gradients of weights in float32. Gradients of rows of no expert may be anything.
+    `apply` computes each row by itself. The backward pass keeps what came in and computes the rest
+    again, a chunk at a time, and adds up the gradients of weights in float32. Gradients of rows of
+    no expert may be anything.
     """
     chunks = _Chunks.of(rows, groups)
     rows = chunks.fill_up(rows)
@@ -57,7 +61,9 @@ def _backward(apply: Apply, residuals: Any, dy_RY: jax.Array) -> tuple[Any, Any,
     def add_chunk(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         dweights, rows = carry
         own_groups = chunks.groups(i)
-        _, pull_back = jax.vjp(lambda weights, rows: apply(weights, rows, own_groups), weights, chunks.read(rows, i))
+        _, pull_back = jax.vjp(
+            lambda weights, rows: apply(weights, rows, own_groups), weights, chunks.read(rows, i)
+        )
         own_dweights, own_drows = pull_back(chunks.read(dy_PY, i))
         return jax.tree.map(jnp.add, dweights, own_dweights), chunks.write(rows, i, own_drows)
 
@@ -72,7 +78,10 @@ apply_in_chunks.defvjp(_forward, _backward)
 
 
 def count_balanced_chunks(loop_name: str, balanced_rows: int) -> int | None:
-    """How often a loop of `apply_in_chunks` runs if the routing is balanced; None if that is not its name."""
+    """How often a loop of `apply_in_chunks` runs if the routing is balanced;
+
+    None if that is not its name.
+    """
     found = re.search(rf"{_SCOPE}(\d+)", loop_name)
     return -(-balanced_rows // int(found.group(1))) if found else None
 
@@ -103,7 +112,9 @@ class _Chunks:
         return jax.tree.map(lambda x_RX: jnp.pad(x_RX, ((0, missing), (0, 0))), rows)
 
     def read(self, rows: Any, i: jax.typing.ArrayLike) -> Any:
-        return jax.tree.map(lambda x_PX: jax.lax.dynamic_slice_in_dim(x_PX, i * self.size, self.size), rows)
+        return jax.tree.map(
+            lambda x_PX: jax.lax.dynamic_slice_in_dim(x_PX, i * self.size, self.size), rows
+        )
 
     def write(self, rows: Any, i: jax.typing.ArrayLike, chunk: Any) -> Any:
         def put(x_PX: jax.Array, chunk_CX: jax.Array) -> jax.Array:

@@ -3,7 +3,10 @@
 from typing import Any
 
 import jax
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
 
 # The kernel works on tiles of so many positions and head dimensions.
 _LANES = 128
@@ -27,13 +30,23 @@ def fits(num_tokens: int) -> bool:
 
 
 def attend(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array, *, interpret: bool = False
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    interpret: bool = False,
 ) -> jax.Array:
     """As `kernels.attention.attend`, of queries that are scaled already; T a multiple of 128."""
     T = q_BTNH.shape[1]
     block = max(size for size in (_LARGEST_BLOCK, _LARGEST_BLOCK // 2, _LANES) if T % size == 0)
     sizes = splash_attention_kernel.BlockSizes(
-        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
     )
 
     def per_device(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
@@ -50,7 +63,9 @@ def attend(
 
         return jax.vmap(attend_row)(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
 
-    # Every mesh axis that the inputs do not name holds copies, of which each device makes the same result: but
-    # no check can see that through a kernel.
+    # Every mesh axis that the inputs do not name holds copies, of which each device makes the same
+    # result: but no check can see that through a kernel.
     out_specs = jax.typeof(q_BTNH).sharding.spec
-    return jax.shard_map(per_device, out_specs=out_specs, check_vma=False)(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
+    return jax.shard_map(per_device, out_specs=out_specs, check_vma=False)(
+        q_BTNH, k_BSKH, v_BSKH, segment_ids_BT
+    )

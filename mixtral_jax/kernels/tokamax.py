@@ -1,4 +1,6 @@
-"""Grouped matmul by tokamax's kernels for TPU and for NVIDIA GPUs from Ampere on (package `tokamax`)."""
+"""Grouped matmul by tokamax's kernels for TPU and for NVIDIA GPUs from Ampere on (package
+`tokamax`).
+"""
 
 import functools
 import importlib
@@ -27,16 +29,24 @@ def ragged_dot(x_RD: jax.Array, weight_EDF: jax.Array, rows_per_expert_E: jax.Ar
 
     Traced on the device that it will run on: tokamax looks at that to choose its kernel.
     """
-    return _import_package().ragged_dot(x_RD, weight_EDF, rows_per_expert_E, implementation=IMPLEMENTATIONS)
+    return _import_package().ragged_dot(
+        x_RD, weight_EDF, rows_per_expert_E, implementation=IMPLEMENTATIONS
+    )
 
 
 @functools.cache
 def _import_package() -> ModuleType:
-    """tokamax, an extra and slow to import, told to leave our command line and standard error alone."""
+    """tokamax, an extra and slow to import, told to leave our command line and standard error
+    alone.
+    """
     package = importlib.import_module("tokamax")
     flags = importlib.import_module("absl.flags").FLAGS
     if not flags.is_parsed():
-        flags.mark_as_parsed()  # Or tokamax looks for its flags on our command line, and ends the run at one of ours.
-    # For every matrix it says at length that nobody has timed this shape; a heuristic chooses then, as it should.
-    logging.getLogger("absl").addFilter(lambda record: not record.getMessage().startswith("Autotuning cache miss"))
+        # Or tokamax looks for its flags on our command line, and ends the run at one of ours.
+        flags.mark_as_parsed()
+    # For every matrix it says at length that nobody has timed this shape; a heuristic chooses then,
+    # as it should.
+    logging.getLogger("absl").addFilter(
+        lambda record: not record.getMessage().startswith("Autotuning cache miss")
+    )
     return package

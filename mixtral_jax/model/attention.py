@@ -30,13 +30,23 @@ class Attention(nnx.Module):
         self.rules = rules
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         shared = {"config": config, "rules": rules, "rngs": rngs}
-        self.query = Projection("BTD,DNH->BTNH", (D, N, H), ("dense_embed", "heads", None), **shared)
-        self.key = Projection("BTD,DKH->BTKH", (D, K, H), ("dense_embed", "kv_heads", None), **shared)
-        self.value = Projection("BTD,DKH->BTKH", (D, K, H), ("dense_embed", "kv_heads", None), **shared)
+        self.query = Projection(
+            "BTD,DNH->BTNH", (D, N, H), ("dense_embed", "heads", None), **shared
+        )
+        self.key = Projection(
+            "BTD,DKH->BTKH", (D, K, H), ("dense_embed", "kv_heads", None), **shared
+        )
+        self.value = Projection(
+            "BTD,DKH->BTKH", (D, K, H), ("dense_embed", "kv_heads", None), **shared
+        )
         self.out = Projection("BTNH,NHD->BTD", (N, H, D), ("heads", None, "dense_embed"), **shared)
 
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, past: Past | None = None
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        past: Past | None = None,
     ) -> AttentionOutput:
         by_head = self.rules.spec("batch", None, "act_heads", None)
         q_BTNH = rotate(self.query(x_BTD, by_head), positions_BT, self.rope_theta)

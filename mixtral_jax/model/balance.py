@@ -15,7 +15,8 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RoutingSums:
-    """Sums over real tokens, float32; stacked over layers they gain a leading L, and `add_sums` adds micro-batches.
+    """Sums over real tokens, float32; stacked over layers they gain a leading L, and `add_sums`
+    adds micro-batches.
 
     Gradients flow through the first three.
     """
@@ -41,12 +42,17 @@ def sum_routing(
     is_kept_BTA: jax.Array,
     is_real_BT: jax.Array,
 ) -> RoutingSums:
-    """The sums of one layer; padding, which is not chosen, adds nothing. No gradient flows through counts."""
+    """The sums of one layer; padding, which is not chosen, adds nothing.
+
+    No gradient flows through counts.
+    """
     E = logits_BTE.shape[-1]
     real_BT1 = is_real_BT.astype(jnp.float32)[..., None]
     is_route_BTAE = experts_BTA[..., None] == jnp.arange(E)[None, None, None]
     load_BE = jnp.sum(is_route_BTAE & is_chosen_BTA[..., None], axis=(1, 2), dtype=jnp.float32)
-    total_BT1 = jnp.maximum(jnp.sum(scores_BTE, axis=-1, keepdims=True), 1e-20)  # Sigmoids may all underflow.
+    total_BT1 = jnp.maximum(
+        jnp.sum(scores_BTE, axis=-1, keepdims=True), 1e-20
+    )  # Sigmoids may all underflow.
     probability_BTE = scores_BTE / total_BT1 * real_BT1
     probability_BE = jnp.sum(probability_BTE, axis=1)
     routes_B1 = jnp.maximum(jnp.sum(load_BE, axis=-1, keepdims=True), 1)
@@ -70,7 +76,8 @@ def _sum_figures(logits_BTE: jax.Array, probability_BTE: jax.Array) -> dict[str,
     is_best_BTE = jnp.argmax(probability_BTE, axis=-1, keepdims=True) == jnp.arange(E)[None, None]
     second_BT = jnp.max(jnp.where(is_best_BTE, 0, probability_BTE), axis=-1)
     return {
-        "entropy": -jnp.sum(jax.scipy.special.xlogy(probability_BTE, probability_BTE)) / jnp.log(max(E, 2)),
+        "entropy": -jnp.sum(jax.scipy.special.xlogy(probability_BTE, probability_BTE))
+        / jnp.log(max(E, 2)),
         "margin": jnp.sum(jnp.max(probability_BTE, axis=-1) - second_BT),
         "squared_logits": jnp.sum(jnp.square(logits_BTE)) / E,
         "largest_logit": jnp.max(jnp.abs(logits_BTE)),
@@ -80,7 +87,9 @@ def _sum_figures(logits_BTE: jax.Array, probability_BTE: jax.Array) -> dict[str,
 def add_sums(one: RoutingSums, other: RoutingSums) -> RoutingSums:
     """The sums of both sets of tokens."""
     added = jax.tree.map(jnp.add, one, other)
-    return dataclasses.replace(added, largest_logit=jnp.maximum(one.largest_logit, other.largest_logit))
+    return dataclasses.replace(
+        added, largest_logit=jnp.maximum(one.largest_logit, other.largest_logit)
+    )
 
 
 def load_balance_loss(
@@ -88,37 +97,48 @@ def load_balance_loss(
 ) -> jax.Array:
     """The auxiliary loss, from sums stacked to [L, ...]; a scalar, before its weight.
 
-    With f_e the share of routes to expert e and P_e its mean probability, `switch` is
-    E * sum_e f_e P_e of each layer, averaged over layers: 1 at perfect balance (Switch Transformer,
-    arXiv 2101.03961, eq. 4, with f over k). `hf` pools the layers into one f and one P, with f
-    counted per token and not per route, as `load_balancing_loss_func` of transformers does: k at
-    perfect balance. `load_of` are the sums that f is taken from, if not these: those of the whole step, of which these
-    are a part (arXiv 2501.11873); averaged over parts by tokens, that gives the loss of one big batch.
+    With f_e the share of routes to expert e and P_e its mean probability, `switch` is E * sum_e f_e
+    P_e of each layer, averaged over layers: 1 at perfect balance (Switch Transformer, arXiv
+    2101.03961, eq. 4, with f over k). `hf` pools the layers into one f and one P, with f counted
+    per token and not per route, as `load_balancing_loss_func` of transformers does: k at perfect
+    balance. `load_of` are the sums that f is taken from, if not these: those of the whole step, of
+    which these are a part (arXiv 2501.11873); averaged over parts by tokens, that gives the loss of
+    one big batch.
     """
     E = sums.load_E.shape[-1]
     counted = load_of or sums
     if normalization == "hf":
         share_E = jnp.sum(counted.load_E, 0) / jnp.maximum(jnp.sum(counted.tokens), 1)
-        return E * jnp.sum(share_E * jnp.sum(sums.probability_E, 0) / jnp.maximum(jnp.sum(sums.tokens), 1))
+        return E * jnp.sum(
+            share_E * jnp.sum(sums.probability_E, 0) / jnp.maximum(jnp.sum(sums.tokens), 1)
+        )
     tokens_L1 = jnp.maximum(sums.tokens, 1)[:, None]
     load_LE = counted.load_E / jnp.maximum(jnp.sum(counted.load_E, axis=-1, keepdims=True), 1)
     return jnp.mean(E * jnp.sum(load_LE * sums.probability_E / tokens_L1, axis=-1))
 
 
 def sequence_balance_loss(sums: RoutingSums) -> jax.Array:
-    """`switch` of each sequence, averaged by tokens, then over layers (DeepSeek-V3, arXiv 2412.19437, eq. 17)."""
+    """`switch` of each sequence, averaged by tokens, then over layers (DeepSeek-V3, arXiv
+    2412.19437, eq. 17).
+    """
     return jnp.mean(sums.sequence_balance / jnp.maximum(sums.tokens, 1))
 
 
 def router_z_loss(sums: RoutingSums) -> jax.Array:
-    """Mean squared log-partition of the router logits, averaged over layers (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    """Mean squared log-partition of the router logits, averaged over layers (ST-MoE, arXiv
+    2202.08906, eq. 5).
+    """
     return jnp.mean(sums.squared_logsumexp / jnp.maximum(sums.tokens, 1))
 
 
-def next_bias(bias_LE: jax.Array, load_LE: jax.Array, rate: jax.typing.ArrayLike, *, is_zero_mean: bool) -> jax.Array:
-    """The balance bias after a step whose routes were `load_LE`: up where the load is under its mean, else down.
+def next_bias(
+    bias_LE: jax.Array, load_LE: jax.Array, rate: jax.typing.ArrayLike, *, is_zero_mean: bool
+) -> jax.Array:
+    """The balance bias after a step whose routes were `load_LE`: up where the load is under its
+    mean, else down.
 
-    b + rate * sign(mean n - n) (arXiv 2408.15664, algorithm 1), then less its mean over experts if asked for.
+    b + rate * sign(mean n - n) (arXiv 2408.15664, algorithm 1), then less its mean over experts if
+    asked for.
     """
     mean_L1 = jnp.mean(load_LE, axis=-1, keepdims=True)
     bias_LE += rate * jnp.sign(mean_L1 - load_LE)

@@ -10,15 +10,27 @@ from mixtral_jax.parallel.rules import AxisRules
 
 
 class Projection(nnx.Module):
-    """An einsum with one weight, sharded at birth: how dense parts of the model multiply by a parameter.
+    """An einsum with one weight, sharded at birth: how dense parts of the model multiply by a
+    parameter.
 
-    `axes` are the logical axes of the weight. Its shards are gathered, in the compute dtype, right before use.
-    `init` draws the weight, by default from the config's normal distribution; `variable` is the kind of parameter.
+    `axes` are the logical axes of the weight. Its shards are gathered, in the compute dtype, right
+    before use. `init` draws the weight, by default from the config's normal distribution;
+    `variable` is the kind of parameter.
     """
 
-    def __init__(self, equation: str, shape: tuple[int, ...], axes: tuple[str | None, ...], *,
-                 config: ModelConfig, rules: AxisRules, rngs: nnx.Rngs, dtype: str | None = None,
-                 init: nnx.Initializer | None = None, variable: type[nnx.Param] = nnx.Param):  # fmt: skip
+    def __init__(
+        self,
+        equation: str,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        *,
+        config: ModelConfig,
+        rules: AxisRules,
+        rngs: nnx.Rngs,
+        dtype: str | None = None,
+        init: nnx.Initializer | None = None,
+        variable: type[nnx.Param] = nnx.Param,
+    ):
         self.equation = equation
         self.axes = axes
         self.rules = rules
@@ -29,7 +41,8 @@ class Projection(nnx.Module):
 
     def __call__(self, x: jax.Array, out_sharding: P) -> jax.Array:
         weight = gather_weight(self.weight[...].astype(self.dtype), self.axes, self.rules)
-        # A float32 projection in a bfloat16 model (the router) must not be computed in bfloat16 passes.
+        # A float32 projection in a bfloat16 model (the router) must not be computed in bfloat16
+        # passes.
         precision = "highest" if self.dtype == "float32" else None
         return jnp.einsum(self.equation, x, weight, precision=precision, out_sharding=out_sharding)
 
@@ -37,9 +50,10 @@ class Projection(nnx.Module):
 def gather_weight(weight: jax.Array, axes: tuple[str | None, ...], rules: AxisRules) -> jax.Array:
     """A dense weight as `rules.gathered` lays it out, for each device to use on its own tokens.
 
-    `reduced` says that other devices use it on other tokens, so that its gradient stays a sum yet to be made.
-    In two steps, since XLA scatters a sum over some of its mesh axes, but makes one over all of them whole:
-    the transpose is a reduce-scatter over `fsdp`, and then a sum of those shards over the other axes.
+    `reduced` says that other devices use it on other tokens, so that its gradient stays a sum yet
+    to be made. In two steps, since XLA scatters a sum over some of its mesh axes, but makes one
+    over all of them whole: the transpose is a reduce-scatter over `fsdp`, and then a sum of those
+    shards over the other axes.
     """
     stored, whole = rules.spec(*axes), rules.gathered(*axes)
     if stored == whole:
@@ -51,7 +65,9 @@ def gather_weight(weight: jax.Array, axes: tuple[str | None, ...], rules: AxisRu
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm: in float32, cast, and only then scaled, as Mixtral does (arXiv 1910.07467)."""
+    """Root-mean-square norm: in float32, cast, and only then scaled, as Mixtral does (arXiv
+    1910.07467).
+    """
 
     def __init__(self, config: ModelConfig):
         self.epsilon = config.norm_eps
@@ -66,7 +82,8 @@ class RMSNorm(nnx.Module):
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding, in float32: pairs are (h, h + H/2), as in Hugging Face checkpoints.
+    """Rotary position embedding, in float32: pairs are (h, h + H/2), as in Hugging Face
+    checkpoints.
 
     Source: RoFormer (arXiv 2104.09864), eq. 34, with base `theta`.
     """

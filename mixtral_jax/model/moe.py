@@ -9,7 +9,12 @@ from flax import nnx
 
 from mixtral_jax.config import DispatchConfig, ModelConfig, RouterConfig
 from mixtral_jax.kernels.chunks import apply_in_chunks
-from mixtral_jax.kernels.grouped_matmul import Kernel, grouped_matmul, grouped_swiglu, swiglu_of_layer
+from mixtral_jax.kernels.grouped_matmul import (
+    Kernel,
+    grouped_matmul,
+    grouped_swiglu,
+    swiglu_of_layer,
+)
 from mixtral_jax.kernels.groups import RowGroups, weigh
 from mixtral_jax.model.dispatch.choose import TRANSPORTS
 from mixtral_jax.model.dispatch.region import dispatch
@@ -20,16 +25,30 @@ from mixtral_jax.parallel.rules import AxisRules
 
 
 class ExpertProjection(nnx.Module):
-    """One matrix per expert; multiplies rows that are sorted by expert. `init`, `variable`: as of `Projection`."""
+    """One matrix per expert; multiplies rows that are sorted by expert.
 
-    def __init__(self, shape: tuple[int, int, int], axes: tuple[str | None, str | None, str | None], kernel: Kernel, *,
-                 config: ModelConfig, rules: AxisRules, rngs: nnx.Rngs,
-                 init: nnx.Initializer | None = None, variable: type[nnx.Param] = nnx.Param):  # fmt: skip
+    `init`, `variable`: as of `Projection`.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        axes: tuple[str | None, str | None, str | None],
+        kernel: Kernel,
+        *,
+        config: ModelConfig,
+        rules: AxisRules,
+        rngs: nnx.Rngs,
+        init: nnx.Initializer | None = None,
+        variable: type[nnx.Param] = nnx.Param,
+    ):
         self.axes = axes
         self.rules = rules
         self.kernel: Kernel = kernel
         init = init or nnx.initializers.normal(config.initializer_range)
-        self.weight = variable(init(rngs.params(), shape, config.param_dtype, out_sharding=rules.spec(*axes)))
+        self.weight = variable(
+            init(rngs.params(), shape, config.param_dtype, out_sharding=rules.spec(*axes))
+        )
 
     def __call__(self, x_RD: jax.Array, groups: RowGroups) -> jax.Array:
         return grouped_matmul(x_RD, self.weight[...], groups, self.kernel)
@@ -38,8 +57,8 @@ class ExpertProjection(nnx.Module):
 class Experts(nnx.Module):
     """SwiGLU experts (arXiv 2002.05202) on contiguous rows, times the weights of their routes.
 
-    Each projection may be replaced by another callable on (x_RD, groups). Where all three are plain,
-    `blocks` runs them at once.
+    Each projection may be replaced by another callable on (x_RD, groups). Where all three are
+    plain, `blocks` runs them at once.
     """
 
     def __init__(self, config: ModelConfig, kernel: Kernel, rules: AxisRules, rngs: nnx.Rngs):
@@ -72,7 +91,9 @@ class Experts(nnx.Module):
         return self.down(self._hidden(x_RD, groups), groups)
 
     def _apply(self, rows: tuple[jax.Array, jax.Array], groups: RowGroups) -> jax.Array:
-        """Weighs what goes into `down`: for the gradient of a route's weight, nobody has to know what comes out."""
+        """Weighs what goes into `down`: for the gradient of a route's weight, nobody has to know
+        what comes out.
+        """
         x_RD, weight_R1 = rows
         return self.down(weigh(self._hidden(x_RD, groups), weight_R1, groups), groups)
 
@@ -81,7 +102,9 @@ class Experts(nnx.Module):
 
 
 class ExpertsOfLayer(nnx.Module):
-    """The experts of one layer of a stack, for a few rows and no gradient: weights are read where they lie."""
+    """The experts of one layer of a stack, for a few rows and no gradient: weights are read where
+    they lie.
+    """
 
     def __init__(self, stack: Experts, layer: jax.Array):
         self.stack = stack
@@ -90,15 +113,25 @@ class ExpertsOfLayer(nnx.Module):
 
     def __call__(self, x_RD: jax.Array, weight_R1: jax.Array, groups: RowGroups) -> jax.Array:
         if weights := self.stack.plain_weights():
-            return weigh(swiglu_of_layer(x_RD, *weights, groups, self.kernel, self.layer), weight_R1, groups)
+            return weigh(
+                swiglu_of_layer(x_RD, *weights, groups, self.kernel, self.layer), weight_R1, groups
+            )
         return jax.tree.map(lambda weight: weight[self.layer], self.stack)(x_RD, weight_R1, groups)
 
 
 class MoE(nnx.Module):
-    """Sparse mixture of experts (Mixtral, arXiv 2401.04088, section 2.1). `dispatch` leaves nothing to `auto`."""
+    """Sparse mixture of experts (Mixtral, arXiv 2401.04088, section 2.1).
+
+    `dispatch` leaves nothing to `auto`.
+    """
 
     def __init__(
-        self, config: ModelConfig, router: RouterConfig, dispatch: DispatchConfig, rules: AxisRules, rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        router: RouterConfig,
+        dispatch: DispatchConfig,
+        rules: AxisRules,
+        rngs: nnx.Rngs,
     ):
         self.num_experts = config.num_experts
         self.dtype = config.dtype
@@ -106,8 +139,11 @@ class MoE(nnx.Module):
         self.router = Router(config, router, dispatch, rules, rngs)
         self.experts = Experts(config, cast(Kernel, dispatch.grouped_matmul), rules, rngs)
         self.transport = TRANSPORTS[dispatch.transport](config.num_experts, dispatch.buffer_factor)
-        # Last: random numbers are drawn in order, so that all other parameters start as they would without them.
-        self.shared_experts = SharedExperts(config, rules, rngs) if config.num_shared_experts else None
+        # Last: random numbers are drawn in order, so that all other parameters start as they would
+        # without them.
+        self.shared_experts = (
+            SharedExperts(config, rules, rngs) if config.num_shared_experts else None
+        )
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, Routing]:
         routing = self.router(x_BTD, tokens)
@@ -115,7 +151,15 @@ class MoE(nnx.Module):
         experts = jax.tree.map(self._cast, self.experts)
         routes = (routing.experts_BTA, routing.weights_BTA, routing.is_kept_BTA)
         is_checked = self.experts.kernel != "tokamax"
-        home = dispatch(experts, self.transport, self.num_experts, x_BTD, routes, self.rules, is_checked=is_checked)
+        home = dispatch(
+            experts,
+            self.transport,
+            self.num_experts,
+            x_BTD,
+            routes,
+            self.rules,
+            is_checked=is_checked,
+        )
         y_BTD = home.y_BTD + self.shared_experts(x_BTD) if self.shared_experts else home.y_BTD
         sums = dataclasses.replace(routing.sums, overflowed=home.overflowed.astype(jnp.float32))
         return y_BTD, dataclasses.replace(routing, sums=sums)
@@ -123,7 +167,7 @@ class MoE(nnx.Module):
     def _cast(self, leaf: jax.Array) -> jax.Array:
         if leaf.dtype == self.dtype or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
-        # Rounding first changes no bit. XLA:TPU moves a mere cast ahead of the loop over layers, where it is of all of
-        # them at once: for 8x22B on 128 chips, 2 GiB of each.
+        # Rounding first changes no bit. XLA:TPU moves a mere cast ahead of the loop over layers,
+        # where it is of all of them at once: for 8x22B on 128 chips, 2 GiB of each.
         width = jnp.finfo(self.dtype)
         return jax.lax.reduce_precision(leaf, width.nexp, width.nmant).astype(self.dtype)

@@ -8,7 +8,9 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Ids, places in their documents, and documents numbered from 1 within a row, 0 at padding; all int32."""
+    """Ids, places in their documents, and documents numbered from 1 within a row, 0 at padding; all
+    int32.
+    """
 
     ids_BT: jax.Array
     positions_BT: jax.Array

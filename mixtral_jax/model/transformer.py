@@ -1,4 +1,6 @@
-"""The whole decoder: embedding, a scanned stack of blocks, unembedding; and how many parameters it has."""
+"""The whole decoder: embedding, a scanned stack of blocks, unembedding; and how many parameters it
+has.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -53,7 +55,12 @@ class Block(nnx.Module):
     """Pre-norm attention and mixture of experts, each with a residual."""
 
     def __init__(
-        self, config: ModelConfig, router: RouterConfig, dispatch: DispatchConfig, rules: AxisRules, rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        router: RouterConfig,
+        dispatch: DispatchConfig,
+        rules: AxisRules,
+        rngs: nnx.Rngs,
     ):
         self.attention_norm = RMSNorm(config)
         self.attention = Attention(config, rules, rngs)
@@ -61,7 +68,9 @@ class Block(nnx.Module):
         self.moe = MoE(config, router, dispatch, rules, rngs)
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens, past: Past | None = None) -> BlockOutput:
-        attended = self.attention(self.attention_norm(x_BTD), tokens.positions_BT, tokens.segment_ids_BT, past)
+        attended = self.attention(
+            self.attention_norm(x_BTD), tokens.positions_BT, tokens.segment_ids_BT, past
+        )
         x_BTD = x_BTD + attended.y_BTD
         y_BTD, routing = self.moe(self.moe_norm(x_BTD), tokens)
         return BlockOutput(x_BTD + y_BTD, routing, attended.key_values)
@@ -70,33 +79,52 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Mixtral: decoder-only, every block sparse. Blocks are stacked on a leading layer axis.
 
-    Built and called under `jax.set_mesh`, best inside `jax.jit`, so that parameters are born sharded.
+    Built and called under `jax.set_mesh`, best inside `jax.jit`, so that parameters are born
+    sharded.
     """
 
     def __init__(
-        self, config: ModelConfig, router: RouterConfig, dispatch: DispatchConfig, *, rules: AxisRules, rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        router: RouterConfig,
+        dispatch: DispatchConfig,
+        *,
+        rules: AxisRules,
+        rngs: nnx.Rngs,
     ):
         self.config = config
         self.num_experts_per_token = router.num_experts_per_token
         self.rules = rules
         init = nnx.initializers.normal(config.initializer_range)
         shape = (config.vocab_size, config.hidden_size)
-        table = init(rngs.params(), shape, config.param_dtype, out_sharding=rules.spec(None, "embedding"))
+        table = init(
+            rngs.params(), shape, config.param_dtype, out_sharding=rules.spec(None, "embedding")
+        )
         self.embedding_VD = nnx.Param(table)
-        self.blocks = jax.vmap(lambda rngs: Block(config, router, dispatch, rules, rngs))(rngs.split(config.num_layers))
+        self.blocks = jax.vmap(lambda rngs: Block(config, router, dispatch, rules, rngs))(
+            rngs.split(config.num_layers)
+        )
         self.norm = RMSNorm(config)
         self.unembed = Projection(
-            "BTD,DV->BTV", (config.hidden_size, config.vocab_size), ("dense_embed", "vocab"),
-            config=config, rules=rules, rngs=rngs,
-        )  # fmt: skip
+            "BTD,DV->BTV",
+            (config.hidden_size, config.vocab_size),
+            ("dense_embed", "vocab"),
+            config=config,
+            rules=rules,
+            rngs=rngs,
+        )
 
     def __call__(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None, segment_ids_BT: jax.Array | None = None
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
     ) -> ModelOutput:
         """Runs the decoder on int32 [B, T] tokens, B a multiple of the devices that hold tokens.
 
         `segment_ids_BT` numbers the documents of a row from 1 and is 0 at padding, which is neither
-        attended to, routed nor counted; `positions_BT` restart in each. By default a row is one document.
+        attended to, routed nor counted; `positions_BT` restart in each. By default a row is one
+        document.
         """
         output = self.run_blocks(tokens_BT, positions_BT, segment_ids_BT)
         return ModelOutput(self.to_logits(output.x_BTD), output.routing)
@@ -112,12 +140,15 @@ class Transformer(nnx.Module):
     ) -> BlockOutput:
         """As a call, up to the logits.
 
-        `past`, of all layers, is what these tokens attend to besides each other: those of their own segment that came
-        before. Keys and values of the new tokens are given where asked for; training has no use for them.
+        `past`, of all layers, is what these tokens attend to besides each other: those of their own
+        segment that came before. Keys and values of the new tokens are given where asked for;
+        training has no use for them.
         """
         rows = self.rules.spec("batch", None)
         if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape, out_sharding=rows)
+            positions_BT = jnp.broadcast_to(
+                jnp.arange(tokens_BT.shape[1]), tokens_BT.shape, out_sharding=rows
+            )
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
         tokens = Tokens(tokens_BT, positions_BT, segment_ids_BT)
@@ -138,7 +169,9 @@ class Transformer(nnx.Module):
         return BlockOutput(x_BTD, routing, key_values)
 
     def _holds_experts_as_used(self) -> bool:
-        """Whether weights of experts are neither cast nor gathered on their way: they may be read from the stack."""
+        """Whether weights of experts are neither cast nor gathered on their way: they may be read
+        from the stack.
+        """
         is_cast = self.config.param_dtype != self.config.dtype
         return not is_cast and jax.sharding.get_abstract_mesh().shape["fsdp"] == 1
 
@@ -147,13 +180,17 @@ class Transformer(nnx.Module):
         return self.unembed(self.norm(x_BTD), self.rules.spec("batch", None, "act_vocab"))
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        table_VD = jax.reshard(self.embedding_VD[...].astype(self.config.dtype), self.rules.spec(None, None))
+        table_VD = jax.reshard(
+            self.embedding_VD[...].astype(self.config.dtype), self.rules.spec(None, None)
+        )
         return table_VD.at[tokens_BT].get(out_sharding=self.rules.spec("batch", None, None))
 
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a model; those that work on one token; and of these those that multiply: not an embedding's."""
+    """Parameters of a model; those that work on one token; and of these those that multiply: not an
+    embedding's.
+    """
 
     total: int
     active: int
@@ -161,7 +198,8 @@ class ParameterCount:
 
 
 def count_parameters(model: Transformer, kind: Filter = nnx.Param) -> ParameterCount:
-    """Counts a model, or the shapes of one (`jax.eval_shape` of its maker): nothing need be allocated.
+    """Counts a model, or the shapes of one (`jax.eval_shape` of its maker): nothing need be
+    allocated.
 
     `kind` tells the parameters that are counted from the others.
     """
@@ -176,7 +214,9 @@ def count_parameters(model: Transformer, kind: Filter = nnx.Param) -> ParameterC
 
 
 def resolve_dispatch(config: Config, platform: str) -> DispatchConfig:
-    """The config's choices of transport and kernel with nothing left to `auto`, for devices of `platform`."""
+    """The config's choices of transport and kernel with nothing left to `auto`, for devices of
+    `platform`.
+    """
     return dataclasses.replace(
         config.dispatch,
         transport=choose_transport(config, platform).name,
@@ -184,9 +224,15 @@ def resolve_dispatch(config: Config, platform: str) -> DispatchConfig:
     )
 
 
-def model_maker(config: Config, platform: str, rules: AxisRules = AxisRules()) -> Callable[[], Transformer]:
-    """A function that initialises the model of a run, for devices of `platform`, from the run's seed."""
+def model_maker(
+    config: Config, platform: str, rules: AxisRules = AxisRules()
+) -> Callable[[], Transformer]:
+    """A function that initialises the model of a run, for devices of `platform`, from the run's
+    seed.
+    """
     attention = choose_attention(config.model, config.train.sequence_length, platform).name
     model = dataclasses.replace(config.model, attention=attention)
     dispatch = resolve_dispatch(config, platform)
-    return lambda: Transformer(model, config.router, dispatch, rules=rules, rngs=nnx.Rngs(config.train.seed))
+    return lambda: Transformer(
+        model, config.router, dispatch, rules=rules, rngs=nnx.Rngs(config.train.seed)
+    )

@@ -14,8 +14,8 @@ from mixtral_jax.parallel.rules import AxisRules
 class Batch:
     """Packed rows; every array is int32 [micro-batches, sequences, tokens].
 
-    `segment_ids` numbers the documents of a row from 1 and is 0 at padding; `positions` restart at 0
-    in each; `targets` is the next token of the same document; `loss_mask` is 1 where it counts.
+    `segment_ids` numbers the documents of a row from 1 and is 0 at padding; `positions` restart at
+    0 in each; `targets` is the next token of the same document; `loss_mask` is 1 where it counts.
     """
 
     tokens: jax.Array | np.ndarray

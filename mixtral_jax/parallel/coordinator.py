@@ -1,7 +1,8 @@
-"""Where the processes of a run meet: the coordinator's address, and what a scheduler says about the processes.
+"""Where the processes of a run meet: the coordinator's address, and what a scheduler says about the
+processes.
 
-Finds, before jax tries, what jax would only wait for: jax ends a process that cannot join others with an abort,
-minutes later. Knows no jax.
+Finds, before jax tries, what jax would only wait for: jax ends a process that cannot join others
+with an abort, minutes later. Knows no jax.
 """
 
 import dataclasses
@@ -15,7 +16,8 @@ from collections.abc import Mapping
 
 from mixtral_jax.config import ConfigError, require
 
-# Hosts of a pod start minutes apart: images are pulled, nodes come up. On one machine nothing takes that long.
+# Hosts of a pod start minutes apart: images are pulled, nodes come up. On one machine nothing takes
+# that long.
 JOIN_SECONDS = 300.0
 LOOPBACK_JOIN_SECONDS = 60.0
 LOOPBACK_PORT_SECONDS = 20.0
@@ -24,10 +26,12 @@ _PATIENCE_SECONDS = 10.0  # of a silent wait
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """What the command line says about the processes of a run: all three, or none for jax to find them itself.
+    """What the command line says about the processes of a run: all three, or none for jax to find
+    them itself.
 
     Raises:
-        ConfigError: one without the others, an address without host or port, an id outside the processes.
+        ConfigError: one without the others, an address without host or port, an id outside the
+            processes.
     """
 
     coordinator: str | None = None
@@ -35,22 +39,31 @@ class Launch:
     process_id: int | None = None
 
     def __post_init__(self):
-        given = [value is not None for value in (self.coordinator, self.num_processes, self.process_id)]
-        require(all(given) or not any(given), "--coordinator, --num_processes and --process_id are given together")
+        given = [
+            value is not None for value in (self.coordinator, self.num_processes, self.process_id)
+        ]
+        require(
+            all(given) or not any(given),
+            "--coordinator, --num_processes and --process_id are given together",
+        )
         if self.coordinator is None or self.num_processes is None or self.process_id is None:
             return
         parse_address(self.coordinator)
         require(self.num_processes >= 1, f"--num_processes={self.num_processes} must be at least 1")
         require(
             0 <= self.process_id < self.num_processes,
-            f"--process_id={self.process_id} must lie in 0 ... {self.num_processes - 1}, as --num_processes="
+            f"--process_id={self.process_id} must lie in 0 ... {self.num_processes - 1}, as "
+            "--num_processes="
             f"{self.num_processes} says",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheduler:
-    """What a scheduler tells its processes; `num_machines` and `num_processes` are None where it does not say."""
+    """What a scheduler tells its processes;
+
+    `num_machines` and `num_processes` are None where it does not say.
+    """
 
     name: str
     num_machines: int | None
@@ -83,7 +96,10 @@ def is_loopback(host: str) -> bool:
 
 
 def find_scheduler(environment: Mapping[str, str] = os.environ) -> Scheduler | None:
-    """The scheduler that started this process, by the variables that it sets; None where there is none."""
+    """The scheduler that started this process, by the variables that it sets;
+
+    None where there is none.
+    """
 
     def number(name: str) -> int | None:
         value = environment.get(name, "")
@@ -98,7 +114,9 @@ def find_scheduler(environment: Mapping[str, str] = os.environ) -> Scheduler | N
     if "TPU_WORKER_HOSTNAMES" in environment:
         hosts = len(environment["TPU_WORKER_HOSTNAMES"].split(","))
         return Scheduler("Cloud TPU", hosts, hosts)
-    if "JOB_COMPLETION_INDEX" in environment:  # Of an indexed Job: a pod an index, how many it does not say.
+    if (
+        "JOB_COMPLETION_INDEX" in environment
+    ):  # Of an indexed Job: a pod an index, how many it does not say.
         return Scheduler("Kubernetes", None, (number("JOB_COMPLETION_INDEX") or 0) + 1)
     return None
 
@@ -106,15 +124,17 @@ def find_scheduler(environment: Mapping[str, str] = os.environ) -> Scheduler | N
 def require_reachable(launch: Launch) -> float:
     """Makes sure that this process can meet the others where `launch` says.
 
-    Process 0 finds the port free; the others wait until something listens there, and say so on standard error.
+    Process 0 finds the port free; the others wait until something listens there, and say so on
+    standard error.
 
     Returns:
         How long the processes may wait for each other from here on, in seconds.
 
     Raises:
-        ConfigError: the coordinator is this machine's loopback but the processes are not all on one machine, or
-            the port is taken. It would be waited for in vain.
-        SystemExit: code 1, with a line; nobody listened within the time that hosts may need to start.
+        ConfigError: the coordinator is this machine's loopback but the processes are not all on one
+            machine, or the port is taken. It would be waited for in vain.
+        SystemExit: code 1, with a line; nobody listened within the time that hosts may need to
+            start.
     """
     assert launch.coordinator is not None
     host, port = parse_address(launch.coordinator)
@@ -128,21 +148,27 @@ def require_reachable(launch: Launch) -> float:
     reason = wait_for_port(host, port, seconds)
     if reason and loopback:
         raise ConfigError(
-            f"--coordinator={launch.coordinator} is this machine's own loopback, and no process 0 listened on "
-            f"{socket.gethostname()} within {seconds:.0f} s: give a HOST:PORT of process 0's machine that all can "
+            f"--coordinator={launch.coordinator} is this machine's own loopback, and no process 0 "
+            "listened on "
+            f"{socket.gethostname()} within {seconds:.0f} s: give a HOST:PORT of process 0's "
+            "machine that all can "
             "reach, or start process 0 here"
         )
     if reason:
         raise SystemExit(
-            f"error: process {launch.process_id} on {socket.gethostname()} did not reach --coordinator="
-            f"{launch.coordinator} within {seconds:.0f} s ({reason}): process 0 must run on that host, and the port "
+            f"error: process {launch.process_id} on {socket.gethostname()} did not reach "
+            "--coordinator="
+            f"{launch.coordinator} within {seconds:.0f} s ({reason}): process 0 must run on that "
+            "host, and the port "
             "be open to this one"
         )
     return LOOPBACK_JOIN_SECONDS if loopback else JOIN_SECONDS
 
 
 def wait_for_port(host: str, port: int, seconds: float) -> str | None:
-    """Returns None once something listens there, or after `seconds` the last reason why it could not be reached."""
+    """Returns None once something listens there, or after `seconds` the last reason why it could
+    not be reached.
+    """
     start, has_spoken = time.monotonic(), False
     while True:
         try:
@@ -155,21 +181,33 @@ def wait_for_port(host: str, port: int, seconds: float) -> str | None:
             return reason
         if waited > _PATIENCE_SECONDS and not has_spoken:
             has_spoken = True
-            print(f"waiting up to {seconds:.0f} s for process 0 at {host}:{port} ({reason}) ...", file=sys.stderr)
+            print(
+                f"waiting up to {seconds:.0f} s for process 0 at {host}:{port} ({reason}) ...",
+                file=sys.stderr,
+            )
         time.sleep(0.25)
 
 
 def proxy_hint(environment: Mapping[str, str] = os.environ) -> str:
-    """A remark on proxy variables, which gRPC follows and which lead the processes' connections astray."""
-    names = sorted(name for name in environment if name.lower() in ("http_proxy", "https_proxy", "grpc_proxy"))
-    return f"; {', '.join(names)} is set: unset it, or put the coordinator's host in no_proxy" if names else ""
+    """A remark on proxy variables, which gRPC follows and which lead the processes' connections
+    astray.
+    """
+    names = sorted(
+        name for name in environment if name.lower() in ("http_proxy", "https_proxy", "grpc_proxy")
+    )
+    return (
+        f"; {', '.join(names)} is set: unset it, or put the coordinator's host in no_proxy"
+        if names
+        else ""
+    )
 
 
 def _refuse_loopback_over_machines(coordinator: str, scheduler: Scheduler | None) -> None:
     # Pods are machines of their own.
     if scheduler and (scheduler.name == "Kubernetes" or (scheduler.num_machines or 1) > 1):
         raise ConfigError(
-            f"--coordinator={coordinator} is each machine's own loopback, but {scheduler.name} runs this job on "
+            f"--coordinator={coordinator} is each machine's own loopback, but {scheduler.name} "
+            "runs this job on "
             "several: give the HOST:PORT of process 0's machine"
             + ("" if scheduler.name == "Kubernetes" else ", or no --coordinator: jax finds it here")
         )
@@ -184,6 +222,7 @@ def _require_free(port: int) -> None:
             socket.create_server(("", port)).close()
     except OSError as error:
         raise ConfigError(
-            f"process 0 cannot listen on port {port} of {socket.gethostname()} ({error.strerror or error}): is "
+            f"process 0 cannot listen on port {port} of {socket.gethostname()} "
+            f"({error.strerror or error}): is "
             "another run using it? Give --coordinator another port on all processes"
         ) from None

@@ -1,8 +1,9 @@
 """The processes of a run: how they find each other, agree, and end together.
 
-jax's coordination service, which process 0 hosts, carries the messages: it works before any device is touched and
-while a collective hangs. One process that stops tells the others why, and they stop too, within seconds; jax alone
-would let them wait for its heartbeats, or for ever. What is compared is for `agreement`.
+jax's coordination service, which process 0 hosts, carries the messages: it works before any device
+is touched and while a collective hangs. One process that stops tells the others why, and they stop
+too, within seconds; jax alone would let them wait for its heartbeats, or for ever. What is compared
+is for `agreement`.
 """
 
 import collections
@@ -20,21 +21,30 @@ from typing import Any, NoReturn
 
 import jax
 
-# jax has no public way to send a message between processes without devices. Orbax and others use this client too.
+# jax has no public way to send a message between processes without devices. Orbax and others use
+# this client too.
 from jax._src import distributed
 
 from mixtral_jax.config import ConfigError
-from mixtral_jax.parallel.coordinator import JOIN_SECONDS, Launch, find_scheduler, proxy_hint, require_reachable
+from mixtral_jax.parallel.coordinator import (
+    JOIN_SECONDS,
+    Launch,
+    find_scheduler,
+    proxy_hint,
+    require_reachable,
+)
 
-# Of a process that vanished without a word, while the others hang in a collective; jax then aborts them. A host that
-# swaps or migrates may be silent for some tens of seconds.
+# Of a process that vanished without a word, while the others hang in a collective; jax then aborts
+# them. A host that swaps or migrates may be silent for some tens of seconds.
 HEARTBEAT_SECONDS = 60
 # All have said by then that they are at their end (`Processes.__exit__`), and only leave.
 SHUTDOWN_SECONDS = 60
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 2.0  # for a process to find out by itself what stopped another
-_FAREWELL_SECONDS = 10.0  # process 0, which hosts the messages, waits for the others to have read the last one
+_FAREWELL_SECONDS = (
+    10.0  # process 0, which hosts the messages, waits for the others to have read the last one
+)
 _ROOT = "mixtral_jax"
 
 
@@ -47,10 +57,11 @@ class _Stop:
 
 
 class Processes:
-    """All processes of a run, and the place of this one among them. Use as a context, around all work they share.
+    """All processes of a run, and the place of this one among them. Use as a context, around all
+    work they share.
 
-    When one leaves the context by an exception, that is told to the others, which print it and end with the same exit
-    code, wherever they are. With a single process the context does nothing.
+    When one leaves the context by an exception, that is told to the others, which print it and end
+    with the same exit code, wherever they are. With a single process the context does nothing.
     """
 
     def __init__(self, index: int = 0, count: int = 1, client: Any = None, preemption: Any = None):
@@ -65,7 +76,8 @@ class Processes:
         self._watch = threading.Thread(target=self._watch_others, name="processes", daemon=True)
 
     def share(self, name: str, value: Any, seconds: float | None = None) -> list[Any]:
-        """Gives every process's value of `name`, in their order, to each; values are what JSON can hold.
+        """Gives every process's value of `name`, in their order, to each; values are what JSON can
+        hold.
 
         Args:
             name: of this exchange; whenever a name comes again, it comes again on all of them.
@@ -84,7 +96,8 @@ class Processes:
             if seconds is not None and time.monotonic() - start > seconds:
                 silent = sorted(set(range(self.count)) - {_last_part(key) for key, _ in found})
                 raise SystemExit(
-                    f"error: process {', '.join(map(str, silent))} did not tell its {name} within {seconds:.0f} s: "
+                    f"error: process {', '.join(map(str, silent))} did not tell its {name} within "
+                    f"{seconds:.0f} s: "
                     "see what it printed"
                 )
             time.sleep(pause)
@@ -92,20 +105,25 @@ class Processes:
         return [json.loads(said) for _, said in sorted(found, key=lambda pair: _last_part(pair[0]))]
 
     def is_stopping(self) -> bool:
-        """Whether to stop now, as SIGTERM told one of several; on each, the same answer to the nth time it is asked.
+        """Whether to stop now, as SIGTERM told one of several; on each, the same answer to the nth
+        time it is asked.
 
-        jax lets all stop at the first number that none has asked about yet: numbers must grow by one, from 1, whatever
-        step a run goes on from, and however many runs follow each other.
+        jax lets all stop at the first number that none has asked about yet: numbers must grow by
+        one, from 1, whatever step a run goes on from, and however many runs follow each other.
         """
         self._times_asked += 1
-        return self._preemption is not None and self._preemption.reached_sync_point(self._times_asked)
+        return self._preemption is not None and self._preemption.reached_sync_point(
+            self._times_asked
+        )
 
     def __enter__(self) -> "Processes":
         if self._client is not None:
             self._watch.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
         if self._client is None:
             return
         if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
@@ -119,7 +137,8 @@ class Processes:
         self._ending.acquire()
         others = self._read_stops()
         if others and isinstance(error, Exception) and not isinstance(error, ConfigError):
-            # Such as the error of a collective that broke off when another process ended: not the cause.
+            # Such as the error of a collective that broke off when another process ended: not the
+            # cause.
             self._print_and_leave(others[0])
         stop = _describe(error)
         self._tell(stop)
@@ -129,26 +148,41 @@ class Processes:
         self._print_and_leave(stop)
 
     def refuse(self, error: ConfigError) -> None:
-        """Ends all, since this one was started wrongly, and has said so itself; returns where it is alone."""
+        """Ends all, since this one was started wrongly, and has said so itself; returns where it is
+        alone.
+        """
         if self._client is not None:
             stop = _describe(error)
             self._tell(stop)
             self._leave(stop.code)
 
     def _tell(self, stop: _Stop) -> None:
-        stop = _Stop(f"process {self.index} on {socket.gethostname()} stopped: {stop.line}", stop.code)
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # Process 0 is gone, and its messages with it.
-            self._client.key_value_set(f"{_ROOT}/stop/{self.index}", json.dumps(dataclasses.asdict(stop)))
+        stop = _Stop(
+            f"process {self.index} on {socket.gethostname()} stopped: {stop.line}", stop.code
+        )
+        with contextlib.suppress(
+            jax.errors.JaxRuntimeError
+        ):  # Process 0 is gone, and its messages with it.
+            self._client.key_value_set(
+                f"{_ROOT}/stop/{self.index}", json.dumps(dataclasses.asdict(stop))
+            )
 
     def _read_stops(self) -> list[_Stop]:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            return [_Stop(**json.loads(said)) for _, said in self._client.key_value_dir_get(f"{_ROOT}/stop/")]
+            return [
+                _Stop(**json.loads(said))
+                for _, said in self._client.key_value_dir_get(f"{_ROOT}/stop/")
+            ]
         return []
 
     def _watch_others(self) -> None:
         while not self._is_over.wait(_POLL_SECONDS):
             stops = self._read_stops()
-            if stops and not self._is_over.wait(_GRACE_SECONDS) and self._ending.acquire(blocking=False):
+            if (
+                stops
+                and not self._is_over.wait(_GRACE_SECONDS)
+                and self._ending.acquire(blocking=False)
+            ):
                 self._print_and_leave(stops[0])
 
     def _print_and_leave(self, stop: _Stop) -> NoReturn:
@@ -173,9 +207,9 @@ class Processes:
 def join_processes(launch: Launch, code_if_alone: int = 1) -> Processes:
     """Joins the other processes of the run: those that the flags name, or that jax finds by itself.
 
-    jax knows Slurm, Open MPI, Cloud TPU and others by their environment; where it finds none, this process is
-    alone. Call before jax first touches a device. If not all come in time, this process ends with a line and
-    `code_if_alone`.
+    jax knows Slurm, Open MPI, Cloud TPU and others by their environment; where it finds none, this
+    process is alone. Call before jax first touches a device. If not all come in time, this process
+    ends with a line and `code_if_alone`.
 
     Raises:
         ConfigError: the processes cannot meet as they were told to.
@@ -205,7 +239,8 @@ def join_processes(launch: Launch, code_if_alone: int = 1) -> Processes:
             # Such as a Kubernetes that lets nobody read its pods: many lines.
             reason = " ".join(str(error).split())
             raise ConfigError(
-                f"cannot join the other processes: {reason}: give --coordinator, --num_processes and --process_id"
+                f"cannot join the other processes: {reason}: give --coordinator, --num_processes "
+                "and --process_id"
             ) from error
     state = distributed.global_state
     if state.num_processes == 1:
@@ -216,24 +251,37 @@ def join_processes(launch: Launch, code_if_alone: int = 1) -> Processes:
 
 
 def find_local_device_ids(environment: Mapping[str, str]) -> list[int] | None:
-    """All GPUs of a node for its only Slurm task, which jax would give the first one alone; None leaves it to jax."""
+    """All GPUs of a node for its only Slurm task, which jax would give the first one alone;
+
+    None leaves it to jax.
+    """
     tasks, nodes = environment.get("SLURM_NTASKS"), environment.get("SLURM_STEP_NUM_NODES")
     gpus = environment.get("SLURM_GPUS_ON_NODE", "")
-    if "JAX_LOCAL_DEVICE_IDS" in environment or not gpus.isdigit() or tasks is None or tasks != nodes:
+    if (
+        "JAX_LOCAL_DEVICE_IDS" in environment
+        or not gpus.isdigit()
+        or tasks is None
+        or tasks != nodes
+    ):
         return None
     return list(range(int(gpus)))
 
 
 @contextlib.contextmanager
 def _exit_after(seconds: float, launch: Launch, code: int) -> Iterator[None]:
-    """Ends the process with a line and `code` if the block takes longer, even where it never returns to Python."""
+    """Ends the process with a line and `code` if the block takes longer, even where it never
+    returns to Python.
+    """
 
     def give_up() -> None:
         scheduler = find_scheduler()
-        origin = f"those of {scheduler.name}" if scheduler else "those that jax found in the environment"
+        origin = (
+            f"those of {scheduler.name}" if scheduler else "those that jax found in the environment"
+        )
         wanted = f"{launch.num_processes} at {launch.coordinator}" if launch.coordinator else origin
         print(
-            f"error: not all processes of the run ({wanted}) came within {seconds:.0f} s: see what each printed, and "
+            f"error: not all processes of the run ({wanted}) came within {seconds:.0f} s: see what "
+            "each printed, and "
             f"that every one was started with an id of its own{proxy_hint()}",
             file=sys.stderr,
             flush=True,
@@ -254,7 +302,9 @@ def _describe(error: BaseException) -> _Stop:
         return _Stop(str(error), 2)
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else 1
-        return _Stop(str(error.code).removeprefix("error: ") if code == 1 else f"exit code {code}", code)
+        return _Stop(
+            str(error.code).removeprefix("error: ") if code == 1 else f"exit code {code}", code
+        )
     if isinstance(error, KeyboardInterrupt):
         return _Stop("interrupted", 130)
     first, *_ = str(error).splitlines() or [""]

@@ -1,4 +1,6 @@
-"""Which logical axis of an array is sharded over which mesh axes: the one place that decides layout."""
+"""Which logical axis of an array is sharded over which mesh axes: the one place that decides
+layout.
+"""
 
 import dataclasses
 import math
@@ -13,9 +15,10 @@ MeshAxes = str | tuple[str, ...] | None
 class AxisRules:
     """Maps each logical axis to the mesh axes that shard it.
 
-    Experts are spread over `expert`; every weight is cut over `fsdp` on its model dimension and over
-    `tensor` on its wide one. Dense weights are cut over `expert` as well, where they would be copies.
-    Tokens use all of data, fsdp and expert, so that no device repeats the attention of another.
+    Experts are spread over `expert`; every weight is cut over `fsdp` on its model dimension and
+    over `tensor` on its wide one. Dense weights are cut over `expert` as well, where they would be
+    copies. Tokens use all of data, fsdp and expert, so that no device repeats the attention of
+    another.
     """
 
     # Activations.
@@ -46,7 +49,9 @@ class AxisRules:
         return P(*mesh_axes)
 
     def count_row_devices(self, mesh: jax.sharding.Mesh) -> int:
-        """Among how many devices, or groups of them, rows are dealt: a batch has a multiple of so many."""
+        """Among how many devices, or groups of them, rows are dealt: a batch has a multiple of so
+        many.
+        """
         return math.prod(mesh.shape[axis] for axis in jax.tree.leaves(self.batch))
 
     def gathered(self, *axes: str | None) -> P:

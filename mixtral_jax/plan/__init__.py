@@ -1,1 +1,3 @@
-"""What a run would need of devices that are not here: memory, arithmetic, communication, and the speed they allow."""
+"""What a run would need of devices that are not here: memory, arithmetic, communication, and the
+speed they allow.
+"""

@@ -1,6 +1,8 @@
-"""Published figures of the chips that `plan` knows, and the slices that exist of them. Data, with its sources.
+"""Published figures of the chips that `plan` knows, and the slices that exist of them. Data, with
+its sources.
 
-Links carry both ways at once, and data sheets add the two ways up; here a figure is what one chip sends.
+Links carry both ways at once, and data sheets add the two ways up; here a figure is what one chip
+sends.
 """
 
 import dataclasses
@@ -14,8 +16,8 @@ GIB = 2**30
 class Chip:
     """Figures of one chip. `link_bytes_per_second` is what one link sends.
 
-    A TPU's links go to its neighbours along each dimension of a torus; a GPU's, as one, to every other
-    GPU of its node, and a network card takes what leaves the node.
+    A TPU's links go to its neighbours along each dimension of a torus; a GPU's, as one, to every
+    other GPU of its node, and a network card takes what leaves the node.
     """
 
     name: str
@@ -31,39 +33,73 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        # https://docs.cloud.google.com/tpu/docs/v5p-training: 459 TFLOP/s, 95 GiB, 2,765 GB/s; six links, 1,200 GB/s in
-        # all, both ways.
+        # https://docs.cloud.google.com/tpu/docs/v5p-training: 459 TFLOP/s, 95 GiB, 2,765 GB/s; six
+        # links, 1,200 GB/s in all, both ways.
         Chip(
-            name="v5p", kind="tpu", flops_per_second=459e12, hbm_bytes=95 * GIB, hbm_bytes_per_second=2765e9,
+            name="v5p",
+            kind="tpu",
+            flops_per_second=459e12,
+            hbm_bytes=95 * GIB,
+            hbm_bytes_per_second=2765e9,
             link_bytes_per_second=100e9,
         ),
-        # https://docs.cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 32 GB, 1,638 GB/s; 800 GB/s over 4 links, both ways.
+        # https://docs.cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 32 GB, 1,638 GB/s; 800 GB/s over
+        # 4 links, both ways.
         Chip(
-            name="v6e", kind="tpu", flops_per_second=918e12, hbm_bytes=32 * 10**9, hbm_bytes_per_second=1638e9,
+            name="v6e",
+            kind="tpu",
+            flops_per_second=918e12,
+            hbm_bytes=32 * 10**9,
+            hbm_bytes_per_second=1638e9,
             link_bytes_per_second=100e9,
         ),
-        # https://docs.cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 16 GB, 819 GB/s; 400 GB/s over 4 links, both ways.
+        # https://docs.cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 16 GB, 819 GB/s; 400 GB/s over 4
+        # links, both ways.
         Chip(
-            name="v5e", kind="tpu", flops_per_second=197e12, hbm_bytes=16 * 10**9, hbm_bytes_per_second=819e9,
+            name="v5e",
+            kind="tpu",
+            flops_per_second=197e12,
+            hbm_bytes=16 * 10**9,
+            hbm_bytes_per_second=819e9,
             link_bytes_per_second=50e9,
         ),
-        # https://www.nvidia.com/en-us/data-center/h100/ (SXM): 1,979 TFLOP/s with sparsity, so half of it dense; 80 GB,
-        # 3.35 TB/s; NVLink 900 GB/s, both ways. A DGX H100 has a 400 Gbit/s card for each of its 8 GPUs.
+        # https://www.nvidia.com/en-us/data-center/h100/ (SXM): 1,979 TFLOP/s with sparsity, so half
+        # of it dense; 80 GB, 3.35 TB/s; NVLink 900 GB/s, both ways. A DGX H100 has a 400 Gbit/s
+        # card for each of its 8 GPUs.
         Chip(
-            name="h100", kind="gpu", flops_per_second=989.5e12, hbm_bytes=80 * 10**9, hbm_bytes_per_second=3350e9,
-            link_bytes_per_second=450e9, network_bytes_per_second=50e9, node_size=8,
+            name="h100",
+            kind="gpu",
+            flops_per_second=989.5e12,
+            hbm_bytes=80 * 10**9,
+            hbm_bytes_per_second=3350e9,
+            link_bytes_per_second=450e9,
+            network_bytes_per_second=50e9,
+            node_size=8,
         ),
         # https://www.nvidia.com/en-us/data-center/h200/ (SXM): as H100, with 141 GB at 4.8 TB/s.
         Chip(
-            name="h200", kind="gpu", flops_per_second=989.5e12, hbm_bytes=141 * 10**9, hbm_bytes_per_second=4800e9,
-            link_bytes_per_second=450e9, network_bytes_per_second=50e9, node_size=8,
+            name="h200",
+            kind="gpu",
+            flops_per_second=989.5e12,
+            hbm_bytes=141 * 10**9,
+            hbm_bytes_per_second=4800e9,
+            link_bytes_per_second=450e9,
+            network_bytes_per_second=50e9,
+            node_size=8,
         ),
     )
-}  # fmt: skip
+}
 
 # https://docs.cloud.google.com/tpu/docs/v6e and .../v5e: all slices there are.
 _SLICES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-# https://docs.cloud.google.com/tpu/docs/v5p-training: parts of a cube of 4x4x4, then cubes joined, up to 16x16x24.
+# https://docs.cloud.google.com/tpu/docs/v5p-training: parts of a cube of 4x4x4, then cubes joined,
+# up to 16x16x24.
 _CUBES = itertools.combinations_with_replacement(range(4, 25, 4), 3)
-_SLICES_V5P = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", *(f"{a}x{b}x{c}" for a, b, c in _CUBES if b <= 16))
+_SLICES_V5P = (
+    "2x2x1",
+    "2x2x2",
+    "2x2x4",
+    "2x4x4",
+    *(f"{a}x{b}x{c}" for a, b, c in _CUBES if b <= 16),
+)
 SLICES: dict[str, tuple[str, ...]] = {"v5p": _SLICES_V5P, "v6e": _SLICES_2D, "v5e": _SLICES_2D}

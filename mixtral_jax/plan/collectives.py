@@ -1,4 +1,5 @@
-"""The collectives of a compiled step: what each moves, along which mesh axes, in which pass, how often.
+"""The collectives of a compiled step: what each moves, along which mesh axes, in which pass, how
+often.
 
 Bytes are those that leave a device. With P devices in a group and an operand of B bytes on each:
 
@@ -24,17 +25,23 @@ from mixtral_jax.plan.replica_groups import name_axes, name_permuted_axes, read_
 Pass = Literal["forward", "backward", "rematerialized"]
 
 OPCODES = (
-    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
     "collective-broadcast",
-)  # fmt: skip
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Alike collectives of a step together. `groups` are places in the mesh's order, [groups, members].
+    """Alike collectives of a step together. `groups` are places in the mesh's order, [groups,
+    members].
 
-    `bytes_per_device` leave a device in a step, over all `count`; `operand` is the largest array that one of
-    them takes, and how many others it takes.
+    `bytes_per_device` leave a device in a step, over all `count`; `operand` is the largest array
+    that one of them takes, and how many others it takes.
     """
 
     op: str
@@ -61,7 +68,9 @@ def list_collectives(program: Program, mesh_shape: dict[str, int]) -> list[Colle
         if op == "all-reduce" and _is_scattered(program, computation, instruction):
             op = "reduce-scatter"
         if times is None:
-            raise ValueError(f"{instruction.name} is in a loop whose length is known only at run time")
+            raise ValueError(
+                f"{instruction.name} is in a loop whose length is known only at run time"
+            )
         groups = read_groups(instruction, num_devices)
         if groups.shape[-1] < 2 or not groups.size:
             continue
@@ -72,15 +81,18 @@ def list_collectives(program: Program, mesh_shape: dict[str, int]) -> list[Colle
         key = (op, axis, pass_, operand)
         before = found.get(key)
         count, total = (before.count, before.bytes_per_device) if before else (0, 0)
-        found[key] = Collective(op, axis, pass_, operand, count + times, total + round(sends), groups)
+        found[key] = Collective(
+            op, axis, pass_, operand, count + times, total + round(sends), groups
+        )
     return sorted(found.values(), key=lambda collective: -collective.bytes_per_device)
 
 
 def pass_of(program: Program, computation: Computation, instruction: Instruction) -> Pass:
-    """From the path of transformations in the metadata, as `jax.checkpoint` and `jax.grad` write it.
+    """From the path of transformations in the metadata, as `jax.checkpoint` and `jax.grad` write
+    it.
 
-    Where XLA joined several, the heaviest operand decides; where it lost the path, the loop around it.
-    What is in no differentiation, as a sum over the batch, counts as forward. XLA marks what it
+    Where XLA joined several, the heaviest operand decides; where it lost the path, the loop around
+    it. What is in no differentiation, as a sum over the batch, counts as forward. XLA marks what it
     recomputes on its own account in the instruction's name.
     """
     path = _path(program, computation, instruction)
@@ -92,7 +104,12 @@ def pass_of(program: Program, computation: Computation, instruction: Instruction
 def _path(program: Program, computation: Computation, instruction: Instruction) -> str:
     if len(instruction.operands) > 1 and instruction.opcode.startswith("all-reduce"):
         heaviest = max(computation.operands(instruction), key=lambda operand: operand.result_bytes)
-        while not heaviest.op_name and heaviest.opcode in ("copy-done", "copy-start", "copy", "bitcast"):
+        while not heaviest.op_name and heaviest.opcode in (
+            "copy-done",
+            "copy-start",
+            "copy",
+            "bitcast",
+        ):
             (heaviest,) = computation.operands(heaviest)
         if heaviest.op_name:
             return heaviest.op_name
@@ -102,8 +119,13 @@ def _path(program: Program, computation: Computation, instruction: Instruction) 
 
 
 def _operands(op: str, computation: Computation, instruction: Instruction) -> list[Array]:
-    """Types of what it sends. A ragged one takes rows, the buffer that it fills, and where which rows go."""
-    arrays = [array for operand in computation.operands(instruction) for array in operand.results[:1]]
+    """Types of what it sends.
+
+    A ragged one takes rows, the buffer that it fills, and where which rows go.
+    """
+    arrays = [
+        array for operand in computation.operands(instruction) for array in operand.results[:1]
+    ]
     return arrays[:1] if op == "ragged-all-to-all" else arrays
 
 
@@ -120,8 +142,9 @@ def _bytes_sent(op: str, computation: Computation, instruction: Instruction, mem
     if op == "all-reduce":
         return 2 * (members - 1) / members * operand
     if op == "ragged-all-to-all":
-        # On the way out the rows are all sent and the buffer has room for more; on the way home the buffer is
-        # what is sent from, and all the rows that it is filled up to come back. The smaller is what moves.
+        # On the way out the rows are all sent and the buffer has room for more; on the way home the
+        # buffer is what is sent from, and all the rows that it is filled up to come back. The
+        # smaller is what moves.
         buffer = computation.operands(instruction)[1].results[0]
         return (members - 1) / members * min(operand, buffer.num_bytes)
     if op in ("reduce-scatter", "all-to-all"):
@@ -130,7 +153,9 @@ def _bytes_sent(op: str, computation: Computation, instruction: Instruction, mem
 
 
 def _is_scattered(program: Program, computation: Computation, instruction: Instruction) -> bool:
-    """XLA on TPU may write a reduce-scatter as a fusion of an all-reduce and the slice of it that is kept."""
+    """XLA on TPU may write a reduce-scatter as a fusion of an all-reduce and the slice of it that
+    is kept.
+    """
     caller = program.callers.get(computation.name)
     is_fused = caller is not None and caller[1].opcode == "fusion"
     return is_fused and computation.root.result_bytes < instruction.result_bytes

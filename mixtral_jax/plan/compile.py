@@ -28,7 +28,10 @@ from mixtral_jax.train.step import make_train_step, peak_memory_bytes
 
 @dataclasses.dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one device at the fullest moment of a step. The rest is gradients, activations and buffers."""
+    """Bytes of one device at the fullest moment of a step.
+
+    The rest is gradients, activations and buffers.
+    """
 
     peak: int
     parameters: int
@@ -42,7 +45,10 @@ class StepMemory:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """A step compiled for `mesh`; `config` has its mesh as numbers. `traced` is the jaxpr it came from."""
+    """A step compiled for `mesh`;
+
+    `config` has its mesh as numbers. `traced` is the jaxpr it came from.
+    """
 
     config: Config
     mesh: jax.sharding.Mesh
@@ -58,21 +64,28 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
     """Traces, lowers and compiles the step that a run would take on these devices, of any size.
 
     Raises:
-        ConfigError: the mesh does not fit the topology, or the transport asked for does not work there.
+        ConfigError: the mesh does not fit the topology, or the transport asked for does not work
+            there.
     """
     config = fit_mesh(config, target)
-    choose_transport(config, target.topology.chip.kind)  # An estimate compiles for a CPU, where all of them work.
+    choose_transport(
+        config, target.topology.chip.kind
+    )  # An estimate compiles for a CPU, where all of them work.
     mesh = make_mesh(config.mesh, target.devices)
     tunable = make_tunable(config, target.platform)
     start = time.perf_counter()
     with _as_if_on(config, mesh):
         state, traced = _trace(config, mesh, tunable)
         # Without it the compiler refuses what does not fit, and says nothing more of it.
-        options: dict[str, str | bool] = {"xla_tpu_no_crash_on_oom": True} if target.platform == "tpu" else {}
+        options: dict[str, str | bool] = (
+            {"xla_tpu_no_crash_on_oom": True} if target.platform == "tpu" else {}
+        )
         compiled = traced.lower().compile(compiler_options=options)
     seconds = time.perf_counter() - start
     routed_rows = count_routed_rows(config)
-    program = parse_program(compiled.as_text() or "", lambda loop: count_balanced_chunks(loop.op_name, routed_rows))
+    program = parse_program(
+        compiled.as_text() or "", lambda loop: count_balanced_chunks(loop.op_name, routed_rows)
+    )
     memory = StepMemory(
         peak=peak_memory_bytes(compiled) or 0,
         parameters=_bytes_per_device((state.trained, state.frozen)),
@@ -80,16 +93,22 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
     )
     model: Any = state.model()
     return CompiledStep(
-        config=config, mesh=mesh, program=program, traced=traced.jaxpr, memory=memory,
-        parameters=count_parameters(model), trained=count_parameters(model, tunable.trainable), seconds=seconds,
-    )  # fmt: skip
+        config=config,
+        mesh=mesh,
+        program=program,
+        traced=traced.jaxpr,
+        memory=memory,
+        parameters=count_parameters(model),
+        trained=count_parameters(model, tunable.trainable),
+        seconds=seconds,
+    )
 
 
 def trace_grouped(config: Config, target: Target) -> Any:
     """The jaxpr of the same step with grouped matmuls as one operation each, for counting them.
 
-    `config` is that of a `CompiledStep`. Written as loops, over blocks or over the chunks of a buffer with room to
-    spare, they are as long as the routing makes them.
+    `config` is that of a `CompiledStep`. Written as loops, over blocks or over the chunks of a
+    buffer with room to spare, they are as long as the routing makes them.
     """
     dispatch = dataclasses.replace(config.dispatch, grouped_matmul="ragged_dot", buffer_factor=1.0)
     config = dataclasses.replace(config, dispatch=dispatch)
@@ -116,14 +135,23 @@ def fit_mesh(config: Config, target: Target) -> Config:
             else f"no mesh does: make train.batch_size a multiple of {rows}"
         )
         reason, _, _ = str(error).partition(": ")  # Its advice is for the devices that are here.
-        raise ConfigError(f"{reason}, so it does not fit the {count} devices of {name}; {advice}") from None
+        raise ConfigError(
+            f"{reason}, so it does not fit the {count} devices of {name}; {advice}"
+        ) from None
 
 
 def count_routed_rows(config: Config) -> int:
-    """Rows of a device's experts in a micro-batch if routing is even: as many as its own tokens send out."""
+    """Rows of a device's experts in a micro-batch if routing is even: as many as its own tokens
+    send out.
+    """
     mesh, train = config.mesh, config.train
     holders = (mesh.data or 1) * mesh.fsdp * (mesh.expert or 1)
-    return train.micro_batch_size * train.sequence_length // holders * config.router.num_experts_per_token
+    return (
+        train.micro_batch_size
+        * train.sequence_length
+        // holders
+        * config.router.num_experts_per_token
+    )
 
 
 @contextlib.contextmanager
@@ -134,7 +162,9 @@ def _as_if_on(config: Config, mesh: jax.sharding.Mesh) -> Iterator[None]:
         yield
 
 
-def _trace(config: Config, mesh: jax.sharding.Mesh, tunable: Tunable) -> tuple[TrainState, jax.stages.Traced]:
+def _trace(
+    config: Config, mesh: jax.sharding.Mesh, tunable: Tunable
+) -> tuple[TrainState, jax.stages.Traced]:
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
     optimizer = make_optimizer(config.optimizer, schedule, config.router.learning_rate_factor)
     state = abstract_state(tunable.make_model, optimizer, tunable.trainable)
@@ -146,8 +176,13 @@ def _trace(config: Config, mesh: jax.sharding.Mesh, tunable: Tunable) -> tuple[T
     )
     shapes: Any = rows  # The batch is of shapes, not of arrays.
     batch = Batch(shapes, shapes, shapes, shapes, shapes)
-    return state, make_train_step(optimizer, config.router, schedule, tunable.perturb).trace(state, batch)
+    return state, make_train_step(optimizer, config.router, schedule, tunable.perturb).trace(
+        state, batch
+    )
 
 
 def _bytes_per_device(tree: Any) -> int:
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

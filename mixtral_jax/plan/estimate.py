@@ -8,7 +8,13 @@ import numpy as np
 
 from mixtral_jax.config import Config
 from mixtral_jax.plan.collectives import Collective, list_collectives
-from mixtral_jax.plan.compile import CompiledStep, StepMemory, compile_step, count_routed_rows, trace_grouped
+from mixtral_jax.plan.compile import (
+    CompiledStep,
+    StepMemory,
+    compile_step,
+    count_routed_rows,
+    trace_grouped,
+)
 from mixtral_jax.plan.flops import count_program_flops, count_traced_flops, model_flops_per_step
 from mixtral_jax.plan.roofline import Roofline, make_roofline, transfer_seconds
 from mixtral_jax.plan.topology import Target
@@ -41,7 +47,9 @@ class Plan:
     @property
     def advice(self) -> list[str]:
         """What to change so that it fits; empty if it does."""
-        return advise(self.step.config, self.step.memory, self.hbm_bytes, self.target.topology.num_devices)
+        return advise(
+            self.step.config, self.step.memory, self.hbm_bytes, self.target.topology.num_devices
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The plan as numbers and names, for `--json`."""
@@ -72,12 +80,19 @@ class Plan:
             "hbm_traffic_bytes_per_device": self.hbm_traffic,
             "compile_seconds": step.seconds,
             "collectives": [
-                {"op": c.op, "axis": c.axis, "pass": c.pass_, "count": c.count,
-                 "bytes_per_device": c.bytes_per_device, "operand": c.operand, "seconds": seconds}
+                {
+                    "op": c.op,
+                    "axis": c.axis,
+                    "pass": c.pass_,
+                    "count": c.count,
+                    "bytes_per_device": c.bytes_per_device,
+                    "operand": c.operand,
+                    "seconds": seconds,
+                }
                 for c, seconds in zip(self.collectives, self.collective_seconds, strict=True)
             ],
             "roofline": dataclasses.asdict(self.roofline),
-        }  # fmt: skip
+        }
 
 
 def make_plan(config: Config, target: Target) -> Plan:
@@ -90,19 +105,32 @@ def make_plan(config: Config, target: Target) -> Plan:
     config, topology = step.config, target.topology
     routed_rows = count_routed_rows(config)
     collectives = list_collectives(step.program, dict(step.mesh.shape))
-    seconds = [transfer_seconds(collective, topology, _coordinates(step, target)) for collective in collectives]
+    seconds = [
+        transfer_seconds(collective, topology, _coordinates(step, target))
+        for collective in collectives
+    ]
     model_flops = model_flops_per_step(config, step.parameters, step.trained)
     hardware_flops = _hardware_flops(step, target, routed_rows)
     traffic = count_traffic(step.program, routed_rows)
     roofline = make_roofline(
-        topology.chip, topology.num_devices, model_flops=model_flops, hardware_flops=hardware_flops,
-        hbm_bytes=traffic, interconnect_seconds=sum(seconds),
+        topology.chip,
+        topology.num_devices,
+        model_flops=model_flops,
+        hardware_flops=hardware_flops,
+        hbm_bytes=traffic,
+        interconnect_seconds=sum(seconds),
         tokens=config.train.batch_size * config.train.sequence_length,
-    )  # fmt: skip
+    )
     return Plan(
-        step=step, target=target, model_flops=model_flops, hardware_flops=hardware_flops, hbm_traffic=traffic,
-        collectives=collectives, collective_seconds=seconds, roofline=roofline,
-    )  # fmt: skip
+        step=step,
+        target=target,
+        model_flops=model_flops,
+        hardware_flops=hardware_flops,
+        hbm_traffic=traffic,
+        collectives=collectives,
+        collective_seconds=seconds,
+        roofline=roofline,
+    )
 
 
 def advise(config: Config, memory: StepMemory, hbm_bytes: int, num_devices: int) -> list[str]:
@@ -111,25 +139,38 @@ def advise(config: Config, memory: StepMemory, hbm_bytes: int, num_devices: int)
         return []
     state = memory.parameters + memory.optimizer
     train, finetune, advice = config.train, config.finetune, []
-    if finetune and finetune.lora.rank and (finetune.frozen_dtype or config.model.param_dtype) == "float32":
+    if (
+        finetune
+        and finetune.lora.rank
+        and (finetune.frozen_dtype or config.model.param_dtype) == "float32"
+    ):
         advice.append("--config.finetune.frozen_dtype=bfloat16: half of the frozen weights' bytes")
     if state < hbm_bytes:
         smallest = num_devices // config.mesh.tensor
         accumulation = train.gradient_accumulation * 2
         if train.micro_batch_size >= 2 * smallest and train.batch_size % accumulation == 0:
-            advice.append(f"--config.train.gradient_accumulation={accumulation}: half the sequences at a time")
+            advice.append(
+                f"--config.train.gradient_accumulation={accumulation}: half the sequences at a time"
+            )
         if config.model.remat != "full":
             advice.append("--config.model.remat=full: keep a layer's input alone")
     if config.mesh.data and config.mesh.data > 1:
         fsdp = config.mesh.fsdp * config.mesh.data
-        advice.append(f"--config.mesh.data=1 --config.mesh.fsdp={fsdp}: cut weights and optimizer over all devices")
+        advice.append(
+            f"--config.mesh.data=1 --config.mesh.fsdp={fsdp}: cut weights and optimizer over all "
+            "devices"
+        )
     needed = math.ceil(num_devices * memory.peak / hbm_bytes)
-    advice.append(f"a larger topology with a larger mesh.fsdp: of these bytes, {needed:,} devices have room")
+    advice.append(
+        f"a larger topology with a larger mesh.fsdp: of these bytes, {needed:,} devices have room"
+    )
     return advice
 
 
 def _hardware_flops(step: CompiledStep, target: Target, routed_rows: int) -> int:
-    """From the compiled program; from the traced step if that is for another chip, or as long as the data makes it."""
+    """From the compiled program; from the traced step if that is for another chip, or as long as
+    the data makes it.
+    """
     flops = None if target.is_estimate else count_program_flops(step.program, routed_rows)
     if flops is None:
         return count_traced_flops(trace_grouped(step.config, target), routed_rows)

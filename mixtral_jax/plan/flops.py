@@ -1,9 +1,10 @@
-"""Floating-point operations of a step: those that the model needs, and those that the compiled program does.
+"""Floating-point operations of a step: those that the model needs, and those that the compiled
+program does.
 
 The second kind is read from the compiled program, since that is where a worst-case buffer is
-multiplied whole, or a matmul is recomputed. What a Pallas kernel does is compiled away there, so it is
-read from the traced step, as is everything where loops are as long as the routing makes them.
-A multiply-add is two operations, whatever its precision; others are not counted.
+multiplied whole, or a matmul is recomputed. What a Pallas kernel does is compiled away there, so it
+is read from the traced step, as is everything where loops are as long as the routing makes them. A
+multiply-add is two operations, whatever its precision; others are not counted.
 """
 
 import math
@@ -20,10 +21,14 @@ from mixtral_jax.model.transformer import ParameterCount
 from mixtral_jax.plan.hlo import Array, Computation, Instruction, Program
 
 
-def model_flops_per_step(config: Config, parameters: ParameterCount, trained: ParameterCount) -> int:
-    """Useful FLOPs, without recomputation: 6 a token and active parameter but for the embedding look-up, or 4 where it
-    is frozen and needs no gradient of its own; and 6 N H T a token and layer for the scores and values of
-    causal attention (PaLM, appendix B, halved). `trained` are those of the parameters that learn."""
+def model_flops_per_step(
+    config: Config, parameters: ParameterCount, trained: ParameterCount
+) -> int:
+    """Useful FLOPs, without recomputation: 6 a token and active parameter but for the embedding
+    look-up, or 4 where it is frozen and needs no gradient of its own; and 6 N H T a token and layer
+    for the scores and values of causal attention (PaLM, appendix B, halved). `trained` are those of
+    the parameters that learn.
+    """
     model, train = config.model, config.train
     per_token = 4 * parameters.multiplying + 2 * trained.multiplying
     per_token += 6 * model.num_layers * model.num_heads * model.head_dim * train.sequence_length
@@ -31,7 +36,8 @@ def model_flops_per_step(config: Config, parameters: ParameterCount, trained: Pa
 
 
 def count_program_flops(program: Program, routed_rows: int) -> int | None:
-    """FLOPs of one device's matmuls in a step, without Pallas kernels; None where a loop's length is unknown.
+    """FLOPs of one device's matmuls in a step, without Pallas kernels; None where a loop's length
+    is unknown.
 
     `routed_rows` is how many rows an expert's grouped matmul has under balanced routing, over the
     experts of a device: XLA's kernel skips the rest of its buffer.
@@ -40,7 +46,9 @@ def count_program_flops(program: Program, routed_rows: int) -> int | None:
     for computation, instruction, times in program.instructions():
         if instruction.opcode in ("convolution", "dot"):
             flops = _convolution if instruction.opcode == "convolution" else _dot
-            counted = flops(instruction, *(operand.results[0] for operand in computation.operands(instruction)))
+            counted = flops(
+                instruction, *(operand.results[0] for operand in computation.operands(instruction))
+            )
         elif is_ragged_dot(instruction):
             counted = _ragged_dot(computation, instruction, routed_rows)
         else:
@@ -57,10 +65,11 @@ def is_ragged_dot(instruction: Instruction) -> bool:
 
 
 def count_traced_flops(closed: Any, routed_rows: int, *, only_pallas: bool = False) -> int:
-    """FLOPs, over all devices, of the matmuls in a traced step (a `ClosedJaxpr`), less what nothing uses.
+    """FLOPs, over all devices, of the matmuls in a traced step (a `ClosedJaxpr`), less what nothing
+    uses.
 
-    A Pallas kernel counts by its own cost estimate, or else as its body at every point of its grid: too
-    much, if it skips some at run time. Grouped matmuls count the rows of a balanced routing.
+    A Pallas kernel counts by its own cost estimate, or else as its body at every point of its grid:
+    too much, if it skips some at run time. Grouped matmuls count the rows of a balanced routing.
     """
     return _traced(closed.jaxpr, routed_rows, only_pallas)
 
@@ -89,9 +98,14 @@ def _times(eqn: Any, routed_rows: int) -> int:
     if eqn.primitive.name == "while":
         trips = count_balanced_chunks(str(eqn.source_info.name_stack), routed_rows)
         if trips is None:
-            raise ValueError("a loop with matmuls is as long as the data makes it: trace with ragged_dot instead")
+            raise ValueError(
+                "a loop with matmuls is as long as the data makes it: trace with ragged_dot instead"
+            )
         return trips
-    sizes = {"scan": lambda params: params["length"], "shard_map": lambda params: params["mesh"].size}
+    sizes = {
+        "scan": lambda params: params["length"],
+        "shard_map": lambda params: params["mesh"].size,
+    }
     return sizes.get(eqn.primitive.name, lambda params: 1)(eqn.params)
 
 
@@ -112,7 +126,9 @@ def _pallas(eqn: Any, routed_rows: int) -> int:
     elif all(isinstance(size, int) for size in grid):
         flops = math.prod(grid) * _traced(params["jaxpr"], routed_rows, False)
     else:
-        raise ValueError(f"cannot count a Pallas kernel without a cost estimate, of unknown grid {grid}")
+        raise ValueError(
+            f"cannot count a Pallas kernel without a cost estimate, of unknown grid {grid}"
+        )
     if "gmm" in str(params.get("name", "")):
         R = eqn.invars[-2].aval.shape[0]
         return flops * min(R, routed_rows) // R
@@ -126,7 +142,9 @@ def _traced_dot(eqn: Any) -> int:
 
 
 def _traced_ragged_dot(eqn: Any, routed_rows: int) -> int:
-    """Rows count once each, whether they are kept ([R, K] x [E, K, N]) or contracted ([R, K] x [R, N])."""
+    """Rows count once each, whether they are kept ([R, K] x [E, K, N]) or contracted ([R, K] x [R,
+    N]).
+    """
     lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
     R, K = lhs.shape
     return 2 * min(R, routed_rows) * K * out.shape[-1]
@@ -134,7 +152,11 @@ def _traced_ragged_dot(eqn: Any, routed_rows: int) -> int:
 
 def _dot(instruction: Instruction, lhs: Array, rhs: Array) -> int:
     contracting = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
-    sizes = [lhs.dimensions[int(number)] for number in contracting.group(1).split(",") if number] if contracting else []
+    sizes = (
+        [lhs.dimensions[int(number)] for number in contracting.group(1).split(",") if number]
+        if contracting
+        else []
+    )
     return 2 * math.prod(instruction.results[0].dimensions) * math.prod(sizes)
 
 
@@ -145,7 +167,9 @@ def _ragged_dot(computation: Computation, instruction: Instruction, routed_rows:
 
 
 def _convolution(instruction: Instruction, lhs: Array, rhs: Array) -> int:
-    """XLA on TPU writes every matmul so, its batch dimensions as spatial ones of which few positions meet."""
+    """XLA on TPU writes every matmul so, its batch dimensions as spatial ones of which few
+    positions meet.
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
     assert labels, instruction.rest[:200]
     sizes = [
@@ -158,24 +182,34 @@ def _convolution(instruction: Instruction, lhs: Array, rhs: Array) -> int:
     flops = 2 * batch * kernel_size["i"] * kernel_size["o"]
     spatial = sorted(label for label in kernel_size if label.isdigit())
     for place, label in enumerate(spatial):
-        flops *= _meetings(instruction.rest, place, in_size[label], kernel_size[label], out_size[label])
+        flops *= _meetings(
+            instruction.rest, place, in_size[label], kernel_size[label], out_size[label]
+        )
     return flops
 
 
 def _meetings(attributes: str, place: int, in_size: int, kernel_size: int, out_size: int) -> int:
-    """How many pairs of an output and a kernel position meet an input, and not padding or a dilation's hole."""
+    """How many pairs of an output and a kernel position meet an input, and not padding or a
+    dilation's hole.
+    """
     stride = _window(attributes, "stride", place, 1)
     in_dilation, kernel_dilation = (
         _window(attributes, "lhs_dilate", place, 1),
         _window(attributes, "rhs_dilate", place, 1),
     )
     padding = _window(attributes, "pad", place, 0)
-    position = np.arange(out_size)[:, None] * stride + np.arange(kernel_size)[None] * kernel_dilation - padding
+    position = (
+        np.arange(out_size)[:, None] * stride
+        + np.arange(kernel_size)[None] * kernel_dilation
+        - padding
+    )
     inside = (position >= 0) & (position % in_dilation == 0) & (position // in_dilation < in_size)
     return int(np.sum(inside))
 
 
 def _window(attributes: str, name: str, place: int, default: int) -> int:
-    """The number of one spatial dimension in `window={size=8x4 stride=7x1 pad=0_0x3_3}`; of a pad, the low side's."""
+    """The number of one spatial dimension in `window={size=8x4 stride=7x1 pad=0_0x3_3}`; of a pad,
+    the low side's.
+    """
     found = re.search(rf"window=\{{[^}}]*\b{name}=([\w\-]+)", attributes)
     return int(found.group(1).split("x")[place].split("_")[0]) if found else default

@@ -1,4 +1,5 @@
-"""The text of a compiled XLA program as data: computations, instructions, and how often each of them runs.
+"""The text of a compiled XLA program as data: computations, instructions, and how often each of
+them runs.
 
 A program holds the body of a loop once, however often it runs: a scan over 32 layers looks like one
 layer. `Program.executions` says how often. What instructions mean is left to other files.
@@ -12,9 +13,27 @@ import re
 from collections.abc import Callable, Iterator
 
 _BITS = {
-    "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64, "u64": 64,
-    "f8e4m3fn": 8, "f8e5m2": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "token": 0,
-}  # fmt: skip
+    "pred": 8,
+    "s4": 4,
+    "u4": 4,
+    "s8": 8,
+    "u8": 8,
+    "s16": 16,
+    "u16": 16,
+    "s32": 32,
+    "u32": 32,
+    "s64": 64,
+    "u64": 64,
+    "f8e4m3fn": 8,
+    "f8e5m2": 8,
+    "bf16": 16,
+    "f16": 16,
+    "f32": 32,
+    "f64": 64,
+    "c64": 64,
+    "c128": 128,
+    "token": 0,
+}
 _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
@@ -23,7 +42,10 @@ _CALLED = re.compile(r"(calls|to_apply|true_computation|false_computation)=%?([\
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """Type of an array. `is_in_hbm` is false where the compiler put it into a memory on the chip."""
+    """Type of an array.
+
+    `is_in_hbm` is false where the compiler put it into a memory on the chip.
+    """
 
     dtype: str
     dimensions: tuple[int, ...]
@@ -40,7 +62,9 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: results, operation, the names of its operands, and the rest of the line as it stands."""
+    """One line: results, operation, the names of its operands, and the rest of the line as it
+    stands.
+    """
 
     name: str
     opcode: str
@@ -76,7 +100,9 @@ class Computation:
     @property
     def root(self) -> Instruction:
         """The one whose value is the computation's."""
-        return next(instruction for instruction in self.instructions.values() if instruction.is_root)
+        return next(
+            instruction for instruction in self.instructions.values() if instruction.is_root
+        )
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
         """The instructions that make its operands."""
@@ -98,10 +124,11 @@ class Program:
 
     @functools.cached_property
     def executions(self) -> dict[str, int | None]:
-        """How often each computation runs in a step; None where a loop's length is known only at run time, and
-        `expected_trips` does not tell it.
+        """How often each computation runs in a step; None where a loop's length is known only at
+        run time, and `expected_trips` does not tell it.
 
-        Branches count as if all were taken. Those that only a reduction or a sort applies are left out.
+        Branches count as if all were taken. Those that only a reduction or a sort applies are left
+        out.
         """
         counts: dict[str, int | None] = {name: 0 for name in self.computations}
 
@@ -118,7 +145,9 @@ class Program:
 
     @functools.cached_property
     def callers(self) -> dict[str, tuple[Computation, Instruction]]:
-        """The instruction that runs each computation, and where that is (one of them, if several do)."""
+        """The instruction that runs each computation, and where that is (one of them, if several
+        do).
+        """
         return {
             called: (computation, instruction)
             for computation in self.computations.values()
@@ -127,30 +156,44 @@ class Program:
         }
 
     def instructions(self) -> Iterator[tuple[Computation, Instruction, int | None]]:
-        """Every instruction that runs, those inside fusions too, with its computation and how often."""
+        """Every instruction that runs, those inside fusions too, with its computation and how
+        often.
+        """
         for name, times in self.executions.items():
             if times != 0:
                 computation = self.computations[name]
-                yield from ((computation, instruction, times) for instruction in computation.instructions.values())
+                yield from (
+                    (computation, instruction, times)
+                    for instruction in computation.instructions.values()
+                )
 
-    def _calls(self, computation: Computation, instruction: Instruction) -> Iterator[tuple[str, int | None]]:
+    def _calls(
+        self, computation: Computation, instruction: Instruction
+    ) -> Iterator[tuple[str, int | None]]:
         if instruction.opcode == "while":
             trips = self._trip_count(computation, instruction)
             trips = self.expected_trips(instruction) if trips is None else trips
-            yield from ((instruction.computation(role) or "", trips) for role in ("body", "condition"))
+            yield from (
+                (instruction.computation(role) or "", trips) for role in ("body", "condition")
+            )
         elif instruction.opcode == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
             names = re.findall(r"[\w.\-]+", branches.group(1)) if branches else []
-            names += [instruction.computation(role) for role in ("true_computation", "false_computation")]
+            names += [
+                instruction.computation(role) for role in ("true_computation", "false_computation")
+            ]
             yield from ((name, 1) for name in names if name)
-        # The -start of an asynchronous call names what it runs; so may its -update and -done, which would count twice.
+        # The -start of an asynchronous call names what it runs; so may its -update and -done, which
+        # would count twice.
         elif instruction.opcode in ("call", "call-start", "fusion", "async-start"):
             found = _CALLED.search(instruction.rest)
             if found:
                 yield found.group(2), 1
 
     def _trip_count(self, computation: Computation, loop: Instruction) -> int | None:
-        """From XLA's own note, or from a condition `i < constant` over a counter that starts at one and adds 1."""
+        """From XLA's own note, or from a condition `i < constant` over a counter that starts at one
+        and adds 1.
+        """
         noted = re.search(r'"known_trip_count":(\{[^}]*\})', loop.rest)
         if noted:
             return int(json.loads(noted.group(1))["n"])
@@ -169,8 +212,13 @@ class Program:
         return max(0, int(limit.operands[0]) - int(start.operands[0]))
 
 
-def parse_program(text: str, expected_trips: Callable[[Instruction], int | None] = lambda loop: None) -> Program:
-    """Reads what `compiled.as_text()` writes. `expected_trips`, of a `while`, is asked where the text does not say."""
+def parse_program(
+    text: str, expected_trips: Callable[[Instruction], int | None] = lambda loop: None
+) -> Program:
+    """Reads what `compiled.as_text()` writes.
+
+    `expected_trips`, of a `while`, is asked where the text does not say.
+    """
     computations: dict[str, Computation] = {}
     entry, current = "", {}
     for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
@@ -192,10 +240,17 @@ def _parse_instruction(line: str, start: re.Match[str]) -> Instruction:
     closing = _closing(line, opening)
     opcode = line[shape_end:opening].strip()
     inside = line[opening + 1 : closing]
-    # A type may stand before an operand's name; of a parameter it is the number, of a constant the value.
-    operands = (inside,) if opcode in ("parameter", "constant") else tuple(re.findall(r"%([\w.\-]+)", inside))
+    # A type may stand before an operand's name; of a parameter it is the number, of a constant the
+    # value.
+    operands = (
+        (inside,)
+        if opcode in ("parameter", "constant")
+        else tuple(re.findall(r"%([\w.\-]+)", inside))
+    )
     results = tuple(_array(*found) for found in _ARRAY.findall(line[start.end() : shape_end]))
-    return Instruction(start.group(2), opcode, results, operands, line[closing + 1 :], bool(start.group(1)))
+    return Instruction(
+        start.group(2), opcode, results, operands, line[closing + 1 :], bool(start.group(1))
+    )
 
 
 def _array(dtype: str, dimensions: str, layout: str) -> Array:

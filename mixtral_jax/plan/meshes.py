@@ -8,7 +8,9 @@ from mixtral_jax.parallel.mesh import MESH_AXES, resolve_mesh
 
 
 def meshes_that_fit(config: Config, num_devices: int) -> list[MeshConfig]:
-    """All of them, those to be tried first in front: experts spread widest, no tensor axis, weights cut finest."""
+    """All of them, those to be tried first in front: experts spread widest, no tensor axis, weights
+    cut finest.
+    """
     fitting = []
     for sizes in _factors(num_devices):
         mesh = dataclasses.replace(config.mesh, **sizes)
@@ -23,14 +25,22 @@ def meshes_that_fit(config: Config, num_devices: int) -> list[MeshConfig]:
 def describe_mesh(mesh: MeshConfig) -> str:
     """`fsdp=8 expert=8`: the axes over 1."""
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
-    return " ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (None, 1)) or "one device"
+    return (
+        " ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (None, 1))
+        or "one device"
+    )
 
 
 def _factors(number: int) -> Iterator[dict[str, int]]:
     for expert in _divisors(number):
         for tensor in _divisors(number // expert):
             for fsdp in _divisors(number // expert // tensor):
-                yield {"data": number // expert // tensor // fsdp, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+                yield {
+                    "data": number // expert // tensor // fsdp,
+                    "fsdp": fsdp,
+                    "expert": expert,
+                    "tensor": tensor,
+                }
 
 
 def _divisors(number: int) -> list[int]:

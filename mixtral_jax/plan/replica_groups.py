@@ -19,7 +19,9 @@ from mixtral_jax.plan.hlo import Instruction
 
 _LIST = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
 _IOTA = re.compile(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)")
-_MESH = re.compile(r"replica_groups=@?\w*mesh\w*\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}")
+_MESH = re.compile(
+    r"replica_groups=@?\w*mesh\w*\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}"
+)
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 _MESH_AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 
@@ -41,7 +43,8 @@ def read_groups(instruction: Instruction, num_devices: int) -> np.ndarray:
 
 
 def name_axes(groups: np.ndarray, mesh_shape: dict[str, int]) -> str | None:
-    """Names of the mesh axes that a group spans, joined by commas; None where it is no whole slice of the mesh.
+    """Names of the mesh axes that a group spans, joined by commas; None where it is no whole slice
+    of the mesh.
 
     `mesh_shape` is in the order of the mesh's dimensions.
     """
@@ -54,13 +57,17 @@ def name_axes(groups: np.ndarray, mesh_shape: dict[str, int]) -> str | None:
 
 def name_permuted_axes(pairs: np.ndarray, mesh_shape: dict[str, int]) -> str | None:
     """Names of the mesh axes along which a permutation moves; None where it moves nothing."""
-    source, target = (np.stack(np.unravel_index(side, tuple(mesh_shape.values()))) for side in pairs.T)
+    source, target = (
+        np.stack(np.unravel_index(side, tuple(mesh_shape.values()))) for side in pairs.T
+    )
     moves = np.any(source != target, axis=1)
     return ",".join(axis for axis, moved in zip(mesh_shape, moves, strict=True) if moved) or None
 
 
 def _mesh_groups(axes: str, device_ids: str | None, grouped: str, num_devices: int) -> np.ndarray:
-    """Groups along the axes named in `grouped`, or parts of them, `:(before)size`; of one axis perhaps several."""
+    """Groups along the axes named in `grouped`, or parts of them, `:(before)size`; of one axis
+    perhaps several.
+    """
     shape = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
     ids = _iota(device_ids) if device_ids else np.arange(num_devices)
     parts: dict[str, list[tuple[int, int]]] = {name: [] for name in shape}

@@ -1,4 +1,5 @@
-"""How fast a step could be at best: the time for its arithmetic, its memory traffic and its communication.
+"""How fast a step could be at best: the time for its arithmetic, its memory traffic and its
+communication.
 
 Each of the three runs at its published rate, and perfectly beside the other two (the roofline of
 Williams et al., 2009, doi 10.1145/1498765.1498785), so the slowest is a bound on the step, and on
@@ -31,9 +32,15 @@ class Roofline:
 
 
 def make_roofline(
-    chip: Chip, num_devices: int, *, model_flops: int, hardware_flops: int, hbm_bytes: int,
-    interconnect_seconds: float, tokens: int,
-) -> Roofline:  # fmt: skip
+    chip: Chip,
+    num_devices: int,
+    *,
+    model_flops: int,
+    hardware_flops: int,
+    hbm_bytes: int,
+    interconnect_seconds: float,
+    tokens: int,
+) -> Roofline:
     """`model_flops`, `hardware_flops` and `tokens` are of all devices, `hbm_bytes` of one."""
     seconds: dict[Bound, float] = {
         "compute": hardware_flops / num_devices / chip.flops_per_second,
@@ -55,17 +62,20 @@ def make_roofline(
 def transfer_seconds(collective: Collective, topology: Topology, coordinates: np.ndarray) -> float:
     """Time for what one kind of collective sends in a step, if its links do nothing else.
 
-    `coordinates` are the places in the torus of the mesh's devices in order, [devices, dimensions]; of
-    GPUs, their numbers, [devices, 1]. Groups are alike, so the first stands for all.
+    `coordinates` are the places in the torus of the mesh's devices in order, [devices, dimensions];
+    of GPUs, their numbers, [devices, 1]. Groups are alike, so the first stands for all.
     """
     members = coordinates[collective.groups[0]]
     goes_to_all = "all-to-all" in collective.op
     if topology.chip.kind == "gpu":
-        return _gpu_seconds(collective.bytes_per_device, topology.chip, members[:, 0], goes_to_all=goes_to_all)
+        return _gpu_seconds(
+            collective.bytes_per_device, topology.chip, members[:, 0], goes_to_all=goes_to_all
+        )
     links = _links(members, topology)
     hops, links = _hops(members, topology)[links > 0], links[links > 0]
     if goes_to_all:
-        # By a shortest way, it crosses in each dimension as many links as two members are apart there.
+        # By a shortest way, it crosses in each dimension as many links as two members are apart
+        # there.
         others = len(members) - 1
         hops_per_link = np.max(np.sum(hops, axis=(1, 2)) / len(members) / others / links)
     else:
@@ -97,8 +107,8 @@ def _hops(members: np.ndarray, topology: Topology) -> np.ndarray:
 def _wraps(topology: Topology, dimension: int) -> bool:
     """Whether the last chip of a dimension is linked to the first.
 
-    A slice of v5p has such links if it is made of whole cubes, one of v6e or v5e where it is as long as
-    the pod (the pages in chips.py).
+    A slice of v5p has such links if it is made of whole cubes, one of v6e or v5e where it is as
+    long as the pod (the pages in chips.py).
     """
     if len(topology.shape) == 3:
         return min(topology.shape) >= 4
@@ -112,4 +122,7 @@ def _gpu_seconds(sent: int, chip: Chip, members: np.ndarray, *, goes_to_all: boo
     # Of what is the same for all, one copy enters a node; members of it share the work.
     leaving = (others + 1 - math.ceil(len(members) / len(nodes))) if goes_to_all else len(nodes) - 1
     share = leaving / others
-    return max(sent * (1 - share) / chip.link_bytes_per_second, sent * share / chip.network_bytes_per_second)
+    return max(
+        sent * (1 - share) / chip.link_bytes_per_second,
+        sent * share / chip.network_bytes_per_second,
+    )

@@ -11,18 +11,28 @@ from mixtral_jax.plan.topology import Target
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """A mesh and a batch size that were compiled; `rank` is 1 for the best that fits, None for what does not."""
+    """A mesh and a batch size that were compiled;
+
+    `rank` is 1 for the best that fits, None for what does not.
+    """
 
     plan: Plan
     rank: int | None
 
 
 def sweep(
-    config: Config, target: Target, *, batch_sizes: Sequence[int], limit: int, say: Callable[[str], None]
+    config: Config,
+    target: Target,
+    *,
+    batch_sizes: Sequence[int],
+    limit: int,
+    say: Callable[[str], None],
 ) -> list[Attempt]:
-    """Compiles up to `limit` candidates; those that fit come first, ranked by the bound on tokens a second.
+    """Compiles up to `limit` candidates; those that fit come first, ranked by the bound on tokens a
+    second.
 
-    A batch larger than one that did not fit on the same mesh is not tried. `say` gets a line about each.
+    A batch larger than one that did not fit on the same mesh is not tried. `say` gets a line about
+    each.
 
     Raises:
         ConfigError: no mesh fits any of the batch sizes.
@@ -42,18 +52,26 @@ def sweep(
             full[mesh] = batch_size
         roofline = plan.roofline
         say(
-            f"{name}: {plan.step.memory.peak / 2**30:.1f} GiB{'' if plan.fits else ', does not fit'}; at most "
-            f"{roofline.tokens_per_second_per_device:,.0f} tokens/s a device, bound by {roofline.bound_by}"
+            f"{name}: {plan.step.memory.peak / 2**30:.1f} "
+            f"GiB{'' if plan.fits else ', does not fit'}; at most "
+            f"{roofline.tokens_per_second_per_device:,.0f} tokens/s a device, bound by "
+            f"{roofline.bound_by}"
         )
     if not plans:
         sizes, count = ", ".join(map(str, batch_sizes)), target.topology.num_devices
         rows = count * config.train.gradient_accumulation
-        raise ConfigError(f"no mesh of {count} devices takes batches of {sizes}: give multiples of {rows}")
+        raise ConfigError(
+            f"no mesh of {count} devices takes batches of {sizes}: give multiples of {rows}"
+        )
     return _rank(plans)
 
 
-def candidates(config: Config, num_devices: int, batch_sizes: Sequence[int]) -> Iterator[tuple[MeshConfig, int]]:
-    """Meshes and batch sizes to try, the likeliest first: each batch size on a mesh before the next mesh."""
+def candidates(
+    config: Config, num_devices: int, batch_sizes: Sequence[int]
+) -> Iterator[tuple[MeshConfig, int]]:
+    """Meshes and batch sizes to try, the likeliest first: each batch size on a mesh before the next
+    mesh.
+    """
     meshes: dict[MeshConfig, list[int]] = {}
     for batch_size in sorted(batch_sizes):
         for mesh in meshes_that_fit(_with(config, config.mesh, batch_size), num_devices):
@@ -62,11 +80,15 @@ def candidates(config: Config, num_devices: int, batch_sizes: Sequence[int]) -> 
 
 
 def _with(config: Config, mesh: MeshConfig, batch_size: int) -> Config:
-    return dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, batch_size=batch_size))
+    return dataclasses.replace(
+        config, mesh=mesh, train=dataclasses.replace(config.train, batch_size=batch_size)
+    )
 
 
 def _rank(plans: Sequence[Plan]) -> list[Attempt]:
     fitting = [plan for plan in plans if plan.fits]
     fitting.sort(key=lambda plan: -plan.roofline.tokens_per_second_per_device)
     rest = sorted((plan for plan in plans if not plan.fits), key=lambda plan: plan.step.memory.peak)
-    return [Attempt(plan, place) for place, plan in enumerate(fitting, 1)] + [Attempt(plan, None) for plan in rest]
+    return [Attempt(plan, place) for place, plan in enumerate(fitting, 1)] + [
+        Attempt(plan, None) for plan in rest
+    ]

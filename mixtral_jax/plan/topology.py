@@ -1,4 +1,6 @@
-"""From `--topology` to devices to compile for: a TPU slice that is not here, or virtual CPU devices in its place."""
+"""From `--topology` to devices to compile for: a TPU slice that is not here, or virtual CPU devices
+in its place.
+"""
 
 import dataclasses
 import importlib.util
@@ -33,7 +35,10 @@ class Topology:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Devices that XLA compiles for; `platform` is theirs, so an estimate for others compiles for `cpu`."""
+    """Devices that XLA compiles for;
+
+    `platform` is theirs, so an estimate for others compiles for `cpu`.
+    """
 
     topology: Topology
     devices: Sequence[Any]
@@ -41,7 +46,9 @@ class Target:
 
     @property
     def is_estimate(self) -> bool:
-        """The program is not that of the chips asked for: memory, traffic and collectives may differ."""
+        """The program is not that of the chips asked for: memory, traffic and collectives may
+        differ.
+        """
         return self.platform == "cpu"
 
 
@@ -58,16 +65,23 @@ def parse_topology(name: str) -> Topology:
         raise ConfigError(f"--topology={name}: unknown chip {chip_name!r}; it must be {known}")
     if chip.kind == "gpu":
         valid = size.isascii() and size.isdigit() and 1 <= int(size) <= MAX_GPUS
-        require(valid, f"--topology={name}: {chip_name} takes a number of GPUs from 1 to {MAX_GPUS}, as {chip_name}:8")
+        require(
+            valid,
+            f"--topology={name}: {chip_name} takes a number of GPUs from 1 to {MAX_GPUS}, as "
+            f"{chip_name}:8",
+        )
         return Topology(name, chip, (int(size),))
     slices = SLICES[chip_name]
     if size not in slices:
-        raise ConfigError(f"--topology={name}: {chip_name} has no such slice; it has {_nearest(size, slices)}")
+        raise ConfigError(
+            f"--topology={name}: {chip_name} has no such slice; it has {_nearest(size, slices)}"
+        )
     return Topology(name, chip, tuple(map(int, size.split("x"))))
 
 
 def open_target(topology: Topology, *, cpu_fallback: bool) -> Target:
-    """The devices of a slice, described by libtpu; virtual CPU devices for GPUs or, if asked, without libtpu.
+    """The devices of a slice, described by libtpu; virtual CPU devices for GPUs or, if asked,
+    without libtpu.
 
     Call before jax first touches a device. This machine's own accelerators are left alone.
 
@@ -80,7 +94,8 @@ def open_target(topology: Topology, *, cpu_fallback: bool) -> Target:
             return Target(topology, _describe_slice(topology), "tpu")
         require(
             cpu_fallback,
-            f"--topology={topology.name} needs libtpu, which compiles for a TPU without one: pip install '.[tpu]' in "
+            f"--topology={topology.name} needs libtpu, which compiles for a TPU without one: pip "
+            "install '.[tpu]' in "
             "the clone, or add --cpu_fallback for an estimate on virtual CPU devices",
         )
     use_virtual_cpu_devices(topology.num_devices)
@@ -88,16 +103,26 @@ def open_target(topology: Topology, *, cpu_fallback: bool) -> Target:
 
 
 def _describe_slice(topology: Topology) -> Sequence[Any]:
-    """The chips of a slice by their coordinates. Asks nothing of the network, and takes no lock on a TPU here."""
+    """The chips of a slice by their coordinates.
+
+    Asks nothing of the network, and takes no lock on a TPU here.
+    """
     quiet = {
-        "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled", "TPU_WORKER_ID": "0",
-        "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8", "TF_CPP_MIN_LOG_LEVEL": "2",
-    }  # fmt: skip
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_LOG_DIR": "disabled",
+        "TPU_WORKER_ID": "0",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5p-8",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
     for variable, value in quiet.items():
         os.environ.setdefault(variable, value)
     # A host has 2x2 chips unless told otherwise, and a slice of one chip has none such.
     whole = {"chips_per_host_bounds": [1, 1, 1]} if topology.num_devices == 1 else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **whole).devices
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=topology.name, **whole
+    ).devices
 
 
 def _nearest(size: str, slices: Sequence[str]) -> str:
@@ -109,5 +134,7 @@ def _nearest(size: str, slices: Sequence[str]) -> str:
     except ValueError:
         asked = 64
     chips = {name: math.prod(map(int, name.split("x"))) for name in slices}
-    nearest = sorted(sorted(slices, key=lambda name: abs(chips[name] - asked))[:7], key=chips.__getitem__)
+    nearest = sorted(
+        sorted(slices, key=lambda name: abs(chips[name] - asked))[:7], key=chips.__getitem__
+    )
     return f"{', '.join(nearest)} near it, in all {len(slices)} from {slices[0]} to {slices[-1]}"

@@ -1,9 +1,9 @@
 """Bytes that a compiled step reads from and writes to a device's memory.
 
-Each instruction reads its operands and writes its results once, times how often it runs: a kernel that
-reads a tile again, or a cache that spares it, is not seen. An operand of which a slice is taken counts
-as the slice, an array that is updated in place as the update. Arrays that the compiler keeps in memory
-on the chip count nothing.
+Each instruction reads its operands and writes its results once, times how often it runs: a kernel
+that reads a tile again, or a cache that spares it, is not seen. An operand of which a slice is
+taken counts as the slice, an array that is updated in place as the update. Arrays that the compiler
+keeps in memory on the chip count nothing.
 """
 
 from mixtral_jax.plan.flops import is_ragged_dot
@@ -11,15 +11,31 @@ from mixtral_jax.plan.hlo import Computation, Instruction, Program
 
 # They move nothing, or what they run is counted itself.
 _FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "call-start",
-    "call-done", "after-all", "add-dependency", "opt-barrier", "partition-id", "replica-id", "iota", "async-start",
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "call-start",
+    "call-done",
+    "after-all",
+    "add-dependency",
+    "opt-barrier",
+    "partition-id",
+    "replica-id",
+    "iota",
+    "async-start",
     "async-done",
-}  # fmt: skip
+}
 _SLICES = ("slice", "dynamic-slice", "gather")
 
 
 def count_traffic(program: Program, routed_rows: int) -> int:
-    """Bytes read and written by one device in a step; of grouped matmuls, the rows under balanced routing.
+    """Bytes read and written by one device in a step; of grouped matmuls, the rows under balanced
+    routing.
 
     A loop whose length is known only at run time counts once.
     """
@@ -27,17 +43,22 @@ def count_traffic(program: Program, routed_rows: int) -> int:
     total = 0.0
     for computation, instruction, times in program.instructions():
         if computation.name not in fused and instruction.opcode not in _FREE:
-            total += _traffic(program, computation, instruction, routed_rows) * (1 if times is None else times)
+            total += _traffic(program, computation, instruction, routed_rows) * (
+                1 if times is None else times
+            )
     return round(total)
 
 
-def _traffic(program: Program, computation: Computation, instruction: Instruction, routed_rows: int) -> float:
+def _traffic(
+    program: Program, computation: Computation, instruction: Instruction, routed_rows: int
+) -> float:
     opcode = instruction.opcode
     if opcode.endswith("-update") or "AllocateBuffer" in instruction.rest:
         return 0
     operands = [_in_hbm(operand) for operand in computation.operands(instruction)]
     result = _in_hbm(instruction)
-    # What is asynchronous is read by its start, whose type lists all that takes part, and written by its done.
+    # What is asynchronous is read by its start, whose type lists all that takes part, and written
+    # by its done.
     if opcode.endswith("-start"):
         return sum(operands)
     if opcode.endswith("-done"):
@@ -60,14 +81,19 @@ def _traffic(program: Program, computation: Computation, instruction: Instructio
 
 
 def _fusion_traffic(fused: Computation, operands: list[int], result: int) -> int:
-    """What goes in and out of a fusion: of sliced inputs the slices, of an updated array the update."""
+    """What goes in and out of a fusion: of sliced inputs the slices, of an updated array the
+    update.
+    """
     users: dict[str, list[Instruction]] = {}
     for instruction in fused.instructions.values():
         if instruction.opcode not in ("parameter", "constant"):
             for name in instruction.operands:
                 users.setdefault(name, []).append(instruction)
 
-    updated = {root.operands[0]: fused.instructions[root.operands[1]].result_bytes for root in _updates(fused)}
+    updated = {
+        root.operands[0]: fused.instructions[root.operands[1]].result_bytes
+        for root in _updates(fused)
+    }
     total = 0
     for number, parameter in fused.parameters().items():
         reads = _reads(parameter.name, users, set(updated))
@@ -78,7 +104,9 @@ def _fusion_traffic(fused: Computation, operands: list[int], result: int) -> int
 
 
 def _reads(name: str, users: dict[str, list[Instruction]], updated: set[str]) -> int | None:
-    """Bytes that are used of an input, if only slices of it are; 0 if it is updated in place; else None."""
+    """Bytes that are used of an input, if only slices of it are; 0 if it is updated in place; else
+    None.
+    """
     total = 0
     for user in users.get(name, []):
         if user.opcode == "dynamic-update-slice" and name in updated and user.operands[0] == name:
@@ -100,7 +128,9 @@ def _updates(fused: Computation) -> list[Instruction]:
     root = fused.root
     results = fused.operands(root) if root.opcode == "tuple" else [root]
     while any(result.opcode == "bitcast" for result in results):
-        results = [fused.instructions[r.operands[0]] if r.opcode == "bitcast" else r for r in results]
+        results = [
+            fused.instructions[r.operands[0]] if r.opcode == "bitcast" else r for r in results
+        ]
     return [result for result in results if result.opcode == "dynamic-update-slice"]
 
 

@@ -15,13 +15,16 @@ from mixtral_jax.checkpoint.run import RunCheckpoints
 from mixtral_jax.config import CheckpointConfig, TrainConfig
 from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.parallel.processes import Processes
-from mixtral_jax.train.console import RunProgress
+from mixtral_jax.runs.console import RunProgress
 from mixtral_jax.train.metrics import MetricLog, Record, check_finite
 from mixtral_jax.train.state import TrainState
 from mixtral_jax.train.step import TrainStep, peak_memory_bytes
 
 Outcome = Literal["finished", "stopped"]
-EXIT_CODES: dict[Outcome, int] = {"finished": 0, "stopped": 75}  # 75: EX_TEMPFAIL, run the same command again
+EXIT_CODES: dict[Outcome, int] = {
+    "finished": 0,
+    "stopped": 75,
+}  # 75: EX_TEMPFAIL, run the same command again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +39,9 @@ class Ending:
 class TrainLoop:
     """Everything a run needs besides its state.
 
-    `batches` yields, from the first step not yet done, a batch and its hash; `evaluate` gives `eval/`
-    figures of the model; `record` is saved with every checkpoint, and holds the tokens seen so far.
+    `batches` yields, from the first step not yet done, a batch and its hash; `evaluate` gives
+    `eval/` figures of the model; `record` is saved with every checkpoint, and holds the tokens seen
+    so far.
     """
 
     config: TrainConfig
@@ -52,13 +56,18 @@ class TrainLoop:
     record: dict[str, Any]
 
     def run(self, state: TrainState) -> Ending:
-        """Trains to `num_steps`, or until told to stop; either way the last step is on disk on return."""
+        """Trains to `num_steps`, or until told to stop; either way the last step is on disk on
+        return.
+        """
         first_step, num_steps = int(state.step), self.config.num_steps
         if first_step >= num_steps:
             self.console.print(f"nothing to do: step {first_step} of {num_steps} is already saved")
             return Ending("finished", state)
         if self.stop.is_due():
-            self.console.print(f"stopped before step {first_step + 1}: the same command with this --workdir goes on")
+            self.console.print(
+                f"stopped before step {first_step + 1}: the same command with this --workdir goes "
+                "on"
+            )
             return Ending("stopped", state)
         eval_every = self.config.eval_every or max(1, num_steps // 10)
         save_every = self.checkpoint.every or max(1, num_steps // 4)
@@ -78,7 +87,12 @@ class TrainLoop:
                 is_logging = is_evaluating or step % self.config.log_every == 0
                 is_saving = is_last or is_stopping or step % save_every == 0
                 if is_logging or is_saving:
-                    record = {"step": step, **_to_host(metrics), **meter.read(), "batch_hash": batch_hash}
+                    record = {
+                        "step": step,
+                        **_to_host(metrics),
+                        **meter.read(),
+                        "batch_hash": batch_hash,
+                    }
                     check_finite(record)
                     if is_evaluating:
                         record |= self.evaluate(state.model())
@@ -86,7 +100,9 @@ class TrainLoop:
                         self.log.write(record)
                         progress.report(record)
                     if is_saving:
-                        self.checkpoints.save(step, state, self.record | {"tokens": record["tokens"]})
+                        self.checkpoints.save(
+                            step, state, self.record | {"tokens": record["tokens"]}
+                        )
                     meter.restart()
                 if is_stopping:
                     break
@@ -96,10 +112,13 @@ class TrainLoop:
         took = datetime.timedelta(seconds=round(time.monotonic() - started))
         if is_stopping:
             self.console.print(
-                f"stopped after step {step}, which is saved: the same command with this --workdir goes on"
+                f"stopped after step {step}, which is saved: the same command with this --workdir "
+                "goes on"
             )
             return Ending("stopped", state)
-        self.console.print(f"done: {num_steps - first_step} steps in {took}; step {num_steps} is saved")
+        self.console.print(
+            f"done: {num_steps - first_step} steps in {took}; step {num_steps} is saved"
+        )
         return Ending("finished", state)
 
     def _compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
@@ -115,9 +134,9 @@ class TrainLoop:
 class StopSignal:
     """Makes SIGTERM and SIGINT wait for the step under way; a second one ends the process at once.
 
-    Within `at_once`, where there is nothing to save, the first raises SystemExit with the code of a stopped run.
-    With several processes jax listens for SIGTERM instead, from the moment they join, and they stop together; this
-    only turns SIGINT into one.
+    Within `at_once`, where there is nothing to save, the first raises SystemExit with the code of a
+    stopped run. With several processes jax listens for SIGTERM instead, from the moment they join,
+    and they stop together; this only turns SIGINT into one.
     """
 
     def __init__(self, processes: Processes | None = None) -> None:
@@ -139,12 +158,17 @@ class StopSignal:
             signal.signal(number, handler)
 
     def is_due(self) -> bool:
-        """Whether to stop before the next step. All processes ask as often, and get the same answer each time."""
+        """Whether to stop before the next step.
+
+        All processes ask as often, and get the same answer each time.
+        """
         return self.is_set or self._processes.is_stopping()
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """For long work on the host alone; to leave while devices compute, by an exception, can crash the process."""
+        """For long work on the host alone; to leave while devices compute, by an exception, can
+        crash the process.
+        """
         self._is_at_once = True
         try:
             yield
@@ -162,13 +186,15 @@ class StopSignal:
             raise SystemExit(EXIT_CODES["stopped"])
 
 
-# Steps that devices may have before them: enough to never wait for the host. More only pile up, and on a CPU with many
-# virtual devices they take each other's threads until a collective gives up.
+# Steps that devices may have before them: enough to never wait for the host. More only pile up, and
+# on a CPU with many virtual devices they take each other's threads until a collective gives up.
 STEPS_AHEAD = 2
 
 
 class _TokenMeter:
-    """Counts tokens, on the devices until they are asked for, and the time that training itself took."""
+    """Counts tokens, on the devices until they are asked for, and the time that training itself
+    took.
+    """
 
     def __init__(self, tokens: int):
         self._tokens = tokens

@@ -13,7 +13,8 @@ Record = dict[str, Any]
 
 
 class MetricLog:
-    """Writes one record a step, flushed; continues the file of an earlier start without gaps or repeats.
+    """Writes one record a step, flushed; continues the file of an earlier start without gaps or
+    repeats.
 
     `is_writer` is true on one process alone; on the others nothing is written.
     """
@@ -23,21 +24,29 @@ class MetricLog:
         self._tensorboard = None
         self._wandb = None
         if config.wandb_project and importlib.util.find_spec("wandb") is None:
-            raise ConfigError("log.wandb_project is set but wandb is missing: pip install '.[wandb]'")
+            raise ConfigError(
+                "log.wandb_project is set but wandb is missing: pip install '.[wandb]'"
+            )
         if not is_writer:
             return
         path = workdir / "metrics.jsonl"
         cut_after(path, first_step)
         self._file = path.open("a")
         if config.tensorboard:
-            from tensorboardX import SummaryWriter  # Slow to import, and not needed by every process.
+            from tensorboardX import (
+                SummaryWriter,  # Slow to import, and not needed by every process.
+            )
 
-            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+            self._tensorboard = SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=first_step + 1
+            )
         if config.wandb_project:
             import wandb  # type: ignore[import-not-found]
 
             run_id = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
-            self._wandb = wandb.init(project=config.wandb_project, dir=str(workdir), id=run_id, resume="allow")
+            self._wandb = wandb.init(
+                project=config.wandb_project, dir=str(workdir), id=run_id, resume="allow"
+            )
 
     def __enter__(self) -> "MetricLog":
         return self
@@ -55,7 +64,11 @@ class MetricLog:
             return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
+        numbers = {
+            key: value
+            for key, value in record.items()
+            if isinstance(value, int | float) and key != "step"
+        }
         if self._tensorboard:
             for key, value in numbers.items():
                 self._tensorboard.add_scalar(key, value, record["step"])
@@ -64,7 +77,9 @@ class MetricLog:
 
 
 def cut_after(path: Path, last_step: int) -> None:
-    """Drops the lines of a metrics file past `last_step`, and one that a killed process left unfinished."""
+    """Drops the lines of a metrics file past `last_step`, and one that a killed process left
+    unfinished.
+    """
     if not path.exists():
         return
     kept = []
@@ -82,6 +97,8 @@ def check_finite(record: Record, names: tuple[str, ...] = ("loss", "grad_norm"))
     for name in names:
         if not math.isfinite(record[name]):
             raise FloatingPointError(
-                f"{name} is {record[name]} at step {record['step']}: nothing of this step was saved; start a new "
-                f"--workdir with a lower optimizer.learning_rate, or look at the batch {record['batch_hash']}"
+                f"{name} is {record[name]} at step {record['step']}: nothing of this step was "
+                "saved; start a new "
+                "--workdir with a lower optimizer.learning_rate, or look at the batch "
+                f"{record['batch_hash']}"
             )

@@ -26,11 +26,15 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
 
 
 def bias_rate_schedule(config: BalanceBiasConfig, num_steps: int) -> optax.Schedule:
-    """How far the balance bias moves after each step: the rate, then over the last fraction of the run down to 0."""
+    """How far the balance bias moves after each step: the rate, then over the last fraction of the
+    run down to 0.
+    """
     decay_steps = round(config.decay_fraction * num_steps)
     if decay_steps == 0:
         return optax.constant_schedule(config.update_rate)
-    return optax.linear_schedule(config.update_rate, 0.0, decay_steps, transition_begin=num_steps - decay_steps)
+    return optax.linear_schedule(
+        config.update_rate, 0.0, decay_steps, transition_begin=num_steps - decay_steps
+    )
 
 
 def make_optimizer(
@@ -50,14 +54,18 @@ def make_optimizer(
             weight_decay=config.weight_decay,
             mask=lambda params: _by_name(params, lambda names: "scale" not in names),
         ),
-        optax.masked(optax.scale(router_factor), lambda params: _by_name(params, lambda names: "router" in names)),
+        optax.masked(
+            optax.scale(router_factor),
+            lambda params: _by_name(params, lambda names: "router" in names),
+        ),
     )
 
 
 def _by_name(params: Any, is_chosen: Callable[[set[str | None]], bool]) -> Any:
     """True for the parameters chosen by the names on their paths.
 
-    Not by rank, which would not tell the scale of a norm, for one: in the stack of layers every array has one more.
+    Not by rank, which would not tell the scale of a norm, for one: in the stack of layers every
+    array has one more.
     """
 
     def by_path(path: tuple[Any, ...], _: jax.Array) -> bool:

@@ -15,10 +15,11 @@ from jax import P
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Parameters, split into those that learn and the rest, and the optimizer's state for the first.
+    """Parameters, split into those that learn and the rest, and the optimizer's state for the
+    first.
 
-    `frozen` is empty in pretraining, but for what steps move without a gradient: balance biases. `recent_load_LE` is
-    the routes to each expert of late, for metrics alone.
+    `frozen` is empty in pretraining, but for what steps move without a gradient: balance biases.
+    `recent_load_LE` is the routes to each expert of late, for metrics alone.
     """
 
     step: jax.Array
@@ -29,11 +30,17 @@ class TrainState:
     graphdef: nnx.GraphDef = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def create(cls, model: Any, optimizer: optax.GradientTransformation, trainable: Filter = nnx.Param) -> "TrainState":
-        """The state of a `Transformer` before the first step; variables that `trainable` lets through will learn."""
+    def create(
+        cls, model: Any, optimizer: optax.GradientTransformation, trainable: Filter = nnx.Param
+    ) -> "TrainState":
+        """The state of a `Transformer` before the first step; variables that `trainable` lets
+        through will learn.
+        """
         graphdef, trained, frozen = nnx.split(model, trainable, ...)
         load_LE = jnp.zeros((model.config.num_layers, model.config.num_experts))
-        return cls(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained), load_LE, graphdef)
+        return cls(
+            jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained), load_LE, graphdef
+        )
 
     def model(self) -> nnx.Module:
         """The model with its current parameters."""
@@ -46,9 +53,11 @@ def init_state(
     trainable: Filter = nnx.Param,
     *bases: nnx.Module,
 ) -> TrainState:
-    """A fresh state whose arrays are born sharded on the mesh in force; none is ever whole on a host.
+    """A fresh state whose arrays are born sharded on the mesh in force; none is ever whole on a
+    host.
 
-    `bases` are models that `make_model` takes to make another of them; their arrays are given up to it.
+    `bases` are models that `make_model` takes to make another of them; their arrays are given up to
+    it.
     """
 
     def create(*bases: nnx.Module) -> TrainState:
@@ -58,7 +67,9 @@ def init_state(
 
 
 def abstract_state(
-    make_model: Callable[[], nnx.Module], optimizer: optax.GradientTransformation, trainable: Filter = nnx.Param
+    make_model: Callable[[], nnx.Module],
+    optimizer: optax.GradientTransformation,
+    trainable: Filter = nnx.Param,
 ) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`, without allocating: what a restore fills."""
     mesh = jax.sharding.get_mesh()

@@ -14,31 +14,47 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from mixtral_jax.checkpoint import huggingface, mistral
-from mixtral_jax.checkpoint.architecture import UNKNOWN_LOSSES, Architecture
-from mixtral_jax.checkpoint.layouts import Layout
+from mixtral_jax.checkpoint.files.stored import DTYPES, StoredArray
+from mixtral_jax.checkpoint.formats import huggingface, mistral
+from mixtral_jax.checkpoint.formats.architecture import UNKNOWN_LOSSES, Architecture
+from mixtral_jax.checkpoint.formats.layouts import Layout
+from mixtral_jax.checkpoint.formats.relayout import as_tensors
 from mixtral_jax.checkpoint.parameters import PARAMETERS, parameter_chunk, parameter_shape
-from mixtral_jax.checkpoint.relayout import as_tensors
-from mixtral_jax.checkpoint.stored import DTYPES, StoredArray
 from mixtral_jax.checkpoint.weights import Weights
 from mixtral_jax.config import ModelConfig
 
 # All dimensions differ, so that none is taken for another.
 SMALL = ModelConfig(
-    vocab_size=21, hidden_size=12, intermediate_size=10, num_layers=2, num_heads=6, num_kv_heads=3, head_dim=4,
-    num_experts=5, rope_theta=5e4, norm_eps=1e-6, dtype="float32",
-)  # fmt: skip
+    vocab_size=21,
+    hidden_size=12,
+    intermediate_size=10,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=3,
+    head_dim=4,
+    num_experts=5,
+    rope_theta=5e4,
+    norm_eps=1e-6,
+    dtype="float32",
+)
 
 
 def architecture_of(model: ModelConfig, chosen: int = 2) -> Architecture:
     """Of a model whose router chooses so many."""
-    return Architecture(model, dataclasses.replace(UNKNOWN_LOSSES, num_experts_per_token=chosen), 64)
+    return Architecture(
+        model, dataclasses.replace(UNKNOWN_LOSSES, num_experts_per_token=chosen), 64
+    )
 
 
-def random_parameters(model: ModelConfig, dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
+def random_parameters(
+    model: ModelConfig, dtype: str = "float32", seed: int = 0
+) -> dict[str, np.ndarray]:
     """Numbers for every parameter, no two of them equal in float32."""
     rng = np.random.default_rng(seed)
-    return {name: rng.normal(size=parameter_shape(name, model)).astype(DTYPES[dtype]) for name in PARAMETERS}
+    return {
+        name: rng.normal(size=parameter_shape(name, model)).astype(DTYPES[dtype])
+        for name in PARAMETERS
+    }
 
 
 def in_memory(parameters: Mapping[str, np.ndarray], model: ModelConfig) -> dict[str, StoredArray]:
@@ -58,7 +74,9 @@ def read_all(weights: Weights) -> dict[str, np.ndarray]:
     return {name: stored.read(stored.whole) for name, stored in weights.parameters.items()}
 
 
-def tensors_of(layout: Layout, parameters: Mapping[str, np.ndarray], model: ModelConfig) -> dict[str, np.ndarray]:
+def tensors_of(
+    layout: Layout, parameters: Mapping[str, np.ndarray], model: ModelConfig
+) -> dict[str, np.ndarray]:
     """The tensors that a layout has of some parameters."""
     stored = as_tensors(layout, in_memory(parameters, model), model)
     return {name: tensor.read(tensor.whole) for name, tensor in stored.items()}
@@ -74,10 +92,14 @@ def write_config(folder: Path, model: ModelConfig, chosen: int = 2, **changes: A
 def write_params(folder: Path, model: ModelConfig, chosen: int = 2, **changes: Any) -> None:
     """A params.json; a change to None leaves the key out."""
     params = mistral.make_params(architecture_of(model, chosen)) | changes
-    (folder / "params.json").write_text(json.dumps({key: v for key, v in params.items() if v is not None}))
+    (folder / "params.json").write_text(
+        json.dumps({key: v for key, v in params.items() if v is not None})
+    )
 
 
-def write_shards(folder: Path, stem: str, tensors: Mapping[str, np.ndarray], num_shards: int) -> dict[str, str]:
+def write_shards(
+    folder: Path, stem: str, tensors: Mapping[str, np.ndarray], num_shards: int
+) -> dict[str, str]:
     """Several safetensors files with an index, which is returned."""
     weight_map = {}
     for number in range(num_shards):
@@ -91,14 +113,18 @@ def write_shards(folder: Path, stem: str, tensors: Mapping[str, np.ndarray], num
 
 def write_index(folder: Path, stem: str, weight_map: Mapping[str, str]) -> None:
     """The index of several safetensors files."""
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / f"{stem}.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 _STORAGES = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "float16": "HalfStorage"}
 
 
 class _TorchPickler(pickle.Pickler):
-    """Writes arrays as torch.save writes tensors: a call by name, and a storage that lies elsewhere."""
+    """Writes arrays as torch.save writes tensors: a call by name, and a storage that lies
+    elsewhere.
+    """
 
     def __init__(self, file, storages: list[np.ndarray]):
         super().__init__(file, protocol=2)
@@ -125,7 +151,9 @@ class _Storage:
 
 
 def write_torch(path: Path, tensors: Any) -> None:
-    """A file as torch.save writes it, without torch: modules of its names stand in while it is pickled."""
+    """A file as torch.save writes it, without torch: modules of its names stand in while it is
+    pickled.
+    """
 
     def function(*_: Any) -> None:
         raise AssertionError("is never called")

@@ -1,4 +1,6 @@
-"""Ways to spoil a folder of weights, and to see that it is refused: clearly, soon, and with nothing written."""
+"""Ways to spoil a folder of weights, and to see that it is refused: clearly, soon, and with nothing
+written.
+"""
 
 import dataclasses
 import time

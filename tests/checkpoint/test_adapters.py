@@ -1,4 +1,6 @@
-"""Adapters on disk: both layouts give back every bit, hold what their programs expect, and refuse what does not fit."""
+"""Adapters on disk: both layouts give back every bit, hold what their programs expect, and refuse
+what does not fit.
+"""
 
 import json
 from pathlib import Path
@@ -10,9 +12,13 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from mixtral_jax.checkpoint.adapters import read_adapters, read_peft_config, write_mistral, write_peft
-from mixtral_jax.config import ConfigError, LoRAConfig
-from mixtral_jax.config_mapping import build
+from mixtral_jax.checkpoint.formats.adapters import (
+    read_adapters,
+    read_peft_config,
+    write_mistral,
+    write_peft,
+)
+from mixtral_jax.config import ConfigError, LoRAConfig, build
 from mixtral_jax.finetune.surgery import merge_adapters
 from mixtral_jax.finetune.tunable import make_tunable
 from tests.cases import mesh_of, small_config
@@ -23,7 +29,9 @@ SIZES = {"expert": 4, "fsdp": 2}
 
 def adapted(lora: LoRAConfig = LORA, seed: int | None = None) -> Any:
     """A model with adapters that do something; without a seed its shapes."""
-    tunable = make_tunable(small_config(finetune__lora={"rank": lora.rank, "targets": lora.targets}), "cpu")
+    tunable = make_tunable(
+        small_config(finetune__lora={"rank": lora.rank, "targets": lora.targets}), "cpu"
+    )
     if seed is None:
         return jax.eval_shape(tunable.make_model)
 
@@ -32,8 +40,10 @@ def adapted(lora: LoRAConfig = LORA, seed: int | None = None) -> Any:
         graphdef, adapters, rest = nnx.split(tunable.make_model(), nnx.LoRAParam, ...)
         leaves, structure = jax.tree.flatten(adapters)
         keys = jax.random.split(jax.random.key(seed), len(leaves))
-        drawn = [jax.random.normal(key, leaf.shape, out_sharding=jax.typeof(leaf).sharding.spec)
-                 for key, leaf in zip(keys, leaves, strict=True)]  # fmt: skip
+        drawn = [
+            jax.random.normal(key, leaf.shape, out_sharding=jax.typeof(leaf).sharding.spec)
+            for key, leaf in zip(keys, leaves, strict=True)
+        ]
         return nnx.merge(graphdef, jax.tree.unflatten(structure, drawn), rest)
 
     return make()
@@ -50,7 +60,9 @@ def adapters_of(model: Any) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("program", ["peft", "mistral"])
-def test_what_is_written_is_read_to_the_bit_on_another_mesh(model: Any, program: str, tmp_path: Path) -> None:
+def test_what_is_written_is_read_to_the_bit_on_another_mesh(
+    model: Any, program: str, tmp_path: Path
+) -> None:
     with jax.set_mesh(mesh_of(**SIZES)):
         if program == "peft":
             write_peft(tmp_path, model, LORA, base="mistralai/Mixtral-8x7B-v0.1")
@@ -74,7 +86,16 @@ def test_a_peft_folder_says_what_it_holds(model: Any, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 12.0, 0.0)
     assert config["base_model_name_or_path"] == "mistralai/Mixtral-8x7B-v0.1"
-    assert sorted(config["target_modules"]) == ["gate", "k_proj", "o_proj", "q_proj", "v_proj", "w1", "w2", "w3"]
+    assert sorted(config["target_modules"]) == [
+        "gate",
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "v_proj",
+        "w1",
+        "w2",
+        "w3",
+    ]
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert len(tensors) == 2 * 2 * (4 + 1 + 3 * 8)  # A and B; layers; attention, router, experts.
     layer = "base_model.model.model.layers.1."
@@ -84,12 +105,20 @@ def test_a_peft_folder_says_what_it_holds(model: Any, tmp_path: Path) -> None:
     assert tensors[layer + "block_sparse_moe.experts.7.w2.lora_B.weight"].shape == (32, 3)
     read = read_peft_config(tmp_path)
     assert (read.rank, read.alpha) == (3, 12.0)
-    assert {part.rpartition(".")[0] for part in read.targets.split(",")} == {"attention", "moe.router", "moe.experts"}
+    assert {part.rpartition(".")[0] for part in read.targets.split(",")} == {
+        "attention",
+        "moe.router",
+        "moe.experts",
+    }
 
 
-def test_the_native_file_merges_into_native_weights_at_its_fixed_scaling(model: Any, tmp_path: Path) -> None:
+def test_the_native_file_merges_into_native_weights_at_its_fixed_scaling(
+    model: Any, tmp_path: Path
+) -> None:
     """W + 2 B A is our merged weight in Mistral's layout, where rotary pairs lie side by side."""
-    lora = LoRAConfig(rank=3, alpha=12.0)  # Scaling 4: the model was made with 2, so B counts twice.
+    lora = LoRAConfig(
+        rank=3, alpha=12.0
+    )  # Scaling 4: the model was made with 2, so B counts twice.
     with jax.set_mesh(mesh_of(**SIZES)):
         write_mistral(tmp_path, model, lora, dtype="float32")
         merged: Any = jax.jit(merge_adapters)(model)
@@ -115,7 +144,9 @@ def test_the_native_file_merges_into_native_weights_at_its_fixed_scaling(model: 
 def test_all_native_tensors_have_the_dtype_that_is_asked_for(model: Any, tmp_path: Path) -> None:
     with jax.set_mesh(mesh_of(**SIZES)):
         write_mistral(tmp_path, model, LORA, dtype="bfloat16")
-        assert {str(tensor.dtype) for tensor in load_file(tmp_path / "lora.safetensors").values()} == {"bfloat16"}
+        assert {
+            str(tensor.dtype) for tensor in load_file(tmp_path / "lora.safetensors").values()
+        } == {"bfloat16"}
         read = read_adapters(tmp_path, adapted(), LORA)
     for got, expected in zip(adapters_of(read), adapters_of(model), strict=True):
         np.testing.assert_array_equal(got, expected.astype("bfloat16").astype(np.float32))
@@ -131,7 +162,11 @@ def test_a_file_that_does_not_fit_is_refused_with_every_reason(model: Any, tmp_p
         save_file(tensors, path)
         with pytest.raises(ConfigError) as error:
             read_adapters(tmp_path, adapted(), LORA)
-        for words in ("wq.lora_A.weight is missing", "attention.bias is unexpected", "has shape (32, 4), not (32, 3)"):
+        for words in (
+            "wq.lora_A.weight is missing",
+            "attention.bias is unexpected",
+            "has shape (32, 4), not (32, 3)",
+        ):
             assert words in str(error.value)
         path.write_bytes(b"nonsense")
         with pytest.raises(ConfigError, match="cannot be read as safetensors"):
@@ -141,19 +176,26 @@ def test_a_file_that_does_not_fit_is_refused_with_every_reason(model: Any, tmp_p
             read_adapters(tmp_path, adapted(), LORA)
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"use_dora": True}, "use_dora=True"),
-    ({"peft_type": "IA3"}, "peft_type='IA3'"),
-    ({"target_modules": ["lm_head"]}, "target_modules=\\['lm_head'\\]"),
-    ({"target_modules": "all-linear"}, "target_modules='all-linear', not a list of q_proj"),
-    ({"rank_pattern": {"w1": 8}}, "rank_pattern"),
-    ({"r": "many"}, "finetune.lora.rank='many'"),
-])  # fmt: skip
-def test_adapters_of_another_kind_are_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"peft_type": "IA3"}, "peft_type='IA3'"),
+        ({"target_modules": ["lm_head"]}, "target_modules=\\['lm_head'\\]"),
+        ({"target_modules": "all-linear"}, "target_modules='all-linear', not a list of q_proj"),
+        ({"rank_pattern": {"w1": 8}}, "rank_pattern"),
+        ({"r": "many"}, "finetune.lora.rank='many'"),
+    ],
+)
+def test_adapters_of_another_kind_are_refused(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "w2"]}
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(config))
-    expected = build(LoRAConfig, {"rank": 8, "alpha": 16, "targets": "attention.query,moe.experts.down"})
+    expected = build(
+        LoRAConfig, {"rank": 8, "alpha": 16, "targets": "attention.query,moe.experts.down"}
+    )
     assert read_peft_config(tmp_path) == expected
     path.write_text(json.dumps(config | changes))
     with pytest.raises(ConfigError, match=words):

@@ -1,4 +1,6 @@
-"""Files of torch and params.json that are damaged or hostile: refused as in `test_hostile_folders`, and never run."""
+"""Files of torch and params.json that are damaged or hostile: refused as in `test_hostile_folders`,
+and never run.
+"""
 
 import io
 import os
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mixtral_jax.checkpoint.layouts import MISTRAL
+from mixtral_jax.checkpoint.formats.layouts import MISTRAL
 from mixtral_jax.checkpoint.weights import open_weights
 from tests.checkpoint.folders import SMALL, random_parameters, tensors_of, write_params, write_torch
 from tests.checkpoint.refusals import Kind, Spoil, check_refusal, edit_raw, write_raw
@@ -38,7 +40,9 @@ def write_pickle(instructions: bytes, **entries: bytes) -> Spoil:
     return spoil
 
 
-def rewrite_zip(change: Callable[[str, bytes], bytes | None], compression: int = zipfile.ZIP_STORED) -> Spoil:
+def rewrite_zip(
+    change: Callable[[str, bytes], bytes | None], compression: int = zipfile.ZIP_STORED
+) -> Spoil:
     def spoil(folder: Path) -> None:
         path = folder / "consolidated.00.pth"
         with zipfile.ZipFile(path) as archive:
@@ -77,10 +81,12 @@ PTH = "consolidated.00.pth"
 WQ = "layers.0.attention.wq.weight"
 PICKLES = {
     "a pickle that runs a command": Kind(
-        write_pickle(pickled({"a": Run(os.system, "touch executed")})), (PTH, "posix.system", "refused")
+        write_pickle(pickled({"a": Run(os.system, "touch executed")})),
+        (PTH, "posix.system", "refused"),
     ),
     "a pickle that evaluates text": Kind(
-        write_pickle(pickled({"a": Run(eval, "open('executed', 'w')")}, 4)), (PTH, "builtins.eval", "refused")
+        write_pickle(pickled({"a": Run(eval, "open('executed', 'w')")}, 4)),
+        (PTH, "builtins.eval", "refused"),
     ),
     "a pickle that imports": Kind(
         write_pickle(pickled({"a": Run(__import__, "antigravity")})), (PTH, "__import__", "refused")
@@ -88,59 +94,82 @@ PICKLES = {
     "a pickle with an old instruction": Kind(
         write_pickle(b"(S'touch executed'\nios\nsystem\n."), (PTH, "instruction STRING")
     ),
-    "a pickle that asks for an object by name": Kind(write_pickle(b"cbuiltins\ngetattr\n."), (PTH, "builtins.getattr")),
-    "a pickle of an enormous memory": Kind(write_pickle(b"\x80\x02]r\xff\xff\xff\x7f."), (PTH, "holds a list")),
+    "a pickle that asks for an object by name": Kind(
+        write_pickle(b"cbuiltins\ngetattr\n."), (PTH, "builtins.getattr")
+    ),
+    "a pickle of an enormous memory": Kind(
+        write_pickle(b"\x80\x02]r\xff\xff\xff\x7f."), (PTH, "holds a list")
+    ),
     "a pickle whose key takes for ever to look up": Kind(
         write_pickle(b"\x80\x02}" + nested_tuples() + b"K\x01s."), (PTH, "no text")
     ),
-    "a pickle that breaks off": Kind(write_pickle(pickled({"a": 1})[:-3]), (PTH, "data.pkl is damaged")),
+    "a pickle that breaks off": Kind(
+        write_pickle(pickled({"a": 1})[:-3]), (PTH, "data.pkl is damaged")
+    ),
     "a pickle of something else": Kind(write_pickle(pickled([1])), (PTH, "list", "dictionary")),
     "a pickle of numbers": Kind(write_pickle(pickled({"a": 1})), (PTH, "a is of type int")),
-    "a pickle in a pickle": Kind(save_again(lambda tensors: {"model": tensors}), (PTH, "model is of type dict")),
+    "a pickle in a pickle": Kind(
+        save_again(lambda tensors: {"model": tensors}), (PTH, "model is of type dict")
+    ),
     "a zip without a pickle": Kind(
         rewrite_zip(lambda name, raw: None if name.endswith("pkl") else raw), (PTH, "data.pkl")
     ),
     "a storage that is not there": Kind(
-        rewrite_zip(lambda name, raw: None if name.endswith("data/3") else raw), (PTH, "storage '3'", "not in the file")
+        rewrite_zip(lambda name, raw: None if name.endswith("data/3") else raw),
+        (PTH, "storage '3'", "not in the file"),
     ),
     "a storage that is too short": Kind(
-        rewrite_zip(lambda name, raw: raw[:-4] if name.endswith("data/3") else raw), (PTH, "data/3", "need")
+        rewrite_zip(lambda name, raw: raw[:-4] if name.endswith("data/3") else raw),
+        (PTH, "data/3", "need"),
     ),
-    "compressed numbers": Kind(rewrite_zip(lambda _, raw: raw, zipfile.ZIP_DEFLATED), (PTH, "is compressed")),
+    "compressed numbers": Kind(
+        rewrite_zip(lambda _, raw: raw, zipfile.ZIP_DEFLATED), (PTH, "is compressed")
+    ),
     "numbers the other way round": Kind(
-        rewrite_zip(lambda name, raw: b"big" if name.endswith("byteorder") else raw), (PTH, "byte order")
+        rewrite_zip(lambda name, raw: b"big" if name.endswith("byteorder") else raw),
+        (PTH, "byte order"),
     ),
     "a truncated zip": Kind(edit_raw(PTH, lambda raw: raw[: len(raw) // 2]), (PTH, "truncated")),
     "a pickle of torch before 1.6": Kind(write_raw(PTH, pickled({"a": 1})), (PTH, "before 1.6")),
     "a tensor that reaches out of its storage": Kind(
         rewrite_zip(
-            lambda name, raw: raw.replace(b"K\x18K\x0c\x86", b"K\x18K\x0d\x86") if name.endswith("pkl") else raw
+            lambda name, raw: (
+                raw.replace(b"K\x18K\x0c\x86", b"K\x18K\x0d\x86") if name.endswith("pkl") else raw
+            )
         ),
         (PTH, WQ, "reaches out"),
     ),
     "a file of eight that is missing": Kind(
-        lambda folder: (folder / PTH).rename(folder / "consolidated.01.pth"), ("consolidated.01.pth", "one is missing")
+        lambda folder: (folder / PTH).rename(folder / "consolidated.01.pth"),
+        ("consolidated.01.pth", "one is missing"),
     ),
     "a tensor in two files": Kind(
         lambda folder: (folder / "consolidated.01.pth").write_bytes((folder / PTH).read_bytes()),
         ("consolidated.01.pth", WQ, "in another file too"),
     ),
     "weights twice": Kind(
-        lambda folder: save_file({"a": np.zeros(1, np.float32)}, folder / "consolidated.safetensors"),
+        lambda folder: save_file(
+            {"a": np.zeros(1, np.float32)}, folder / "consolidated.safetensors"
+        ),
         ("has both consolidated.safetensors and", PTH),
     ),
     "params with a key of another model": Kind(
-        lambda folder: write_params(folder, SMALL, vision_encoder={}), ("params.json", "vision_encoder")
+        lambda folder: write_params(folder, SMALL, vision_encoder={}),
+        ("params.json", "vision_encoder"),
     ),
-    "params without experts": Kind(lambda folder: write_params(folder, SMALL, moe=None), ("params.json", "moe=None")),
+    "params without experts": Kind(
+        lambda folder: write_params(folder, SMALL, moe=None), ("params.json", "moe=None")
+    ),
     "params with a window": Kind(
-        lambda folder: write_params(folder, SMALL, sliding_window=4096), ("params.json", "sliding_window=4096")
+        lambda folder: write_params(folder, SMALL, sliding_window=4096),
+        ("params.json", "sliding_window=4096"),
     ),
     "params that are text": Kind(
         lambda folder: write_params(folder, SMALL, dim="12"), ("params.json", "'12'", "number")
     ),
     "params with another base of positions": Kind(
-        lambda folder: write_params(folder, SMALL, rope_theta=[1]), ("params.json", "rope_theta=[1]")
+        lambda folder: write_params(folder, SMALL, rope_theta=[1]),
+        ("params.json", "rope_theta=[1]"),
     ),
 }
 

@@ -1,4 +1,6 @@
-"""The tables of names: whole, in both directions, and those of the files that other programs have written."""
+"""The tables of names: whole, in both directions, and those of the files that other programs have
+written.
+"""
 
 from pathlib import Path
 
@@ -7,12 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mixtral_jax.checkpoint import safetensors_files
-from mixtral_jax.checkpoint.layouts import HUGGING_FACE, LAYOUTS, MISTRAL, find_layout
+from mixtral_jax.checkpoint.files import safetensors_files
+from mixtral_jax.checkpoint.files.stored import blocks_of
+from mixtral_jax.checkpoint.formats.layouts import HUGGING_FACE, LAYOUTS, MISTRAL, find_layout
+from mixtral_jax.checkpoint.formats.relayout import as_parameters
 from mixtral_jax.checkpoint.on_devices import parameter_name
 from mixtral_jax.checkpoint.parameters import PARAMETERS, parameter_chunk, parameter_shape
-from mixtral_jax.checkpoint.relayout import as_parameters
-from mixtral_jax.checkpoint.stored import blocks_of
 from mixtral_jax.checkpoint.weights import open_weights
 from mixtral_jax.model.transformer import model_maker
 from tests.cases import mesh_of
@@ -24,7 +26,9 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 def test_the_parameters_are_those_of_the_model():
     with jax.set_mesh(mesh_of()):
         shapes = jax.eval_shape(model_maker(architecture_of(SMALL).config(), "cpu"))
-    found = {parameter_name(path): leaf.shape for path, leaf in jax.tree.flatten_with_path(shapes)[0]}
+    found = {
+        parameter_name(path): leaf.shape for path, leaf in jax.tree.flatten_with_path(shapes)[0]
+    }
     assert found == {name: parameter_shape(name, SMALL) for name in PARAMETERS}
 
 
@@ -42,9 +46,13 @@ def test_a_layout_places_every_parameter_once_and_is_told_by_its_names(layout):
     assert find_layout(tensors) is layout
 
 
-@pytest.mark.parametrize(("layout", "file"), [
-    (HUGGING_FACE, "hf_tiny/model.safetensors"), (MISTRAL, "mistral_tiny/consolidated.safetensors"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layout", "file"),
+    [
+        (HUGGING_FACE, "hf_tiny/model.safetensors"),
+        (MISTRAL, "mistral_tiny/consolidated.safetensors"),
+    ],
+)
 def test_names_and_shapes_are_those_of_files_that_other_programs_wrote(layout, file):
     model = open_weights(GOLDEN / "hf_tiny").architecture.model
     theirs = {name: tensor.shape for name, tensor in load_file(GOLDEN / file).items()}
@@ -55,13 +63,18 @@ def test_names_and_shapes_are_those_of_files_that_other_programs_wrote(layout, f
 def test_parameters_come_back_from_every_layout_whole_and_in_blocks(layout, tmp_path):
     parameters = random_parameters(SMALL)
     save_file(tensors_of(layout, parameters, SMALL), tmp_path / "weights.safetensors")
-    found = as_parameters(layout, safetensors_files.open_file(tmp_path / "weights.safetensors"), SMALL)
+    found = as_parameters(
+        layout, safetensors_files.open_file(tmp_path / "weights.safetensors"), SMALL
+    )
     assert list(found) == list(PARAMETERS)
     for name, expected in parameters.items():
         stored = found[name]
         np.testing.assert_array_equal(stored.read(stored.whole), expected, err_msg=name)
         # What a device holds of it: heads are never cut.
-        parts = [2 if letter in "DFVE" else size for letter, size in zip(PARAMETERS[name], expected.shape, strict=True)]
+        parts = [
+            2 if letter in "DFVE" else size
+            for letter, size in zip(PARAMETERS[name], expected.shape, strict=True)
+        ]
         for block in blocks_of(stored.shape, tuple(parts)):
             np.testing.assert_array_equal(stored.read(block), expected[block], err_msg=name)
 
@@ -74,14 +87,22 @@ def test_rows_of_rotary_heads_are_interleaved_for_mistral():
     for head in range(SMALL.num_heads):
         for h in range(H // 2):
             np.testing.assert_array_equal(tensor[head * H + 2 * h], query_LDNH[1, :, head, h])
-            np.testing.assert_array_equal(tensor[head * H + 2 * h + 1], query_LDNH[1, :, head, h + H // 2])
+            np.testing.assert_array_equal(
+                tensor[head * H + 2 * h + 1], query_LDNH[1, :, head, h + H // 2]
+            )
 
 
 def test_fused_experts_have_their_gate_first():
     """As transformers 5 has them in memory."""
     parameters = random_parameters(SMALL)
-    fused = next(layout for layout in LAYOUTS if "mlp.experts.gate_up_proj" in layout.places[8].tensor)
+    fused = next(
+        layout for layout in LAYOUTS if "mlp.experts.gate_up_proj" in layout.places[8].tensor
+    )
     tensor_EFD = tensors_of(fused, parameters, SMALL)["model.layers.0.mlp.experts.gate_up_proj"]
     gate_EFD, up_EFD = np.split(tensor_EFD, 2, axis=1)
-    np.testing.assert_array_equal(gate_EFD, parameters["blocks/moe/experts/gate/weight"][0].swapaxes(1, 2))
-    np.testing.assert_array_equal(up_EFD, parameters["blocks/moe/experts/up/weight"][0].swapaxes(1, 2))
+    np.testing.assert_array_equal(
+        gate_EFD, parameters["blocks/moe/experts/gate/weight"][0].swapaxes(1, 2)
+    )
+    np.testing.assert_array_equal(
+        up_EFD, parameters["blocks/moe/experts/up/weight"][0].swapaxes(1, 2)
+    )

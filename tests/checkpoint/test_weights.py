@@ -14,11 +14,11 @@ import tensorstore
 from safetensors.numpy import load_file, save_file
 
 from mixtral_jax.checkpoint import run_parameters
-from mixtral_jax.checkpoint.layouts import HUGGING_FACE, LAYOUTS, MISTRAL
+from mixtral_jax.checkpoint.files.stored import DTYPES
+from mixtral_jax.checkpoint.formats.layouts import HUGGING_FACE, LAYOUTS, MISTRAL
 from mixtral_jax.checkpoint.on_devices import load_model
 from mixtral_jax.checkpoint.parameters import PARAMETERS
 from mixtral_jax.checkpoint.run import RunCheckpoints
-from mixtral_jax.checkpoint.stored import DTYPES
 from mixtral_jax.checkpoint.weights import Weights, open_weights
 from mixtral_jax.config import ConfigError
 from mixtral_jax.model.transformer import Transformer, model_maker
@@ -106,8 +106,12 @@ def test_a_cast_that_loses_numbers_is_refused():
     parameters = random_parameters(SMALL)
     parameters["norm/scale"][3] = 1e5
     stored = in_memory(parameters, SMALL)["norm/scale"]
-    assert np.isfinite(stored.astype(DTYPES["bfloat16"]).read(stored.whole).astype(np.float32)).all()
-    with pytest.raises(ConfigError, match=r"norm/scale holds numbers that are too large for float16"):
+    assert np.isfinite(
+        stored.astype(DTYPES["bfloat16"]).read(stored.whole).astype(np.float32)
+    ).all()
+    with pytest.raises(
+        ConfigError, match=r"norm/scale holds numbers that are too large for float16"
+    ):
         stored.astype(DTYPES["float16"]).read(stored.whole)
 
 
@@ -122,19 +126,31 @@ def test_a_cache_of_hugging_face_may_link_to_its_own_blobs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"expert": 8}, {"expert": 4, "fsdp": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 2}], ids=str
+    "sizes",
+    [{"expert": 8}, {"expert": 4, "fsdp": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 2}],
+    ids=str,
 )
 @pytest.mark.parametrize("whole_bytes", [2**26, 0], ids=["at once", "in blocks"])
-def test_weights_are_the_same_on_every_mesh_and_no_device_holds_more_than_its_part(sizes, whole_bytes):
+def test_weights_are_the_same_on_every_mesh_and_no_device_holds_more_than_its_part(
+    sizes, whole_bytes
+):
     weights = open_weights(GOLDEN / "hf_tiny")
     expected = read_all(weights)
     with jax.set_mesh(mesh_of(**sizes)):
         shapes = shapes_of(weights)
         model = load_model(weights.parameters, shapes, whole_bytes)
-    for array, leaf, got in zip(expected.values(), jax.tree.leaves(shapes), jax.tree.leaves(model), strict=False):
+    for array, leaf, got in zip(
+        expected.values(), jax.tree.leaves(shapes), jax.tree.leaves(model), strict=False
+    ):
         assert got.sharding.spec == leaf.sharding.spec, array.shape
-    found = {"embedding_VD": model.embedding_VD, "blocks/moe/experts/gate/weight": model.blocks.moe.experts.gate.weight}
-    found |= {"blocks/attention/query/weight": model.blocks.attention.query.weight, "norm/scale": model.norm.scale}
+    found = {
+        "embedding_VD": model.embedding_VD,
+        "blocks/moe/experts/gate/weight": model.blocks.moe.experts.gate.weight,
+    }
+    found |= {
+        "blocks/attention/query/weight": model.blocks.attention.query.weight,
+        "norm/scale": model.norm.scale,
+    }
     for name, parameter in found.items():
         np.testing.assert_array_equal(parameter[...], expected[name], err_msg=name)
     gate = model.blocks.moe.experts.gate.weight[...]
@@ -159,7 +175,8 @@ def test_parameters_that_are_not_those_of_the_model_are_refused_with_the_whole_l
     with jax.set_mesh(mesh_of()), pytest.raises(ConfigError) as raised:
         load_model(parameters, shapes_of(weights))
     assert str(raised.value) == (
-        "the weights do not fit the model: embedding_VD has shape (64, 512), not (512, 64); more is unexpected; "
+        "the weights do not fit the model: embedding_VD has shape (64, 512), not (512, 64); more "
+        "is unexpected; "
         "norm/scale is missing"
     )
 
@@ -170,13 +187,19 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     config = small_config(router__num_experts_per_token=3, train__sequence_length=48)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-    with jax.set_mesh(mesh_of(expert=2, fsdp=2)), RunCheckpoints(folder / "checkpoints", 2) as checkpoints:
+    with (
+        jax.set_mesh(mesh_of(expert=2, fsdp=2)),
+        RunCheckpoints(folder / "checkpoints", 2) as checkpoints,
+    ):
         for step in (2, 10):
             make_model = model_maker(
-                dataclasses.replace(config, train=dataclasses.replace(config.train, seed=step)), "cpu"
+                dataclasses.replace(config, train=dataclasses.replace(config.train, seed=step)),
+                "cpu",
             )
             checkpoints.save(
-                step, init_state(make_model, make_optimizer(config.optimizer, lambda _: 1e-3)), {"tokens": step}
+                step,
+                init_state(make_model, make_optimizer(config.optimizer, lambda _: 1e-3)),
+                {"tokens": step},
             )
             checkpoints.wait()
     return folder
@@ -202,7 +225,9 @@ def test_of_a_run_the_parameters_alone_are_opened(workdir, monkeypatch):
         opened.append(spec["kvstore"]["path"].partition("/")[0])
         return tensorstore.open(spec, **settings)
 
-    monkeypatch.setattr(run_parameters, "tensorstore", SimpleNamespace(open=open_, Context=tensorstore.Context))
+    monkeypatch.setattr(
+        run_parameters, "tensorstore", SimpleNamespace(open=open_, Context=tensorstore.Context)
+    )
     read_all(open_weights(workdir))
     assert opened == ["trained"] * len(PARAMETERS)
 
@@ -210,7 +235,9 @@ def test_of_a_run_the_parameters_alone_are_opened(workdir, monkeypatch):
 def test_a_run_keeps_its_layers_apart(workdir):
     """So that one is read at a time, whatever the sharding was."""
     for name, stored in open_weights(workdir).parameters.items():
-        assert stored.chunk[0] == 1 or len(stored.shape) == 2 or not name.startswith("blocks/"), name
+        assert stored.chunk[0] == 1 or len(stored.shape) == 2 or not name.startswith("blocks/"), (
+            name
+        )
 
 
 def test_a_run_without_a_checkpoint_says_so(tmp_path):

@@ -13,7 +13,7 @@ from mixtral_jax.config import ConfigError
 from mixtral_jax.parallel.processes import Processes
 from tests.cases import mesh_of
 from tests.cli.test_asking import GOLDEN
-from tests.runs import environment, finish, free_port, start, write_text
+from tests.scripts import environment, finish, free_port, start, write_text
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,11 @@ def place(tmp_path_factory):
     """A folder with a text, and a run of four steps on it that saved two of them."""
     place = tmp_path_factory.mktemp("analyze")
     write_text(place)
-    flags = ("--config.train.num_steps=4", "--config.checkpoint.every=2", "--config.data.held_out_fraction=0.3")
+    flags = (
+        "--config.train.num_steps=4",
+        "--config.checkpoint.every=2",
+        "--config.data.held_out_fraction=0.3",
+    )
     code, _, errors = finish(start(place, *flags, "--workdir=run", "--config.mesh.cpu_devices=4"))
     assert code == 0, errors
     return place
@@ -30,7 +34,12 @@ def place(tmp_path_factory):
 def run(place, *flags):
     command = [sys.executable, "-m", "mixtral_jax", "analyze", *flags]
     return subprocess.Popen(
-        command, cwd=place, env=environment(place), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=place,
+        env=environment(place),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -40,9 +49,18 @@ def test_a_run_is_analysed_by_its_own_held_out_text_the_same_by_several_processe
     figures = json.loads(output)
     written = place / "run" / "analysis" / "4"
     kept = json.loads((written / "analysis.json").read_text())
-    assert set(kept.pop("pictures")) == {file.name for file in written.glob("*.png")} and kept == figures
-    assert {"load_of_experts.png", "saturation_of_routes.png"} <= {file.name for file in written.iterdir()}
-    assert (figures["step"], figures["part"], figures["saturation"]["steps"]) == (4, "held_out", [2])
+    assert (
+        set(kept.pop("pictures")) == {file.name for file in written.glob("*.png")}
+        and kept == figures
+    )
+    assert {"load_of_experts.png", "saturation_of_routes.png"} <= {
+        file.name for file in written.iterdir()
+    }
+    assert (figures["step"], figures["part"], figures["saturation"]["steps"]) == (
+        4,
+        "held_out",
+        [2],
+    )
     assert figures["num_experts"] == 8 and figures["flips"]["other_dtype"] == "bfloat16"
 
     coordinator = f"--coordinator=127.0.0.1:{free_port()}"
@@ -51,7 +69,15 @@ def test_a_run_is_analysed_by_its_own_held_out_text_the_same_by_several_processe
     processes = [run(place, *shared, *mesh, f"--process_id={i}") for i in range(2)]
     (code, output, errors), (other_code, nothing, _) = map(finish, processes)
     assert (code, other_code, nothing) == (0, 0, ""), errors
-    same = ("num_tokens", "balance", "coactivation", "repetition", "by_label", "vocabulary", "saturation")
+    same = (
+        "num_tokens",
+        "balance",
+        "coactivation",
+        "repetition",
+        "by_label",
+        "vocabulary",
+        "saturation",
+    )
     for name in same:
         assert json.loads(output)[name] == figures[name], name
 
@@ -59,7 +85,10 @@ def test_a_run_is_analysed_by_its_own_held_out_text_the_same_by_several_processe
 def test_a_run_is_analysed_in_a_process_that_has_its_devices_already(place, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
     analysis = analyze_run(place / "run", mesh_of(expert=4), Processes())
-    assert analysis.num_tokens == json.loads((place / "run/analysis/4/analysis.json").read_text())["num_tokens"]
+    assert (
+        analysis.num_tokens
+        == json.loads((place / "run/analysis/4/analysis.json").read_text())["num_tokens"]
+    )
     assert analysis.flips is None and analysis.saturation.steps == (2,)
     with pytest.raises(ConfigError, match="no run that has saved a checkpoint"):
         analyze_run(place, mesh_of(), Processes())
@@ -69,20 +98,34 @@ def test_the_first_checkpoint_has_no_saturation_and_the_table_says_so(place):
     (place / "first").mkdir()
     for name in ("saturation_of_routes.png", "mine.png"):
         (place / "first" / name).touch()
-    (place / "first" / "analysis.json").write_text('{"pictures": ["saturation_of_routes.png"]}')  # Of another text.
-    code, output, errors = finish(run(place, "--checkpoint=run/checkpoints/2", "--to=first", "--num_sequences=3"))
+    (place / "first" / "analysis.json").write_text(
+        '{"pictures": ["saturation_of_routes.png"]}'
+    )  # Of another text.
+    code, output, errors = finish(
+        run(place, "--checkpoint=run/checkpoints/2", "--to=first", "--num_sequences=3")
+    )
     assert code == 0, errors
     assert "no saturation" in output and "even, by chance" in output and "46.4%" in output
-    assert not (place / "first" / "saturation_of_routes.png").exists() and (place / "first" / "mine.png").exists()
+    assert (
+        not (place / "first" / "saturation_of_routes.png").exists()
+        and (place / "first" / "mine.png").exists()
+    )
     assert json.loads((place / "first" / "analysis.json").read_text())["step"] == 2
 
 
 def test_data_and_a_place_for_figures_are_asked_for_before_anything_is_loaded(place, tmp_path):
     shutil.copytree(GOLDEN, tmp_path / "model")
     (tmp_path / "ablation/arms/none/seed-0").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"is an ablation: name a run of it \(arms/NAME/seed-N\), as .*/none/seed-0"):
+    with pytest.raises(
+        ConfigError,
+        match=r"is an ablation: name a run of it \(arms/NAME/seed-N\), as .*/none/seed-0",
+    ):
         run_verb(["analyze", f"--checkpoint={tmp_path / 'ablation'}"])
     with pytest.raises(ConfigError, match=r"--data\.path=F"):
         run_verb(["analyze", f"--checkpoint={tmp_path / 'model'}"])
     code, output, errors = finish(run(place, "--checkpoint=run", "--to=text.txt/below"))
-    assert (code, output) == (2, "") and "text.txt/below cannot be made" in errors and "--to=DIR" in errors
+    assert (
+        (code, output) == (2, "")
+        and "text.txt/below cannot be made" in errors
+        and "--to=DIR" in errors
+    )

@@ -23,7 +23,7 @@ from mixtral_jax.generate.settings import Settings
 from mixtral_jax.parallel.processes import Processes
 from tests.cases import mesh_of, small_config
 from tests.data.chat_cases import train_tokenizer
-from tests.runs import environment, free_port
+from tests.scripts import environment, free_port
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hf_tiny"
 
@@ -61,9 +61,21 @@ def test_generate_writes_the_continuation_and_nothing_else_on_standard_output(fo
 
 def test_several_processes_write_one_continuation_and_must_be_asked_for_the_same(folder, loaded):
     def run(*own):
-        shared = ["--num_processes=2", f"--coordinator=127.0.0.1:{free_port()}", "--mesh.cpu_devices=2"]
-        shared += ["--mesh.expert=4", "--prompt=def main(", "--max_new_tokens=5", "--temperature=0.9"]
-        processes = [start(folder, "generate", *shared, f"--process_id={i}", *own[i : i + 1]) for i in range(2)]
+        shared = [
+            "--num_processes=2",
+            f"--coordinator=127.0.0.1:{free_port()}",
+            "--mesh.cpu_devices=2",
+        ]
+        shared += [
+            "--mesh.expert=4",
+            "--prompt=def main(",
+            "--max_new_tokens=5",
+            "--temperature=0.9",
+        ]
+        processes = [
+            start(folder, "generate", *shared, f"--process_id={i}", *own[i : i + 1])
+            for i in range(2)
+        ]
         return [(*process.communicate(timeout=240), process.returncode) for process in processes]
 
     (first, errors, code), (second, _, other_code) = run()
@@ -91,7 +103,7 @@ def test_chat_answers_each_line_in_the_light_of_those_before_and_leaves_at_ctrl_
 
 
 def test_safe_mode_is_mistrals_text_before_the_first_message(loaded):
-    from mixtral_jax.data.chat import SAFE_PROMPT
+    from mixtral_jax.data.chat.template import SAFE_PROMPT
 
     question = {"role": "user", "content": "the parser"}
     written = loaded.chat([{"role": "system", "content": SAFE_PROMPT}, question], max_new_tokens=8)
@@ -108,7 +120,9 @@ def test_a_question_that_cannot_be_asked_is_named_and_forgotten(loaded, capsys):
     assert captured.err.startswith("error: ")
     first = loaded.chat([{"role": "user", "content": "the parser"}], max_new_tokens=4)
     messages = [("user", "the parser"), ("assistant", first), ("user", "takes")]
-    second = loaded.chat([{"role": role, "content": content} for role, content in messages], max_new_tokens=4)
+    second = loaded.chat(
+        [{"role": role, "content": content} for role, content in messages], max_new_tokens=4
+    )
     assert captured.out == f"{first}\n{second}\n"
 
 
@@ -117,15 +131,23 @@ def test_messages_are_the_lines_that_are_not_blank():
 
 
 def test_evaluate_prints_one_line_with_the_loss_over_all_documents(folder, loaded, tmp_path):
-    rows = [{"text": "the parser takes two arguments"}, {"text": "each option has a default"}, {"text": "no"}]
+    rows = [
+        {"text": "the parser takes two arguments"},
+        {"text": "each option has a default"},
+        {"text": "no"},
+    ]
     (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    process = start(folder, "evaluate", f"--data.path={tmp_path / 'text.jsonl'}", "--sequence_length=64")
+    process = start(
+        folder, "evaluate", f"--data.path={tmp_path / 'text.jsonl'}", "--sequence_length=64"
+    )
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     nats = tokens = 0
     for row in rows:
         ids = np.array([*loaded.encode(row["text"]), 2])
-        logits = loaded.logits(np.pad([ids], ((0, 0), (0, 64 - len(ids)))))[0, : len(ids) - 1].astype(np.float64)
+        logits = loaded.logits(np.pad([ids], ((0, 0), (0, 64 - len(ids)))))[
+            0, : len(ids) - 1
+        ].astype(np.float64)
         nats += (np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(ids) - 1), ids[1:]]).sum()
         tokens += len(ids) - 1
     figures = json.loads(output)
@@ -137,11 +159,18 @@ def test_evaluate_prints_one_line_with_the_loss_over_all_documents(folder, loade
 
 def test_answers_of_conversations_are_scored_alone(loaded, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    chats = [[("user", f"the {word}"), ("assistant", f"parser {word}")] for word in ("one", "two", "three")]
-    rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
+    chats = [
+        [("user", f"the {word}"), ("assistant", f"parser {word}")]
+        for word in ("one", "two", "three")
+    ]
+    rows = [
+        {"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats
+    ]
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task = Task(DataConfig(path=str(tmp_path / "chats.jsonl")), "all", True, 64, None)
-    answers = sum(len(loaded.tokenizer.encode(f"parser {word}")) + 1 for word in ("one", "two", "three"))
+    answers = sum(
+        len(loaded.tokenizer.encode(f"parser {word}")) + 1 for word in ("one", "two", "three")
+    )
     assert score(loaded, task, Processes())["tokens"] == answers
     assert "scored" in capsys.readouterr().err
     assert score(loaded, task, Processes(1, 1))["tokens"] == answers
@@ -149,7 +178,9 @@ def test_answers_of_conversations_are_scored_alone(loaded, tmp_path, monkeypatch
 
 
 def test_what_a_run_was_trained_on_is_judged_as_the_run_does(tmp_path):
-    config = small_config(data__path="own.txt", data__held_out_fraction=0.25, train__eval_sequences=7)
+    config = small_config(
+        data__path="own.txt", data__held_out_fraction=0.25, train__eval_sequences=7
+    )
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
 
@@ -158,28 +189,44 @@ def test_what_a_run_was_trained_on_is_judged_as_the_run_does(tmp_path):
 
     def plan(path, checkpoint=tmp_path, **flags):
         Loaded.config = config
-        asked = {"chat": False, "part": None, "sequence_length": None, "num_sequences": None} | flags
-        return plan_task(argparse.Namespace(checkpoint=checkpoint, **asked), DataConfig(path=path), Loaded)
+        asked = {
+            "chat": False,
+            "part": None,
+            "sequence_length": None,
+            "num_sequences": None,
+        } | flags
+        return plan_task(
+            argparse.Namespace(checkpoint=checkpoint, **asked), DataConfig(path=path), Loaded
+        )
 
     own = Task(config.data, "held_out", False, 24, 7)
     assert plan("own.txt") == plan("own.txt", tmp_path / "checkpoints" / "3") == own
-    assert plan("own.txt", part="all", num_sequences=5) == dataclasses.replace(own, part="all", num_sequences=5)
-    assert plan("own.txt", Path("/folder-of-the-root")) == Task(DataConfig(path="own.txt"), "all", False, 24, None)
+    assert plan("own.txt", part="all", num_sequences=5) == dataclasses.replace(
+        own, part="all", num_sequences=5
+    )
+    assert plan("own.txt", Path("/folder-of-the-root")) == Task(
+        DataConfig(path="own.txt"), "all", False, 24, None
+    )
     assert plan("other.txt", chat=True) == Task(DataConfig(path="other.txt"), "all", True, 24, None)
     with pytest.raises(ConfigError, match="sequence_length=1"):
         plan("own.txt", sequence_length=1)
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    ("generate --prompt=x", "--checkpoint"), ("generate --checkpoint=x", "--prompt"),
-    ("generate --checkpoint=x --prompt=x --temperature=-1", "temperature=-1.0"),
-    ("generate --checkpoint=x --prompt=x --max_new_tokens=0", "max_new_tokens=0"),
-    ("generate --checkpoint=x --prompt=x --mesh.exper=2", "did you mean mesh.expert"),
-    ("generate --checkpoint=x --prompt=x --data.path=x", "unknown flag '--data.path=x'"),
-    ("chat --checkpoint=x --top_p=2", "top_p=2.0"), ("evaluate --checkpoint=x", "--data.path=F"),
-    ("evaluate --checkpoint=x --data.path=nowhere", "nowhere does not exist"),
-    ("evaluate --checkpoint=x --data.path=x --data.held_out_fraction=2", "held_out_fraction=2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("generate --prompt=x", "--checkpoint"),
+        ("generate --checkpoint=x", "--prompt"),
+        ("generate --checkpoint=x --prompt=x --temperature=-1", "temperature=-1.0"),
+        ("generate --checkpoint=x --prompt=x --max_new_tokens=0", "max_new_tokens=0"),
+        ("generate --checkpoint=x --prompt=x --mesh.exper=2", "did you mean mesh.expert"),
+        ("generate --checkpoint=x --prompt=x --data.path=x", "unknown flag '--data.path=x'"),
+        ("chat --checkpoint=x --top_p=2", "top_p=2.0"),
+        ("evaluate --checkpoint=x", "--data.path=F"),
+        ("evaluate --checkpoint=x --data.path=nowhere", "nowhere does not exist"),
+        ("evaluate --checkpoint=x --data.path=x --data.held_out_fraction=2", "held_out_fraction=2"),
+    ],
+)
 def test_wrong_flags_are_refused_before_anything_is_loaded(arguments, words):
     with pytest.raises(ConfigError, match=words):
         run_verb(arguments.split())
@@ -200,7 +247,10 @@ def test_a_prompt_gives_what_it_is_itself(loaded):
     text = loaded.generate("the parser", max_new_tokens=5)
     ids = loaded.generate(loaded.encode("the parser"), max_new_tokens=5)
     assert isinstance(text, str)
-    assert (len(ids), loaded.tokenizer.decode([*loaded.encode("the parser"), *ids])) == (5, "the parser" + text)
+    assert (len(ids), loaded.tokenizer.decode([*loaded.encode("the parser"), *ids])) == (
+        5,
+        "the parser" + text,
+    )
     assert loaded.generate(["the parser", "no"], max_new_tokens=5)[0] == text
     assert loaded.generate([loaded.encode("the parser")], max_new_tokens=5) == [ids]
     assert loaded.generate(np.array(loaded.encode("the parser")), max_new_tokens=5) == ids

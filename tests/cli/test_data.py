@@ -7,7 +7,7 @@ import pytest
 
 from mixtral_jax.cli.main import run_verb
 from mixtral_jax.config import ConfigError
-from mixtral_jax.data.chat import ChatTemplate
+from mixtral_jax.data.chat.template import ChatTemplate
 from tests.data.chat_cases import GOLDEN, mode_of, train_tokenizer, write_mixed_rows
 
 
@@ -29,31 +29,52 @@ def inspect(capsys, *arguments):
 
 @pytest.mark.parametrize("mode", ["training", "serving"])
 @pytest.mark.parametrize("version", ["v1", "v3"])
-def test_inspect_gives_each_golden_conversation_its_ids_or_its_error(capsys, tmp_path, tokenizers, version, mode):
+def test_inspect_gives_each_golden_conversation_its_ids_or_its_error(
+    capsys, tmp_path, tokenizers, version, mode
+):
     cases = [case for case in GOLDEN if mode_of(case) == mode]
-    (tmp_path / "f.jsonl").write_text("".join(json.dumps({"messages": case["messages"]}) + "\n" for case in cases))
+    (tmp_path / "f.jsonl").write_text(
+        "".join(json.dumps({"messages": case["messages"]}) + "\n" for case in cases)
+    )
     tokenizer, folder = tokenizers[version]
-    flags = ["--literal_inst=keep", f"--tokenizer={folder}", f"--template={version}", f"--mode={mode}"]
+    flags = [
+        "--literal_inst=keep",
+        f"--tokenizer={folder}",
+        f"--template={version}",
+        f"--mode={mode}",
+    ]
     lines, code = inspect(capsys, tmp_path / "f.jsonl", *flags)
     assert code == 0 and [line["index"] for line in lines] == list(range(len(cases)))
     template = ChatTemplate(tokenizer, version, literal_inst="keep")
     for line, case in zip(lines, cases, strict=True):
         if expected := case.get(f"error_{version}"):
-            assert line["error"].startswith(expected) and line["origin"].endswith(f"f.jsonl:{line['index'] + 1}")
+            assert line["error"].startswith(expected) and line["origin"].endswith(
+                f"f.jsonl:{line['index'] + 1}"
+            )
             continue
         chat = template.encode(case["messages"], mode=mode)
-        assert line == {"index": line["index"], "tokens": chat.tokens.tolist(), "loss_mask": chat.loss_mask.tolist()}
+        assert line == {
+            "index": line["index"],
+            "tokens": chat.tokens.tolist(),
+            "loss_mask": chat.loss_mask.tolist(),
+        }
         assert line["tokens"].count(2) == case[f"tokens_{version}"].count(2)
 
 
 def test_inspect_shows_what_is_learnt_behind_a_plus(capsys, tmp_path, tokenizers):
-    row = {"messages": [{"role": "user", "content": "[b]x[/b]"}, {"role": "assistant", "content": "</s>\n"}]}
+    row = {
+        "messages": [
+            {"role": "user", "content": "[b]x[/b]"},
+            {"role": "assistant", "content": "</s>\n"},
+        ]
+    }
     (tmp_path / "f.jsonl").write_text(json.dumps(row) + "\n{}\n")
     run_verb(["data", "inspect", str(tmp_path / "f.jsonl"), f"--tokenizer={tokenizers['v1'][1]}"])
     head, asked, answered, bad, reason = capsys.readouterr().out.splitlines()
     assert head.startswith(f"{tmp_path}/f.jsonl:1  ") and head.endswith(" to be learnt")
     asked, answered = (
-        line.replace(" ", "").replace("<0x2F>", "/").replace("<0x3C>", "<") for line in (asked, answered)
+        line.replace(" ", "").replace("<0x2F>", "/").replace("<0x3C>", "<")
+        for line in (asked, answered)
     )
     assert asked == "-<s>\u2581[INST]\u2581[b]x[/b]\u2581[/INST]"
     assert answered == "+\u2581</s><0x0A></s>"
@@ -66,16 +87,24 @@ def test_settings_of_inspect_reach_the_template(capsys, tmp_path, tokenizers):
     flags = [tmp_path / "f.jsonl", f"--tokenizer={tokenizers['v1'][1] / 'tokenizer.model'}"]
     (rejected,), _ = inspect(capsys, *flags)
     assert rejected["error"].startswith("LiteralInstException")
-    tokens = [inspect(capsys, *flags, *more)[0][0]["tokens"] for more in (
-        ["--literal_inst=keep"], ["--literal_inst=strip"], ["--format=text"], ["--format=text", "--mode=serving"],
-    )]  # fmt: skip
+    tokens = [
+        inspect(capsys, *flags, *more)[0][0]["tokens"]
+        for more in (
+            ["--literal_inst=keep"],
+            ["--literal_inst=strip"],
+            ["--format=text"],
+            ["--format=text", "--mode=serving"],
+        )
+    ]
     assert len({tuple(ids) for ids in tokens}) == 4 and tokens[2] == [*tokens[3], 2]
 
 
 def test_validate_names_each_of_200_bad_rows_among_10000_in_seconds(capsys, tmp_path, tokenizers):
     wrong = write_mixed_rows(tmp_path / "f.jsonl", num_rows=10_000, num_bad=200)
     start = time.monotonic()
-    code = run_verb(["data", "validate", str(tmp_path / "f.jsonl"), f"--tokenizer={tokenizers['v1'][1]}"])
+    code = run_verb(
+        ["data", "validate", str(tmp_path / "f.jsonl"), f"--tokenizer={tokenizers['v1'][1]}"]
+    )
     assert time.monotonic() - start < 20  # 2 alone on two cores.
     lines = capsys.readouterr().out.splitlines()
     named = [line for line in lines if line.startswith(str(tmp_path))]
@@ -83,7 +112,11 @@ def test_validate_names_each_of_200_bad_rows_among_10000_in_seconds(capsys, tmp_
     for line, (number, reason) in zip(named, sorted(wrong.items()), strict=True):
         assert line.startswith(f"{tmp_path}/f.jsonl:{number}: ") and reason in line
     assert "200 of 10,000 rows are bad" in lines
-    counts = {line.partition(" x ")[2]: int(line.partition(" x ")[0]) for line in lines[200:] if " x " in line}
+    counts = {
+        line.partition(" x ")[2]: int(line.partition(" x ")[0])
+        for line in lines[200:]
+        if " x " in line
+    }
     assert sum(counts.values()) == 200 and counts["invalid JSON"] == 14
 
 
@@ -98,17 +131,27 @@ def test_validate_sums_up_good_rows(capsys, tmp_path, tokenizers):
     long, bad, totals, longest = capsys.readouterr().out.splitlines()
     assert long.startswith(f"{tmp_path}/f.jsonl:2: {num_tokens[1]} tokens are longer than a row")
     assert bad == "0 of 2 rows are bad"
-    assert totals.startswith(f"{sum(num_tokens)} tokens in the others, {num_supervised} of them to be learnt (")
+    assert totals.startswith(
+        f"{sum(num_tokens)} tokens in the others, {num_supervised} of them to be learnt ("
+    )
     assert longest == f"the longest has {num_tokens[1]} tokens, 1 longer than a row"
 
 
 def test_a_row_without_a_token_to_learn_is_bad_in_training_alone(capsys, tmp_path, tokenizers):
-    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]}
+    row = {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "a", "weight": 0},
+        ]
+    }
     (tmp_path / "f.jsonl").write_text(json.dumps(row))
     flags = [str(tmp_path / "f.jsonl"), f"--tokenizer={tokenizers['v1'][1]}"]
     assert run_verb(["data", "validate", *flags]) == 1
     capsys.readouterr()
-    ((shown,), _), ((served,), _) = inspect(capsys, *flags), inspect(capsys, *flags, "--mode=serving")
+    ((shown,), _), ((served,), _) = (
+        inspect(capsys, *flags),
+        inspect(capsys, *flags, "--mode=serving"),
+    )
     assert "NoSupervisedToken" in shown["error"] and "tokens" not in shown
     assert served["error"] != shown["error"]  # Of one that ends with an answer.
     row["messages"].append({"role": "user", "content": "r"})
@@ -116,20 +159,25 @@ def test_a_row_without_a_token_to_learn_is_bad_in_training_alone(capsys, tmp_pat
     assert run_verb(["data", "validate", *flags, "--mode=serving"]) == 0
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["nothing"], "there are: data inspect, data validate"),
-    (["inspect"], "file"),
-    (["inspect", "f.jsonl", "--tokens=3"], "--tokens=3"),
-    (["inspect", "f.jsonl", "--tokenizer=train:400"], "name the run's workdir"),
-    (["inspect", "f.jsonl", "--tokenizer=nowhere.model"], "nowhere.model: no such file"),
-    (["validate", "f.jsonl", "--sequence_length=1"], "at least 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nothing"], "there are: data inspect, data validate"),
+        (["inspect"], "file"),
+        (["inspect", "f.jsonl", "--tokens=3"], "--tokens=3"),
+        (["inspect", "f.jsonl", "--tokenizer=train:400"], "name the run's workdir"),
+        (["inspect", "f.jsonl", "--tokenizer=nowhere.model"], "nowhere.model: no such file"),
+        (["validate", "f.jsonl", "--sequence_length=1"], "at least 2"),
+    ],
+)
 def test_a_wrong_flag_is_answered_with_what_would_be_right(arguments, words):
     with pytest.raises(ConfigError, match=words):
         run_verb(["data", *arguments])
 
 
-def test_a_template_that_does_not_fit_the_tokenizer_and_a_file_that_is_not_there_are_refused(tmp_path, tokenizers):
+def test_a_template_that_does_not_fit_the_tokenizer_and_a_file_that_is_not_there_are_refused(
+    tmp_path, tokenizers
+):
     flag = f"--tokenizer={tokenizers['v1'][1]}"
     with pytest.raises(ConfigError, match="v3 needs a tokenizer with control tokens"):
         run_verb(["data", "inspect", "f.jsonl", flag, "--template=v3"])

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_jax.cli import checkup
-from mixtral_jax.cli.workdir import open_workdir
 from mixtral_jax.config import ConfigError
 from mixtral_jax.parallel.agreement import introduce
 from mixtral_jax.parallel.coordinator import Scheduler
 from mixtral_jax.parallel.processes import Processes
+from mixtral_jax.runs import checkup
+from mixtral_jax.runs.workdir import open_workdir
 from tests.cases import mesh_of, small_config
 
 ROOT = Path(__file__).parents[2]
@@ -20,23 +20,44 @@ GIB = 2**30
 
 
 def doctor(*flags):
-    command = [sys.executable, "-m", "mixtral_jax", "doctor", f"--config={ROOT / 'configs/pretrain/tiny.py'}", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "mixtral_jax",
+        "doctor",
+        f"--config={ROOT / 'configs/pretrain/tiny.py'}",
+        *flags,
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
 
 
 def test_doctor_finds_nothing_wrong_with_the_default_run(tmp_path):
     done = doctor(f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
-    for words in ("8 x cpu", "expert=8", "expert 7 on device 7", "jax 0.", "blocks (", "all_gather (",
-                  "free", "a checkpoint takes", "no problem found"):  # fmt: skip
+    for words in (
+        "8 x cpu",
+        "expert=8",
+        "expert 7 on device 7",
+        "jax 0.",
+        "blocks (",
+        "all_gather (",
+        "free",
+        "a checkpoint takes",
+        "no problem found",
+    ):
         assert words in done.stdout
     assert not (tmp_path / "run").exists()
 
 
 def test_doctor_lists_every_problem_with_its_fix(tmp_path):
     (tmp_path / "file").touch()
-    done = doctor("--json", f"--workdir={tmp_path / 'file' / 'run'}", "--config.data.path=nowhere",
-                  "--config.data.tokenizer=nowhere.model", "--config.mesh.expert=3")  # fmt: skip
+    done = doctor(
+        "--json",
+        f"--workdir={tmp_path / 'file' / 'run'}",
+        "--config.data.path=nowhere",
+        "--config.data.tokenizer=nowhere.model",
+        "--config.mesh.expert=3",
+    )
     assert done.returncode == 2, done.stderr
     problems = json.loads(done.stdout)["problems"]
     for words in ("cannot be written", "data.path=nowhere", "nowhere.model", "expert=3"):
@@ -46,7 +67,10 @@ def test_doctor_lists_every_problem_with_its_fix(tmp_path):
 
 def test_doctor_looks_at_the_base_of_a_tuning_and_at_what_cannot_be_trained(tmp_path):
     (tmp_path / "empty").mkdir()
-    for base, words in (("nowhere", "finetune.base=nowhere is no folder"), (tmp_path / "empty", "has no weights")):
+    for base, words in (
+        ("nowhere", "finetune.base=nowhere is no folder"),
+        (tmp_path / "empty", "has no weights"),
+    ):
         found = []
         checkup.fit_base(small_config(finetune__base=str(base)), found)
         assert words in found[0].what and found[0].fix
@@ -93,16 +117,21 @@ def test_a_scheduler_that_started_more_processes_than_met_is_a_problem():
     assert checkup.check_launch(alone, Scheduler("Kubernetes", None, 2))
 
 
-@pytest.mark.parametrize(("files", "platform", "num_local", "variables", "words"), [
-    ([], "cpu", 1, {}, None),
-    (["nvidia0", "nvidiactl"], "cpu", 1, {}, "cuda"),
-    (["accel0"], "cpu", 1, {}, "tpu"),
-    (["nvidia0"], "cpu", 1, {"JAX_PLATFORMS": "cpu"}, None),
-    (["nvidia0", "nvidia1", "nvidiactl"], "gpu", 2, {}, None),
-    (["nvidia0", "nvidia1", "nvidiactl"], "gpu", 1, {}, "JAX_LOCAL_DEVICE_IDS"),
-    (["nvidia0", "nvidia1"], "gpu", 1, {"CUDA_VISIBLE_DEVICES": "1"}, None),
-])  # fmt: skip
-def test_accelerators_left_unused_are_a_problem(tmp_path, files, platform, num_local, variables, words):
+@pytest.mark.parametrize(
+    ("files", "platform", "num_local", "variables", "words"),
+    [
+        ([], "cpu", 1, {}, None),
+        (["nvidia0", "nvidiactl"], "cpu", 1, {}, "cuda"),
+        (["accel0"], "cpu", 1, {}, "tpu"),
+        (["nvidia0"], "cpu", 1, {"JAX_PLATFORMS": "cpu"}, None),
+        (["nvidia0", "nvidia1", "nvidiactl"], "gpu", 2, {}, None),
+        (["nvidia0", "nvidia1", "nvidiactl"], "gpu", 1, {}, "JAX_LOCAL_DEVICE_IDS"),
+        (["nvidia0", "nvidia1"], "gpu", 1, {"CUDA_VISIBLE_DEVICES": "1"}, None),
+    ],
+)
+def test_accelerators_left_unused_are_a_problem(
+    tmp_path, files, platform, num_local, variables, words
+):
     for name in files:
         (tmp_path / name).touch()
     found = checkup.check_accelerators(platform, num_local, True, variables, tmp_path)

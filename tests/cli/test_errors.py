@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 
 from mixtral_jax.cli.flags import parse_run_flags
-from mixtral_jax.cli.start import start_run
-from mixtral_jax.cli.workdir import open_workdir
-from mixtral_jax.config import Config, ConfigError, DataConfig
-from mixtral_jax.config_mapping import build
+from mixtral_jax.config import Config, ConfigError, DataConfig, build
 from mixtral_jax.data.text import prepare_text
 from mixtral_jax.parallel.mesh import resolve_mesh
 from mixtral_jax.parallel.processes import Processes
+from mixtral_jax.runs.run import start_run
+from mixtral_jax.runs.workdir import open_workdir
 from tests.cases import small_config
 
 ROOT = Path(__file__).parents[2]
@@ -24,25 +23,34 @@ def parse(*arguments):
     return parse_run_flags(arguments, description="", default_config="pretrain/tiny.py")
 
 
-@pytest.mark.parametrize(("argument", "words"), [
-    ("--config.model.num_layer=3", ["model.num_layer", "did you mean model.num_layers"]),
-    ("--config.trian.num_steps=3", ["trian", "did you mean train"]),
-    ("--config.train.num_steps=many", ["train.num_steps='many'", "whole number"]),
-    ("--config.train.num_steps=0", ["train.num_steps=0", "at least 1"]),
-    ("--config.optimizer.learning_rate=nan", ["optimizer.learning_rate", "finite number"]),
-    ("--config.data.suffixes=py,.md", ["data.suffixes=py,.md", "with their dots"]),
-    ("--config.model.dtype=float16", ["model.dtype='float16'", "bfloat16", "float32"]),
-    ("--config.train=3", ["train", "section"]),
-    ("--config.train.num_steps", ["needs a value"]),
-    ("--config.train.num_steps.more=1", ["train.num_steps", "not a section"]),
-    ("--learning_rate=3", ["--learning_rate=3", "--config.KEY=VALUE"]),
-    ("--config=nowhere.py", ["nowhere.py", "no such file"]),
-    ("--config.mesh.context=2", ["mesh.context=2", "not built"]),
-    ("--config.model.num_kv_heads=3", ["model.num_heads=4", "model.num_kv_heads=3"]),
-    ("--config.router.num_experts_per_token=9", ["router.num_experts_per_token=9", "model.num_experts=8"]),
-    ("--config.train.gradient_accumulation=3", ["train.batch_size", "train.gradient_accumulation=3"]),
-    ("--config.dispatch.transport=teleport", ["teleport", "all_gather"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--config.model.num_layer=3", ["model.num_layer", "did you mean model.num_layers"]),
+        ("--config.trian.num_steps=3", ["trian", "did you mean train"]),
+        ("--config.train.num_steps=many", ["train.num_steps='many'", "whole number"]),
+        ("--config.train.num_steps=0", ["train.num_steps=0", "at least 1"]),
+        ("--config.optimizer.learning_rate=nan", ["optimizer.learning_rate", "finite number"]),
+        ("--config.data.suffixes=py,.md", ["data.suffixes=py,.md", "with their dots"]),
+        ("--config.model.dtype=float16", ["model.dtype='float16'", "bfloat16", "float32"]),
+        ("--config.train=3", ["train", "section"]),
+        ("--config.train.num_steps", ["needs a value"]),
+        ("--config.train.num_steps.more=1", ["train.num_steps", "not a section"]),
+        ("--learning_rate=3", ["--learning_rate=3", "--config.KEY=VALUE"]),
+        ("--config=nowhere.py", ["nowhere.py", "no such file"]),
+        ("--config.mesh.context=2", ["mesh.context=2", "not built"]),
+        ("--config.model.num_kv_heads=3", ["model.num_heads=4", "model.num_kv_heads=3"]),
+        (
+            "--config.router.num_experts_per_token=9",
+            ["router.num_experts_per_token=9", "model.num_experts=8"],
+        ),
+        (
+            "--config.train.gradient_accumulation=3",
+            ["train.batch_size", "train.gradient_accumulation=3"],
+        ),
+        ("--config.dispatch.transport=teleport", ["teleport", "all_gather"]),
+    ],
+)
 def test_a_wrong_flag_is_named_with_what_would_be_right(argument, words):
     with pytest.raises(ConfigError) as error:
         parse(argument)
@@ -52,54 +60,83 @@ def test_a_wrong_flag_is_named_with_what_would_be_right(argument, words):
 
 
 def test_none_numbers_and_text_are_read_as_the_key_wants_them():
-    flags = parse("--config.dispatch.capacity_factor=1.25", "--config.data.path=7", "--config.log.tensorboard=false")
+    flags = parse(
+        "--config.dispatch.capacity_factor=1.25",
+        "--config.data.path=7",
+        "--config.log.tensorboard=false",
+    )
     assert flags.config.dispatch.capacity_factor == 1.25
     assert flags.config.data.path == "7"
     assert flags.config.log.tensorboard is False
     assert parse("--config.dispatch.capacity_factor=None").config.dispatch.capacity_factor is None
 
 
-@pytest.mark.parametrize(("mesh", "devices", "words"), [
-    ({"expert": 3}, 8, ["expert=3", "8 devices"]),
-    ({"data": 2, "expert": 2}, 8, ["data=2 x expert=2", "4 of 8"]),
-    ({"expert": 16}, 16, ["model.num_experts=8", "mesh.expert=16", "may take 1, 2, 4, 8"]),
-    ({"tensor": 4}, 8, ["model.num_kv_heads=2", "mesh.tensor=4"]),
-    ({"data": 16}, 16, ["train.batch_size", "16"]),
-    ({"fsdp": 8, "expert": 8}, 64, ["model.hidden_size=32", "mesh.fsdp x mesh.expert=64"]),
-    ({"data": -1, "fsdp": -1}, 8, ["data and fsdp", "-1"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mesh", "devices", "words"),
+    [
+        ({"expert": 3}, 8, ["expert=3", "8 devices"]),
+        ({"data": 2, "expert": 2}, 8, ["data=2 x expert=2", "4 of 8"]),
+        ({"expert": 16}, 16, ["model.num_experts=8", "mesh.expert=16", "may take 1, 2, 4, 8"]),
+        ({"tensor": 4}, 8, ["model.num_kv_heads=2", "mesh.tensor=4"]),
+        ({"data": 16}, 16, ["train.batch_size", "16"]),
+        ({"fsdp": 8, "expert": 8}, 64, ["model.hidden_size=32", "mesh.fsdp x mesh.expert=64"]),
+        ({"data": -1, "fsdp": -1}, 8, ["data and fsdp", "-1"]),
+    ],
+)
 def test_a_mesh_that_does_not_fit_is_refused(mesh, devices, words):
     with pytest.raises(ConfigError) as error:
-        resolve_mesh(small_config(**{f"mesh__{axis}": size for axis, size in mesh.items()}), devices)
+        resolve_mesh(
+            small_config(**{f"mesh__{axis}": size for axis, size in mesh.items()}), devices
+        )
     for word in words:
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize(("asked", "devices", "expected"), [
-    ({}, 1, {"data": 1, "expert": 1}), ({}, 4, {"data": 1, "expert": 4}), ({}, 8, {"data": 1, "expert": 8}),
-    ({"fsdp": 2}, 8, {"fsdp": 2, "expert": 4, "data": 1}), ({"expert": 2}, 8, {"expert": 2, "data": 4}),
-    ({"data": 8}, 8, {"data": 8, "expert": 1}), ({"fsdp": -1, "expert": 2}, 8, {"fsdp": 4, "data": 1}),
-    ({"tensor": 2}, 2, {"tensor": 2, "expert": 1, "data": 1}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("asked", "devices", "expected"),
+    [
+        ({}, 1, {"data": 1, "expert": 1}),
+        ({}, 4, {"data": 1, "expert": 4}),
+        ({}, 8, {"data": 1, "expert": 8}),
+        ({"fsdp": 2}, 8, {"fsdp": 2, "expert": 4, "data": 1}),
+        ({"expert": 2}, 8, {"expert": 2, "data": 4}),
+        ({"data": 8}, 8, {"data": 8, "expert": 1}),
+        ({"fsdp": -1, "expert": 2}, 8, {"fsdp": 4, "data": 1}),
+        ({"tensor": 2}, 2, {"tensor": 2, "expert": 1, "data": 1}),
+    ],
+)
 def test_the_mesh_fills_the_devices_by_default_with_experts_first(asked, devices, expected):
-    mesh = resolve_mesh(small_config(**{f"mesh__{axis}": size for axis, size in asked.items()}), devices).mesh
+    mesh = resolve_mesh(
+        small_config(**{f"mesh__{axis}": size for axis, size in asked.items()}), devices
+    ).mesh
     for axis, size in expected.items():
         assert getattr(mesh, axis) == size
 
 
 def test_missing_keys_are_listed():
     with pytest.raises(ConfigError, match=r"lacks model\.vocab_size, .*model\.num_experts"):
-        build(Config, {"model": {}, "train": {"num_steps": 1, "batch_size": 1, "sequence_length": 8}})
+        build(
+            Config, {"model": {}, "train": {"num_steps": 1, "batch_size": 1, "sequence_length": 8}}
+        )
 
 
-@pytest.mark.parametrize(("argument", "words"), [
-    ("--config.data.path=nowhere", ["data.path=nowhere"]),
-    ("--config.mesh.expert=3", ["expert=3", "8 devices"]),
-    ("--config.model.vocab_size=100", ["model.vocab_size=100"]),
-    ("--config.finetune.lora.rank=8", ["section finetune", "finetune_instruct.py"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--config.data.path=nowhere", ["data.path=nowhere"]),
+        ("--config.mesh.expert=3", ["expert=3", "8 devices"]),
+        ("--config.model.vocab_size=100", ["model.vocab_size=100"]),
+        ("--config.finetune.lora.rank=8", ["section finetune", "finetune_instruct.py"]),
+    ],
+)
 def test_train_exits_2_with_one_line(tmp_path, argument, words):
-    command = [sys.executable, str(ROOT / "train.py"), f"--config={TINY}", f"--workdir={tmp_path / 'run'}", argument]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        f"--config={TINY}",
+        f"--workdir={tmp_path / 'run'}",
+        argument,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ")
@@ -134,7 +171,9 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused_before_it_is_trained(
         prepare_text(config, 2048, tmp_path / "tokenizer.model", tmp_path, is_writer=True)
 
 
-@pytest.mark.parametrize(("source", "words"), [("", "get_config"), ("def get_config(): return 3", "does not run")])
+@pytest.mark.parametrize(
+    ("source", "words"), [("", "get_config"), ("def get_config(): return 3", "does not run")]
+)
 def test_a_config_file_without_a_config_is_refused(tmp_path, source, words):
     (tmp_path / "c.py").write_text(source)
     with pytest.raises(ConfigError, match=words):
@@ -155,7 +194,9 @@ def main(arguments):
 
 run_command(main)
 """
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     process.stdout.close()
     assert process.wait() == 1
     assert process.stderr.read() == b""

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from mixtral_jax.checkpoint.export import write_folder
+from mixtral_jax.checkpoint.files.stored import DTYPES, Block, StoredArray, shape_of
 from mixtral_jax.checkpoint.parameters import PARAMETERS, parameter_chunk, parameter_shape
-from mixtral_jax.checkpoint.stored import DTYPES, Block, StoredArray, shape_of
 from mixtral_jax.checkpoint.weights import Weights, open_weights
 from mixtral_jax.config import ModelConfig
 from tests.checkpoint.folders import architecture_of, read_all
-from tests.runs import environment, free_port
+from tests.scripts import environment, free_port
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # Imports, and loads what was imported: each process onto its four devices.
@@ -63,10 +63,13 @@ def test_two_processes_import_a_share_each_and_load_what_their_devices_hold(tmp_
     processes = [
         subprocess.Popen(
             [sys.executable, str(tmp_path / "program.py"), address, str(index), *arguments],
-            env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(tmp_path),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for index in range(2)
-    ]  # fmt: skip
+    ]
     ended = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ended
     assert sum("imported 480,576 parameters" in output for output, _ in ended) == 1
@@ -76,7 +79,8 @@ def test_two_processes_import_a_share_each_and_load_what_their_devices_hold(tmp_
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
-# --- A checkpoint of the shape of Mixtral 8x7B, with fewer layers -------------------------------------------------
+# --- A checkpoint of the shape of Mixtral 8x7B, with fewer layers
+# -------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +94,16 @@ class Cost:
 def write_mixtral(folder: Path) -> int:
     """One layer of Mixtral 8x7B and its embeddings, of noise, in bfloat16; returns the bytes."""
     model = ModelConfig(
-        vocab_size=32_000, hidden_size=4096, intermediate_size=14_336, num_layers=1, num_heads=32, num_kv_heads=8,
-        head_dim=128, num_experts=8, param_dtype="bfloat16",
-    )  # fmt: skip
+        vocab_size=32_000,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_layers=1,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        num_experts=8,
+        param_dtype="bfloat16",
+    )
     noise = np.random.default_rng(0).normal(size=2**22).astype(ml_dtypes.bfloat16)
 
     def read_into(block: Block, target: np.ndarray) -> None:
@@ -100,7 +111,11 @@ def write_mixtral(folder: Path) -> int:
 
     parameters = {
         name: StoredArray(
-            parameter_shape(name, model), DTYPES["bfloat16"], parameter_chunk(name, model), read_into, name
+            parameter_shape(name, model),
+            DTYPES["bfloat16"],
+            parameter_chunk(name, model),
+            read_into,
+            name,
         )
         for name in PARAMETERS
     }
@@ -110,7 +125,9 @@ def write_mixtral(folder: Path) -> int:
 
 
 def run(*command: str) -> Cost:
-    """The peak is that of the program alone; what wait4 says of it begins with the memory of this one."""
+    """The peak is that of the program alone; what wait4 says of it begins with the memory of this
+    one.
+    """
     start, peak = time.monotonic(), 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
@@ -128,14 +145,23 @@ def test_a_large_import_is_bounded_in_memory_and_takes_less_than_two_copies(tmp_
     size = write_mixtral(tmp_path / "weights")
 
     def import_(folder: Path) -> Cost:
-        command = (sys.executable, "-m", "mixtral_jax", "import", f"--from={folder}", f"--to={tmp_path / 'run'}")
+        command = (
+            sys.executable,
+            "-m",
+            "mixtral_jax",
+            "import",
+            f"--from={folder}",
+            f"--to={tmp_path / 'run'}",
+        )
         cost = run(*command)
         shutil.rmtree(tmp_path / "run")
         return cost
 
     copies, starts, imports = [], [], []
     for _ in range(5):
-        copies.append(run("cp", str(tmp_path / "weights/model.safetensors"), str(tmp_path / "copy")))
+        copies.append(
+            run("cp", str(tmp_path / "weights/model.safetensors"), str(tmp_path / "copy"))
+        )
         (tmp_path / "copy").unlink()
         starts.append(import_(GOLDEN / "hf_tiny"))
         imports.append(import_(tmp_path / "weights"))

@@ -16,19 +16,25 @@ ROOT = Path(__file__).parents[2]
 TINY = f"--config={ROOT / 'configs/pretrain/tiny.py'}"
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--topology=v5p:3x3x3"], ["v5p:3x3x3", "no such slice", "2x4x4", "16x16x24"]),
-    (["--topology=v5p:8x4x4"], ["no such slice", "4x4x8"]),
-    (["--topology=v6e:32x16"], ["no such slice", "16x16"]),
-    (["--topology=v5p-128"], ["unknown chip 'v5p-128'", "v5p:4x4x4"]),
-    (["--topology=v9:2x2"], ["unknown chip 'v9'", "h100:8"]),
-    (["--topology=v5p:"], ["no such slice", "4x4x4"]),
-    (["--topology=h100:0"], ["h100:0", "from 1"]),
-    (["--topology=h100:four"], ["h100:four", "h100:8"]),
-    (["--topology=h100:8", "--sweep", "--sweep_batch_sizes=a"], ["--sweep_batch_sizes=a", "64,128"]),
-    (["--topology=h100:8", "--sweep_limit=0"], ["--sweep_limit=0", "at least 1"]),
-    ([], ["--topology", "required"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--topology=v5p:3x3x3"], ["v5p:3x3x3", "no such slice", "2x4x4", "16x16x24"]),
+        (["--topology=v5p:8x4x4"], ["no such slice", "4x4x8"]),
+        (["--topology=v6e:32x16"], ["no such slice", "16x16"]),
+        (["--topology=v5p-128"], ["unknown chip 'v5p-128'", "v5p:4x4x4"]),
+        (["--topology=v9:2x2"], ["unknown chip 'v9'", "h100:8"]),
+        (["--topology=v5p:"], ["no such slice", "4x4x4"]),
+        (["--topology=h100:0"], ["h100:0", "from 1"]),
+        (["--topology=h100:four"], ["h100:four", "h100:8"]),
+        (
+            ["--topology=h100:8", "--sweep", "--sweep_batch_sizes=a"],
+            ["--sweep_batch_sizes=a", "64,128"],
+        ),
+        (["--topology=h100:8", "--sweep_limit=0"], ["--sweep_limit=0", "at least 1"]),
+        ([], ["--topology", "required"]),
+    ],
+)
 def test_a_wrong_flag_is_named_with_what_would_work(arguments: list[str], words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         plan.main([TINY, *arguments])
@@ -38,12 +44,20 @@ def test_a_wrong_flag_is_named_with_what_would_work(arguments: list[str], words:
 
 
 def test_slices_that_exist_are_known() -> None:
-    for name, chips in {"v5p:2x2x1": 4, "v5p:4x4x4": 64, "v5p:4x4x8": 128, "v5p:8x8x8": 512, "v6e:16x16": 256}.items():
+    for name, chips in {
+        "v5p:2x2x1": 4,
+        "v5p:4x4x4": 64,
+        "v5p:4x4x8": 128,
+        "v5p:8x8x8": 512,
+        "v6e:16x16": 256,
+    }.items():
         assert parse_topology(name).num_devices == chips
     assert parse_topology("h200:12").num_devices == 12
 
 
-def test_without_libtpu_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_libtpu_the_command_that_installs_it_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install '\.\[tpu\]'.*--cpu_fallback"):
         open_target(parse_topology("v5p:2x2x2"), cpu_fallback=False)
@@ -53,7 +67,11 @@ def test_without_libtpu_the_command_that_installs_it_is_named(monkeypatch: pytes
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    small = ["--config.model.num_layers=1", "--config.model.hidden_size=64", "--config.train.sequence_length=32"]
+    small = [
+        "--config.model.num_layers=1",
+        "--config.model.hidden_size=64",
+        "--config.train.sequence_length=32",
+    ]
     command = [sys.executable, "-m", "mixtral_jax", "plan", TINY, *small, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
 
@@ -62,7 +80,11 @@ def test_json_is_alone_on_standard_output() -> None:
     done = run("--topology=h100:16", "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
-    assert (figures["topology"], figures["num_devices"], figures["is_estimate"]) == ("h100:16", 16, True)
+    assert (figures["topology"], figures["num_devices"], figures["is_estimate"]) == (
+        "h100:16",
+        16,
+        True,
+    )
     assert figures["mesh"]["expert"] * figures["mesh"]["data"] == 16
 
 

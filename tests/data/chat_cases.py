@@ -9,16 +9,37 @@ from typing import Any
 
 import sentencepiece
 
-from mixtral_jax.data.messages import Mode
+from mixtral_jax.data.chat.messages import Mode
 from mixtral_jax.data.tokenizer import Tokenizer
 
 _FILE = Path(__file__).parents[1] / "golden" / "chat.json"
 GOLDEN: list[dict[str, Any]] = json.loads(_FILE.read_text())["conversations"]
 # What templates, tokenizers and readers are known to stumble over.
 PIECES = [
-    "word", " ", "  ", "\n", "\t", "\r\n", "</s>", "<s>", "<unk>", "<0x0A>", "[INST]", "[/INST]", "[INST",
-    "[TOOL_CALLS]", "\u2581", "\0", "\u00a0", "\u200b", "e\u0301", "\u6f22\u5b57", "\U0001f600", "12", " end",
-]  # fmt: skip
+    "word",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "\r\n",
+    "</s>",
+    "<s>",
+    "<unk>",
+    "<0x0A>",
+    "[INST]",
+    "[/INST]",
+    "[INST",
+    "[TOOL_CALLS]",
+    "\u2581",
+    "\0",
+    "\u00a0",
+    "\u200b",
+    "e\u0301",
+    "\u6f22\u5b57",
+    "\U0001f600",
+    "12",
+    " end",
+]
 
 
 def mode_of(case: dict[str, Any]) -> Mode:
@@ -30,10 +51,18 @@ def train_tokenizer(**settings: Any) -> Tokenizer:
     """One of 400 pieces; `control_symbols=["[INST]", "[/INST]"]` makes it one for v3."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(Path(argparse.__file__).read_text().splitlines(keepends=True)), model_writer=model,
-        vocab_size=400, model_type="bpe", byte_fallback=True, split_digits=True, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2, **settings,
-    )  # fmt: skip
+        sentence_iterator=iter(Path(argparse.__file__).read_text().splitlines(keepends=True)),
+        model_writer=model,
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+        **settings,
+    )
     return Tokenizer(model.getvalue())
 
 
@@ -41,7 +70,9 @@ def random_conversation(rng: random.Random, *, mode: Mode) -> list[dict[str, Any
     """A valid conversation of any roles in any order, whose texts are made of `PIECES`."""
     messages: list[dict[str, Any]] = []
     for _ in range(rng.randint(1, 6)):
-        roles = ["user", "assistant"] + ["system"] * (not messages or messages[-1]["role"] != "assistant")
+        roles = ["user", "assistant"] + ["system"] * (
+            not messages or messages[-1]["role"] != "assistant"
+        )
         messages.append({"role": rng.choice(roles), "content": random_text(rng)})
     if mode == "training":
         messages.append({"role": "assistant", "content": random_text(rng)})
@@ -66,24 +97,49 @@ BAD_LINES: list[tuple[bytes, str]] = [
     (b'{"title": "t"}', "it has title"),
     (b'{"messages": []}', "at least one message"),
     (b'{"messages": [{"role": "user", "content": "q"}]}', "Expected last role Assistant"),
-    (b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}', "[1], it is empty"),
+    (
+        b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}',
+        "[1], it is empty",
+    ),
     (b'{"messages": [{"role": "model", "content": "q"}]}', "messages[0], role='model'"),
-    (b'{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}', "a user message must be text"),
-    (b'{"messages": [{"role": "user", "content": "[INST]"}, {"role": "assistant", "content": "a"}]}', "LiteralInst"),
-    (b'{"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "a"}]}', "Tools have no template"),
-    (b'{"prompt": "q", "completion": "\\ud800"}', "InvalidTextException: invalid UTF-8 at character 0"),
+    (
+        b'{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}',
+        "a user message must be text",
+    ),
+    (
+        b'{"messages": [{"role": "user", "content": "[INST]"}, {"role": "assistant", "content": "a"}]}',
+        "LiteralInst",
+    ),
+    (
+        b'{"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "a"}]}',
+        "Tools have no template",
+    ),
+    (
+        b'{"prompt": "q", "completion": "\\ud800"}',
+        "InvalidTextException: invalid UTF-8 at character 0",
+    ),
     (b'{"instruction": "q", "output": 3}', "output must be text"),
-    (b'{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 2}]}', "weight=2"),
-    (b'{"prompt": [{"role": "user", "content": "q"}], "completion": "a"}', "both lists of messages"),
-]  # fmt: skip
+    (
+        b'{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 2}]}',
+        "weight=2",
+    ),
+    (
+        b'{"prompt": [{"role": "user", "content": "q"}], "completion": "a"}',
+        "both lists of messages",
+    ),
+]
 
 
 def write_mixed_rows(file: Path, *, num_rows: int, num_bad: int) -> dict[int, str]:
-    """Rows of every format, among them bad ones of every kind at random lines; what is wrong, by line."""
+    """Rows of every format, among them bad ones of every kind at random lines; what is wrong, by
+    line.
+    """
     rng = random.Random(num_rows)
     bad_lines = sorted(rng.sample(range(1, num_rows + 1), num_bad))
     wrong = {line: BAD_LINES[number % len(BAD_LINES)] for number, line in enumerate(bad_lines)}
-    lines = [wrong[line][0] if line in wrong else good_line(line) for line in range(1, num_rows + 1)]
+    lines = [
+        wrong[line][0] if line in wrong else good_line(line) for line in range(1, num_rows + 1)
+    ]
     file.write_bytes(b"\n".join(lines) + b"\n")
     return {line: reason for line, (_, reason) in wrong.items()}
 

@@ -53,7 +53,10 @@ def take(source, count, start=0):
     iterator = source.iterate(start)
     taken = [next(iterator) for _ in range(count)]
     iterator.close()
-    return [({name: np.asarray(array) for name, array in vars(batch).items()}, digest) for batch, digest in taken]
+    return [
+        ({name: np.asarray(array) for name, array in vars(batch).items()}, digest)
+        for batch, digest in taken
+    ]
 
 
 def assert_same(taken, expected):
@@ -87,13 +90,17 @@ def test_every_epoch_is_another_permutation_of_the_rows():
 def test_the_seed_alone_changes_the_order():
     assert np.array_equal(make_batches(seed=7).row_ids(0), make_batches(seed=7).row_ids(0))
     orders = [make_batches(seed=seed) for seed in (0, 1, 2**32, 2**40, 2**64, 2**64 + 1)]
-    assert len({np.concatenate([order.row_ids(b) for b in range(4)]).tobytes() for order in orders}) == 6
+    assert (
+        len({np.concatenate([order.row_ids(b) for b in range(4)]).tobytes() for order in orders})
+        == 6
+    )
 
 
 def test_seeds_are_no_shifted_epochs_of_each_other():
     rows = PLAN.num_rows
     first, second = (
-        np.concatenate([make_batches(seed=seed).row_ids(b) for b in range(2 * rows // BATCH + 1)]) for seed in (0, 1)
+        np.concatenate([make_batches(seed=seed).row_ids(b) for b in range(2 * rows // BATCH + 1)])
+        for seed in (0, 1)
     )
     assert not np.array_equal(first[rows : 2 * rows], second[:rows])
 
@@ -109,7 +116,10 @@ def test_gradient_accumulation_only_reshapes():
     whole = take(make_batches(mesh=MESHES[3]), 2)
     dealt = take(make_batches(mesh=MESHES[3], gradient_accumulation=4), 2)
     assert dealt[0][0]["tokens"].shape == (4, BATCH // 4, LENGTH)
-    joined = [({name: a.reshape(1, BATCH, LENGTH) for name, a in arrays.items()}, digest) for arrays, digest in dealt]
+    joined = [
+        ({name: a.reshape(1, BATCH, LENGTH) for name, a in arrays.items()}, digest)
+        for arrays, digest in dealt
+    ]
     assert_same(joined, whole)
 
 
@@ -129,8 +139,12 @@ def test_batches_are_the_same_on_every_mesh(mesh):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_row_is_made_once_for_all_arrays_and_copies(monkeypatch, mesh):
     made = []
-    monkeypatch.setattr(batches, "make_row", lambda store, plan, i: made.append(i) or make_row(store, plan, i))
-    held_out_batches(STORE, PLAN, num_sequences=BATCH, batch_size=BATCH, mesh=make_mesh(mesh), rules=AxisRules())
+    monkeypatch.setattr(
+        batches, "make_row", lambda store, plan, i: made.append(i) or make_row(store, plan, i)
+    )
+    held_out_batches(
+        STORE, PLAN, num_sequences=BATCH, batch_size=BATCH, mesh=make_mesh(mesh), rules=AxisRules()
+    )
     assert len(made) == len(set(made)) == BATCH
 
 
@@ -161,7 +175,12 @@ def test_a_failure_in_the_thread_reaches_the_caller(monkeypatch):
 
 def sample_held_out(num_sequences):
     return held_out_batches(
-        STORE, PLAN, num_sequences=num_sequences, batch_size=BATCH, mesh=make_mesh(MESHES[0]), rules=AxisRules()
+        STORE,
+        PLAN,
+        num_sequences=num_sequences,
+        batch_size=BATCH,
+        mesh=make_mesh(MESHES[0]),
+        rules=AxisRules(),
     )
 
 
@@ -185,7 +204,14 @@ def test_a_plan_without_rows_is_a_config_error():
     with pytest.raises(ConfigError, match=r"data.path gives no train row: give more text"):
         make_batches(store=empty, plan=plan)
     with pytest.raises(ConfigError, match="no held-out row"):
-        held_out_batches(empty, plan, num_sequences=4, batch_size=BATCH, mesh=make_mesh(MESHES[0]), rules=AxisRules())
+        held_out_batches(
+            empty,
+            plan,
+            num_sequences=4,
+            batch_size=BATCH,
+            mesh=make_mesh(MESHES[0]),
+            rules=AxisRules(),
+        )
 
 
 SOURCES = dataclasses.replace(STORE, documents_by_source=(45, 15))
@@ -195,9 +221,15 @@ def test_sources_are_dealt_out_by_their_weights_each_in_epochs_of_its_own():
     plan = plan_rows(SOURCES, LENGTH)
     first, second = plan.rows_by_source
     batches = TrainBatches(
-        SOURCES, plan, batch_size=BATCH, gradient_accumulation=1, seed=3, mesh=make_mesh(MESHES[0]), rules=AxisRules(),
+        SOURCES,
+        plan,
+        batch_size=BATCH,
+        gradient_accumulation=1,
+        seed=3,
+        mesh=make_mesh(MESHES[0]),
+        rules=AxisRules(),
         weights=[1.0, 3.0],
-    )  # fmt: skip
+    )
     rows = np.concatenate([batches.row_ids(number) for number in range(10)])
     np.testing.assert_array_equal(rows[8:16], batches.row_ids(1))
     assert (rows < first).sum() == 20 and (rows >= first).sum() == 60
@@ -209,9 +241,15 @@ def test_sources_are_dealt_out_by_their_weights_each_in_epochs_of_its_own():
 def test_a_source_with_a_weight_and_no_row_is_a_config_error():
     with pytest.raises(ConfigError, match="source 2 has a weight, and no row"):
         TrainBatches(
-            STORE, PLAN, batch_size=BATCH, gradient_accumulation=1, seed=3, mesh=make_mesh(MESHES[0]),
-            rules=AxisRules(), weights=[1.0, 3.0],
-        )  # fmt: skip
+            STORE,
+            PLAN,
+            batch_size=BATCH,
+            gradient_accumulation=1,
+            seed=3,
+            mesh=make_mesh(MESHES[0]),
+            rules=AxisRules(),
+            weights=[1.0, 3.0],
+        )
 
 
 def test_a_batch_without_a_token_to_learn_is_a_config_error():

@@ -1,4 +1,7 @@
-"""Chat templates: ids, mask and mistakes. That the ids are mistral-common's own is for tests/parity."""
+"""Chat templates: ids, mask and mistakes.
+
+That the ids are mistral-common's own is for tests/parity.
+"""
 
 import random
 
@@ -6,8 +9,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import ConfigError
-from mixtral_jax.data.chat import ChatTemplate
-from mixtral_jax.data.chat_errors import (
+from mixtral_jax.data.chat.errors import (
     ChatException,
     InvalidAssistantMessageException,
     InvalidMessageStructureException,
@@ -17,7 +19,8 @@ from mixtral_jax.data.chat_errors import (
     LiteralInstException,
     TokenizerException,
 )
-from mixtral_jax.data.messages import read_messages
+from mixtral_jax.data.chat.messages import read_messages
+from mixtral_jax.data.chat.template import ChatTemplate
 from tests.data.chat_cases import GOLDEN, mode_of, random_conversation, train_tokenizer
 
 BOS, EOS = 1, 2
@@ -36,7 +39,10 @@ def v3():
 
 @pytest.fixture(scope="module")
 def templates(v1, v3):
-    return {"v1": ChatTemplate(v1, literal_inst="keep"), "v3": ChatTemplate(v3, literal_inst="keep")}
+    return {
+        "v1": ChatTemplate(v1, literal_inst="keep"),
+        "v3": ChatTemplate(v3, literal_inst="keep"),
+    }
 
 
 def said(role, content, **fields):
@@ -85,7 +91,9 @@ def test_golden_conversations_have_their_structure_or_their_error(templates, ver
         return
     chat = templates[version].encode(case["messages"], mode=mode_of(case))
     golden = case[f"tokens_{version}"]
-    assert [chat.tokens.tolist().count(token) for token in (BOS, EOS)] == [golden.count(token) for token in (BOS, EOS)]
+    assert [chat.tokens.tolist().count(token) for token in (BOS, EOS)] == [
+        golden.count(token) for token in (BOS, EOS)
+    ]
     if version == "v1" and (mask := case.get("loss_mask_v1")):
         assert count_runs(chat.loss_mask) == count_runs(np.array(mask))
 
@@ -96,15 +104,23 @@ def count_runs(mask):
 
 @pytest.mark.parametrize("mode", ["training", "serving"])
 @pytest.mark.parametrize("version", ["v1", "v3"])
-def test_any_text_gives_one_bos_an_eos_an_answer_and_a_mask_of_the_answers(request, templates, version, mode):
-    rng, template, tokenizer = random.Random(f"{version} {mode}"), templates[version], request.getfixturevalue(version)
+def test_any_text_gives_one_bos_an_eos_an_answer_and_a_mask_of_the_answers(
+    request, templates, version, mode
+):
+    rng, template, tokenizer = (
+        random.Random(f"{version} {mode}"),
+        templates[version],
+        request.getfixturevalue(version),
+    )
     for _ in range(150):
         messages = random_conversation(rng, mode=mode)
         chat = template.encode(messages, mode=mode)
         answers = list(merged_answers(messages))
         tokens = chat.tokens.tolist()
         assert tokens[0] == BOS and tokens.count(BOS) == 1 and tokens.count(EOS) == len(answers)
-        assert chat.tokens.dtype == chat.loss_mask.dtype == np.int32 and len(tokens) == len(chat.loss_mask)
+        assert chat.tokens.dtype == chat.loss_mask.dtype == np.int32 and len(tokens) == len(
+            chat.loss_mask
+        )
         expected = []
         for text, weight in answers:
             ids = tokenizer.encode(text if version == "v1" else text.rstrip(" "))
@@ -130,7 +146,9 @@ def test_many_conversations_at_once_are_each_by_itself(templates):
     rng = random.Random(1)
     conversations = [random_conversation(rng, mode="training") for _ in range(20)]
     template = templates["v1"]
-    together = template.encode_turns([template.lay_out(read_messages(messages)) for messages in conversations])
+    together = template.encode_turns(
+        [template.lay_out(read_messages(messages)) for messages in conversations]
+    )
     for chat, messages in zip(together, conversations, strict=True):
         alone = template.encode(messages)
         np.testing.assert_array_equal(chat.tokens, alone.tokens)
@@ -147,10 +165,20 @@ def test_a_weight_of_zero_keeps_an_answer_out_of_the_loss_and_apart(v1):
 
 def test_text_chunks_and_text_fields_are_contents(v1):
     template = ChatTemplate(v1)
-    chunks = [{"type": "text", "text": "one"}, {"type": "text", "text": ""}, {"type": "text", "text": "two"}]
+    chunks = [
+        {"type": "text", "text": "one"},
+        {"type": "text", "text": ""},
+        {"type": "text", "text": "two"},
+    ]
     written = [said("user", "one\n\ntwo"), ANSWER]
-    for first in (said("user", chunks), {"role": "user", "text": "one\n\ntwo", "content": None, "weight": None}):
-        assert template.encode([first, ANSWER]).tokens.tolist() == template.encode(written).tokens.tolist()
+    for first in (
+        said("user", chunks),
+        {"role": "user", "text": "one\n\ntwo", "content": None, "weight": None},
+    ):
+        assert (
+            template.encode([first, ANSWER]).tokens.tolist()
+            == template.encode(written).tokens.tolist()
+        )
 
 
 def test_a_literal_inst_is_rejected_kept_or_stripped_in_v1_and_harmless_in_v3(v1, v3):
@@ -161,38 +189,119 @@ def test_a_literal_inst_is_rejected_kept_or_stripped_in_v1_and_harmless_in_v3(v1
     asked = v1.encode("[INST] a [IN[INST]ST] b [/INST] [/INST]")
     assert kept.tokens.tolist() == [BOS, *asked, *v1.encode("a"), EOS]
     stripped = ChatTemplate(v1, literal_inst="strip").encode(messages)
-    assert stripped.tokens.tolist() == ChatTemplate(v1).encode([said("user", "a  b "), ANSWER]).tokens.tolist()
+    assert (
+        stripped.tokens.tolist()
+        == ChatTemplate(v1).encode([said("user", "a  b "), ANSWER]).tokens.tolist()
+    )
     assert ChatTemplate(v3).encode(messages).tokens.tolist().count(v3.control_id("[INST]")) == 1
     with pytest.raises(InvalidAssistantMessageException):
         ChatTemplate(v1, literal_inst="strip").encode([USER, said("assistant", "[INST]")])
 
 
-@pytest.mark.parametrize(("messages", "mode", "kind", "words"), [
-    ("text", "training", InvalidMessageStructureException, "must be a list"),
-    ([], "training", InvalidMessageStructureException, "at least one message"),
-    (["text"], "training", InvalidMessageStructureException, r"an object .*\(messages\[0\], str\)"),
-    ([{"content": "a"}], "training", InvalidMessageStructureException, "no role"),
-    ([said(["user"], "a")], "training", InvalidMessageStructureException, "one of system, user, assistant"),
-    ([USER, said("model", "a")], "training", InvalidMessageStructureException, r"\(messages\[1\], role='model'\)"),
-    ([said("user", None), ANSWER], "training", InvalidUserMessageException, "it has none"),
-    ([said("user", 3), ANSWER], "training", InvalidUserMessageException, "int"),
-    ([said("user", [{"type": "image_url"}]), ANSWER], "training", InvalidUserMessageException, "image_url"),
-    ([said("user", "a", text="b"), ANSWER], "training", InvalidUserMessageException, "not both"),
-    ([said("user", "a", weight=1), ANSWER], "training", InvalidUserMessageException, "belong to assistant"),
-    ([said("system", None), USER, ANSWER], "training", InvalidSystemPromptException, "must be text"),
-    ([said("user", "\ud800"), ANSWER], "training", InvalidTextException, "UTF-8 at character 0"),
-    ([USER], "training", InvalidMessageStructureException, "last role Assistant"),
-    ([ANSWER], "training", InvalidMessageStructureException, "start with a user"),
-    ([USER, ANSWER, said("system", "s"), USER, ANSWER], "training", InvalidMessageStructureException, r"\[2\]"),
-    ([USER, said("assistant", None)], "training", InvalidAssistantMessageException, "it is empty"),
-    ([USER, said("assistant", "a", weight=0.5)], "training", InvalidAssistantMessageException, "weight=0.5"),
-    ([USER, said("assistant", "a", prefix=True)], "training", InvalidMessageStructureException, "continue final"),
-    ([USER, said("assistant", "a", prefix="no")], "serving", InvalidAssistantMessageException, "true or false"),
-    ([USER, said("assistant", "a", prefix=True), USER], "serving", InvalidAssistantMessageException, "be last"),
-    ([USER, ANSWER], "serving", InvalidMessageStructureException, "last role User"),
-    ([USER, said("assistant", None, tool_calls=[{}])], "training", TokenizerException, "tool_calls"),
-    ([USER, said("tool", "a"), ANSWER], "training", TokenizerException, r"\[1\], role 'tool'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("messages", "mode", "kind", "words"),
+    [
+        ("text", "training", InvalidMessageStructureException, "must be a list"),
+        ([], "training", InvalidMessageStructureException, "at least one message"),
+        (
+            ["text"],
+            "training",
+            InvalidMessageStructureException,
+            r"an object .*\(messages\[0\], str\)",
+        ),
+        ([{"content": "a"}], "training", InvalidMessageStructureException, "no role"),
+        (
+            [said(["user"], "a")],
+            "training",
+            InvalidMessageStructureException,
+            "one of system, user, assistant",
+        ),
+        (
+            [USER, said("model", "a")],
+            "training",
+            InvalidMessageStructureException,
+            r"\(messages\[1\], role='model'\)",
+        ),
+        ([said("user", None), ANSWER], "training", InvalidUserMessageException, "it has none"),
+        ([said("user", 3), ANSWER], "training", InvalidUserMessageException, "int"),
+        (
+            [said("user", [{"type": "image_url"}]), ANSWER],
+            "training",
+            InvalidUserMessageException,
+            "image_url",
+        ),
+        (
+            [said("user", "a", text="b"), ANSWER],
+            "training",
+            InvalidUserMessageException,
+            "not both",
+        ),
+        (
+            [said("user", "a", weight=1), ANSWER],
+            "training",
+            InvalidUserMessageException,
+            "belong to assistant",
+        ),
+        (
+            [said("system", None), USER, ANSWER],
+            "training",
+            InvalidSystemPromptException,
+            "must be text",
+        ),
+        (
+            [said("user", "\ud800"), ANSWER],
+            "training",
+            InvalidTextException,
+            "UTF-8 at character 0",
+        ),
+        ([USER], "training", InvalidMessageStructureException, "last role Assistant"),
+        ([ANSWER], "training", InvalidMessageStructureException, "start with a user"),
+        (
+            [USER, ANSWER, said("system", "s"), USER, ANSWER],
+            "training",
+            InvalidMessageStructureException,
+            r"\[2\]",
+        ),
+        (
+            [USER, said("assistant", None)],
+            "training",
+            InvalidAssistantMessageException,
+            "it is empty",
+        ),
+        (
+            [USER, said("assistant", "a", weight=0.5)],
+            "training",
+            InvalidAssistantMessageException,
+            "weight=0.5",
+        ),
+        (
+            [USER, said("assistant", "a", prefix=True)],
+            "training",
+            InvalidMessageStructureException,
+            "continue final",
+        ),
+        (
+            [USER, said("assistant", "a", prefix="no")],
+            "serving",
+            InvalidAssistantMessageException,
+            "true or false",
+        ),
+        (
+            [USER, said("assistant", "a", prefix=True), USER],
+            "serving",
+            InvalidAssistantMessageException,
+            "be last",
+        ),
+        ([USER, ANSWER], "serving", InvalidMessageStructureException, "last role User"),
+        (
+            [USER, said("assistant", None, tool_calls=[{}])],
+            "training",
+            TokenizerException,
+            "tool_calls",
+        ),
+        ([USER, said("tool", "a"), ANSWER], "training", TokenizerException, r"\[1\], role 'tool'"),
+    ],
+)
 def test_a_mistake_has_a_name_a_rule_and_a_place(templates, messages, mode, kind, words):
     with pytest.raises(kind, match=words):
         templates["v1"].encode(messages, mode=mode)

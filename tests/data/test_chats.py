@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import ChatConfig, ConfigError, DataConfig
-from mixtral_jax.data.chat import ChatTemplate
-from mixtral_jax.data.chats import pick_questions, prepare_chats
+from mixtral_jax.data.chat.chats import pick_questions, prepare_chats
+from mixtral_jax.data.chat.template import ChatTemplate
 from mixtral_jax.data.tokenizer import Tokenizer
 from tests.data.chat_cases import train_tokenizer, write_mixed_rows
 
@@ -77,10 +77,15 @@ def test_conversations_that_all_ask_the_same_are_a_config_error(tokenizer, tmp_p
 
 def test_rows_without_a_token_to_learn_are_left_out_named_and_counted(tokenizer, tmp_path, caplog):
     rows = [ask(number, weight=number % 2) for number in range(NUM_ROWS)]
-    prepared = prepare(write_rows(tmp_path / "f.jsonl", rows), tokenizer, tmp_path, max_bad_fraction=0.5)
+    prepared = prepare(
+        write_rows(tmp_path / "f.jsonl", rows), tokenizer, tmp_path, max_bad_fraction=0.5
+    )
     assert prepared.num_bad == NUM_ROWS // 2
     assert prepared.train.num_documents + prepared.held_out.num_documents == NUM_ROWS // 2
-    assert "f.jsonl:1: NoSupervisedTokenException: a conversation must have an answer to train on" in caplog.text
+    assert (
+        "f.jsonl:1: NoSupervisedTokenException: a conversation must have an answer to train on"
+        in caplog.text
+    )
 
 
 def test_training_drops_exactly_the_bad_rows_or_stops(tokenizer, tmp_path):
@@ -91,7 +96,9 @@ def test_training_drops_exactly_the_bad_rows_or_stops(tokenizer, tmp_path):
     for line in range(1, 1001):
         assert (f"What is {line} + {line}?" in texts) == (line not in wrong)
     first = min(wrong)
-    with pytest.raises(ConfigError, match=rf"20 of 1000 rows are bad \(2.0%\), .*first: .*f.jsonl:{first}: ") as error:
+    with pytest.raises(
+        ConfigError, match=rf"20 of 1000 rows are bad \(2.0%\), .*first: .*f.jsonl:{first}: "
+    ) as error:
         prepare(tmp_path / "f.jsonl", tokenizer, tmp_path, max_bad_fraction=0.019)
     assert wrong[first] in str(error.value)
 
@@ -107,13 +114,18 @@ def test_several_sources_lie_one_after_the_other(tokenizer, tmp_path):
         assert first and second and first + second == store.num_documents
 
 
-def test_conversations_are_tokenised_once_and_again_when_a_setting_changes(tokenizer, tmp_path, monkeypatch):
+def test_conversations_are_tokenised_once_and_again_when_a_setting_changes(
+    tokenizer, tmp_path, monkeypatch
+):
     file = write_rows(tmp_path / "f.jsonl", [ask(number) for number in range(NUM_ROWS)])
     first = prepare(file, tokenizer, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(Tokenizer, "encode_all", lambda self, texts: pytest.fail("tokenised again"))
         for chat in (ChatConfig(long_rows="drop"), ChatConfig()):
-            assert prepare(file, tokenizer, tmp_path, chat=chat).train.fingerprint == first.train.fingerprint
+            assert (
+                prepare(file, tokenizer, tmp_path, chat=chat).train.fingerprint
+                == first.train.fingerprint
+            )
     for chat in (ChatConfig(literal_inst="keep"), ChatConfig(format="messages")):
         prepare(file, tokenizer, tmp_path, chat=chat)
     prepare(file, train_tokenizer(control_symbols=["[INST]", "[/INST]"]), tmp_path)
@@ -133,12 +145,21 @@ def test_a_damaged_mask_is_written_again_with_a_warning(tokenizer, tmp_path, cap
 
 
 def test_questions_are_held_out_conversations_up_to_their_first_answer(tokenizer, tmp_path):
-    rows = [{"messages": ask(number)["messages"] + ask(number, "more")["messages"]} for number in range(NUM_ROWS)]
+    rows = [
+        {"messages": ask(number)["messages"] + ask(number, "more")["messages"]}
+        for number in range(NUM_ROWS)
+    ]
     prepared = prepare(write_rows(tmp_path / "f.jsonl", rows), tokenizer, tmp_path)
     questions = pick_questions(prepared.held_out, 3)
-    assert len(questions) == 3 and len(pick_questions(prepared.held_out, 1000)) == prepared.held_out.num_documents
+    assert (
+        len(questions) == 3
+        and len(pick_questions(prepared.held_out, 1000)) == prepared.held_out.num_documents
+    )
     for question in questions:
         number = int(tokenizer.decode(question.answer.tolist()).removeprefix("answer "))
         messages = ask(number)["messages"]
-        assert question.prompt.tolist() == ChatTemplate(tokenizer).encode(messages[:1], mode="serving").tokens.tolist()
+        assert (
+            question.prompt.tolist()
+            == ChatTemplate(tokenizer).encode(messages[:1], mode="serving").tokens.tolist()
+        )
         assert question.answer.tolist() == [*tokenizer.encode(f"answer {number}"), EOS]

@@ -6,9 +6,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mixtral_jax.data.chat import ChatTemplate
-from mixtral_jax.data.chat_errors import ChatException
-from mixtral_jax.data.conversations import Chat, drop_unsupervised, read_chat, read_chats
+from mixtral_jax.data.chat.conversations import Chat, drop_unsupervised, read_chat, read_chats
+from mixtral_jax.data.chat.errors import ChatException
+from mixtral_jax.data.chat.template import ChatTemplate
 from mixtral_jax.data.readers import BadRow, RawRow
 from tests.data.chat_cases import BAD_LINES, train_tokenizer
 
@@ -32,21 +32,39 @@ def read(row, template, format="auto", mode="training"):
         return BadRow(error.origin, error.describe(), type(error).__name__)
 
 
-@pytest.mark.parametrize(("row", "messages"), [
-    ({"messages": [ASK, ANSWER], "prompt": "not read", "text": "not read"}, [ASK, ANSWER]),
-    ({"interactions": [{"role": "user", "text": "q"}, ANSWER]}, [ASK, ANSWER]),
-    ({"messages": [ASK, ANSWER], "system_prompt": "s"}, [SYSTEM, ASK, ANSWER]),
-    ({"messages": [ASK, ANSWER, AGAIN, FINAL], "only_last": True}, [ASK, {**ANSWER, "weight": 0}, AGAIN, FINAL]),
-    ({"conversations": [{"from": "system", "value": "s"}, HUMAN, GPT]}, [SYSTEM, ASK, ANSWER]),
-    ({"conversations": [HUMAN, GPT], "system": "s", "tools": ""}, [SYSTEM, ASK, ANSWER]),
-    ({"conversations": [ASK, ANSWER]}, [ASK, ANSWER]),
-    ({"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}}, [ASK, ANSWER]),
-    ({"instruction": "q", "output": "a", "input": "", "history": None, "system": ""}, [ASK, ANSWER]),
-    ({"instruction": "do", "input": "this", "output": "a"}, [{"role": "user", "content": "do\nthis"}, ANSWER]),
-    ({"instruction": "r", "output": "b", "history": [["q", "a"]], "system": "s"}, [SYSTEM, ASK, ANSWER, AGAIN, FINAL]),
-    ({"prompt": "q", "completion": "a"}, [ASK, ANSWER]),
-    ({"prompt": [ASK, ANSWER, AGAIN], "completion": [FINAL]}, [ASK, {**ANSWER, "weight": 0}, AGAIN, FINAL]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"messages": [ASK, ANSWER], "prompt": "not read", "text": "not read"}, [ASK, ANSWER]),
+        ({"interactions": [{"role": "user", "text": "q"}, ANSWER]}, [ASK, ANSWER]),
+        ({"messages": [ASK, ANSWER], "system_prompt": "s"}, [SYSTEM, ASK, ANSWER]),
+        (
+            {"messages": [ASK, ANSWER, AGAIN, FINAL], "only_last": True},
+            [ASK, {**ANSWER, "weight": 0}, AGAIN, FINAL],
+        ),
+        ({"conversations": [{"from": "system", "value": "s"}, HUMAN, GPT]}, [SYSTEM, ASK, ANSWER]),
+        ({"conversations": [HUMAN, GPT], "system": "s", "tools": ""}, [SYSTEM, ASK, ANSWER]),
+        ({"conversations": [ASK, ANSWER]}, [ASK, ANSWER]),
+        ({"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}}, [ASK, ANSWER]),
+        (
+            {"instruction": "q", "output": "a", "input": "", "history": None, "system": ""},
+            [ASK, ANSWER],
+        ),
+        (
+            {"instruction": "do", "input": "this", "output": "a"},
+            [{"role": "user", "content": "do\nthis"}, ANSWER],
+        ),
+        (
+            {"instruction": "r", "output": "b", "history": [["q", "a"]], "system": "s"},
+            [SYSTEM, ASK, ANSWER, AGAIN, FINAL],
+        ),
+        ({"prompt": "q", "completion": "a"}, [ASK, ANSWER]),
+        (
+            {"prompt": [ASK, ANSWER, AGAIN], "completion": [FINAL]},
+            [ASK, {**ANSWER, "weight": 0}, AGAIN, FINAL],
+        ),
+    ],
+)
 def test_every_format_gives_its_messages(template, row, messages):
     chat = read(row, template)
     assert isinstance(chat, Chat), chat
@@ -54,7 +72,9 @@ def test_every_format_gives_its_messages(template, row, messages):
     assert chat.turns == expected.turns and chat.messages == expected.messages
 
 
-@pytest.mark.parametrize("row", [{"text": "t"}, {"content": "t"}, {"text": "t", "title": "not read", "messages": None}])
+@pytest.mark.parametrize(
+    "row", [{"text": "t"}, {"content": "t"}, {"text": "t", "title": "not read", "messages": None}]
+)
 def test_a_plain_text_is_learnt_whole_without_a_template(template, row):
     chat = read(row, template)
     (encoded,) = template.encode_turns([chat.turns])
@@ -67,36 +87,90 @@ def test_a_format_that_is_set_is_the_one_that_is_read(template):
     row = {"messages": [ASK, ANSWER], "interactions": [AGAIN, FINAL], "text": "t"}
     assert read(row, template).kind == "InvalidRowException"
     assert "messages and interactions needs data.chat.format" in read(row, template).reason
-    assert read(row, template, "interactions").turns == read({"messages": [AGAIN, FINAL]}, template).turns
+    assert (
+        read(row, template, "interactions").turns
+        == read({"messages": [AGAIN, FINAL]}, template).turns
+    )
     assert read(row, template, "text").turns == read({"text": "t"}, template).turns
     assert "completion is absent" in read({"prompt": [ASK]}, template, "prompt_completion").reason
 
 
-@pytest.mark.parametrize(("row", "kind", "words"), [
-    ([1], "InvalidRowException", "must be an object (list)"),
-    ({}, "InvalidRowException", "one of the fields messages, interactions,"),
-    ({"prompt": "q"}, "InvalidRowException", "it has prompt"),
-    ({"messages": "text"}, "InvalidMessageStructureException", "must be a list (str)"),
-    ({"messages": {"role": ["user"], "content": []}}, "InvalidMessageStructureException", "must be a list (dict)"),
-    ({"messages": [ASK, ANSWER], "tools": [{}]}, "TokenizerException", "tools"),
-    ({"messages": [SYSTEM, ASK, ANSWER], "system_prompt": "s"}, "InvalidSystemPromptException", "one system prompt"),
-    ({"messages": [ASK, ANSWER], "system_prompt": "s", "system": "s"}, "InvalidSystemPromptException", "one system"),
-    ({"messages": [ASK, ANSWER], "system_prompt": 3}, "InvalidSystemPromptException", "must be text (int)"),
-    ({"messages": [ASK, {**ANSWER, "content": "[INST]"}], "system_prompt": "s"}, "LiteralInstException", "[1]"),
-    ({"messages": [ASK, ANSWER], "system_prompt": "[INST]"}, "LiteralInstException", "(the system prompt)"),
-    ({"conversations": [{"from": "observation", "value": "q"}]}, "TokenizerException", "role 'observation'"),
-    ({"conversations": [{"from": 3, "value": "q"}]}, "InvalidMessageStructureException", "role=3"),
-    ({"instruction": "q"}, "InvalidRowException", "output must be text (it is absent)"),
-    ({"instruction": "q", "input": 3, "output": "a"}, "InvalidRowException", "input must be text (int)"),
-    ({"instruction": "q", "output": "a", "history": ["x"]}, "InvalidRowException", "pairs of a question"),
-    ({"instruction": "q", "output": "a", "history": "x"}, "InvalidRowException", "pairs of a question"),
-    ({"prompt": "q", "completion": None, "messages": None}, "InvalidRowException", "it has prompt, completion"),
-    ({"prompt": None, "completion": "a"}, "InvalidRowException", "prompt is absent"),
-    ({"text": "t", "content": "t"}, "InvalidRowException", "not both"),
-    ({"text": " "}, "InvalidTextException", "empty text"),
-    ({"text": 3}, "InvalidRowException", "text must be text (int)"),
-    ({"text": "\ud800"}, "InvalidTextException", "UTF-8 at character 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "kind", "words"),
+    [
+        ([1], "InvalidRowException", "must be an object (list)"),
+        ({}, "InvalidRowException", "one of the fields messages, interactions,"),
+        ({"prompt": "q"}, "InvalidRowException", "it has prompt"),
+        ({"messages": "text"}, "InvalidMessageStructureException", "must be a list (str)"),
+        (
+            {"messages": {"role": ["user"], "content": []}},
+            "InvalidMessageStructureException",
+            "must be a list (dict)",
+        ),
+        ({"messages": [ASK, ANSWER], "tools": [{}]}, "TokenizerException", "tools"),
+        (
+            {"messages": [SYSTEM, ASK, ANSWER], "system_prompt": "s"},
+            "InvalidSystemPromptException",
+            "one system prompt",
+        ),
+        (
+            {"messages": [ASK, ANSWER], "system_prompt": "s", "system": "s"},
+            "InvalidSystemPromptException",
+            "one system",
+        ),
+        (
+            {"messages": [ASK, ANSWER], "system_prompt": 3},
+            "InvalidSystemPromptException",
+            "must be text (int)",
+        ),
+        (
+            {"messages": [ASK, {**ANSWER, "content": "[INST]"}], "system_prompt": "s"},
+            "LiteralInstException",
+            "[1]",
+        ),
+        (
+            {"messages": [ASK, ANSWER], "system_prompt": "[INST]"},
+            "LiteralInstException",
+            "(the system prompt)",
+        ),
+        (
+            {"conversations": [{"from": "observation", "value": "q"}]},
+            "TokenizerException",
+            "role 'observation'",
+        ),
+        (
+            {"conversations": [{"from": 3, "value": "q"}]},
+            "InvalidMessageStructureException",
+            "role=3",
+        ),
+        ({"instruction": "q"}, "InvalidRowException", "output must be text (it is absent)"),
+        (
+            {"instruction": "q", "input": 3, "output": "a"},
+            "InvalidRowException",
+            "input must be text (int)",
+        ),
+        (
+            {"instruction": "q", "output": "a", "history": ["x"]},
+            "InvalidRowException",
+            "pairs of a question",
+        ),
+        (
+            {"instruction": "q", "output": "a", "history": "x"},
+            "InvalidRowException",
+            "pairs of a question",
+        ),
+        (
+            {"prompt": "q", "completion": None, "messages": None},
+            "InvalidRowException",
+            "it has prompt, completion",
+        ),
+        ({"prompt": None, "completion": "a"}, "InvalidRowException", "prompt is absent"),
+        ({"text": "t", "content": "t"}, "InvalidRowException", "not both"),
+        ({"text": " "}, "InvalidTextException", "empty text"),
+        ({"text": 3}, "InvalidRowException", "text must be text (int)"),
+        ({"text": "\ud800"}, "InvalidTextException", "UTF-8 at character 0"),
+    ],
+)
 def test_a_row_that_is_no_conversation_is_bad_for_a_reason(template, row, kind, words):
     bad = read(row, template)
     assert isinstance(bad, BadRow) and (bad.origin, bad.kind) == ("f.jsonl:7", kind)
@@ -116,15 +190,18 @@ def test_a_conversation_whose_every_answer_has_weight_0_is_bad_for_training_alon
     assert isinstance(chat, Chat)
     (bad,) = drop_unsupervised(iter([chat]))
     assert (bad.kind, bad.origin) == ("NoSupervisedTokenException", "f.jsonl:7")
-    (same,) = drop_unsupervised(iter([read({"messages": [ASK, {**ANSWER, "weight": 0}, FINAL]}, template)]))
+    (same,) = drop_unsupervised(
+        iter([read({"messages": [ASK, {**ANSWER, "weight": 0}, FINAL]}, template)])
+    )
     assert isinstance(same, Chat)
 
 
 def test_what_the_user_says_decides_the_side_of_the_split_unless_the_row_does(template):
     keys = [
         read({"messages": [ASK, answer], **more}, template).key
-        for answer in (ANSWER, FINAL) for more in ({}, {"split_group": "g"}, {"system": "s"})
-    ]  # fmt: skip
+        for answer in (ANSWER, FINAL)
+        for more in ({}, {"split_group": "g"}, {"system": "s"})
+    ]
     assert keys == ["q", "g", "q"] * 2
     assert read({"text": "t"}, template).key == "t"
 

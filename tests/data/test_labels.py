@@ -31,7 +31,11 @@ def tokenizer():
 
 def cut(source, part):
     """The texts of a part of a source, end to end."""
-    return np.frombuffer(source.encode(), np.uint8)[find_parts(source) == PARTS.index(part)].tobytes().decode()
+    return (
+        np.frombuffer(source.encode(), np.uint8)[find_parts(source) == PARTS.index(part)]
+        .tobytes()
+        .decode()
+    )
 
 
 def test_every_byte_of_a_source_has_its_part():
@@ -47,7 +51,9 @@ def test_a_source_that_python_cannot_read_has_no_parts():
 
 
 def prepare(tokenizer, folder, **data):
-    return tokenize_text(DataConfig(path=str(folder), held_out_fraction=0.5, **data), tokenizer, folder / ".cache")
+    return tokenize_text(
+        DataConfig(path=str(folder), held_out_fraction=0.5, **data), tokenizer, folder / ".cache"
+    )
 
 
 def names_of_documents(store, labelling):
@@ -72,7 +78,9 @@ def test_a_document_is_of_the_folder_or_the_file_that_it_lies_in(tokenizer, tmp_
             assert names == {expected}
 
 
-def test_a_document_is_of_the_type_of_its_file_and_only_python_has_parts_of_python(tokenizer, tmp_path):
+def test_a_document_is_of_the_type_of_its_file_and_only_python_has_parts_of_python(
+    tokenizer, tmp_path
+):
     for number in range(6):
         (tmp_path / f"{number}.py").write_text(f'"""Module {number}."""\nx = {number}  # py\n')
         (tmp_path / f"{number}.md").write_text(f"# Title {number}\n\n'md'\n")
@@ -95,8 +103,12 @@ def test_a_field_of_rows_says_what_they_are_and_the_rarest_are_others(tokenizer,
     text = prepare(tokenizer, tmp_path, domain_field="lang")
     stores = [text.train, text.held_out]
     (labelling,) = find_labellings(stores, str(tmp_path), tokenizer)
-    assert len(labelling.names) == 8 and labelling.names[0] == "l00" and labelling.names[-1] == OTHER
-    found = set().union(*(names for store in stores for names in names_of_documents(store, labelling)))
+    assert (
+        len(labelling.names) == 8 and labelling.names[0] == "l00" and labelling.names[-1] == OTHER
+    )
+    found = set().union(
+        *(names for store in stores for names in names_of_documents(store, labelling))
+    )
     assert found == set(labelling.names)
 
 
@@ -134,7 +146,9 @@ def test_prompts_and_answers_are_told_apart(tokenizer):
     store = TokenStore(np.arange(6), np.array([0, 4, 6]), "chats", mask, (2,))
     (labelling,) = find_labellings([store], "chats.jsonl", tokenizer)
     assert labelling.names == ("prompt", "answer")
-    assert labelling.label(store, 0).tolist() == [1, 1, 2, 2] and labelling.label(store, 1).tolist() == [1, 2]
+    assert labelling.label(store, 0).tolist() == [1, 1, 2, 2] and labelling.label(
+        store, 1
+    ).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("sizes", [{}, {"expert": 4, "fsdp": 2}])

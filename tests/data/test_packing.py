@@ -11,7 +11,9 @@ from mixtral_jax.data.store import TokenStore
 
 
 def make_store(lengths, seed=0):
-    """Documents of these lengths, BOS and EOS included; every id is another, so that rows can be traced back."""
+    """Documents of these lengths, BOS and EOS included; every id is another, so that rows can be
+    traced back.
+    """
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = np.random.default_rng(seed).permutation(offsets[-1]).astype(np.uint32) + 1
     return TokenStore(tokens, offsets, f"store {seed}")
@@ -71,7 +73,11 @@ def test_pieces_that_fit_nowhere_lie_alone():
 def test_full_pieces_fill_rows_and_the_best_fit_is_taken():
     plan = plan_rows(make_store([1 + 10, 1 + 7, 1 + 4, 1 + 6, 1 + 3]), 10)
     assert np.split(plan.lengths, plan.row_offsets[1:-1])[0].tolist() == [10]
-    assert sorted(sum(row) for row in np.split(plan.lengths, plan.row_offsets[1:-1])) == [10, 10, 10]
+    assert sorted(sum(row) for row in np.split(plan.lengths, plan.row_offsets[1:-1])) == [
+        10,
+        10,
+        10,
+    ]
 
 
 def test_the_plan_is_arrays_and_deterministic(lumpy):
@@ -100,7 +106,9 @@ def test_an_empty_store_has_no_row():
 
 
 def make_chats(lengths, seed=0):
-    """Documents of these lengths with random masks; those of an even number end in a token to be learnt."""
+    """Documents of these lengths with random masks; those of an even number end in a token to be
+    learnt.
+    """
     store = make_store(lengths, seed)
     mask = np.random.default_rng(seed + 1).integers(0, 2, len(store.tokens)).astype(np.uint8)
     mask[store.offsets[:-1]] = 0
@@ -111,7 +119,9 @@ def make_chats(lengths, seed=0):
 CHAT_LENGTHS = np.random.default_rng(2).integers(2, 40, 200)
 
 
-@pytest.mark.parametrize(("long", "sequence_length"), [("cut", 64), ("cut", 13), ("drop", 13), ("split", 13)])
+@pytest.mark.parametrize(
+    ("long", "sequence_length"), [("cut", 64), ("cut", 13), ("drop", 13), ("split", 13)]
+)
 def test_the_mask_goes_with_its_targets(long, sequence_length):
     store = make_chats(CHAT_LENGTHS)
     plan = plan_rows(store, sequence_length, long_documents=long)
@@ -130,7 +140,9 @@ def test_long_conversations_are_cut_dropped_or_an_error():
     assert cut.num_long == drop.num_long == 2
     assert sorted(cut.lengths) == [4, 7, 11, 11, 11] and not cut.starts.any()
     assert sorted(drop.lengths) == [4, 7, 11] and set(drop.documents) == {0, 2, 4}
-    with pytest.raises(ConfigError, match=r"2 of 5 .*sequence_length=11, the longest of 30 tokens: .*cut or drop"):
+    with pytest.raises(
+        ConfigError, match=r"2 of 5 .*sequence_length=11, the longest of 30 tokens: .*cut or drop"
+    ):
         plan_rows(store, 11, long_documents="error")
     assert plan_rows(store, 29, long_documents="error").num_long == 0
 

@@ -136,7 +136,9 @@ def test_bad_rows_of_columns_are_named_by_number(tmp_path):
 
 
 def test_json_lines_in_a_json_file_are_read(tmp_path):
-    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"text": "first"}\r\n{"text": "\xff"}\n{broken\n{"text": "last"}\n')
+    (tmp_path / "a.json").write_bytes(
+        b'\xef\xbb\xbf{"text": "first"}\r\n{"text": "\xff"}\n{broken\n{"text": "last"}\n'
+    )
     assert texts(tmp_path) == ["first", "last"]
     assert list(bad_rows(tmp_path)) == ["a.json:2", "a.json:3"]
 
@@ -152,7 +154,9 @@ def test_a_broken_list_of_rows_is_not_taken_for_json_lines(tmp_path):
 def test_a_file_that_cannot_be_read_is_a_config_error(tmp_path, suffix, content):
     write_file(tmp_path / "0.txt", ["good"])
     (tmp_path / f"a{suffix}").write_bytes(content)
-    with pytest.raises(ConfigError, match=rf"/a{suffix}: unreadable {suffix} file \(.+\): mend it") as error:
+    with pytest.raises(
+        ConfigError, match=rf"/a{suffix}: unreadable {suffix} file \(.+\): mend it"
+    ) as error:
         texts(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -162,7 +166,9 @@ def test_a_file_damaged_inside_is_a_config_error(tmp_path, suffix):
     file = tmp_path / f"a{suffix}"
     write_file(file, ["a text of many words " * 1000] * 3000)
     content = file.read_bytes()
-    file.write_bytes(content[: len(content) // 2] + (content[-100:] if suffix == ".parquet" else b""))
+    file.write_bytes(
+        content[: len(content) // 2] + (content[-100:] if suffix == ".parquet" else b"")
+    )
     with pytest.raises(ConfigError, match=f"/a{suffix}: unreadable"):
         texts(tmp_path)
 
@@ -181,7 +187,9 @@ def test_the_standard_library_is_code_without_tests_or_packages():
     assert not any("/test/" in origin or "-packages/" in origin for origin in origins)
 
 
-@pytest.mark.parametrize(("path", "skipped"), [("python-stdlib", "site-packages"), (".", ".hidden")])
+@pytest.mark.parametrize(
+    ("path", "skipped"), [("python-stdlib", "site-packages"), (".", ".hidden")]
+)
 def test_skipped_folders_are_not_entered(tmp_path, monkeypatch, path, skipped):
     (tmp_path / skipped / "deep").mkdir(parents=True)
     for file in ("a.py", "a.txt", f"{skipped}/b.py", f"{skipped}/b.txt"):
@@ -218,7 +226,10 @@ def test_a_hub_dataset_is_read_by_name_and_split(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = list(read_documents("hub:some/name:test", "text"))
-    assert rows[:2] == [Document("some/name", "hub:some/name:test:1"), Document("test", "hub:some/name:test:2")]
+    assert rows[:2] == [
+        Document("some/name", "hub:some/name:test:1"),
+        Document("test", "hub:some/name:test:2"),
+    ]
     assert isinstance(rows[2], BadRow)
     assert fingerprint_source("hub:some/name") == fingerprint_source("hub:some/name")
     assert texts("hub:name") == ["name", "train"]
@@ -229,7 +240,9 @@ def test_a_hub_dataset_that_cannot_be_had_is_a_config_error(monkeypatch):
         raise ConnectionError("no network\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ConfigError, match=r"data.path=hub:a/b cannot be had \(no network\): check NAME and SPLIT"):
+    with pytest.raises(
+        ConfigError, match=r"data.path=hub:a/b cannot be had \(no network\): check NAME and SPLIT"
+    ):
         read_documents("hub:a/b", "text")
 
 
@@ -249,13 +262,16 @@ def test_the_fingerprint_of_the_standard_library_follows_the_python(monkeypatch)
     assert fingerprint_source("python-stdlib") != before
 
 
-@pytest.mark.parametrize(("path", "sources", "weights"), [
-    ("a.txt", [Source("a.txt")], None),
-    ("a.txt, b", [Source("a.txt"), Source("b")], None),
-    ("a.txt:2,b:0.5", [Source("a.txt", 2.0), Source("b", 0.5)], [2.0, 0.5]),
-    ("hub:x/y:train:3,hub:z", [Source("hub:x/y:train", 3.0), Source("hub:z", 1.0)], [3.0, 1.0]),
-    ("hub:7", [Source("hub:7")], None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "sources", "weights"),
+    [
+        ("a.txt", [Source("a.txt")], None),
+        ("a.txt, b", [Source("a.txt"), Source("b")], None),
+        ("a.txt:2,b:0.5", [Source("a.txt", 2.0), Source("b", 0.5)], [2.0, 0.5]),
+        ("hub:x/y:train:3,hub:z", [Source("hub:x/y:train", 3.0), Source("hub:z", 1.0)], [3.0, 1.0]),
+        ("hub:7", [Source("hub:7")], None),
+    ],
+)
 def test_sources_and_their_weights_are_told_apart(path, sources, weights):
     assert split_sources(path) == sources
     assert find_weights(path) == weights
@@ -268,10 +284,17 @@ def test_a_name_that_exists_is_one_source_whatever_is_in_it(tmp_path):
     assert find_weights(f"{tmp_path / 'c:3'},d") is None
 
 
-@pytest.mark.parametrize(("path", "words"), [
-    ("a,,b", "empty source"), ("a,b:2,a", "names a twice"), ("a:0,b", "positive"), ("a:-1,b", "positive"),
-    ("a:nan,b", "positive"), ("a:inf,b", "positive"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("a,,b", "empty source"),
+        ("a,b:2,a", "names a twice"),
+        ("a:0,b", "positive"),
+        ("a:-1,b", "positive"),
+        ("a:nan,b", "positive"),
+        ("a:inf,b", "positive"),
+    ],
+)
 def test_sources_that_make_no_sense_are_a_config_error(path, words):
     with pytest.raises(ConfigError, match=words):
         split_sources(path)

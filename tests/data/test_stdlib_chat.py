@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_jax.data.chat import ChatTemplate
-from mixtral_jax.data.conversations import Chat, read_chats
+from mixtral_jax.data.chat.conversations import Chat, read_chats
+from mixtral_jax.data.chat.stdlib_chat import make_conversations
+from mixtral_jax.data.chat.template import ChatTemplate
 from mixtral_jax.data.sources import fingerprint_source
 from mixtral_jax.data.stdlib import list_stdlib
-from mixtral_jax.data.stdlib_chat import make_conversations
 from tests.data.chat_cases import train_tokenizer
 
 SOURCE = '''
@@ -52,9 +52,21 @@ def test_every_documented_function_is_asked_about_once_and_at_length(rows):
     ]
     assert [len(row["messages"]) for row in rows] == [2, 6] * 3
     answers = [[message["content"] for message in row["messages"][1::2]] for row in rows]
-    assert answers[1] == ["Say it loudly.", "`shout(text, *, times, mark='!')`", "`house.shout(text, times=times)`"]
-    assert answers[3] == ["Open the door, if it can be opened.", "`open(width=1.0)`", "`door.open()`"]
-    assert answers[5] == ["Return how many doors there are.", "`count(house)`", "`Door.count(house)`"]
+    assert answers[1] == [
+        "Say it loudly.",
+        "`shout(text, *, times, mark='!')`",
+        "`house.shout(text, times=times)`",
+    ]
+    assert answers[3] == [
+        "Open the door, if it can be opened.",
+        "`open(width=1.0)`",
+        "`door.open()`",
+    ]
+    assert answers[5] == [
+        "Return how many doors there are.",
+        "`count(house)`",
+        "`Door.count(house)`",
+    ]
     for alone, together in zip(answers[::2], answers[1::2], strict=True):
         assert alone[0] in together
 
@@ -68,8 +80,13 @@ def test_a_few_modules_give_hundreds_of_good_rows():
     files = [file for file in list_stdlib() if file.stem[0] in "ct"]
     rows = list(make_conversations(Path(sysconfig.get_path("stdlib")), files))
     assert len(rows) > 500
-    (dedent,) = (row for row in rows if row["split_group"] == "textwrap.dedent" and len(row["messages"]) == 6)
-    assert dedent["messages"][1]["content"] == "Remove any common leading whitespace from every line in `text`."
+    (dedent,) = (
+        row for row in rows if row["split_group"] == "textwrap.dedent" and len(row["messages"]) == 6
+    )
+    assert (
+        dedent["messages"][1]["content"]
+        == "Remove any common leading whitespace from every line in `text`."
+    )
     assert dedent["messages"][3]["content"] == "`dedent(text)`"
     assert max(len(message["content"]) for row in rows for message in row["messages"]) < 160
 

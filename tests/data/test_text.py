@@ -20,12 +20,16 @@ NUM_DOCUMENTS = 60
 def write_corpus(folder, numbers=range(NUM_DOCUMENTS)):
     folder.mkdir(exist_ok=True)
     for number in numbers:
-        (folder / f"{number:03}.txt").write_text(f"Document {number} says: {'many words ' * (number % 7)}.\n")
+        (folder / f"{number:03}.txt").write_text(
+            f"Document {number} says: {'many words ' * (number % 7)}.\n"
+        )
     return folder
 
 
 def prepare(path, tmp_path, workdir="run", **settings):
-    config = DataConfig(**{"path": str(path), "tokenizer": "train:290", "held_out_fraction": 0.2, **settings})
+    config = DataConfig(
+        **{"path": str(path), "tokenizer": "train:290", "held_out_fraction": 0.2, **settings}
+    )
     return prepare_text(config, 512, tmp_path / workdir / "tokenizer.model", tmp_path / "cache")
 
 
@@ -78,7 +82,9 @@ def test_the_tail_of_a_single_document_is_held_out_from_a_line(tmp_path):
 def test_copies_of_a_document_are_on_one_side(tmp_path, fraction):
     rows = [f"Text number {number % 3} says some words." for number in range(60)]
     (tmp_path / "f.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    prepared = prepare(tmp_path / "f.jsonl", tmp_path, tokenizer="train:280", held_out_fraction=fraction)
+    prepared = prepare(
+        tmp_path / "f.jsonl", tmp_path, tokenizer="train:280", held_out_fraction=fraction
+    )
     train = read_texts(prepared.train, prepared.tokenizer)
     held_out = read_texts(prepared.held_out, prepared.tokenizer)
     assert sorted(train + held_out) == sorted(rows)
@@ -123,8 +129,12 @@ def test_a_cached_text_is_held_to_the_limit_of_each_run(tmp_path, monkeypatch):
     write_rows(tmp_path / "f.jsonl", good=75, bad=25)
     prepare(tmp_path / "f.jsonl", tmp_path, max_bad_fraction=0.3)
     monkeypatch.setattr(Tokenizer, "encode_all", lambda self, texts: pytest.fail("tokenised again"))
-    assert prepare(tmp_path / "f.jsonl", tmp_path, workdir="other", max_bad_fraction=0.5).num_bad == 25
-    with pytest.raises(ConfigError, match=r"25 of 100 rows are bad .*first: .*f.jsonl:4: invalid JSON"):
+    assert (
+        prepare(tmp_path / "f.jsonl", tmp_path, workdir="other", max_bad_fraction=0.5).num_bad == 25
+    )
+    with pytest.raises(
+        ConfigError, match=r"25 of 100 rows are bad .*first: .*f.jsonl:4: invalid JSON"
+    ):
         prepare(tmp_path / "f.jsonl", tmp_path, workdir="strict", max_bad_fraction=0.1)
     assert not (tmp_path / "strict").exists()
 
@@ -148,7 +158,9 @@ def test_text_is_tokenised_once_over_all_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(Tokenizer, "encode_all", lambda self, texts: pytest.fail("tokenised again"))
     second = prepare(corpus, tmp_path, workdir="other")
     assert second.train.fingerprint == first.train.fingerprint
-    assert (tmp_path / "run/tokenizer.model").read_bytes() == (tmp_path / "other/tokenizer.model").read_bytes()
+    assert (tmp_path / "run/tokenizer.model").read_bytes() == (
+        tmp_path / "other/tokenizer.model"
+    ).read_bytes()
 
 
 def test_changed_files_are_read_again(tmp_path):
@@ -156,7 +168,9 @@ def test_changed_files_are_read_again(tmp_path):
     before = prepare(corpus, tmp_path)
     (corpus / "000.txt").write_text("Something else altogether.\n")
     after = prepare(corpus, tmp_path)
-    assert before.tokenizer.fingerprint == after.tokenizer.fingerprint  # The run keeps the one it has.
+    assert (
+        before.tokenizer.fingerprint == after.tokenizer.fingerprint
+    )  # The run keeps the one it has.
     assert before.train.fingerprint != after.train.fingerprint
 
 
@@ -179,12 +193,16 @@ config = DataConfig(path={str(corpus)!r}, tokenizer="train:290", held_out_fracti
 text.prepare_text(config, 512, Path({str(tmp_path / "run" / "tokenizer.model")!r}), Path({str(tmp_path / "cache")!r}))
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run([sys.executable, "-c", killed], env=environment, check=False).returncode == 9
+    assert (
+        subprocess.run([sys.executable, "-c", killed], env=environment, check=False).returncode == 9
+    )
     prepared = prepare(corpus, tmp_path)
     assert len(prepared.train.offsets) + len(prepared.held_out.offsets) - 2 == NUM_DOCUMENTS
 
 
-@pytest.mark.parametrize("name", ["summary.json", "train/tokens", "held_out/offsets.npy", "train/summary.json"])
+@pytest.mark.parametrize(
+    "name", ["summary.json", "train/tokens", "held_out/offsets.npy", "train/summary.json"]
+)
 @pytest.mark.parametrize("kept", [0, 1, 20])
 def test_a_damaged_cache_is_written_again_with_a_warning(tmp_path, caplog, name, kept):
     corpus = write_corpus(tmp_path / "corpus")

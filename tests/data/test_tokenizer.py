@@ -24,7 +24,9 @@ STRANGE = [
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return load_tokenizer("train:400", lambda: TEXTS, tmp_path_factory.mktemp("trained") / "tokenizer.model")
+    return load_tokenizer(
+        "train:400", lambda: TEXTS, tmp_path_factory.mktemp("trained") / "tokenizer.model"
+    )
 
 
 def test_special_ids_are_those_of_mixtral(tokenizer):
@@ -52,24 +54,44 @@ def test_digits_stay_apart(tokenizer):
 @pytest.mark.parametrize("text", STRANGE)
 def test_bytes_per_token_adds_up_to_the_text(tokenizer, text):
     assert tokenizer.prefix_bytes == 1
-    assert tokenizer.bytes_per_token[tokenizer.encode(text)].sum() == len(text.encode()) + tokenizer.prefix_bytes
+    assert (
+        tokenizer.bytes_per_token[tokenizer.encode(text)].sum()
+        == len(text.encode()) + tokenizer.prefix_bytes
+    )
     assert not tokenizer.bytes_per_token[:3].any()
 
 
 def test_encode_all_is_encode_of_each(tokenizer):
-    assert [ids.tolist() for ids in tokenizer.encode_all(STRANGE)] == [tokenizer.encode(text) for text in STRANGE]
+    assert [ids.tolist() for ids in tokenizer.encode_all(STRANGE)] == [
+        tokenizer.encode(text) for text in STRANGE
+    ]
     assert tokenizer.encode_all([]) == [] and tokenizer.encode("") == []
 
 
-LONG = TEXTS[0][:10_000] + "".join(STRANGE) * 50 + " " * 500 + "\u2581 x\u2581y" * 50 + "\n" * 500 + "é😀" * 300
+LONG = (
+    TEXTS[0][:10_000]
+    + "".join(STRANGE) * 50
+    + " " * 500
+    + "\u2581 x\u2581y" * 50
+    + "\n" * 500
+    + "é😀" * 300
+)
 
 
-@pytest.mark.parametrize(("characters", "chunks"), [(1, 64), (2, 64), (7, 64), (1000, 64), (1000, 1)])
-def test_a_long_text_is_encoded_in_chunks_to_the_ids_of_one_call(tokenizer, monkeypatch, characters, chunks):
+@pytest.mark.parametrize(
+    ("characters", "chunks"), [(1, 64), (2, 64), (7, 64), (1000, 64), (1000, 1)]
+)
+def test_a_long_text_is_encoded_in_chunks_to_the_ids_of_one_call(
+    tokenizer, monkeypatch, characters, chunks
+):
     expected = tokenizer.encode_all([LONG, *STRANGE])
     sizes = []
     encode = Tokenizer._encode
-    monkeypatch.setattr(Tokenizer, "_encode", lambda self, texts: sizes.extend(map(len, texts)) or encode(self, texts))
+    monkeypatch.setattr(
+        Tokenizer,
+        "_encode",
+        lambda self, texts: sizes.extend(map(len, texts)) or encode(self, texts),
+    )
     monkeypatch.setattr("mixtral_jax.data.tokenizer._ENCODED_CHARACTERS", characters)
     monkeypatch.setattr("mixtral_jax.data.tokenizer._ENCODED_CHUNKS", chunks)
     for ids, others in zip(tokenizer.encode_all([LONG, *STRANGE]), expected, strict=True):
@@ -77,11 +99,18 @@ def test_a_long_text_is_encoded_in_chunks_to_the_ids_of_one_call(tokenizer, monk
     assert max(sizes) < 1000 + characters
 
 
-@pytest.mark.parametrize("rule", [{"normalization_rule_name": "nmt_nfkc", "byte_fallback": True}, {}])
-def test_models_that_rewrite_text_or_know_not_all_of_it_give_the_same_ids(tmp_path, monkeypatch, rule):
+@pytest.mark.parametrize(
+    "rule", [{"normalization_rule_name": "nmt_nfkc", "byte_fallback": True}, {}]
+)
+def test_models_that_rewrite_text_or_know_not_all_of_it_give_the_same_ids(
+    tmp_path, monkeypatch, rule
+):
     settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, **rule}
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS[0].splitlines()), model_prefix=str(tmp_path / "m"), vocab_size=600, **settings
+        sentence_iterator=iter(TEXTS[0].splitlines()),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=600,
+        **settings,
     )
     given = Tokenizer((tmp_path / "m.model").read_bytes())
     expected = given.encode(LONG)
@@ -91,9 +120,14 @@ def test_models_that_rewrite_text_or_know_not_all_of_it_give_the_same_ids(tmp_pa
 
 def test_a_model_without_a_dummy_prefix_adds_no_bytes(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS[0].splitlines()), model_prefix=str(tmp_path / "m"), vocab_size=400,
-        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
-    )  # fmt: skip
+        sentence_iterator=iter(TEXTS[0].splitlines()),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+    )
     given = Tokenizer((tmp_path / "m.model").read_bytes())
     assert given.prefix_bytes == 0
     assert given.bytes_per_token[given.encode("def f")].sum() == 5
@@ -113,33 +147,49 @@ def test_long_texts_are_sampled_over_their_whole_length(tmp_path, monkeypatch):
 
 def test_a_saved_tokenizer_is_used_again_without_text(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "run" / "tokenizer.model")
-    again = load_tokenizer("train:400", lambda: pytest.fail("trained again"), tmp_path / "run" / "tokenizer.model")
+    again = load_tokenizer(
+        "train:400", lambda: pytest.fail("trained again"), tmp_path / "run" / "tokenizer.model"
+    )
     assert again.fingerprint == tokenizer.fingerprint
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["tokenizer.model"]
 
 
 def test_a_model_file_is_loaded_and_copied(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "given.model")
-    loaded = load_tokenizer(str(tmp_path / "given.model"), list, tmp_path / "run" / "tokenizer.model")
+    loaded = load_tokenizer(
+        str(tmp_path / "given.model"), list, tmp_path / "run" / "tokenizer.model"
+    )
     assert loaded.fingerprint == tokenizer.fingerprint
-    assert (tmp_path / "run" / "tokenizer.model").read_bytes() == (tmp_path / "given.model").read_bytes()
+    assert (tmp_path / "run" / "tokenizer.model").read_bytes() == (
+        tmp_path / "given.model"
+    ).read_bytes()
 
 
 def test_a_run_never_changes_its_tokenizer(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.model")
-    with pytest.raises(ConfigError, match=r"is another tokenizer than data.tokenizer=train:500: use a new workdir"):
+    with pytest.raises(
+        ConfigError, match=r"is another tokenizer than data.tokenizer=train:500: use a new workdir"
+    ):
         load_tokenizer("train:500", lambda: TEXTS, tmp_path / "tokenizer.model")
 
 
 @pytest.mark.parametrize(
     ("spec", "file"),
-    [("mixtral", "tokenizer.model.v1"), ("mixtral-v3", "mistral_instruct_tokenizer_240323.model.v3")],
+    [
+        ("mixtral", "tokenizer.model.v1"),
+        ("mixtral-v3", "mistral_instruct_tokenizer_240323.model.v3"),
+    ],
 )
-def test_mixtrals_own_comes_from_the_installed_package(tokenizer, tmp_path, monkeypatch, spec, file):
+def test_mixtrals_own_comes_from_the_installed_package(
+    tokenizer, tmp_path, monkeypatch, spec, file
+):
     tokenizer.save(tmp_path / "mistral_common" / "data" / file)
     (tmp_path / "mistral_common" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    assert load_tokenizer(spec, list, tmp_path / "tokenizer.model").fingerprint == tokenizer.fingerprint
+    assert (
+        load_tokenizer(spec, list, tmp_path / "tokenizer.model").fingerprint
+        == tokenizer.fingerprint
+    )
 
 
 def test_mixtrals_own_without_the_package_names_the_install(tmp_path, monkeypatch):
@@ -156,7 +206,10 @@ def test_mixtrals_own_without_the_package_names_the_install(tmp_path, monkeypatc
         ("train:99999999999999999999", "at most 9 digits"),
         ("train:many", "train:N needs a whole number of at most 9 digits, such as train:4096"),
         ("train:", "train:N needs a whole number"),
-        ("absent.model", "data.tokenizer=absent.model: no such file; give a SentencePiece .model file"),
+        (
+            "absent.model",
+            "data.tokenizer=absent.model: no such file; give a SentencePiece .model file",
+        ),
         (__file__, "not a SentencePiece model"),
     ],
 )
@@ -176,6 +229,7 @@ def test_the_model_must_have_a_row_for_every_piece(tokenizer):
     check_vocabulary(tokenizer, 400)
     check_vocabulary(tokenizer, 512)
     with pytest.raises(
-        ConfigError, match=r"has 400 pieces but model.vocab_size=399: set --config.model.vocab_size=400"
+        ConfigError,
+        match=r"has 400 pieces but model.vocab_size=399: set --config.model.vocab_size=400",
     ):
         check_vocabulary(tokenizer, 399)

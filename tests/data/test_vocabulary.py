@@ -1,25 +1,38 @@
-"""The vocabulary of a SentencePiece model, and whether another program can find its pieces as it does."""
+"""The vocabulary of a SentencePiece model, and whether another program can find its pieces as it
+does.
+"""
 
 import io
 
 import pytest
 import sentencepiece
 
-from mixtral_jax.checkpoint.tokenizer_json import make_tokenizer_json
+from mixtral_jax.checkpoint.formats.tokenizer_json import make_tokenizer_json
 from mixtral_jax.config import ConfigError
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.data.vocabulary import read_vocabulary
 
 MIXTRAL = {
-    "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "add_dummy_prefix": True,
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": True,
     "remove_extra_whitespaces": False,
-}  # fmt: skip
+}
 
 
 def train(**changes: object) -> Tokenizer:
     model, texts = io.BytesIO(), (f"the {n}th of some lines of text" for n in range(300))
-    settings = {**MIXTRAL, "vocab_size": 290, "hard_vocab_limit": False, "minloglevel": 2, **changes}
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=model, **settings)
+    settings = {
+        **MIXTRAL,
+        "vocab_size": 290,
+        "hard_vocab_limit": False,
+        "minloglevel": 2,
+        **changes,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_writer=model, **settings
+    )
     return Tokenizer(model.getvalue())
 
 
@@ -30,16 +43,25 @@ def test_pieces_are_those_of_sentencepiece():
     vocabulary = read_vocabulary(tokenizer)
     assert vocabulary.is_like_mixtral
     assert [(piece.text, piece.score) for piece in vocabulary.pieces] == [
-        (processor.id_to_piece(token), processor.get_score(token)) for token in range(processor.vocab_size())
+        (processor.id_to_piece(token), processor.get_score(token))
+        for token in range(processor.vocab_size())
     ]
     assert vocabulary.find("control") == ["<s>", "</s>"]
     assert len(vocabulary.find("byte")) == 256
 
 
-@pytest.mark.parametrize("changes", [
-    {"model_type": "unigram"}, {"byte_fallback": False, "vocab_size": 60}, {"normalization_rule_name": "nmt_nfkc"},
-    {"add_dummy_prefix": False}, {"remove_extra_whitespaces": True}, {"user_defined_symbols": ["\u2581\u2581"]},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "unigram"},
+        {"byte_fallback": False, "vocab_size": 60},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"add_dummy_prefix": False},
+        {"remove_extra_whitespaces": True},
+        {"user_defined_symbols": ["\u2581\u2581"]},
+    ],
+    ids=str,
+)
 def test_a_model_that_tokenizers_would_follow_otherwise_is_not_written_for_it(changes):
     tokenizer = train(**changes)
     assert not read_vocabulary(tokenizer).is_like_mixtral

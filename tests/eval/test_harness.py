@@ -29,7 +29,11 @@ HF = Path(__file__).parents[1] / "golden" / "hf_tiny"
 
 DOCS = [
     {"question": "the parser takes", "choices": ["two arguments", "a list", "no"], "answer": 1},
-    {"question": "each option has a", "choices": ["default", "name and a help text that is long"], "answer": 0},
+    {
+        "question": "each option has a",
+        "choices": ["default", "name and a help text that is long"],
+        "answer": 0,
+    },
     {"question": "", "choices": ["first", "second one"], "answer": 1},
 ]
 CHOICE = """
@@ -80,14 +84,18 @@ def results(loaded, tmp_path_factory):
     for name, text in {"choice": CHOICE, "rolling": ROLLING, "writing": WRITING}.items():
         (folder / f"{name}.yaml").write_text(text.format(file=folder / "docs.jsonl"))
     return lm_eval.simple_evaluate(
-        HarnessModel(loaded, max_length=64), tasks=["local_choice", "local_text", "local_writing"], bootstrap_iters=0,
+        HarnessModel(loaded, max_length=64),
+        tasks=["local_choice", "local_text", "local_writing"],
+        bootstrap_iters=0,
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-    )  # fmt: skip
+    )
 
 
 def log_probabilities(loaded, ids):
     """Of each id after the first, given those before it, in float64."""
-    logits = loaded.logits(np.pad([ids], ((0, 0), (0, 64 - len(ids)))))[0, : len(ids) - 1].astype(np.float64)
+    logits = loaded.logits(np.pad([ids], ((0, 0), (0, 64 - len(ids)))))[0, : len(ids) - 1].astype(
+        np.float64
+    )
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
     return logits[np.arange(len(ids) - 1), ids[1:]]
 
@@ -113,7 +121,9 @@ def test_rolling_text_is_scored_whole(loaded, results):
     texts = [f"{doc['question']} {doc['choices'][0]}" for doc in DOCS]
     nats = -sum(log_probabilities(loaded, loaded.encode(text)).sum() for text in texts)
     expected = nats / np.log(2) / sum(len(text.encode()) for text in texts)
-    assert results["results"]["local_text"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-5)
+    assert results["results"]["local_text"]["bits_per_byte,none"] == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_windows_of_a_long_text_see_as_much_as_they_can(loaded):
@@ -139,8 +149,13 @@ def test_writing_ends_before_the_strings_of_the_task(loaded, results):
 
 def test_repeats_differ_and_settings_without_a_meaning_are_refused(loaded):
     def ask(count, **asked):
-        requests = [Instance("generate_until", {}, ("the", {"max_gen_toks": 8, **asked}), i) for i in range(count)]
-        return HarnessModel(loaded, max_length=64, batch_size=2).generate_until(requests, disable_tqdm=True)
+        requests = [
+            Instance("generate_until", {}, ("the", {"max_gen_toks": 8, **asked}), i)
+            for i in range(count)
+        ]
+        return HarnessModel(loaded, max_length=64, batch_size=2).generate_until(
+            requests, disable_tqdm=True
+        )
 
     answers = ask(3, do_sample=True, temperature=1.5)
     assert len(set(answers)) == 3
@@ -156,4 +171,6 @@ def test_a_long_context_loses_its_beginning(loaded):
     first, whole = loaded.encode(context), loaded.encode(context + continuation)
     kept = whole[-13:]
     assert len(kept) < len(whole)
-    assert got == pytest.approx(log_probabilities(loaded, kept)[-(len(whole) - len(first)) :].sum(), abs=2e-4)
+    assert got == pytest.approx(
+        log_probabilities(loaded, kept)[-(len(whole) - len(first)) :].sum(), abs=2e-4
+    )

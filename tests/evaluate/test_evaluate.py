@@ -32,9 +32,15 @@ def test_held_out_loss_and_bits_are_sums_over_all_batches_divided_once():
         nats = num_bytes = tokens = 0.0
         for batch in batches:
             rows = (batch.tokens[0], batch.positions[0], batch.segment_ids[0])
-            micro = (x[0] for x in map(lambda x: on_mesh(x, mesh), (batch.tokens, batch.positions, batch.segment_ids)))
+            micro = (
+                x[0]
+                for x in map(
+                    lambda x: on_mesh(x, mesh), (batch.tokens, batch.positions, batch.segment_ids)
+                )
+            )
             logits = np.asarray(
-                jax.jit(lambda model, *rows: model(*rows).logits_BTV)(state.model(), *micro), np.float64
+                jax.jit(lambda model, *rows: model(*rows).logits_BTV)(state.model(), *micro),
+                np.float64,
             )
             log_probability = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             mask, targets = batch.loss_mask[0] > 0, batch.targets[0]
@@ -52,8 +58,12 @@ def test_a_bigram_model_of_a_deterministic_sequence_is_nearly_certain_and_a_unig
     config = small_config()
     batch = packed_batch(config)
     cycle = np.arange(10_000) % 90 + 3
-    batch = type(batch)(*(cycle[np.arange(8 * 24).reshape(1, 8, 24) + shift] for shift in (0, 1)),
-                        batch.loss_mask, batch.segment_ids, batch.positions)  # fmt: skip
+    batch = type(batch)(
+        *(cycle[np.arange(8 * 24).reshape(1, 8, 24) + shift] for shift in (0, 1)),
+        batch.loss_mask,
+        batch.segment_ids,
+        batch.positions,
+    )
     bits = measure_ngrams(cycle, [batch], TokenBytes(np.ones(96, np.int64), BOS, 1))
     assert bits["unigram"] == pytest.approx(math.log2(90), rel=0.01)
     assert bits["bigram"] < 0.15
@@ -61,5 +71,7 @@ def test_a_bigram_model_of_a_deterministic_sequence_is_nearly_certain_and_a_unig
 
 def test_ngrams_of_unseen_tokens_are_finite():
     config = small_config()
-    bits = measure_ngrams(np.full(50, 7), batches_of(config), TokenBytes(np.ones(96, np.int64), BOS, 1))
+    bits = measure_ngrams(
+        np.full(50, 7), batches_of(config), TokenBytes(np.ones(96, np.int64), BOS, 1)
+    )
     assert math.isfinite(bits["unigram"]) and math.isfinite(bits["bigram"])

@@ -29,9 +29,14 @@ def test_scores_are_sums_over_the_logits_of_continuations_of_any_length(monkeypa
     loaded = mixtral_jax.load_pretrained(HF, dtype="float32", mesh=mesh_of(expert=2, tensor=2))
     rng = np.random.default_rng(0)
     lengths = [(1, 1), (20, 20), (5, 3), (1, 30), (31, 2), (3, 0), (8, 1)]
-    pairs = [Pair(rng.integers(3, 512, a).tolist(), rng.integers(3, 512, b).tolist()) for a, b in lengths]
+    pairs = [
+        Pair(rng.integers(3, 512, a).tolist(), rng.integers(3, 512, b).tolist()) for a, b in lengths
+    ]
     greedy = loaded.generate(pairs[0].context, max_new_tokens=5)
-    pairs += [Pair(pairs[0].context, greedy), Pair(pairs[0].context, [*greedy[:-1], greedy[-1] ^ 1])]
+    pairs += [
+        Pair(pairs[0].context, greedy),
+        Pair(pairs[0].context, [*greedy[:-1], greedy[-1] ^ 1]),
+    ]
     scores = dict(score_pairs(loaded, pairs))
     assert sorted(scores) == list(range(len(pairs)))
     for number, pair in enumerate(pairs):

@@ -34,14 +34,24 @@ def tuning_config(*, rank: int = 3, dropout: float = 0.0, **overrides: Any) -> C
 
 def prepare(config: Config) -> tuple[Tunable, TrainState, TrainStep]:
     tunable = make_tunable(config, "cpu")
-    optimizer = make_optimizer(config.optimizer, lambda step: 1e-2, config.router.learning_rate_factor)
+    optimizer = make_optimizer(
+        config.optimizer, lambda step: 1e-2, config.router.learning_rate_factor
+    )
     state = init_state(tunable.make_model, optimizer, tunable.trainable)
-    return tunable, state, make_train_step(optimizer, config.router, lambda step: 1e-2, tunable.perturb)
+    return (
+        tunable,
+        state,
+        make_train_step(optimizer, config.router, lambda step: 1e-2, tunable.perturb),
+    )
 
 
 def logits_of(model: Any, config: Config) -> np.ndarray:
     batch = on_mesh(packed_batch(config), jax.sharding.get_mesh())
-    apply = jax.jit(lambda model, batch: model(batch.tokens[0], batch.positions[0], batch.segment_ids[0]).logits_BTV)
+    apply = jax.jit(
+        lambda model, batch: (
+            model(batch.tokens[0], batch.positions[0], batch.segment_ids[0]).logits_BTV
+        )
+    )
     return np.asarray(apply(model, batch))
 
 
@@ -59,7 +69,9 @@ class Trained:
 @functools.cache
 def train(**sizes: int) -> Trained:
     # On one device a kernel that compiles sooner, and ought to give the same.
-    config = tuning_config(dropout=0.3, dispatch__grouped_matmul="blocks" if sizes else "ragged_dot")
+    config = tuning_config(
+        dropout=0.3, dispatch__grouped_matmul="blocks" if sizes else "ragged_dot"
+    )
     with jax.set_mesh(mesh_of(**sizes)), jax.default_matmul_precision("highest"):
         _, state, step = prepare(config)
         before, losses = jax.device_get(state), []
@@ -70,7 +82,13 @@ def train(**sizes: int) -> Trained:
         model = state.model()
         merged = jax.jit(merge_adapters)(model)
         assert not nnx.state(merged, nnx.LoRAParam)
-        return Trained(losses, before, jax.device_get(state), logits_of(model, config), logits_of(merged, config))
+        return Trained(
+            losses,
+            before,
+            jax.device_get(state),
+            logits_of(model, config),
+            logits_of(merged, config),
+        )
 
 
 @pytest.mark.parametrize(
@@ -84,16 +102,22 @@ def test_fresh_adapters_change_no_bit(sizes: dict[str, int], dtype: str) -> None
         tunable = make_tunable(config, "cpu")
         base = jax.jit(tunable.make_base)()
         adapted = jax.jit(tunable.adapt)(base)
-        assert len(jax.tree.leaves(nnx.state(adapted, nnx.LoRAParam))) == 2 * 8  # A and B of each projection.
+        assert (
+            len(jax.tree.leaves(nnx.state(adapted, nnx.LoRAParam))) == 2 * 8
+        )  # A and B of each projection.
         assert logits_of(adapted, config).tobytes() == logits_of(base, config).tobytes()
 
 
 def test_the_loss_falls_and_frozen_weights_keep_every_bit() -> None:
     run = train()
     assert run.losses[-1] < run.losses[0] - 0.2
-    for before, after in zip(jax.tree.leaves(run.before.frozen), jax.tree.leaves(run.after.frozen), strict=True):
+    for before, after in zip(
+        jax.tree.leaves(run.before.frozen), jax.tree.leaves(run.after.frozen), strict=True
+    ):
         assert before.tobytes() == after.tobytes()
-    for before, after in zip(jax.tree.leaves(run.before.trained), jax.tree.leaves(run.after.trained), strict=True):
+    for before, after in zip(
+        jax.tree.leaves(run.before.trained), jax.tree.leaves(run.after.trained), strict=True
+    ):
         assert not np.array_equal(before, after)
 
 
@@ -107,7 +131,9 @@ def test_the_optimizer_holds_state_for_adapters_alone() -> None:
 
 def test_merged_weights_give_the_logits_of_adapters() -> None:
     run = train()
-    np.testing.assert_allclose(run.merged_logits, run.logits, rtol=0, atol=1e-4)  # Logits are of order 1.
+    np.testing.assert_allclose(
+        run.merged_logits, run.logits, rtol=0, atol=1e-4
+    )  # Logits are of order 1.
 
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
@@ -150,10 +176,17 @@ def test_no_gradient_of_a_frozen_weight_is_computed() -> None:
             _, state, step = prepare(config)
             batch = on_mesh(packed_batch(config), jax.sharding.get_mesh())
             program = parse_program(step.lower(state, batch).compile().as_text() or "")
-        found = [instruction for _, instruction, _ in program.instructions() if instruction.opcode in ("dot", "add")]
+        found = [
+            instruction
+            for _, instruction, _ in program.instructions()
+            if instruction.opcode in ("dot", "add")
+        ]
         return {tuple(size for size in one.results[0].dimensions if size > 1) for one in found}
 
-    weights, one = {(32, 48), (48, 32)}, {"model__num_experts": 1, "router__num_experts_per_token": 1}
+    weights, one = (
+        {(32, 48), (48, 32)},
+        {"model__num_experts": 1, "router__num_experts_per_token": 1},
+    )
     assert products(tuning_config(rank=0, **one)) >= weights
     assert not products(tuning_config(**one)) & weights
 
@@ -163,8 +196,12 @@ def test_dropout_differs_between_steps_and_micro_batches_and_returns_with_them()
     with jax.set_mesh(mesh_of()):
         tunable, state, _ = prepare(config)
         draw = jax.jit(tunable.perturb)
-        drawn = [draw(state.model(), step, micro) for step, micro in ((0, 0), (1, 0), (0, 1), (0, 0))]
-        first, *others, again = [np.asarray(model.blocks.attention.query.lora_a.weight[...]) for model in drawn]
+        drawn = [
+            draw(state.model(), step, micro) for step, micro in ((0, 0), (1, 0), (0, 1), (0, 0))
+        ]
+        first, *others, again = [
+            np.asarray(model.blocks.attention.query.lora_a.weight[...]) for model in drawn
+        ]
         assert all(not np.array_equal(first == 0, other == 0) for other in others)
         np.testing.assert_array_equal(first, again)
         # What is evaluated is the state's own model, which has nothing dropped.
@@ -177,8 +214,16 @@ def test_dropout_takes_whole_features_of_each_expert_and_makes_up_for_them() -> 
         _, state, _ = prepare(tuning_config())
         model: Any = state.model()
         dropped: Any = jax.jit(drop_inputs)(model, 0.25, jax.random.key(0))
-    before, after = (np.asarray(one.blocks.moe.experts.gate.lora_a.weight[...]) for one in (model, dropped))
+    before, after = (
+        np.asarray(one.blocks.moe.experts.gate.lora_a.weight[...]) for one in (model, dropped)
+    )
     is_dropped_LED = (after == 0).all(axis=-1)
-    np.testing.assert_allclose(after, np.where(is_dropped_LED[..., None], 0, before / 0.75), rtol=1e-6)
-    assert is_dropped_LED.mean() == pytest.approx(0.25, abs=0.11)  # Of 256: four standard deviations.
-    assert len(np.unique(is_dropped_LED.reshape(8, -1), axis=0)) == 8  # Each expert of each layer its own.
+    np.testing.assert_allclose(
+        after, np.where(is_dropped_LED[..., None], 0, before / 0.75), rtol=1e-6
+    )
+    assert is_dropped_LED.mean() == pytest.approx(
+        0.25, abs=0.11
+    )  # Of 256: four standard deviations.
+    assert (
+        len(np.unique(is_dropped_LED.reshape(8, -1), axis=0)) == 8
+    )  # Each expert of each layer its own.

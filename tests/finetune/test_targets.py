@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mixtral_jax.config import ConfigError, FinetuneConfig
-from mixtral_jax.config_mapping import build
+from mixtral_jax.config import ConfigError, FinetuneConfig, build
 from mixtral_jax.finetune.targets import match_targets
 from mixtral_jax.finetune.trained import describe_trained, list_parts
 from mixtral_jax.finetune.tunable import make_tunable
@@ -31,14 +30,17 @@ def shapes_of(factor: float = 1.0, **finetune: Any) -> tuple[Any, Any]:
         return jax.eval_shape(tunable.make_model), tunable.trainable
 
 
-@pytest.mark.parametrize(("targets", "expected"), [
-    ("attention", ATTENTION),
-    ("attention+experts", [*ATTENTION, *EXPERTS]),
-    ("attention+experts+router", NAMES),
-    ("moe.experts.down", ["moe.experts.down"]),
-    ("attention.query, *.gate", ["attention.query", "moe.experts.gate", "moe.router.gate"]),
-    ("attention,moe.router.*", [*ATTENTION, "moe.router.gate"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("attention", ATTENTION),
+        ("attention+experts", [*ATTENTION, *EXPERTS]),
+        ("attention+experts+router", NAMES),
+        ("moe.experts.down", ["moe.experts.down"]),
+        ("attention.query, *.gate", ["attention.query", "moe.experts.gate", "moe.router.gate"]),
+        ("attention,moe.router.*", [*ATTENTION, "moe.router.gate"]),
+    ],
+)
 def test_presets_and_patterns_choose_projections(targets: str, expected: list[str]) -> None:
     model, trainable = shapes_of(lora={"targets": targets})
     assert [part.name for part in list_parts(model, trainable) if part.trained] == expected
@@ -51,14 +53,22 @@ def test_the_default_is_attention_and_experts_at_rank_16_and_scaling_2() -> None
     assert build(FinetuneConfig, {"lora": {"rank": 64, "alpha": "16"}}).lora.scaling == 0.25
 
 
-@pytest.mark.parametrize(("finetune", "words"), [
-    ({"lora": {"targets": "q_proj,attention.*"}}, ["'q_proj' matches no projection", "attention.query", "moe.experts"]),
-    ({"lora": {"targets": "attentoin"}}, ["'attentoin'", "attention+experts+router"]),
-    ({"lora": {"targets": ""}}, ["'' matches no projection"]),
-    ({"factor": 0.1}, ["no effect", "attention+experts+router"]),
-    ({"factor": 0, "lora": {"targets": "*"}}, ["freezes the router", "targets=*"]),
-])  # fmt: skip
-def test_what_would_train_nothing_is_an_error_that_names_what_would(finetune: dict, words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("finetune", "words"),
+    [
+        (
+            {"lora": {"targets": "q_proj,attention.*"}},
+            ["'q_proj' matches no projection", "attention.query", "moe.experts"],
+        ),
+        ({"lora": {"targets": "attentoin"}}, ["'attentoin'", "attention+experts+router"]),
+        ({"lora": {"targets": ""}}, ["'' matches no projection"]),
+        ({"factor": 0.1}, ["no effect", "attention+experts+router"]),
+        ({"factor": 0, "lora": {"targets": "*"}}, ["freezes the router", "targets=*"]),
+    ],
+)
+def test_what_would_train_nothing_is_an_error_that_names_what_would(
+    finetune: dict, words: list[str]
+) -> None:
     with pytest.raises(ConfigError) as error:
         shapes_of(**finetune)
     assert "\n" not in str(error.value)
@@ -66,15 +76,21 @@ def test_what_would_train_nothing_is_an_error_that_names_what_would(finetune: di
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize(("finetune", "words"), [
-    ({"lora": {"rank": -1}}, ["finetune.lora.rank=-1", "at least 1, or 0"]),
-    ({"lora": {"alpha": 0}}, ["finetune.lora.alpha=0.0", "positive"]),
-    ({"lora": {"dropout": 1}}, ["finetune.lora.dropout=1.0", "[0, 1)"]),
-    ({"lora": {"rank": 0, "dropout": 0.1}}, ["needs adapters"]),
-    ({"lora": {"rank": 0}, "frozen_dtype": "bfloat16"}, ["finetune.frozen_dtype=bfloat16", "is for adapters"]),
-    ({"base": ""}, ["finetune.base"]),
-    ({"lora": {"r": 8}}, ["unknown config key finetune.lora.r", "rank"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("finetune", "words"),
+    [
+        ({"lora": {"rank": -1}}, ["finetune.lora.rank=-1", "at least 1, or 0"]),
+        ({"lora": {"alpha": 0}}, ["finetune.lora.alpha=0.0", "positive"]),
+        ({"lora": {"dropout": 1}}, ["finetune.lora.dropout=1.0", "[0, 1)"]),
+        ({"lora": {"rank": 0, "dropout": 0.1}}, ["needs adapters"]),
+        (
+            {"lora": {"rank": 0}, "frozen_dtype": "bfloat16"},
+            ["finetune.frozen_dtype=bfloat16", "is for adapters"],
+        ),
+        ({"base": ""}, ["finetune.base"]),
+        ({"lora": {"r": 8}}, ["unknown config key finetune.lora.r", "rank"]),
+    ],
+)
 def test_a_wrong_setting_is_named(finetune: dict, words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         small_config(finetune=finetune)
@@ -100,12 +116,14 @@ def test_frozen_weights_may_be_bfloat16_while_adapters_and_their_moments_are_flo
     config = small_config(finetune__frozen_dtype="bfloat16")
     tunable = make_tunable(config, "cpu")
     with jax.set_mesh(mesh_of(expert=4, fsdp=2)):
-        optimizer = make_optimizer(config.optimizer, lambda step: 1.0, config.router.learning_rate_factor)
+        optimizer = make_optimizer(
+            config.optimizer, lambda step: 1.0, config.router.learning_rate_factor
+        )
         state = abstract_state(tunable.make_model, optimizer, tunable.trainable)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.frozen)} == {jnp.dtype("bfloat16")}
-    assert {leaf.dtype for leaf in jax.tree.leaves((state.trained, state.opt_state)) if leaf.ndim} == {
-        jnp.dtype("float32")
-    }
+    assert {
+        leaf.dtype for leaf in jax.tree.leaves((state.trained, state.opt_state)) if leaf.ndim
+    } == {jnp.dtype("float32")}
     # Cut as what they adapt: over experts, and over the model dimension; the rank is not.
     down, gate = state.trained.blocks.moe.experts.down, state.trained.blocks.moe.experts.gate
     assert gate.lora_a.weight.get_value().sharding.spec == jax.P(None, "expert", "fsdp", None)
@@ -119,22 +137,31 @@ def updates_of(config_overrides: dict[str, Any]) -> dict[str, float]:
     config = small_config(**config_overrides)
     tunable = make_tunable(config, "cpu")
     with jax.set_mesh(mesh_of()):
-        optimizer = make_optimizer(config.optimizer, lambda step: 1.0, config.router.learning_rate_factor)
-        state = jax.eval_shape(lambda: TrainState.create(tunable.make_model(), optimizer, tunable.trainable))
+        optimizer = make_optimizer(
+            config.optimizer, lambda step: 1.0, config.router.learning_rate_factor
+        )
+        state = jax.eval_shape(
+            lambda: TrainState.create(tunable.make_model(), optimizer, tunable.trainable)
+        )
         ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), state.trained)
         updates, _ = jax.jit(lambda ones: optimizer.update(ones, optimizer.init(ones), ones))(ones)
     return {
-        jax.tree_util.keystr(path): float(jnp.abs(leaf).max()) for path, leaf in jax.tree.flatten_with_path(updates)[0]
+        jax.tree_util.keystr(path): float(jnp.abs(leaf).max())
+        for path, leaf in jax.tree.flatten_with_path(updates)[0]
     }
 
 
-@pytest.mark.parametrize("lora", [{"rank": 0}, {"targets": "attention+experts+router"}], ids=["full", "adapters"])
+@pytest.mark.parametrize(
+    "lora", [{"rank": 0}, {"targets": "attention+experts+router"}], ids=["full", "adapters"]
+)
 def test_the_router_learns_at_its_own_rate(lora: dict[str, Any]) -> None:
     slow = updates_of({"finetune": {"lora": lora}, "router": {"learning_rate_factor": 0.25}})
     normal = updates_of({"finetune": {"lora": lora}})
     assert slow.keys() == normal.keys()
     for name, size in normal.items():
-        assert slow[name] == pytest.approx(size * (0.25 if "router" in name else 1.0), rel=1e-6), name
+        assert slow[name] == pytest.approx(size * (0.25 if "router" in name else 1.0), rel=1e-6), (
+            name
+        )
 
 
 def test_a_frozen_router_has_no_state_in_the_optimizer() -> None:
@@ -152,11 +179,17 @@ def test_both_halves_of_an_adapter_decay() -> None:
 def test_a_base_that_is_there_is_tuned_in_place() -> None:
     config = small_config(finetune__lora={"rank": 4, "targets": "attention"})
     tunable = make_tunable(config, "cpu")
-    optimizer = make_optimizer(config.optimizer, lambda step: 1.0, config.router.learning_rate_factor)
+    optimizer = make_optimizer(
+        config.optimizer, lambda step: 1.0, config.router.learning_rate_factor
+    )
     with jax.set_mesh(mesh_of()):
         base, expected = (jax.jit(tunable.make_base)() for _ in range(2))
         state = init_state(tunable.adapt, optimizer, tunable.trainable, base)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(base))  # There is no second copy of it.
-    for got, leaf in zip(jax.tree.leaves(state.frozen), jax.tree.leaves(nnx.state(expected)), strict=True):
+    assert all(
+        leaf.is_deleted() for leaf in jax.tree.leaves(base)
+    )  # There is no second copy of it.
+    for got, leaf in zip(
+        jax.tree.leaves(state.frozen), jax.tree.leaves(nnx.state(expected)), strict=True
+    ):
         np.testing.assert_array_equal(got, leaf)
     assert len(jax.tree.leaves(state.trained)) == 2 * 4

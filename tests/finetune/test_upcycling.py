@@ -1,4 +1,6 @@
-"""Experts made of a dense model: what they compute at first, what is new in them, on every mesh; what is refused."""
+"""Experts made of a dense model: what they compute at first, what is new in them, on every mesh;
+what is refused.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -11,14 +13,14 @@ import pytest
 from mixtral_jax.checkpoint.on_devices import parameter_name
 from mixtral_jax.checkpoint.upcycled import copy_experts
 from mixtral_jax.checkpoint.weights import Weights
-from mixtral_jax.cli.open_base import Base, plan_base
-from mixtral_jax.cli.open_dense import dense_loader, find_misfits, plan_dense
-from mixtral_jax.cli.start import Run
 from mixtral_jax.config import Config, ConfigError, PretrainConfig
 from mixtral_jax.finetune.upcycling import choose_units, redraw
 from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.parallel.processes import Processes
-from mixtral_jax.train.console import make_console
+from mixtral_jax.runs.base import Base, plan_base
+from mixtral_jax.runs.console import make_console
+from mixtral_jax.runs.run import Run
+from mixtral_jax.runs.upcycle import dense_loader, find_misfits, plan_dense
 from tests.cases import RULES, mesh_of, packed_batch, small_config
 from tests.checkpoint.folders import architecture_of, in_memory, random_parameters
 from tests.reference import mixture, rms_norm, swiglu
@@ -30,7 +32,9 @@ EXPERTS = {name: f"blocks/moe/experts/{name}/weight" for name in ("gate", "up", 
 
 
 def config_of(**changes: Any) -> Config:
-    return small_config(**{f"upcycle__{key}" if "__" not in key else key: value for key, value in changes.items()})
+    return small_config(
+        **{f"upcycle__{key}" if "__" not in key else key: value for key, value in changes.items()}
+    )
 
 
 def upcycled(sizes: dict[str, int], **changes: Any) -> Any:
@@ -44,14 +48,19 @@ def upcycled(sizes: dict[str, int], **changes: Any) -> Any:
 
 
 def parameters_of(model: Any) -> dict[str, np.ndarray]:
-    return {parameter_name(path): np.asarray(leaf) for path, leaf in jax.tree.flatten_with_path(model)[0]}
+    return {
+        parameter_name(path): np.asarray(leaf)
+        for path, leaf in jax.tree.flatten_with_path(model)[0]
+    }
 
 
 def logits_of(model: Any, batch: Any) -> np.ndarray:
     mesh = model.embedding_VD[...].sharding.mesh
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         rows = jax.NamedSharding(mesh, RULES.spec("batch", None))
-        inputs = (jax.device_put(x[0], rows) for x in (batch.tokens, batch.positions, batch.segment_ids))
+        inputs = (
+            jax.device_put(x[0], rows) for x in (batch.tokens, batch.positions, batch.segment_ids)
+        )
         return np.asarray(jax.jit(lambda model, *args: model(*args))(model, *inputs).logits_BTV)
 
 
@@ -62,19 +71,33 @@ def dense_logits() -> np.ndarray:
     with jax.set_mesh(mesh_of()):
         model = jax.jit(model_maker(config, "cpu"))()
     leaves, structure = jax.tree.flatten_with_path(model)
-    model = jax.tree.unflatten(structure, [jax.device_put(WEIGHTS[parameter_name(p)], x.sharding) for p, x in leaves])
+    model = jax.tree.unflatten(
+        structure, [jax.device_put(WEIGHTS[parameter_name(p)], x.sharding) for p, x in leaves]
+    )
     return logits_of(model, packed_batch(config))
 
 
-@pytest.mark.parametrize(("sizes", "changes"), [
-    ({}, {}),
-    ({"expert": 4, "fsdp": 2}, {}),
-    ({"fsdp": 2, "expert": 2, "tensor": 2}, {}),
-    ({}, {"router__num_experts_per_token": 3, "router__score": "sigmoid", "router__scale": 2.5}),
-    ({}, {"model__granularity": 4, "router__bias": {"update_rate": 0.01}}),
-    ({"expert": 4, "fsdp": 2}, {"model__granularity": 4, "router__score": "softmax", "router__scale": 2.0}),
-    ({"fsdp": 2, "expert": 2, "tensor": 2}, {"model__granularity": 2, "router__num_experts_per_token": 1}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sizes", "changes"),
+    [
+        ({}, {}),
+        ({"expert": 4, "fsdp": 2}, {}),
+        ({"fsdp": 2, "expert": 2, "tensor": 2}, {}),
+        (
+            {},
+            {"router__num_experts_per_token": 3, "router__score": "sigmoid", "router__scale": 2.5},
+        ),
+        ({}, {"model__granularity": 4, "router__bias": {"update_rate": 0.01}}),
+        (
+            {"expert": 4, "fsdp": 2},
+            {"model__granularity": 4, "router__score": "softmax", "router__scale": 2.0},
+        ),
+        (
+            {"fsdp": 2, "expert": 2, "tensor": 2},
+            {"model__granularity": 2, "router__num_experts_per_token": 1},
+        ),
+    ],
+)
 def test_copies_compute_at_first_what_the_dense_model_does(sizes, changes, dense_logits):
     model, batch = upcycled(sizes, method="copy", **changes), packed_batch(small_config())
     real = batch.segment_ids[0] > 0
@@ -87,7 +110,9 @@ def test_all_but_the_routers_is_taken_over_to_the_bit_and_those_are_fresh():
         fresh = parameters_of(jax.jit(model_maker(small_config(), "cpu"))())
     for name, numbers in found.items():
         expected = fresh[name] if "router" in name else WEIGHTS[name]
-        np.testing.assert_array_equal(numbers, np.broadcast_to(expected, numbers.shape), err_msg=name)
+        np.testing.assert_array_equal(
+            numbers, np.broadcast_to(expected, numbers.shape), err_msg=name
+        )
 
 
 def test_slices_of_a_dense_layer_are_a_mixture_that_adds_up_to_it():
@@ -109,7 +134,9 @@ def test_any_block_of_the_copies_is_the_slice_that_numpy_takes():
         expected = np.concatenate([np.concatenate(np.split(WEIGHTS[path], 4, axis), 1)] * 3, 1)
         assert copies[path].shape == expected.shape
         for starts in ((0, 0, 0, 0), (1, 3, 2, 5), (0, 7, 1, 1)):
-            block = tuple(slice(start, size) for start, size in zip(starts, expected.shape, strict=True))
+            block = tuple(
+                slice(start, size) for start, size in zip(starts, expected.shape, strict=True)
+            )
             np.testing.assert_array_equal(copies[path].read(block), expected[block])
         one = (slice(1, 2), slice(5, 6), slice(0, 4), slice(2, 4))
         np.testing.assert_array_equal(copies[path].read(one), expected[one])
@@ -136,12 +163,17 @@ def test_dropped_units_are_exactly_so_many_and_the_same_in_all_three_matrices():
     assert (is_new["gate"].sum(axis=-1) == int(0.4 * 48)).all()
     np.testing.assert_array_equal(is_new["gate"], is_new["up"])
     np.testing.assert_array_equal(is_new["gate"], is_new["down"])
-    assert len({units.tobytes() for units in is_new["gate"].reshape(16, -1)}) == 16  # Each expert its own.
+    assert (
+        len({units.tobytes() for units in is_new["gate"].reshape(16, -1)}) == 16
+    )  # Each expert its own.
 
 
 @pytest.mark.parametrize("hidden", [1, 2])
 def test_new_units_have_the_mean_and_deviation_of_the_old_ones(hidden):
-    key, weight = jax.random.key(3), np.random.default_rng(1).normal(2.0, 3.0, size=(3, 10, 10)).astype(np.float32)
+    key, weight = (
+        jax.random.key(3),
+        np.random.default_rng(1).normal(2.0, 3.0, size=(3, 10, 10)).astype(np.float32),
+    )
     units = np.asarray(choose_units(jax.random.key(4), 3, 10, 0.5))
     with jax.set_mesh(mesh_of()):
         got = np.asarray(redraw(jax.numpy.asarray(weight), np.expand_dims(units, 3 - hidden), key))
@@ -155,17 +187,25 @@ def test_new_units_have_the_mean_and_deviation_of_the_old_ones(hidden):
 
 @pytest.mark.parametrize("method", ["noise", "drop"])
 def test_what_is_drawn_is_the_same_on_every_mesh(method):
-    expected, *others = (parameters_of(upcycled(sizes, method=method, model__granularity=2)) for sizes in MESHES)
+    expected, *others = (
+        parameters_of(upcycled(sizes, method=method, model__granularity=2)) for sizes in MESHES
+    )
     for other in others:
         for name, numbers in other.items():
             np.testing.assert_allclose(numbers, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_granularity_of_the_model_cuts_the_copies_and_the_planned_base_is_their_whole():
-    config = config_of(method="drop", model__granularity=4, upcycle__pretrain={"num_steps": 7}, data__path="here")
+    config = config_of(
+        method="drop", model__granularity=4, upcycle__pretrain={"num_steps": 7}, data__path="here"
+    )
     assert config.upcycle is not None and config.upcycle.granularity == 4
     dense = plan_dense(config)
-    assert (dense.model.num_experts, dense.model.intermediate_size, dense.train.num_steps) == (1, 48, 7)
+    assert (dense.model.num_experts, dense.model.intermediate_size, dense.train.num_steps) == (
+        1,
+        48,
+        7,
+    )
     assert (dense.upcycle, dense.data.path, dense.router.num_experts_per_token) == (None, "here", 1)
     assert find_misfits(dense.model, config.model, config.upcycle) == []
 
@@ -173,7 +213,10 @@ def test_granularity_of_the_model_cuts_the_copies_and_the_planned_base_is_their_
 def test_a_planned_base_reads_the_text_of_the_run_or_in_tuning_python():
     plan = PretrainConfig()
     assert plan_base(small_config(data__path="here"), plan).data.path == "here"
-    assert plan_base(small_config(data__path="chats", finetune__base="x"), plan).data.path == "python-stdlib"
+    assert (
+        plan_base(small_config(data__path="chats", finetune__base="x"), plan).data.path
+        == "python-stdlib"
+    )
 
 
 def test_all_that_does_not_fit_is_listed_at_once():
@@ -194,22 +237,46 @@ def test_a_base_alone_is_copied():
     assert upcycle and upcycle.method == "copy"
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"method": "clone"}, ["upcycle.method='clone'", "'copy', 'noise', 'drop'"]),
-    ({"noise_std": -1}, ["upcycle.noise_std=-1.0"]),
-    ({"drop_fraction": 1.5}, ["upcycle.drop_fraction=1.5", "between 0 and 1"]),
-    ({"base": ""}, ["upcycle.base"]),
-    ({"upcycle__pretrain": {"num_steps": 0}}, ["upcycle.pretrain.num_steps=0", "positive"]),
-    ({"method": "copy", "granularity": 3}, ["upcycle.granularity=3", "model.num_experts=8", "num_experts_per_token=2"]),
-    ({"granularity": 2}, ["upcycle needs upcycle.base", "upcycle.method"]),
-    ({"upcycle__pretrain": {"num_steps": 5}}, ["upcycle needs upcycle.base", "upcycle.method"]),
-    ({"method": "copy", "granularity": 2, "router__score": "sigmoid", "router__renormalize": False},
-     ["do not add up", "score=sigmoid"]),
-    ({"method": "copy", "granularity": 2, "router__choice": "hash", "router__z_loss_weight": 0,
-      "router__load_balance": {"weight": 0}}, ["needs router.choice=top_k", "router.choice=hash"]),
-    ({"method": "copy", "model__num_shared_experts": 1}, ["model.num_shared_experts=1", "set it to 0"]),
-    ({"method": "copy", "finetune__base": "x"}, ["finetune and upcycle are two runs"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "clone"}, ["upcycle.method='clone'", "'copy', 'noise', 'drop'"]),
+        ({"noise_std": -1}, ["upcycle.noise_std=-1.0"]),
+        ({"drop_fraction": 1.5}, ["upcycle.drop_fraction=1.5", "between 0 and 1"]),
+        ({"base": ""}, ["upcycle.base"]),
+        ({"upcycle__pretrain": {"num_steps": 0}}, ["upcycle.pretrain.num_steps=0", "positive"]),
+        (
+            {"method": "copy", "granularity": 3},
+            ["upcycle.granularity=3", "model.num_experts=8", "num_experts_per_token=2"],
+        ),
+        ({"granularity": 2}, ["upcycle needs upcycle.base", "upcycle.method"]),
+        ({"upcycle__pretrain": {"num_steps": 5}}, ["upcycle needs upcycle.base", "upcycle.method"]),
+        (
+            {
+                "method": "copy",
+                "granularity": 2,
+                "router__score": "sigmoid",
+                "router__renormalize": False,
+            },
+            ["do not add up", "score=sigmoid"],
+        ),
+        (
+            {
+                "method": "copy",
+                "granularity": 2,
+                "router__choice": "hash",
+                "router__z_loss_weight": 0,
+                "router__load_balance": {"weight": 0},
+            },
+            ["needs router.choice=top_k", "router.choice=hash"],
+        ),
+        (
+            {"method": "copy", "model__num_shared_experts": 1},
+            ["model.num_shared_experts=1", "set it to 0"],
+        ),
+        ({"method": "copy", "finetune__base": "x"}, ["finetune and upcycle are two runs"]),
+    ],
+)
 def test_what_makes_no_sense_is_refused_with_the_reason(changes, words):
     with pytest.raises(ConfigError) as error:
         config_of(**changes)

@@ -1,4 +1,6 @@
-"""Continuations: those of transformers, with and without a cache, alone and in company, on every mesh."""
+"""Continuations: those of transformers, with and without a cache, alone and in company, on every
+mesh.
+"""
 
 import contextlib
 import itertools
@@ -51,10 +53,15 @@ def continue_without_cache(logits_of, prompt, count):
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize(("folder", "sizes"), [
-    ("hf_tiny", {}), ("hf_tiny", {"expert": 4, "tensor": 2}), ("mistral_tiny", {}),
-    ("mistral_tiny", {"expert": 4, "tensor": 2}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("folder", "sizes"),
+    [
+        ("hf_tiny", {}),
+        ("hf_tiny", {"expert": 4, "tensor": 2}),
+        ("mistral_tiny", {}),
+        ("mistral_tiny", {"expert": 4, "tensor": 2}),
+    ],
+)
 def test_greedy_continuation_is_that_of_transformers(folder, sizes, golden):
     prompt, expected = golden
     loaded = mixtral_jax.load_pretrained(GOLDEN / folder, dtype="float32", mesh=mesh_of(**sizes))
@@ -68,7 +75,9 @@ def test_cached_logits_are_those_of_a_run_over_everything():
     config, mesh = small_config(), mesh_of(**SPREAD)
     rng = np.random.default_rng(0)
     lengths = np.array([9, 16, 5, 12, 16, 1, 7, 0])
-    tokens = rng.integers(0, 96, (8, 16 + 7), dtype=np.int32)  # A row's own begin `16 - length` columns in.
+    tokens = rng.integers(
+        0, 96, (8, 16 + 7), dtype=np.int32
+    )  # A row's own begin `16 - length` columns in.
     positions = np.arange(23)[None] - (16 - lengths[:, None])
     segments = ((positions >= 0) & (lengths[:, None] > 0)).astype(np.int32)
     positions = np.maximum(positions, 0).astype(np.int32)
@@ -94,20 +103,30 @@ def test_cached_logits_are_those_of_a_run_over_everything():
             logits, cache = go_on(model, cache, *cut(begins, ends))
             parts.append(logits)
     got = np.concatenate([np.asarray(part) for part in parts], axis=1)
-    np.testing.assert_allclose(got[segments > 0], np.asarray(expected)[segments > 0], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(
+        got[segments > 0], np.asarray(expected)[segments > 0], rtol=0, atol=2e-5
+    )
     assert cache.length == 23
     assert not np.asarray(cache.past.segment_ids_BS)[:, 23:].any()
     keys = cache.past.key_values.k_BSKH
     spread = mesh.size // mesh.shape["tensor"]
-    assert keys.addressable_shards[0].data.shape == (2, 8 // spread, 32, 2 // mesh.shape["tensor"], 12)
+    assert keys.addressable_shards[0].data.shape == (
+        2,
+        8 // spread,
+        32,
+        2 // mesh.shape["tensor"],
+        12,
+    )
 
 
 def test_company_and_mesh_change_no_continuation(small):
     prompts = [[5], list(range(20)), [7, 8, 9], list(range(60, 96))]
     settings = [
-        Settings(max_new_tokens=10, temperature=0.9, seed=3), Settings(max_new_tokens=6, temperature=1.2, top_k=20),
-        Settings(max_new_tokens=9), Settings(max_new_tokens=10, temperature=0.7, top_p=0.8, seed=9),
-    ]  # fmt: skip
+        Settings(max_new_tokens=10, temperature=0.9, seed=3),
+        Settings(max_new_tokens=6, temperature=1.2, top_k=20),
+        Settings(max_new_tokens=9),
+        Settings(max_new_tokens=10, temperature=0.7, top_p=0.8, seed=9),
+    ]
     together = [row.ids for row in small.generate(prompts, settings)]
     assert [len(ids) for ids in together] == [10, 6, 9, 10]
     assert [row.ids for row in small.generate(prompts[::-1], settings[::-1])] == together[::-1]
@@ -137,7 +156,10 @@ def compilations():
 
 
 def test_each_program_is_compiled_once_for_a_bucket_of_sizes_and_not_counted_as_speed():
-    generator, speed = generator_of(small_config(), mesh_of(expert=2)), Speed()  # Batches of one or two are one size.
+    generator, speed = (
+        generator_of(small_config(), mesh_of(expert=2)),
+        Speed(),
+    )  # Batches of one or two are one size.
     with compilations() as count:
         generator.generate([[1] * 5, [1] * 7], Settings(max_new_tokens=6), speed)
         assert count() == 2
@@ -149,7 +171,10 @@ def test_each_program_is_compiled_once_for_a_bucket_of_sizes_and_not_counted_as_
         generator.generate([[1] * 17], Settings(max_new_tokens=3))
         generator.generate([[1] * 32], Settings(max_new_tokens=32))
         assert count() == 4
-        for settings in ({"temperature": 1.0}, {"temperature": 0.5, "top_k": 3, "top_p": 0.5, "seed": 8}):
+        for settings in (
+            {"temperature": 1.0},
+            {"temperature": 0.5, "top_k": 3, "top_p": 0.5, "seed": 8},
+        ):
             generator.generate([[1]], Settings(max_new_tokens=3, **settings))
         assert count() == 6
     assert "12 tokens" in str(speed) and "10 tokens" in str(speed)
@@ -188,12 +213,19 @@ def test_a_row_ends_at_the_end_of_text_or_a_stop_string_and_the_others_go_on(sma
     place = next(i for i in range(1, 12) if first[i] not in first[:i])
     tokenizer.eos_id = first[place]
     row, other = generator.generate(prompts, Settings(max_new_tokens=12))
-    assert (row.ids, row.text, row.finish_reason) == (first[:place], tokenizer.decode(first[:place]), "stop")
+    assert (row.ids, row.text, row.finish_reason) == (
+        first[:place],
+        tokenizer.decode(first[:place]),
+        "stop",
+    )
     assert other.ids == [*second, first[place]][: [*second, first[place]].index(first[place])]
 
     tokenizer.eos_id = -1
     place = next(i for i in range(1, 12) if second[i] not in second[:i])
-    settings = [Settings(max_new_tokens=2), Settings(max_new_tokens=12, stop=(f" {second[place]} ",))]
+    settings = [
+        Settings(max_new_tokens=2),
+        Settings(max_new_tokens=12, stop=(f" {second[place]} ",)),
+    ]
     row, other = generator.generate(prompts, settings)
     assert (row.ids, row.finish_reason) == (first[:2], "length")
     assert (other.text, other.finish_reason) == (tokenizer.decode(second[:place])[:-1], "stop")
@@ -207,13 +239,24 @@ def test_a_continuation_ends_at_the_context(small):
         short.generate([[1] * 12], Settings())
 
 
-@pytest.mark.parametrize(("prompts", "settings", "words"), [
-    ([], {}, "at least one prompt"), ([[]], {}, "at least one token"), ([[96]], {}, "id 96.*from 0 to 95"),
-    ([[3, -1]], {}, "id -1"), ([[1]], {"stop": ("x",)}, "tokenizer"), ([[1]], {"stop": ("",)}, "empty"),
-    ([[1]], {"temperature": -1.0}, "temperature=-1.0"), ([[1]], {"temperature": float("nan")}, "temperature=nan"),
-    ([[1]], {"top_p": 0.0}, "top_p=0.0"), ([[1]], {"top_p": 1.5}, "top_p=1.5"), ([[1]], {"top_k": -1}, "top_k=-1"),
-    ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"), ([[1]], {"seed": -1}, "seed=-1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompts", "settings", "words"),
+    [
+        ([], {}, "at least one prompt"),
+        ([[]], {}, "at least one token"),
+        ([[96]], {}, "id 96.*from 0 to 95"),
+        ([[3, -1]], {}, "id -1"),
+        ([[1]], {"stop": ("x",)}, "tokenizer"),
+        ([[1]], {"stop": ("",)}, "empty"),
+        ([[1]], {"temperature": -1.0}, "temperature=-1.0"),
+        ([[1]], {"temperature": float("nan")}, "temperature=nan"),
+        ([[1]], {"top_p": 0.0}, "top_p=0.0"),
+        ([[1]], {"top_p": 1.5}, "top_p=1.5"),
+        ([[1]], {"top_k": -1}, "top_k=-1"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ([[1]], {"seed": -1}, "seed=-1"),
+    ],
+)
 def test_what_cannot_be_continued_is_refused(small, prompts, settings, words):
     with pytest.raises(ConfigError, match=words):
         small.generate(prompts, Settings(**settings))
@@ -221,8 +264,14 @@ def test_what_cannot_be_continued_is_refused(small, prompts, settings, words):
 
 def test_sizes_of_buckets_are_few_and_near():
     assert [bucket(length) for length in (1, 16, 17, 1000, 1025, 2049, 32_768)] == [
-        16, 16, 32, 1024, 1536, 2560, 32_768,
-    ]  # fmt: skip
+        16,
+        16,
+        32,
+        1024,
+        1536,
+        2560,
+        32_768,
+    ]
     sizes = {bucket(length) for length in range(1, 65_537)}
     assert len(sizes) < 40
     assert all(length <= bucket(length) <= max(16, 2 * length) for length in range(1, 4096))

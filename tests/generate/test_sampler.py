@@ -12,39 +12,65 @@ NUM_DRAWS = 8192
 LOGITS = np.log([0.02, 0.30, 0.05, 0.25, 0.05, 0.13, 0.20], dtype=np.float32)
 
 
-def draw(logits, *, temperature=1.0, top_p=1.0, top_k=0, seeds=range(NUM_DRAWS), number=0, choices=None, mesh=None):
+def draw(
+    logits,
+    *,
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    seeds=range(NUM_DRAWS),
+    number=0,
+    choices=None,
+    mesh=None,
+):
     """A token for each seed, all from the same logits unless there is a row of them for each."""
     seeds = np.asarray(seeds, np.uint32)
     rows = np.broadcast_to(logits, (len(seeds), np.shape(logits)[-1]))
     column = lambda value, dtype: np.broadcast_to(np.asarray(value, dtype), len(seeds))  # noqa: E731
-    sampling = Sampling(column(temperature, np.float32), column(top_p, np.float32), column(top_k, np.int32), seeds)
+    sampling = Sampling(
+        column(temperature, np.float32), column(top_p, np.float32), column(top_k, np.int32), seeds
+    )
     mesh = mesh or mesh_of()
     with jax.set_mesh(mesh):
         place = lambda x, *axes: jax.device_put(x, jax.NamedSharding(mesh, RULES.spec(*axes)))  # noqa: E731
-        rows, sampling = place(rows, "batch", "act_vocab"), jax.tree.map(lambda x: place(x, "batch"), sampling)
+        rows, sampling = (
+            place(rows, "batch", "act_vocab"),
+            jax.tree.map(lambda x: place(x, "batch"), sampling),
+        )
         choose = jax.jit(lambda *x: choose_tokens(*x, choices or rows.shape[1], RULES))
         return np.asarray(choose(rows, sampling, jnp.int32(number)))
 
 
 def check_distribution(tokens, expected):
-    """Counts within five standard deviations of what is expected; what has probability 0 never comes."""
-    counts, expected = np.bincount(tokens, minlength=len(expected)), np.asarray(expected) / np.sum(expected)
+    """Counts within five standard deviations of what is expected; what has probability 0 never
+    comes.
+    """
+    counts, expected = (
+        np.bincount(tokens, minlength=len(expected)),
+        np.asarray(expected) / np.sum(expected),
+    )
     deviation = np.sqrt(len(tokens) * expected * (1 - expected))
-    assert np.all(np.abs(counts - len(tokens) * expected) <= 5 * deviation), (counts / len(tokens), expected)
+    assert np.all(np.abs(counts - len(tokens) * expected) <= 5 * deviation), (
+        counts / len(tokens),
+        expected,
+    )
 
 
-@pytest.mark.parametrize(("settings", "kept"), [
-    ({}, [0, 1, 2, 3, 4, 5, 6]),
-    ({"top_k": 1}, [1]),
-    ({"top_k": 3}, [1, 3, 6]),
-    ({"top_k": 100}, [0, 1, 2, 3, 4, 5, 6]),
-    ({"top_p": 0.01}, [1]),  # The likeliest token always stays.
-    ({"top_p": 0.5}, [1, 3]),  # 0.30 + 0.25 reach 0.5.
-    ({"top_p": 0.56}, [1, 3, 6]),
-    ({"top_p": 0.99}, [0, 1, 2, 3, 4, 5, 6]),
-    ({"top_k": 3, "top_p": 0.7}, [1, 3]),  # Of the three that are left these have 0.733.
-    ({"choices": 4}, [0, 1, 2, 3]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5, 6]),
+        ({"top_k": 1}, [1]),
+        ({"top_k": 3}, [1, 3, 6]),
+        ({"top_k": 100}, [0, 1, 2, 3, 4, 5, 6]),
+        ({"top_p": 0.01}, [1]),  # The likeliest token always stays.
+        ({"top_p": 0.5}, [1, 3]),  # 0.30 + 0.25 reach 0.5.
+        ({"top_p": 0.56}, [1, 3, 6]),
+        ({"top_p": 0.99}, [0, 1, 2, 3, 4, 5, 6]),
+        ({"top_k": 3, "top_p": 0.7}, [1, 3]),  # Of the three that are left these have 0.733.
+        ({"choices": 4}, [0, 1, 2, 3]),
+    ],
+)
 def test_frequencies_are_the_probabilities_of_what_is_kept(settings, kept):
     probability = np.exp(LOGITS)
     check_distribution(draw(LOGITS, **settings), np.where(np.isin(range(7), kept), probability, 0))
@@ -75,12 +101,17 @@ def test_temperature_zero_is_the_likeliest_token_and_so_is_no_sampling_at_all():
 
 def test_a_draw_depends_on_its_seed_and_number_alone_not_on_the_batch_nor_the_mesh():
     rng = np.random.default_rng(0)
-    rows, seeds = rng.normal(size=(32, 48)).astype(np.float32), rng.integers(0, 2**32, 32, dtype=np.uint32)
+    rows, seeds = (
+        rng.normal(size=(32, 48)).astype(np.float32),
+        rng.integers(0, 2**32, 32, dtype=np.uint32),
+    )
     settings = {"temperature": 0.8, "top_p": 0.9, "number": 3}
     expected = draw(rows, seeds=seeds, **settings)
     order = rng.permutation(32)
     for mesh in (mesh_of(expert=4, tensor=2), mesh_of(data=8)):
-        np.testing.assert_array_equal(draw(rows[order], seeds=seeds[order], mesh=mesh, **settings), expected[order])
+        np.testing.assert_array_equal(
+            draw(rows[order], seeds=seeds[order], mesh=mesh, **settings), expected[order]
+        )
     alone = [draw(rows[i : i + 1], seeds=seeds[i : i + 1], **settings)[0] for i in range(4)]
     np.testing.assert_array_equal(alone, expected[:4])
     assert (draw(rows, seeds=seeds, **settings | {"number": 4}) != expected).any()

@@ -1,4 +1,6 @@
-"""Text that is shown a piece at a time: the same as all at once, whole characters only, and nothing past a stop."""
+"""Text that is shown a piece at a time: the same as all at once, whole characters only, and nothing
+past a stop.
+"""
 
 import itertools
 import random
@@ -52,7 +54,10 @@ def test_what_is_shown_only_grows_and_ends_as_the_whole_text(tokenizer):
 
 
 def test_text_goes_on_where_the_prompt_ended_with_its_space(tokenizer):
-    prompt, whole = tokenizer.encode("the parser"), tokenizer.encode("the parser takes  two  arguments")
+    prompt, whole = (
+        tokenizer.encode("the parser"),
+        tokenizer.encode("the parser takes  two  arguments"),
+    )
     assert whole[: len(prompt)] == prompt
     stream = TextStream(tokenizer, [1, *prompt])
     stream.push(whole[len(prompt) :])

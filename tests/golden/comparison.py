@@ -1,7 +1,8 @@
-"""What a model read from a Hugging Face folder computes, by the names and in the shapes of transformers.
+"""What a model read from a Hugging Face folder computes, by the names and in the shapes of
+transformers.
 
-The golden test and the live comparison share it. Gradients are renamed here by hand and not with the
-reader's table, which is under test.
+The golden test and the live comparison share it. Gradients are renamed here by hand and not with
+the reader's table, which is under test.
 """
 
 import dataclasses
@@ -56,8 +57,12 @@ class Part:
     gradients: dict[str, np.ndarray]
 
 
-def outputs_and_losses(model: Transformer, batch: Batch, router: RouterConfig) -> tuple[ModelOutput, dict[str, Part]]:
-    """What the model puts out, on the host; the `total` loss, and apart from it `ce` and `aux`, not yet weighted."""
+def outputs_and_losses(
+    model: Transformer, batch: Batch, router: RouterConfig
+) -> tuple[ModelOutput, dict[str, Part]]:
+    """What the model puts out, on the host; the `total` loss, and apart from it `ce` and `aux`, not
+    yet weighted.
+    """
     parts, output = {}, None
     for name, share in zip(("total", "ce", "aux"), jnp.eye(3), strict=True):
         (value, output), gradients = _value_and_grad(model, share, batch, router)
@@ -67,16 +72,25 @@ def outputs_and_losses(model: Transformer, batch: Batch, router: RouterConfig) -
 
 @functools.partial(jax.jit, static_argnames="router")
 @functools.partial(jax.value_and_grad, has_aux=True)
-def _value_and_grad(model: Transformer, share_of_loss: jax.Array, batch: Batch, router: RouterConfig):
+def _value_and_grad(
+    model: Transformer, share_of_loss: jax.Array, batch: Batch, router: RouterConfig
+):
     """The losses in the shares given: one compilation for all of them."""
     output = model(batch.tokens[0], batch.positions[0], batch.segment_ids[0])
-    totals = StepTotals(jnp.sum(batch.loss_mask).astype(jnp.float32), jnp.sum(batch.segment_ids).astype(jnp.float32))
+    totals = StepTotals(
+        jnp.sum(batch.loss_mask).astype(jnp.float32), jnp.sum(batch.segment_ids).astype(jnp.float32)
+    )
     parts = sum_losses(output, batch.targets[0], batch.loss_mask[0], totals, router)
-    return jnp.dot(share_of_loss, jnp.stack([parts.total_loss, parts.loss, parts.load_balance_loss])), output
+    return jnp.dot(
+        share_of_loss, jnp.stack([parts.total_loss, parts.loss, parts.load_balance_loss])
+    ), output
 
 
 def adamw_trajectory(model: Transformer, batch: Batch, router: RouterConfig) -> list[float]:
-    """Total loss before each of five steps of AdamW that decays every tensor. Gives up the model's buffers."""
+    """Total loss before each of five steps of AdamW that decays every tensor.
+
+    Gives up the model's buffers.
+    """
     optimizer = optax.adamw(1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
     in_training = functools.partial(enter_training, key=jax.random.key(0))
     step = make_train_step(optimizer, router, lambda _: 1e-3, lambda model, *_: in_training(model))
@@ -88,7 +102,9 @@ def adamw_trajectory(model: Transformer, batch: Batch, router: RouterConfig) -> 
 
 
 def by_transformers_name(tree: Transformer) -> dict[str, np.ndarray]:
-    """The arrays of a tree shaped like the model, as `named_parameters` of transformers has them in memory."""
+    """The arrays of a tree shaped like the model, as `named_parameters` of transformers has them in
+    memory.
+    """
 
     def fetch(variable) -> np.ndarray:
         return np.asarray(variable[...])
@@ -103,14 +119,18 @@ def by_transformers_name(tree: Transformer) -> dict[str, np.ndarray]:
         "self_attn.q_proj.weight": rows_first(fetch(blocks.attention.query.weight)),
         "self_attn.k_proj.weight": rows_first(fetch(blocks.attention.key.weight)),
         "self_attn.v_proj.weight": rows_first(fetch(blocks.attention.value.weight)),
-        "self_attn.o_proj.weight": out_LNHD.reshape(len(out_LNHD), -1, out_LNHD.shape[-1]).swapaxes(1, 2),
+        "self_attn.o_proj.weight": out_LNHD.reshape(len(out_LNHD), -1, out_LNHD.shape[-1]).swapaxes(
+            1, 2
+        ),
         "mlp.gate.weight": fetch(blocks.moe.router.gate.weight).swapaxes(1, 2),
         "mlp.experts.gate_up_proj": np.concatenate([fetch(gate), fetch(up)], axis=3).swapaxes(2, 3),
         "mlp.experts.down_proj": fetch(blocks.moe.experts.down.weight).swapaxes(2, 3),
         "input_layernorm.weight": fetch(blocks.attention_norm.scale),
         "post_attention_layernorm.weight": fetch(blocks.moe_norm.scale),
     }
-    named = {f"model.layers.{i}.{name}": w for name, w_L in stacked.items() for i, w in enumerate(w_L)}
+    named = {
+        f"model.layers.{i}.{name}": w for name, w_L in stacked.items() for i, w in enumerate(w_L)
+    }
     return named | {
         "model.embed_tokens.weight": fetch(tree.embedding_VD),
         "model.norm.weight": fetch(tree.norm.scale),

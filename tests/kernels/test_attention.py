@@ -21,7 +21,8 @@ def inputs(B=2, T=256, N=4, K=2, H=128):
 
 def value_and_grads(function, mesh, q, k, v, dy, segments):
     heads, rows = (
-        jax.NamedSharding(mesh, RULES.spec(*axes)) for axes in (("batch", None, "act_heads", None), ("batch", None))
+        jax.NamedSharding(mesh, RULES.spec(*axes))
+        for axes in (("batch", None, "act_heads", None), ("batch", None))
     )
     real = (segments > 0)[..., None, None]
 
@@ -30,8 +31,13 @@ def value_and_grads(function, mesh, q, k, v, dy, segments):
         return jnp.sum(jnp.where(real, y * dy, 0)), jnp.where(real, y, 0)
 
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        arrays = (*(jax.device_put(x, heads) for x in (q, k, v, dy)), jax.device_put(segments, rows))
-        (_, y), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+        arrays = (
+            *(jax.device_put(x, heads) for x in (q, k, v, dy)),
+            jax.device_put(segments, rows),
+        )
+        (_, y), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(
+            *arrays
+        )
     return [np.asarray(x) for x in (y, *gradients)]
 
 
@@ -40,7 +46,9 @@ def check(got, expected):
         assert relative_norm(a, b) < 1e-5, name
 
 
-@pytest.mark.parametrize("sizes", [{}, {"data": 2, "tensor": 2}], ids=["one device", "data=2,tensor=2"])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"data": 2, "tensor": 2}], ids=["one device", "data=2,tensor=2"]
+)
 def test_blocks_of_queries_give_what_all_at_once_do(monkeypatch, sizes):
     whole = lambda *x: attend(*x, "xla")  # noqa: E731
     arrays = inputs(T=64, H=12)
@@ -63,7 +71,9 @@ def test_blocks_of_queries_need_less_memory_than_all_at_once():
     assert peak(2048, 256) < peak(2048, 2048) / 3
 
 
-@pytest.mark.parametrize("sizes", [{}, {"data": 2, "tensor": 2}], ids=["one device", "data=2,tensor=2"])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"data": 2, "tensor": 2}], ids=["one device", "data=2,tensor=2"]
+)
 def test_the_kernel_for_tpu_gives_what_xla_does(sizes):
     arrays = inputs()
     expected = value_and_grads(lambda *x: attend(*x, "xla"), mesh_of(), *arrays)

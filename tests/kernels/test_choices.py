@@ -17,9 +17,15 @@ def kernel_of(asked, platform, monkeypatch=None, installed=False):
     return choose_kernel(DispatchConfig(grouped_matmul=asked), platform)
 
 
-@pytest.mark.parametrize(("platform", "installed", "name"), [
-    ("cpu", False, "blocks"), ("tpu", True, "ragged_dot"), ("gpu", True, "tokamax"), ("gpu", False, "blocks"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("platform", "installed", "name"),
+    [
+        ("cpu", False, "blocks"),
+        ("tpu", True, "ragged_dot"),
+        ("gpu", True, "tokamax"),
+        ("gpu", False, "blocks"),
+    ],
+)
 def test_auto_takes_a_grouped_kernel_everywhere(monkeypatch, platform, installed, name):
     assert kernel_of("auto", platform, monkeypatch, installed).name == name
 
@@ -31,26 +37,43 @@ def test_a_dense_lowering_is_never_silent(monkeypatch):
     assert "tokamax" in kernel_of("auto", "gpu", monkeypatch).why
 
 
-@pytest.mark.parametrize(("platform", "expert", "name"), [
-    ("cpu", 8, "all_gather"), ("tpu", 8, "ragged_all_to_all"), ("gpu", 8, "ragged_all_to_all"),
-    ("tpu", 2, "all_gather"), ("tpu", 1, "all_gather"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("platform", "expert", "name"),
+    [
+        ("cpu", 8, "all_gather"),
+        ("tpu", 8, "ragged_all_to_all"),
+        ("gpu", 8, "ragged_all_to_all"),
+        ("tpu", 2, "all_gather"),
+        ("tpu", 1, "all_gather"),
+    ],
+)
 def test_auto_takes_the_transport_that_moves_least_where_it_works(platform, expert, name):
     assert choose_transport(small_config(mesh__expert=expert), platform).name == name
 
 
 def test_ragged_all_to_all_over_too_many_gpus_is_refused_and_on_cpu_says_what_it_is():
-    config = small_config(mesh__expert=64, model__num_experts=64, dispatch__transport="ragged_all_to_all")
+    config = small_config(
+        mesh__expert=64, model__num_experts=64, dispatch__transport="ragged_all_to_all"
+    )
     with pytest.raises(ConfigError, match=r"mesh\.expert=64"):
         choose_transport(config, "gpu")
     assert "stands in" in choose_transport(config, "cpu").why
 
 
-@pytest.mark.parametrize(("platform", "head_dim", "length", "name"), [
-    ("tpu", 128, 4096, "splash"), ("tpu", 64, 4096, "xla"), ("tpu", 128, 100, "xla"), ("gpu", 128, 4096, "xla"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("platform", "head_dim", "length", "name"),
+    [
+        ("tpu", 128, 4096, "splash"),
+        ("tpu", 64, 4096, "xla"),
+        ("tpu", 128, 100, "xla"),
+        ("gpu", 128, 4096, "xla"),
+    ],
+)
 def test_flash_attention_is_taken_where_it_fits(platform, head_dim, length, name):
-    assert choose_attention(small_config(model__head_dim=head_dim).model, length, platform).name == name
+    assert (
+        choose_attention(small_config(model__head_dim=head_dim).model, length, platform).name
+        == name
+    )
 
 
 def test_flash_attention_that_does_not_fit_is_refused():

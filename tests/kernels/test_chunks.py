@@ -1,4 +1,6 @@
-"""Rows in chunks give what rows at once give, whatever the routing, and no work where there are none."""
+"""Rows in chunks give what rows at once give, whatever the routing, and no work where there are
+none.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,12 @@ from tests.cases import relative_norm
 
 R, D, F, E = 100, 6, 5, 3
 BALANCED = 26  # Chunks of 7: the last of 100 rows is not full.
-ROUTINGS = {"balanced": (9, 8, 9), "a chunk exactly": (7, 0, 0), "full": (50, 0, 50), "empty": (0, 0, 0)}
+ROUTINGS = {
+    "balanced": (9, 8, 9),
+    "a chunk exactly": (7, 0, 0),
+    "full": (50, 0, 50),
+    "empty": (0, 0, 0),
+}
 
 
 def project(weight_EDF: jax.Array, rows: dict[str, jax.Array], groups: RowGroups) -> jax.Array:
@@ -27,18 +34,24 @@ def inputs() -> tuple[jax.Array, dict[str, jax.Array]]:
 
 
 @pytest.mark.parametrize("rows_per_expert", ROUTINGS.values(), ids=ROUTINGS)
-def test_values_and_gradients_are_those_of_all_rows_at_once(rows_per_expert: tuple[int, ...]) -> None:
+def test_values_and_gradients_are_those_of_all_rows_at_once(
+    rows_per_expert: tuple[int, ...],
+) -> None:
     groups, used = RowGroups(jnp.asarray(rows_per_expert), BALANCED), sum(rows_per_expert)
 
     def loss(apply):
-        return lambda weight, rows: (jnp.sum(apply(weight, rows, groups) ** 2), apply(weight, rows, groups))
+        return lambda weight, rows: (
+            jnp.sum(apply(weight, rows, groups) ** 2),
+            apply(weight, rows, groups),
+        )
 
     def in_chunks(weight, rows, groups):
         return apply_in_chunks(project, weight, rows, groups)
 
     with jax.default_matmul_precision("highest"):
         got, expected = (
-            jax.jit(jax.grad(loss(apply), argnums=(0, 1), has_aux=True))(*inputs()) for apply in (in_chunks, project)
+            jax.jit(jax.grad(loss(apply), argnums=(0, 1), has_aux=True))(*inputs())
+            for apply in (in_chunks, project)
         )
     (dweight, drows), y = got
     (expected_dweight, expected_drows), expected_y = expected
@@ -52,11 +65,15 @@ def test_chunks_without_rows_are_not_computed() -> None:
     computed = []
 
     def note(weight, rows, groups):
-        jax.debug.callback(lambda count: computed.append(int(count)), jnp.sum(groups.rows_per_expert_E))
+        jax.debug.callback(
+            lambda count: computed.append(int(count)), jnp.sum(groups.rows_per_expert_E)
+        )
         return project(weight, rows, groups)
 
     weight, rows = inputs()
-    jax.block_until_ready(apply_in_chunks(note, weight, rows, RowGroups(jnp.array([9, 0, 6]), BALANCED)))
+    jax.block_until_ready(
+        apply_in_chunks(note, weight, rows, RowGroups(jnp.array([9, 0, 6]), BALANCED))
+    )
     jax.effects_barrier()
     assert sorted(computed) == [1, 7, 7]
 
@@ -80,7 +97,11 @@ def test_how_often_a_loop_runs_is_read_from_its_name() -> None:
     traced = jax.make_jaxpr(
         lambda *arrays: apply_in_chunks(project, *arrays, RowGroups(jnp.array([1, 2, 3]), BALANCED))
     )
-    (loop,) = (eqn for eqn in jax.tree.leaves(traced(*inputs()).jaxpr.eqns) if eqn.primitive.name == "custom_vjp_call")
+    (loop,) = (
+        eqn
+        for eqn in jax.tree.leaves(traced(*inputs()).jaxpr.eqns)
+        if eqn.primitive.name == "custom_vjp_call"
+    )
     (loop,) = (eqn for eqn in loop.params["call_jaxpr"].jaxpr.eqns if eqn.primitive.name == "while")
     assert count_balanced_chunks(str(loop.source_info.name_stack), BALANCED) == 4
     assert count_balanced_chunks("jit(step)/while", BALANCED) is None

@@ -6,15 +6,24 @@ import numpy as np
 import pytest
 
 from mixtral_jax.kernels import blocks
-from mixtral_jax.kernels.grouped_matmul import grouped_matmul, grouped_swiglu, swiglu_in_stack, swiglu_of_layer
+from mixtral_jax.kernels.grouped_matmul import (
+    grouped_matmul,
+    grouped_swiglu,
+    swiglu_in_stack,
+    swiglu_of_layer,
+)
 from mixtral_jax.kernels.groups import RowGroups
 from tests.cases import relative_norm
 
 D, F = 24, 40
 SPLITS = {
-    "even": (100, 100, 100, 100), "skewed": (391, 5, 3, 1), "all to one": (0, 0, 400, 0),
-    "empty first": (0, 250, 0, 90), "none": (0, 0, 0, 0), "a block exactly": (256, 0, 144, 0),
-}  # fmt: skip
+    "even": (100, 100, 100, 100),
+    "skewed": (391, 5, 3, 1),
+    "all to one": (0, 0, 400, 0),
+    "empty first": (0, 250, 0, 90),
+    "none": (0, 0, 0, 0),
+    "a block exactly": (256, 0, 144, 0),
+}
 
 
 def expert_of_rows(rows, R):
@@ -55,8 +64,12 @@ def test_swiglu_and_its_gradients_are_those_of_a_loop_over_experts(kernel, rows)
         return jnp.sum(y**2), y
 
     with jax.default_matmul_precision("highest"):
-        (_, y), gradients = jax.jit(jax.value_and_grad(of_kernel, argnums=(0, 1, 2, 3), has_aux=True))(*arrays)
-        (_, expected), expected_gradients = jax.value_and_grad(of_loop, argnums=(0, 1, 2, 3), has_aux=True)(*arrays)
+        (_, y), gradients = jax.jit(
+            jax.value_and_grad(of_kernel, argnums=(0, 1, 2, 3), has_aux=True)
+        )(*arrays)
+        (_, expected), expected_gradients = jax.value_and_grad(
+            of_loop, argnums=(0, 1, 2, 3), has_aux=True
+        )(*arrays)
     assert relative_norm(y, expected) < 1e-5
     for got, want in zip(gradients, expected_gradients, strict=True):
         assert relative_norm(got, want) < 1e-5
@@ -66,7 +79,9 @@ def test_swiglu_and_its_gradients_are_those_of_a_loop_over_experts(kernel, rows)
 
 
 @pytest.mark.parametrize("kernel", ["blocks", "ragged_dot", "in stack"])
-@pytest.mark.parametrize("rows", [(0, 1, 0, 0), (1, 0, 0, 1), (3, 0, 70, 9), (0, 0, 0, 90), (0, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize(
+    "rows", [(0, 1, 0, 0), (1, 0, 0, 1), (3, 0, 70, 9), (0, 0, 0, 90), (0, 0, 0, 0)], ids=str
+)
 def test_swiglu_of_a_layer_of_a_stack_is_that_of_its_matrices(kernel, rows):
     R = max(sum(rows), 2)
     x, *weights = inputs(R)
@@ -74,7 +89,11 @@ def test_swiglu_of_a_layer_of_a_stack_is_that_of_its_matrices(kernel, rows):
     expert = expert_of_rows(rows, R)
     with jax.default_matmul_precision("highest"):
         arrays, layer = (x, *stack, groups_of(rows)), jnp.int32(1)
-        y = swiglu_in_stack(*arrays, layer) if kernel == "in stack" else swiglu_of_layer(*arrays, kernel, layer)
+        y = (
+            swiglu_in_stack(*arrays, layer)
+            if kernel == "in stack"
+            else swiglu_of_layer(*arrays, kernel, layer)
+        )
         expected = swiglu_by_loop(x, *weights, expert)
     assert relative_norm(y[expert >= 0], expected[expert >= 0]) < 1e-5
 
@@ -107,7 +126,9 @@ def test_three_projections_one_by_one_give_every_bit_of_swiglu_at_once(kernel, d
     x, gate, up, down = (array.astype(dtype) for array in inputs())
 
     def one_by_one(x, gate, up, down):
-        hidden = jax.nn.silu(grouped_matmul(x, gate, groups, kernel)) * grouped_matmul(x, up, groups, kernel)
+        hidden = jax.nn.silu(grouped_matmul(x, gate, groups, kernel)) * grouped_matmul(
+            x, up, groups, kernel
+        )
         return grouped_matmul(hidden, down, groups, kernel)
 
     at_once = jax.jit(lambda *arrays: grouped_swiglu(*arrays, groups, kernel))(x, gate, up, down)
@@ -125,9 +146,13 @@ def test_any_number_of_rows_will_do_whatever_was_expected(num_rows, balanced_row
 
 def test_gradients_of_many_bfloat16_rows_are_summed_in_float32():
     rng = np.random.default_rng(0)
-    x, weight = (jnp.asarray(rng.uniform(size=shape), jnp.bfloat16) for shape in ((16_384, D), (1, D, F)))
+    x, weight = (
+        jnp.asarray(rng.uniform(size=shape), jnp.bfloat16) for shape in ((16_384, D), (1, D, F))
+    )
     dy = jnp.asarray(rng.uniform(size=(len(x), F)), jnp.bfloat16)
-    _, pull_back = jax.vjp(lambda weight: blocks.grouped_matmul(x, weight, groups_of([len(x)], len(x))), weight)
+    _, pull_back = jax.vjp(
+        lambda weight: blocks.grouped_matmul(x, weight, groups_of([len(x)], len(x))), weight
+    )
     expected = np.asarray(x, np.float32).T @ np.asarray(dy, np.float32)
     (dweight,) = pull_back(dy)
     # Rounded once; 64 blocks summed in bfloat16 are off by 6e-3.

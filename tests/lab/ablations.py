@@ -4,13 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mixtral_jax.lab.ablation import Ablation, ArmRun, plan_ablation, read_ablation
-from mixtral_jax.lab.records import DATA, FACTS
+from mixtral_jax.lab.ablation.plan import Ablation, ArmRun, plan_ablation, read_ablation
+from mixtral_jax.lab.ablation.records import DATA, FACTS
 
 MODEL = {
-    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
-    "head_dim": 16, "num_experts": 4, "dtype": "float32",
-}  # fmt: skip
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 16,
+    "num_experts": 4,
+    "dtype": "float32",
+}
 NUM_STEPS = 20
 
 
@@ -18,7 +25,10 @@ def small_ablation(**entries: Any) -> Ablation:
     """Two arms and three seeds of 20 steps; entries replace those of the file."""
     said: dict[str, Any] = {
         "question": "Is it even?",
-        "base": {"model": MODEL, "train": {"num_steps": NUM_STEPS, "batch_size": 8, "sequence_length": 32}},
+        "base": {
+            "model": MODEL,
+            "train": {"num_steps": NUM_STEPS, "batch_size": 8, "sequence_length": 32},
+        },
         "arms": {"none": {"router.load_balance.weight": 0.0}, "some": {}},
         "reference": "some",
         "seeds": (0, 1, 2),
@@ -26,29 +36,56 @@ def small_ablation(**entries: Any) -> Ablation:
     return plan_ablation(read_ablation(said | entries))
 
 
-def write_run(run: ArmRun, workdir: Path, *, loss: float, violation: float, last_step: int = NUM_STEPS,
-              speed: float = 100.0, rows: str = "rows", imbalance: float = 0.0,
-              held_out: float | None = None) -> None:  # fmt: skip
-    """What a run of `last_step` steps leaves: its loss falls to `loss`, its maximum violation stays.
+def write_run(
+    run: ArmRun,
+    workdir: Path,
+    *,
+    loss: float,
+    violation: float,
+    last_step: int = NUM_STEPS,
+    speed: float = 100.0,
+    rows: str = "rows",
+    imbalance: float = 0.0,
+    held_out: float | None = None,
+) -> None:
+    """What a run of `last_step` steps leaves: its loss falls to `loss`, its maximum violation
+    stays.
 
     `held_out` is that on held-out text, by default the same.
     """
     folder = run.folder(workdir)
     (folder / "checkpoints" / str(last_step)).mkdir(parents=True)
-    (folder / FACTS).write_text(json.dumps({
-        "parameters_total": 1000, "parameters_active": 500, "model_flops_per_step": 10**9,
-        "versions": {"jax": "1.2.3"}, "commit": None, "devices": "1 x cpu", "command": ["ablate"],
-    }))  # fmt: skip
+    (folder / FACTS).write_text(
+        json.dumps(
+            {
+                "parameters_total": 1000,
+                "parameters_active": 500,
+                "model_flops_per_step": 10**9,
+                "versions": {"jax": "1.2.3"},
+                "commit": None,
+                "devices": "1 x cpu",
+                "command": ["ablate"],
+            }
+        )
+    )
     (folder / DATA).write_text(json.dumps({"data": "d" * 64, "tokenizer": "t" * 64}))
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, last_step + 1):
             line = {
-                "step": step, "loss": loss + 1 / step, "tokens": 256 * step, "tokens_per_second": speed,
-                "batch_hash": f"{rows}-{run.seed}-{step}", "router/max_violation": violation,
-                "router/running_max_violation": violation / 2, "router/device_imbalance": imbalance,
-                "router/load_entropy": 0.9, "router/dropped_fraction": 0.0, "router/dead_experts": 0.0,
-                "router/layer_00/load": [0.4, 0.3, 0.2, 0.1], "router/layer_01/load": [0.25] * 4,
-            }  # fmt: skip
+                "step": step,
+                "loss": loss + 1 / step,
+                "tokens": 256 * step,
+                "tokens_per_second": speed,
+                "batch_hash": f"{rows}-{run.seed}-{step}",
+                "router/max_violation": violation,
+                "router/running_max_violation": violation / 2,
+                "router/device_imbalance": imbalance,
+                "router/load_entropy": 0.9,
+                "router/dropped_fraction": 0.0,
+                "router/dead_experts": 0.0,
+                "router/layer_00/load": [0.4, 0.3, 0.2, 0.1],
+                "router/layer_01/load": [0.25] * 4,
+            }
             if step % 5 == 0:
                 there = violation if held_out is None else held_out
                 line |= {"eval/loss": loss + 1 / step, "eval/router/max_violation": there}

@@ -1,4 +1,6 @@
-"""`mixtral-jax ablate` as users run it: stopped and started again, with an arm that fails, split over processes."""
+"""`mixtral-jax ablate` as users run it: stopped and started again, with an arm that fails, split
+over processes.
+"""
 
 import json
 import signal
@@ -13,12 +15,12 @@ from flax import nnx
 
 from mixtral_jax.cli import ablate
 from mixtral_jax.config import ConfigError
-from mixtral_jax.lab.records import DATA, FAILURE
+from mixtral_jax.lab.ablation.records import DATA, FAILURE
 from mixtral_jax.model.transformer import model_maker
-from tests import runs
+from tests import scripts as runs
 from tests.cases import mesh_of
 from tests.lab.ablations import small_ablation
-from tests.runs import finish, lines_of, wait_for_step, write_text
+from tests.scripts import finish, lines_of, wait_for_step, write_text
 
 STEPS = 30
 ARMS = {"none": {"router.load_balance.weight": 0.0}, "top-1": {"router.num_experts_per_token": 1}}
@@ -35,7 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         entries = {"question": "Which?", "arms": arms, "reference": "none", "seeds": (0, 1)}
         base = f"dict(tiny.get_config(), train=dict(num_steps={STEPS}, batch_size=8, sequence_length=32))"
         (folder / f"{name}.py").write_text(
-            f"from configs.pretrain import tiny\n\n\ndef get_config():\n    return dict({entries!r}, base={base})\n"
+            "from configs.pretrain import tiny\n\n\ndef get_config():\n    return "
+            f"dict({entries!r}, base={base})\n"
         )
     return folder
 
@@ -57,7 +60,11 @@ def figures_of(workdir: Path) -> dict[str, Any]:
     results = json.loads((workdir / "report/results.json").read_text())
     for arm in results["arms"]:
         assert arm.pop("clock")["tokens_per_second_mean"] > 0
-    return results | {"provenance": {name: results["provenance"][name] for name in ("data", "tokenizer", "versions")}}
+    return results | {
+        "provenance": {
+            name: results["provenance"][name] for name in ("data", "tokenizer", "versions")
+        }
+    }
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,12 @@ def unbroken(folder: Path) -> dict[str, Any]:
 
 def test_an_ablation_ends_with_a_table_of_all_arms(folder: Path, unbroken: dict[str, Any]) -> None:
     none, single = unbroken["arms"]
-    assert (none["name"], single["name"], none["status"], none["seeds"]) == ("none", "top-1", "done", [0, 1])
+    assert (none["name"], single["name"], none["status"], none["seeds"]) == (
+        "none",
+        "top-1",
+        "done",
+        [0, 1],
+    )
     assert none["changes"] == ARMS["none"]
     assert single["parameters_active"] < none["parameters_active"] < none["parameters_total"]
     assert single["model_flops_per_step"] < none["model_flops_per_step"]
@@ -78,9 +90,16 @@ def test_an_ablation_ends_with_a_table_of_all_arms(folder: Path, unbroken: dict[
     assert (folder / "unbroken/report/index.html").exists()
 
 
-def test_every_arm_of_a_seed_sees_the_same_rows_and_every_seed_others(folder: Path, unbroken: dict[str, Any]) -> None:
-    hashes = {(arm, seed): [line["batch_hash"] for line in lines_of(folder / f"unbroken/arms/{arm}/seed-{seed}")]
-              for arm in ARMS for seed in (0, 1)}  # fmt: skip
+def test_every_arm_of_a_seed_sees_the_same_rows_and_every_seed_others(
+    folder: Path, unbroken: dict[str, Any]
+) -> None:
+    hashes = {
+        (arm, seed): [
+            line["batch_hash"] for line in lines_of(folder / f"unbroken/arms/{arm}/seed-{seed}")
+        ]
+        for arm in ARMS
+        for seed in (0, 1)
+    }
     assert len(hashes["none", 0]) == STEPS
     for seed in (0, 1):
         assert hashes["none", seed] == hashes["top-1", seed]
@@ -108,10 +127,14 @@ def test_a_stopped_ablation_that_two_tasks_go_on_with_repeats_nothing_and_report
     assert (finished.stat().st_mtime_ns, finished.read_bytes()) == before
     assert (said + other_said).count("\ndone: ") == 3  # None of the other runs twice.
     assert figures_of(folder / "stopped") == unbroken
-    assert (noted + other_noted).count("routing 4 rows") == len(ARMS)  # Each arm was looked at once.
+    assert (noted + other_noted).count("routing 4 rows") == len(
+        ARMS
+    )  # Each arm was looked at once.
 
 
-def test_a_report_alone_shows_what_was_seen_of_routers_before(folder: Path, unbroken: dict[str, Any]) -> None:
+def test_a_report_alone_shows_what_was_seen_of_routers_before(
+    folder: Path, unbroken: dict[str, Any]
+) -> None:
     code, _, errors = finish(start(folder, "good", "unbroken", "--report_only"))
     assert code == 0 and "routing" not in errors, errors
     report = folder / "unbroken/report"
@@ -127,7 +150,10 @@ def test_a_failing_arm_is_listed_and_the_others_are_trained(folder: Path) -> Non
     assert (broken["status"], none["status"]) == ("failed", "done")
     assert "FloatingPointError" in broken["reasons"][0] and " at step 1:" in broken["reasons"][0]
     assert "FloatingPointError" in (folder / "failing/report/index.html").read_text()
-    assert "Traceback" in json.loads((folder / "failing/arms/broken/seed-0" / FAILURE).read_text())["traceback"]
+    assert (
+        "Traceback"
+        in json.loads((folder / "failing/arms/broken/seed-0" / FAILURE).read_text())["traceback"]
+    )
 
 
 def test_an_arm_that_has_changed_is_refused_by_key(folder: Path, unbroken: dict[str, Any]) -> None:
@@ -150,29 +176,45 @@ def test_arms_that_cannot_be_are_refused_before_the_first_step(folder: Path) -> 
     assert not list((folder / "refused").rglob("metrics.jsonl"))
 
 
-@pytest.mark.parametrize(("flag", "words"), [
-    ("--config.router.num_experts_per_token=9", "arm none: router.num_experts_per_token=9"),
-    ("--config.nothing=1", "arm none: unknown config key nothing"),
-    ("--arm=three", "--arm=three is no arm (none, top-1)"),
-    ("--seeds=a", "--seeds=a must be numbers"),
-    ("--tokens=0", "--tokens=0 must be over 0"),
-    ("--armes=none", "unknown flag '--armes=none'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--config.router.num_experts_per_token=9", "arm none: router.num_experts_per_token=9"),
+        ("--config.nothing=1", "arm none: unknown config key nothing"),
+        ("--arm=three", "--arm=three is no arm (none, top-1)"),
+        ("--seeds=a", "--seeds=a must be numbers"),
+        ("--tokens=0", "--tokens=0 must be over 0"),
+        ("--armes=none", "unknown flag '--armes=none'"),
+    ],
+)
 def test_a_wrong_flag_is_named(folder: Path, flag: str, words: str) -> None:
     with pytest.raises(ConfigError) as error:
         ablate.main([f"--config={folder}/good.py", flag])
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("changes", [
-    {"router.load_balance.weight": 0.0}, {"router.num_experts_per_token": 1}, {"model.num_experts": 8},
-    {"dispatch.capacity_factor": 1.0},
-])  # fmt: skip
-def test_arms_of_a_seed_start_from_the_same_parameters_where_shapes_allow(changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"router.load_balance.weight": 0.0},
+        {"router.num_experts_per_token": 1},
+        {"model.num_experts": 8},
+        {"dispatch.capacity_factor": 1.0},
+    ],
+)
+def test_arms_of_a_seed_start_from_the_same_parameters_where_shapes_allow(
+    changes: dict[str, Any],
+) -> None:
     ablation = small_ablation(arms={"some": {}, "other": changes})
     with jax.set_mesh(mesh_of()):
-        some, other = (nnx.to_flat_state(nnx.state(jax.jit(model_maker(arm.config, "cpu"))())) for arm in ablation.arms)
-    same = [np.array_equal(one[...], two[...]) for (_, one), (_, two) in zip(some, other, strict=True)
-            if one.shape == two.shape]  # fmt: skip
+        some, other = (
+            nnx.to_flat_state(nnx.state(jax.jit(model_maker(arm.config, "cpu"))()))
+            for arm in ablation.arms
+        )
+    same = [
+        np.array_equal(one[...], two[...])
+        for (_, one), (_, two) in zip(some, other, strict=True)
+        if one.shape == two.shape
+    ]
     assert all(same)
     assert len(same) == len(some) - (4 if "model.num_experts" in changes else 0)

@@ -10,10 +10,10 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from mixtral_jax.lab.records import FAILURE
-from mixtral_jax.lab.report import write_report
-from mixtral_jax.lab.results import read_results
-from mixtral_jax.lab.style import Picture, make_figure
+from mixtral_jax.lab.ablation.records import FAILURE
+from mixtral_jax.lab.ablation.results import read_results
+from mixtral_jax.lab.pictures.style import Picture, make_figure
+from mixtral_jax.lab.report.report import write_report
 from tests.lab.ablations import small_ablation, write_run
 
 
@@ -38,7 +38,9 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("ablation")
     ablation = small_ablation(question="Is <this> even & right?")
     for run in ablation.runs:
-        write_run(run, workdir, loss=4 + run.seed / 9, violation=2 if run.arm.name == "none" else 0.5)
+        write_run(
+            run, workdir, loss=4 + run.seed / 9, violation=2 if run.arm.name == "none" else 0.5
+        )
     failed = ablation.runs[-2].folder(workdir)
     (failed / FAILURE).write_text(json.dumps({"reason": "MemoryError: <no> room"}))
     write_report(read_results(ablation, workdir), workdir / "report")
@@ -101,7 +103,7 @@ def test_the_markdown_shows_pictures_that_are_there(workdir: Path) -> None:
 
 
 def test_axes_have_names_with_units_and_legends_name_the_arms(workdir: Path) -> None:
-    from mixtral_jax.lab.pictures import draw_pictures
+    from mixtral_jax.lab.pictures.ablation import draw_pictures
 
     for picture in draw_pictures(read_results(small_ablation(), workdir)):
         assert all(panel.get_xlabel() for panel in picture.figure.axes), picture.name
@@ -122,34 +124,52 @@ def test_more_pictures_follow_and_nothing_at_all_is_a_report_too(tmp_path: Path)
     figure, (panel,) = make_figure(1, 2.0)
     panel.plot([0, 1], [0, 1])
     more = Picture("Saturation", "What it shows.", figure)
-    page = write_report(read_results(small_ablation(), tmp_path), tmp_path / "report", [more]).read_text()
+    page = write_report(
+        read_results(small_ablation(), tmp_path), tmp_path / "report", [more]
+    ).read_text()
     assert ">Saturation</h2>" in page and "No run is finished yet" in page
     assert (tmp_path / "report/saturation.png").exists()
 
 
-def test_device_imbalance_is_shown_where_it_is_no_other_figure_said_again(workdir: Path, tmp_path: Path) -> None:
+def test_device_imbalance_is_shown_where_it_is_no_other_figure_said_again(
+    workdir: Path, tmp_path: Path
+) -> None:
     assert "device imbalance" not in (workdir / "report/report.md").read_text()
     ablation = small_ablation(seeds=(0,))
     for run in ablation.runs:
-        write_run(run, tmp_path, loss=4, violation=1, imbalance=0.25 if run.arm.name == "none" else 1.0)
-    text = write_report(read_results(ablation, tmp_path), tmp_path / "report").with_name("report.md").read_text()
-    heading, _, none, some = (line.split(" | ") for line in text.splitlines() if line.startswith("| "))
+        write_run(
+            run, tmp_path, loss=4, violation=1, imbalance=0.25 if run.arm.name == "none" else 1.0
+        )
+    text = (
+        write_report(read_results(ablation, tmp_path), tmp_path / "report")
+        .with_name("report.md")
+        .read_text()
+    )
+    heading, _, none, some = (
+        line.split(" | ") for line in text.splitlines() if line.startswith("| ")
+    )
     column = heading.index("balance, at the end of training: device imbalance")
     assert (none[column], some[column]) == ("0.25", "-")
     assert heading.index("maximum violation: recent steps together") < column
 
 
-def test_pictures_of_arms_that_are_gone_go_and_files_of_others_stay(workdir: Path, tmp_path: Path) -> None:
+def test_pictures_of_arms_that_are_gone_go_and_files_of_others_stay(
+    workdir: Path, tmp_path: Path
+) -> None:
     (tmp_path / "mine.png").touch()
     results = read_results(small_ablation(), workdir)
-    write_report(results, tmp_path, [Picture("Saturation: gone (k=2)", "Words.", make_figure(1, 2.0)[0])])
+    write_report(
+        results, tmp_path, [Picture("Saturation: gone (k=2)", "Words.", make_figure(1, 2.0)[0])]
+    )
     assert (tmp_path / "saturation_gone_k=2.png").exists()
     write_report(results, tmp_path)
     names = {"mine.png", *re.findall(r"!\[.+?\]\((.+?)\)", (tmp_path / "report.md").read_text())}
     assert {file.name for file in tmp_path.glob("*.png")} == names
 
 
-def test_a_report_leaves_other_drawings_of_this_process_alone(workdir: Path, tmp_path: Path) -> None:
+def test_a_report_leaves_other_drawings_of_this_process_alone(
+    workdir: Path, tmp_path: Path
+) -> None:
     before = dict(matplotlib.rcParams)
     write_report(read_results(small_ablation(), workdir), tmp_path)
     assert dict(matplotlib.rcParams) == before
@@ -157,14 +177,24 @@ def test_a_report_leaves_other_drawings_of_this_process_alone(workdir: Path, tmp
 
 @pytest.mark.full
 def test_a_browser_shows_the_whole_page_at_1280_pixels(workdir: Path, tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    browser = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if browser is None:
         pytest.skip("no Chromium here")
     where = f"file://{workdir}/report/index.html"
     command = [
-        browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,3000",
-        f"--screenshot={tmp_path / 'page.png'}", "--dump-dom", where,
-    ]  # fmt: skip
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--window-size=1280,3000",
+        f"--screenshot={tmp_path / 'page.png'}",
+        "--dump-dom",
+        where,
+    ]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert shown.stdout.count("<img") == 5
     assert (tmp_path / "page.png").stat().st_size > 50_000

@@ -7,23 +7,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixtral_jax.lab.ablation import Ablation
-from mixtral_jax.lab.comparisons import draw_trade_off
-from mixtral_jax.lab.findings import describe_balance, describe_findings, describe_flops, describe_losses
-from mixtral_jax.lab.records import FAILURE
-from mixtral_jax.lab.results import Results, read_results
-from mixtral_jax.lab.spread import compare, measure_spread
-from mixtral_jax.lab.style import choose_strokes
-from mixtral_jax.lab.table import make_columns
+from mixtral_jax.lab.ablation.findings import (
+    describe_balance,
+    describe_findings,
+    describe_flops,
+    describe_losses,
+)
+from mixtral_jax.lab.ablation.plan import Ablation
+from mixtral_jax.lab.ablation.records import FAILURE
+from mixtral_jax.lab.ablation.results import Results, read_results
+from mixtral_jax.lab.ablation.spread import compare, measure_spread
+from mixtral_jax.lab.pictures.comparisons import draw_trade_off
+from mixtral_jax.lab.pictures.style import choose_strokes
+from mixtral_jax.lab.report.table import make_columns
 from tests.lab.ablations import small_ablation, write_run
 
 
 def write_all(ablation: Ablation, workdir: Path, **settings: float) -> Results:
-    """Every run: a seed moves both arms alike, and `none` is worse and less even, a little differently by seed."""
+    """Every run: a seed moves both arms alike, and `none` is worse and less even, a little
+    differently by seed.
+    """
     for run in ablation.runs:
         is_none = run.arm.name == "none"
         loss = 4 + run.seed + (0.1 + 0.01 * run.seed if is_none else 0)
-        write_run(run, workdir, loss=loss, violation=2.0 + 0.1 * run.seed if is_none else 0.5, **settings)  # type: ignore[arg-type]
+        write_run(
+            run, workdir, loss=loss, violation=2.0 + 0.1 * run.seed if is_none else 0.5, **settings
+        )  # type: ignore[arg-type]
     return read_results(ablation, workdir)
 
 
@@ -34,7 +43,8 @@ def test_spread_and_interval_are_those_of_the_books() -> None:
     assert spread.sd == pytest.approx(math.sqrt(7 / 3))
     difference = compare({0: 1.0, 1: 3.0, 2: 5.0, 7: 9.0}, {0: 0.0, 1: 1.0, 2: 2.0})
     assert difference is not None
-    # Differences 1, 2, 3: mean 2, sd 1; the 97.5th percentile of Student's t with 2 degrees of freedom is 4.302653.
+    # Differences 1, 2, 3: mean 2, sd 1; the 97.5th percentile of Student's t with 2 degrees of
+    # freedom is 4.302653.
     assert difference.low == pytest.approx(2 - 4.302653 / math.sqrt(3), rel=1e-6)
     assert difference.high == pytest.approx(2 + 4.302653 / math.sqrt(3), rel=1e-6)
     assert difference.pairs == 3
@@ -65,34 +75,54 @@ def test_figures_of_training_are_means_over_the_last_tenth(tmp_path: Path) -> No
 
 def test_words_say_which_arm_is_less_even_with_the_spread(tmp_path: Path) -> None:
     results = write_all(small_ablation(), tmp_path)
-    assert 'Clearly higher: "none" with 2.10 ± 0.10 (+1.60 [+1.35, +1.85])' in describe_balance(results)
+    assert 'Clearly higher: "none" with 2.10 ± 0.10 (+1.60 [+1.35, +1.85])' in describe_balance(
+        results
+    )
     assert "over 3 seeds" in describe_losses(results)
 
 
 def test_words_say_which_arms_are_even_in_training_alone(tmp_path: Path) -> None:
     ablation = small_ablation(seeds=(0,))
     for run in ablation.runs:
-        write_run(run, tmp_path, loss=4, violation=0.1, held_out=0.9 if run.arm.name == "none" else 0.15)
+        write_run(
+            run, tmp_path, loss=4, violation=0.1, held_out=0.9 if run.arm.name == "none" else 0.15
+        )
     said = describe_balance(read_results(ablation, tmp_path))
     assert said.endswith(' On held-out text it differs much: "none" with 0.90 instead of 0.10.')
 
 
-def test_arms_that_can_be_uneven_by_different_amounts_are_compared_by_their_shares_of_that(tmp_path: Path) -> None:
+def test_arms_that_can_be_uneven_by_different_amounts_are_compared_by_their_shares_of_that(
+    tmp_path: Path,
+) -> None:
     chosen = "router.num_experts_per_token"
-    unasked = {"router.choice": "dense", "router.load_balance.weight": 0.0, "router.z_loss_weight": 0.0}
+    unasked = {
+        "router.choice": "dense",
+        "router.load_balance.weight": 0.0,
+        "router.z_loss_weight": 0.0,
+    }
     arms = {"one": {chosen: 1}, "two": {}, "all": {chosen: 4, **unasked}}
     ablation = small_ablation(arms=arms, reference="two")
-    for run in ablation.runs:  # Of 4 experts: 1.5 is half a collapse of top-1, and 0.9 nearly that of top-2.
-        violation = {"one": 1.5, "two": 0.9, "all": 0.0}[run.arm.name] + 0.01 * run.seed * (run.arm.name != "all")
+    for run in (
+        ablation.runs
+    ):  # Of 4 experts: 1.5 is half a collapse of top-1, and 0.9 nearly that of top-2.
+        violation = {"one": 1.5, "two": 0.9, "all": 0.0}[run.arm.name] + 0.01 * run.seed * (
+            run.arm.name != "all"
+        )
         write_run(run, tmp_path, loss=4 + run.seed, violation=violation)
     results = read_results(ablation, tmp_path)
     said = describe_balance(results)
     assert 'a maximum violation of E/k - 1: 3 for "one", 1 for "two".' in said
-    assert 'The share of total collapse in training, over its last tenth, of "two" is 0.91 ± 0.01' in said
+    assert (
+        'The share of total collapse in training, over its last tenth, of "two" is 0.91 ± 0.01'
+        in said
+    )
     assert 'Clearly lower: "one" with 0.50 ± 0.00 (-0.41' in said and '"all" with 0.00' in said
     cells = {column.heading: column.cell(results.arms[0]) for column in make_columns(results)}
     assert cells["of total collapse (E/k - 1)"] == "0.50 ± 0.00"
-    assert 'the most even routing that of "all"' in draw_trade_off(results, choose_strokes(list(arms), "two")).words
+    assert (
+        'the most even routing that of "all"'
+        in draw_trade_off(results, choose_strokes(list(arms), "two")).words
+    )
 
 
 def test_words_claim_nothing_from_one_seed(tmp_path: Path) -> None:
@@ -105,7 +135,9 @@ def test_words_warn_of_few_seeds_and_of_many_comparisons(tmp_path: Path) -> None
     for seeds, num_others in (((0, 1), 2), ((0, 1, 2), 2), ((0, 1, 2), 3)):
         others = {f"w={w}": {"router.load_balance.weight": float(w)} for w in range(num_others)}
         ablation = small_ablation(seeds=seeds, arms={"some": {}, **others})
-        said = " ".join(describe_findings(write_all(ablation, tmp_path / f"{len(seeds)}-{num_others}")))
+        said = " ".join(
+            describe_findings(write_all(ablation, tmp_path / f"{len(seeds)}-{num_others}"))
+        )
         assert ("With fewer than three seeds" in said) == (len(seeds) < 3)
         assert ("compared 3 times" in said) == (num_others > 2)
 
@@ -114,15 +146,18 @@ def test_failed_and_missing_runs_are_listed_and_do_not_count(tmp_path: Path) -> 
     ablation = small_ablation()
     first, second, third, *_ = ablation.runs
     write_run(first, tmp_path, loss=4, violation=2)
-    (first.folder(tmp_path) / FAILURE).write_text(json.dumps({"reason": "FloatingPointError: loss is nan"}))
+    (first.folder(tmp_path) / FAILURE).write_text(
+        json.dumps({"reason": "FloatingPointError: loss is nan"})
+    )
     write_run(second, tmp_path, loss=4, violation=1)
     write_run(third, tmp_path, loss=4, violation=2, last_step=10)
     none, some = read_results(ablation, tmp_path).to_json()["arms"]
     assert (none["status"], some["status"]) == ("failed", "missing")
     assert none["reasons"] == [
-        "seed 0: FloatingPointError: loss is nan", "seed 1: running or stopped, at step 10 of 20",
+        "seed 0: FloatingPointError: loss is nan",
+        "seed 1: running or stopped, at step 10 of 20",
         "seed 2: not started",
-    ]  # fmt: skip
+    ]
     assert none["eval_loss_mean"] is None
     assert some["eval_loss_mean"] == pytest.approx(4.05)
     assert none["eval_loss_difference"] is None
@@ -153,13 +188,21 @@ def test_words_say_what_an_upcycled_arm_does_not_count(tmp_path: Path) -> None:
     results = write_all(small_ablation(arms=arms, seeds=(0,)), tmp_path)
     said = describe_flops(results)
     for each in (said, describe_losses(results)):  # 400 steps of 16 rows of 32.
-        assert 'model that "up" (204,800 tokens), "other" (trained elsewhere) began with is not counted' in each
+        assert (
+            'model that "up" (204,800 tokens), "other" (trained elsewhere) began with is not counted'
+            in each
+        )
     assert "The models of all arms need the same arithmetic" in said
 
 
 def test_words_say_that_a_loss_over_the_whole_batch_counts_routes_first(tmp_path: Path) -> None:
     arms = {"global": {"router.load_balance.scope": "global"}, "micro": {}}
     for parts in (1, 2):
-        changed = {name: {**changes, "train.gradient_accumulation": parts} for name, changes in arms.items()}
-        said = describe_flops(write_all(small_ablation(arms=changed, reference="micro"), tmp_path / f"{parts}"))
+        changed = {
+            name: {**changes, "train.gradient_accumulation": parts}
+            for name, changes in arms.items()
+        }
+        said = describe_flops(
+            write_all(small_ablation(arms=changed, reference="micro"), tmp_path / f"{parts}")
+        )
         assert ('"global" counts routes before each step is not counted' in said) == (parts == 2)

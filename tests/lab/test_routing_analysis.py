@@ -1,4 +1,6 @@
-"""Every figure of a routing analysis against a loop over tokens, on random routing of packed and padded rows."""
+"""Every figure of a routing analysis against a loop over tokens, on random routing of packed and
+padded rows.
+"""
 
 import dataclasses
 import itertools
@@ -10,16 +12,16 @@ import jax
 import numpy as np
 import pytest
 
-from mixtral_jax.lab.route_counts import count_overlap, count_routes, route
-from mixtral_jax.lab.routing_analysis import (
+from mixtral_jax.lab.routing.analysis import (
     RoutedText,
     analyze,
     chance_of_common,
     computing_in,
     measure_balance,
     summarize,
-)  # fmt: skip
-from mixtral_jax.lab.specialization import FEWEST_TOKENS
+)
+from mixtral_jax.lab.routing.counts import count_overlap, count_routes, route
+from mixtral_jax.lab.routing.specialization import FEWEST_TOKENS
 from mixtral_jax.model.transformer import model_maker, resolve_dispatch
 from mixtral_jax.pretrained import Pretrained
 from tests.cases import RULES, mesh_of, on_mesh, packed_batch, small_config
@@ -40,12 +42,18 @@ class Routed:
 
 
 def random_routes(seed, k):
-    """Rows of one to three documents, some padded; ids draw experts of their own, so that figures are not chance."""
+    """Rows of one to three documents, some padded; ids draw experts of their own, so that figures
+    are not chance.
+    """
     rng = np.random.default_rng(seed)
     batch = packed_batch(small_config(model__vocab_size=V), seed)
     scores = rng.random((L, B, T, E)) + 0.5 * rng.random((L, V, E))[:, batch.tokens[0]]
-    labels = np.stack([rng.integers(0, 3, (B, T)), np.broadcast_to(1 + (np.arange(T) >= T // 2), (B, T))])
-    return Routed(batch, labels.astype(np.int32), np.argsort(-scores, axis=-1)[..., :k].astype(np.int32))
+    labels = np.stack(
+        [rng.integers(0, 3, (B, T)), np.broadcast_to(1 + (np.arange(T) >= T // 2), (B, T))]
+    )
+    return Routed(
+        batch, labels.astype(np.int32), np.argsort(-scores, axis=-1)[..., :k].astype(np.int32)
+    )
 
 
 def count(routed, mesh):
@@ -54,7 +62,11 @@ def count(routed, mesh):
 
     with jax.set_mesh(mesh):
         placed = [
-            (on_mesh(r.batch, mesh), put(r.labels, None, "batch", None), put(r.experts, None, "batch", None, None))
+            (
+                on_mesh(r.batch, mesh),
+                put(r.labels, None, "batch", None),
+                put(r.experts, None, "batch", None, None),
+            )
             for r in routed
         ]
         return count_routes(placed, num_experts=E, vocab_size=V, num_labels=[4, 3], rules=RULES)
@@ -103,7 +115,11 @@ def test_balance_is_that_of_a_loop(routed, analysis):
 
 def test_balance_takes_its_stated_values_when_even_and_when_collapsed():
     even, collapsed = measure_balance(np.full((1, 4), 7)), measure_balance(np.array([[9, 0, 0, 0]]))
-    assert (even.coefficient_of_variation_L[0], even.load_entropy_L[0], even.max_violation_L[0]) == (0, 1, 0)
+    assert (
+        even.coefficient_of_variation_L[0],
+        even.load_entropy_L[0],
+        even.max_violation_L[0],
+    ) == (0, 1, 0)
     assert (collapsed.load_entropy_L[0], collapsed.max_violation_L[0]) == (0, 3)
     assert collapsed.coefficient_of_variation_L[0] == pytest.approx(math.sqrt(3))
 
@@ -155,7 +171,9 @@ def test_chance_of_mixtral_is_that_of_its_paper():
     assert round(chance_of_common(8, 2), 2) == 0.46
 
 
-def test_shares_of_labels_are_those_of_a_loop_and_names_without_a_token_are_left_out(routed, analysis):
+def test_shares_of_labels_are_those_of_a_loop_and_names_without_a_token_are_left_out(
+    routed, analysis
+):
     kind, half = analysis.by_label
     assert (kind.title, kind.names, half.names) == ("kind", ("a", "b"), ("first", "second"))
     for number, shares in enumerate((kind, half)):
@@ -185,8 +203,12 @@ def test_shares_of_tokens_are_those_of_a_loop_over_ids_that_there_are_enough_of(
         for expert in range(E):
             share = {PIECES[token]: first[layer, token, expert] / tokens[token] for token in ids}
             top = vocabulary.top_tokens[layer][expert]
-            assert [t.share for t in top] == sorted((s for s in share.values() if s), reverse=True)[:8]
-            assert all(t.share == share[t.piece] and t.tokens == tokens[PIECES.index(t.piece)] for t in top)
+            assert [t.share for t in top] == sorted((s for s in share.values() if s), reverse=True)[
+                :8
+            ]
+            assert all(
+                t.share == share[t.piece] and t.tokens == tokens[PIECES.index(t.piece)] for t in top
+            )
 
 
 def test_ids_that_make_no_difference_have_the_share_of_chance():
@@ -206,7 +228,9 @@ def test_agreement_of_two_models_is_about_sets_and_not_their_order(routed):
     mesh = mesh_of(expert=4, fsdp=2)
     with jax.set_mesh(mesh):
         placed = [
-            jax.device_put(x.experts, jax.NamedSharding(mesh, RULES.spec(None, "batch", None, None)))
+            jax.device_put(
+                x.experts, jax.NamedSharding(mesh, RULES.spec(None, "batch", None, None))
+            )
             for x in (one, other)
         ]
         overlap = count_overlap([(on_mesh(one.batch, mesh), *placed)])
@@ -218,7 +242,11 @@ def test_agreement_of_two_models_is_about_sets_and_not_their_order(routed):
             same[layer] += set(here) == set(there)
             first[layer] += here[0] == there[0]
     assert same[0] == overlap.tokens
-    for got, expected in ((overlap.common_L, common), (overlap.same_set_L, same), (overlap.same_first_L, first)):
+    for got, expected in (
+        (overlap.common_L, common),
+        (overlap.same_set_L, same),
+        (overlap.same_first_L, first),
+    ):
         np.testing.assert_array_equal(got, expected)
 
 
@@ -242,7 +270,9 @@ def text_of(loaded):
             yield batch
 
     with jax.set_mesh(loaded.mesh):
-        none = jax.device_put(np.zeros((0, B, T), np.int32), jax.NamedSharding(loaded.mesh, RULES.spec(None, "batch")))
+        none = jax.device_put(
+            np.zeros((0, B, T), np.int32), jax.NamedSharding(loaded.mesh, RULES.spec(None, "batch"))
+        )
     return RoutedText(batches, [none] * 6, {}, [str(token) for token in range(96)])
 
 
@@ -251,10 +281,16 @@ def test_an_analysis_of_a_model_is_the_same_on_every_mesh_and_says_how_it_was_co
     for sizes in MESHES[:2]:
         loaded = load(mesh_of(**sizes))
         text = text_of(loaded)
-        earlier = {step: lambda seed=step, mesh=loaded.mesh: load(mesh, train__seed=seed % 20) for step in (20, 10)}
+        earlier = {
+            step: lambda seed=step, mesh=loaded.mesh: load(mesh, train__seed=seed % 20)
+            for step in (20, 10)
+        }
         analyses.append(analyze(loaded, text, earlier=earlier))
         with jax.set_mesh(loaded.mesh):
-            half = [np.asarray(route(computing_in(loaded, "bfloat16"), b, "bfloat16")) for b in text.batches()]
+            half = [
+                np.asarray(route(computing_in(loaded, "bfloat16"), b, "bfloat16"))
+                for b in text.batches()
+            ]
             full = [np.asarray(route(loaded.model, b, "float32")) for b in text.batches()]
         changed, tokens = np.zeros(2), 0
         for batch, one, other in zip(text.batches(), half, full, strict=True):
@@ -276,5 +312,9 @@ def test_an_analysis_of_a_model_is_the_same_on_every_mesh_and_says_how_it_was_co
 def test_json_holds_every_figure_without_its_dimensions_and_null_for_what_is_not_there(analysis):
     said = json.loads(json.dumps(analysis.to_json(), allow_nan=False))
     assert np.asarray(said["balance"]["load"]).shape == (L, E)
-    assert said["coactivation"][0][1][1] is None and said["flips"] is None and said["saturation"] is None
+    assert (
+        said["coactivation"][0][1][1] is None
+        and said["flips"] is None
+        and said["saturation"] is None
+    )
     assert said["by_label"][0]["share"][2] == analysis.by_label[0].share_LXE[2].tolist()

@@ -10,7 +10,10 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 
 
 class Kit:
-    """Runs a script of launch/ where the cluster's programs are made up; `count` says which start it is."""
+    """Runs a script of launch/ where the cluster's programs are made up;
+
+    `count` says which start it is.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -24,7 +27,9 @@ class Kit:
         return path
 
     def ends_with(self, *codes: int) -> Path:
-        """A program that notes its arguments, and ends with the next of `codes` each time all processes start."""
+        """A program that notes its arguments, and ends with the next of `codes` each time all
+        processes start.
+        """
         return self.program(
             "work",
             f"""
@@ -40,11 +45,20 @@ class Kit:
         return path.read_text().splitlines() if path.exists() else []
 
     def start(self, script: str, *arguments: str, **variables: str) -> subprocess.Popen:
-        environment = {**os.environ, "PATH": f"{self.bin}:{os.environ['PATH']}", "RESTART_SECONDS": "0", **variables}
+        environment = {
+            **os.environ,
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "RESTART_SECONDS": "0",
+            **variables,
+        }
         return subprocess.Popen(
-            [str(LAUNCH / script), *arguments], cwd=self.folder, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            [str(LAUNCH / script), *arguments],
+            cwd=self.folder,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     def run(self, script: str, *arguments: str, **variables: str) -> tuple[int, str, str]:
         process = self.start(script, *arguments, **variables)

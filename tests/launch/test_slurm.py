@@ -1,4 +1,6 @@
-"""launch/slurm.sbatch, with an srun that runs its command here and an scontrol that notes what it was asked."""
+"""launch/slurm.sbatch, with an srun that runs its command here and an scontrol that notes what it
+was asked.
+"""
 
 import os
 import signal
@@ -29,7 +31,9 @@ def asked(slurm):
     return path.read_text().strip() if path.exists() else None
 
 
-@pytest.mark.parametrize(("code", "request_made"), [(75, "requeue 77"), (0, None), (2, None), (1, None)])
+@pytest.mark.parametrize(
+    ("code", "request_made"), [(75, "requeue 77"), (0, None), (2, None), (1, None)]
+)
 def test_75_goes_back_into_the_queue_and_nothing_else_does(slurm, code, request_made):
     ended, _, errors = submit(slurm, slurm.ends_with(code), "train.py", "--workdir=a b")
     assert ended == code, errors
@@ -41,7 +45,9 @@ def test_75_goes_back_into_the_queue_and_nothing_else_does(slurm, code, request_
 
 def test_the_script_outlives_a_signal_until_its_processes_have_saved(slurm):
     ready = slurm.folder / "ready"
-    work = slurm.program("work", f'trap "sleep 1; exit 75" TERM; echo $$ >"{ready}"; while :; do sleep 0.1; done')
+    work = slurm.program(
+        "work", f'trap "sleep 1; exit 75" TERM; echo $$ >"{ready}"; while :; do sleep 0.1; done'
+    )
     process = slurm.start("slurm.sbatch", "train.py", WORK=str(work), SLURM_JOB_ID="77")
     deadline = time.monotonic() + 60
     while not ready.exists() or not ready.read_text().strip():

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.runs import ROOT, environment, free_port, write_text
+from tests.scripts import ROOT, environment, free_port, write_text
 
 SSH = """
 while [ "${1#-}" != "$1" ]; do shift 2; done
@@ -24,12 +24,17 @@ def two_hosts(kit):
 
 
 def test_each_host_gets_one_process_and_the_same_coordinator(two_hosts):
-    code, _, errors = two_hosts.run("ssh.sh", "hosts", str(two_hosts.ends_with(0)), "a b", "$HOME", PORT="1234")
+    code, _, errors = two_hosts.run(
+        "ssh.sh", "hosts", str(two_hosts.ends_with(0)), "a b", "$HOME", PORT="1234"
+    )
     assert code == 0, errors
     for index in range(2):
         flags = f"--coordinator=localhost:1234 --num_processes=2 --process_id={index}"
         assert two_hosts.calls(index) == [f"a b $HOME {flags}"]
-    assert sorted((two_hosts.bin / "ssh.hosts").read_text().split()) == ["127.0.0.1", "user@localhost"]
+    assert sorted((two_hosts.bin / "ssh.hosts").read_text().split()) == [
+        "127.0.0.1",
+        "user@localhost",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -71,10 +76,20 @@ def test_wrong_usage_is_2(two_hosts):
 
 def test_two_real_processes_meet(two_hosts):
     write_text(two_hosts.folder)
-    command = [sys.executable, "-m", "mixtral_jax", "doctor", "--json", f"--config={ROOT / 'configs/pretrain/tiny.py'}",
-               "--config.mesh.cpu_devices=4", f"--workdir={two_hosts.folder / 'run'}"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "mixtral_jax",
+        "doctor",
+        "--json",
+        f"--config={ROOT / 'configs/pretrain/tiny.py'}",
+        "--config.mesh.cpu_devices=4",
+        f"--workdir={two_hosts.folder / 'run'}",
+    ]
     variables = environment(two_hosts.folder)
     variables = {name: variables[name] for name in ("XDG_CACHE_HOME", "PYTHONPATH")}
-    code, output, errors = two_hosts.run("ssh.sh", "hosts", *command, PORT=str(free_port()), **variables)
+    code, output, errors = two_hosts.run(
+        "ssh.sh", "hosts", *command, PORT=str(free_port()), **variables
+    )
     assert code == 0, errors
     assert [row["index"] for row in json.loads(output)["processes"]] == [0, 1]

@@ -1,4 +1,6 @@
-"""The launch kits are well formed: shellcheck finds nothing, and the Job says what its comments promise."""
+"""The launch kits are well formed: shellcheck finds nothing, and the Job says what its comments
+promise.
+"""
 
 import os
 import shutil
@@ -14,7 +16,9 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 
 @pytest.mark.parametrize("name", ["ssh.sh", "slurm.sbatch", "tpu_pod.sh"])
 def test_shellcheck_finds_nothing(name):
-    program = shutil.which("shellcheck", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
+    program = shutil.which(
+        "shellcheck", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
+    )
     assert program, "the `test` extra brings it: make install"
     done = subprocess.run([program, str(LAUNCH / name)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -23,7 +27,9 @@ def test_shellcheck_finds_nothing(name):
 
 @pytest.fixture(scope="module")
 def documents():
-    return {one["kind"]: one for one in yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())}
+    return {
+        one["kind"]: one for one in yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    }
 
 
 def test_the_job_has_the_keys_of_its_api_and_no_others(documents):
@@ -32,12 +38,34 @@ def test_the_job_has_the_keys_of_its_api_and_no_others(documents):
     assert (job["apiVersion"], service["apiVersion"]) == ("batch/v1", "v1")
     assert set(job) == set(service) == {"apiVersion", "kind", "metadata", "spec"}
     assert set(service["spec"]) == {"clusterIP", "publishNotReadyAddresses", "selector", "ports"}
-    assert set(job["spec"]) == {"completionMode", "completions", "parallelism", "backoffLimit", "podReplacementPolicy",
-                                "podFailurePolicy", "template"}  # fmt: skip
+    assert set(job["spec"]) == {
+        "completionMode",
+        "completions",
+        "parallelism",
+        "backoffLimit",
+        "podReplacementPolicy",
+        "podFailurePolicy",
+        "template",
+    }
     pod = job["spec"]["template"]["spec"]
-    assert set(pod) == {"subdomain", "restartPolicy", "terminationGracePeriodSeconds", "containers", "volumes"}
-    assert set(pod["containers"][0]) == {"name", "image", "workingDir", "env", "command", "args", "ports", "resources",
-                                         "volumeMounts"}  # fmt: skip
+    assert set(pod) == {
+        "subdomain",
+        "restartPolicy",
+        "terminationGracePeriodSeconds",
+        "containers",
+        "volumes",
+    }
+    assert set(pod["containers"][0]) == {
+        "name",
+        "image",
+        "workingDir",
+        "env",
+        "command",
+        "args",
+        "ports",
+        "resources",
+        "volumeMounts",
+    }
 
 
 def test_the_pods_of_the_job_find_process_0(documents):
@@ -58,7 +86,9 @@ def test_the_pods_of_the_job_find_process_0(documents):
     count = {variable["name"]: variable["value"] for variable in container["env"]}["NUM_PROCESSES"]
     assert int(count) == job["spec"]["completions"] == job["spec"]["parallelism"]
     assert command.startswith("exec ")  # Or the shell would get SIGTERM, and Python would not.
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
 
 
 def test_exit_75_starts_a_pod_again_and_2_fails_the_job(documents):
@@ -67,7 +97,10 @@ def test_exit_75_starts_a_pod_again_and_2_fails_the_job(documents):
     actions = {}
     rules = spec["podFailurePolicy"]["rules"]
     # Up to Kubernetes 1.33 the status must be said.
-    assert rules[-1] == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    assert rules[-1] == {
+        "action": "Ignore",
+        "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+    }
     for rule in rules:
         if "onExitCodes" in rule:
             assert rule["onExitCodes"]["containerName"] == pod["containers"][0]["name"]

@@ -21,7 +21,9 @@ def pod(kit):
 
 
 def run(pod, *arguments, work="true"):
-    return pod.run("tpu_pod.sh", *arguments, TPU="pod", ZONE="zone", HOSTS=str(pod.folder), PYTHON=str(work))
+    return pod.run(
+        "tpu_pod.sh", *arguments, TPU="pod", ZONE="zone", HOSTS=str(pod.folder), PYTHON=str(work)
+    )
 
 
 def per_host(pod, *codes):
@@ -35,7 +37,9 @@ def per_host(pod, *codes):
     )
 
 
-@pytest.mark.parametrize(("codes", "code", "starts"), [((75, 0), 0, 2), ((75, 2), 2, 2), ((2,), 2, 1), ((1,), 1, 1)])
+@pytest.mark.parametrize(
+    ("codes", "code", "starts"), [((75, 0), 0, 2), ((75, 2), 2, 2), ((2,), 2, 1), ((1,), 1, 1)]
+)
 def test_75_starts_all_hosts_again_and_nothing_else_does(pod, codes, code, starts):
     ended, _, errors = run(pod, "run", "train.py", "--workdir=a b", work=per_host(pod, *codes))
     assert ended == code, errors
@@ -52,9 +56,17 @@ def test_a_slice_that_is_gone_is_a_failure(pod):
 
 
 def test_stop_ends_every_process_with_75_and_starts_none_again(pod):
-    work = pod.program("work", f'trap "exit 75" TERM; touch "{pod.folder}/up$HOST"; while :; do sleep 0.1; done')
+    work = pod.program(
+        "work", f'trap "exit 75" TERM; touch "{pod.folder}/up$HOST"; while :; do sleep 0.1; done'
+    )
     process = pod.start(
-        "tpu_pod.sh", "run", "train.py", TPU="pod", ZONE="zone", HOSTS=str(pod.folder), PYTHON=str(work)
+        "tpu_pod.sh",
+        "run",
+        "train.py",
+        TPU="pod",
+        ZONE="zone",
+        HOSTS=str(pod.folder),
+        PYTHON=str(work),
     )
     deadline = time.monotonic() + 60
     while len(list(pod.folder.glob("up*"))) < 2:

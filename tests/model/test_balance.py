@@ -56,7 +56,9 @@ def test_layers_that_lean_opposite_ways_cancel_for_hf_alone():
     logits[1, ..., 2:] = 50
     sums = sums_of(logits, 2)
     assert load_balance_loss(sums, "hf") == pytest.approx(2, rel=1e-5)
-    assert load_balance_loss(sums, "switch") == pytest.approx(2, rel=1e-5)  # Its balanced value is 1.
+    assert load_balance_loss(sums, "switch") == pytest.approx(
+        2, rel=1e-5
+    )  # Its balanced value is 1.
 
 
 def test_masked_tokens_count_for_nothing():
@@ -64,7 +66,11 @@ def test_masked_tokens_count_for_nothing():
     logits = rng.normal(size=(2, 3, 10, 8)).astype(np.float32)
     real = np.arange(10)[None] < np.array([[10], [4], [0]])
     garbage = np.where(real[None, ..., None], logits, 1e3)
-    for loss in (lambda s: load_balance_loss(s, "switch"), lambda s: load_balance_loss(s, "hf"), router_z_loss):
+    for loss in (
+        lambda s: load_balance_loss(s, "switch"),
+        lambda s: load_balance_loss(s, "hf"),
+        router_z_loss,
+    ):
         assert loss(sums_of(logits, 2, real)) == loss(sums_of(garbage, 2, real))
 
 

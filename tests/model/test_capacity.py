@@ -11,7 +11,9 @@ from mixtral_jax.model.capacity import fits_capacity
 def test_an_expert_keeps_its_heaviest_routes_of_each_sequence():
     rng = np.random.default_rng(0)
     B, T, A, E, factor = 4, 30, 2, 6, 1.1
-    experts = np.stack([[rng.permutation(E)[:A] for _ in range(T)] for _ in range(B)]).astype(np.int32)
+    experts = np.stack([[rng.permutation(E)[:A] for _ in range(T)] for _ in range(B)]).astype(
+        np.int32
+    )
     weights = rng.integers(1, 5, (B, T, A)).astype(np.float32) / 5  # Many ties.
     is_real = np.arange(T)[None] < np.array([[30], [17], [1], [0]])
     got = np.asarray(fits_capacity(experts, weights, is_real, E, factor))
@@ -19,7 +21,10 @@ def test_an_expert_keeps_its_heaviest_routes_of_each_sequence():
         limit = math.ceil(Fraction(str(factor)) * A * int(is_real[b].sum()) / E)
         for e in range(E):
             routes = [
-                (-weights[b, t, a], t, a) for t in range(T) for a in range(A) if experts[b, t, a] == e and is_real[b, t]
+                (-weights[b, t, a], t, a)
+                for t in range(T)
+                for a in range(A)
+                if experts[b, t, a] == e and is_real[b, t]
             ]
             kept = {(t, a) for _, t, a in sorted(routes)[:limit]}
             assert {(t, a) for _, t, a in routes if got[b, t, a]} == kept

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mixtral_jax.config import Config, ConfigError, NoiseConfig
-from mixtral_jax.config_router import CHOICES
+from mixtral_jax.config import CHOICES, Config, ConfigError, NoiseConfig
 from mixtral_jax.model import choices
 from mixtral_jax.model.choices import SINKHORN_ROUNDS, Candidates
 from mixtral_jax.model.moe import MoE
@@ -25,25 +24,42 @@ from tests.cases import RULES, mesh_of, only_masked, relative_norm, small_config
 B, T, D, E = 8, 12, 32, 8
 NO_LOSS = {"load_balance__weight": 0, "z_loss_weight": 0}
 SINKHORN = {"choice": "sinkhorn", "load_balance__weight": 0}
-EXPERT_CHOICE = {"choice": "expert_choice", "score": "softmax", "renormalize": False, "load_balance__weight": 0}
+EXPERT_CHOICE = {
+    "choice": "expert_choice",
+    "score": "softmax",
+    "renormalize": False,
+    "load_balance__weight": 0,
+}
 GROUPS = {"choice": "group_limited", "score": "sigmoid", "num_groups": 4, "groups_per_token": 2}
 BIAS = {"bias__update_rate": 0.1}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "softmax of the chosen": {}, "top-1": {"num_experts_per_token": 1}, "top-3": {"num_experts_per_token": 3},
-    "softmax, renormalised": {"score": "softmax"}, "softmax": {"score": "softmax", "renormalize": False},
-    "sigmoid": {"score": "sigmoid"}, "sigmoid, scaled": {"score": "sigmoid", "renormalize": False, "scale": 2.5},
-    "bias": BIAS, "sigmoid and bias": {"score": "sigmoid", **BIAS},
-    "groups": GROUPS, "groups and bias": {**GROUPS, **BIAS}, "groups of one": {**GROUPS, "num_groups": 8},
+    "softmax of the chosen": {},
+    "top-1": {"num_experts_per_token": 1},
+    "top-3": {"num_experts_per_token": 3},
+    "softmax, renormalised": {"score": "softmax"},
+    "softmax": {"score": "softmax", "renormalize": False},
+    "sigmoid": {"score": "sigmoid"},
+    "sigmoid, scaled": {"score": "sigmoid", "renormalize": False, "scale": 2.5},
+    "bias": BIAS,
+    "sigmoid and bias": {"score": "sigmoid", **BIAS},
+    "groups": GROUPS,
+    "groups and bias": {**GROUPS, **BIAS},
+    "groups of one": {**GROUPS, "num_groups": 8},
     "best two of groups": {**GROUPS, "num_groups": 2, "groups_per_token": 1},
-    "sinkhorn": SINKHORN, "expert choice": EXPERT_CHOICE,
-    "hash": {"choice": "hash", **NO_LOSS}, "random": {"choice": "random", **NO_LOSS},
-    "uniform": {"choice": "uniform", **NO_LOSS}, "dense": {"choice": "dense", "num_experts_per_token": 8, **NO_LOSS},
-}  # fmt: skip
+    "sinkhorn": SINKHORN,
+    "expert choice": EXPERT_CHOICE,
+    "hash": {"choice": "hash", **NO_LOSS},
+    "random": {"choice": "random", **NO_LOSS},
+    "uniform": {"choice": "uniform", **NO_LOSS},
+    "dense": {"choice": "dense", "num_experts_per_token": 8, **NO_LOSS},
+}
 
 
 def config_of(options: dict[str, Any], **others: Any) -> Config:
     dispatch = {"dispatch__transport": "all_gather", "dispatch__grouped_matmul": "blocks"}
-    return small_config(**{f"router__{name}": value for name, value in options.items()}, **dispatch, **others)
+    return small_config(
+        **{f"router__{name}": value for name, value in options.items()}, **dispatch, **others
+    )
 
 
 def inputs() -> tuple[np.ndarray, Tokens]:
@@ -64,7 +80,9 @@ def make_layer(config: Config, bias: np.ndarray, *, is_training: bool) -> MoE:
     return layer
 
 
-def run(config: Config, bias: np.ndarray, sizes: dict[str, int], *, is_training: bool = True) -> Any:
+def run(
+    config: Config, bias: np.ndarray, sizes: dict[str, int], *, is_training: bool = True
+) -> Any:
     """Output, routing and gradients of x and of the router, of one layer on a mesh."""
     x, tokens = inputs()
     mesh = mesh_of(**sizes)
@@ -77,7 +95,9 @@ def run(config: Config, bias: np.ndarray, sizes: dict[str, int], *, is_training:
         return jnp.sum(y * cotangent), (y, routing)
 
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        x, tokens, cotangent = jax.device_put((x, tokens, cotangent), jax.NamedSharding(mesh, RULES.spec("batch")))
+        x, tokens, cotangent = jax.device_put(
+            (x, tokens, cotangent), jax.NamedSharding(mesh, RULES.spec("batch"))
+        )
         layer = jax.jit(lambda: make_layer(config, bias, is_training=is_training))()
         gate = layer.router.gate.weight[...]
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
@@ -105,11 +125,15 @@ def hashed(expert: int, *numbers: int) -> float:
     return (mixed >> 8) / 2**24
 
 
-def choose(config: Config, logits: np.ndarray, scores: np.ndarray, bias: np.ndarray, tokens: Tokens) -> np.ndarray:
+def choose(
+    config: Config, logits: np.ndarray, scores: np.ndarray, bias: np.ndarray, tokens: Tokens
+) -> np.ndarray:
     """Which experts each token takes, bool [B, T, E], by the formula of the choice."""
     router, real = config.router, np.asarray(tokens.segment_ids_BT) > 0
     k, taken = router.num_experts_per_token, np.zeros((B, T, E), bool)
-    salt = int(jax.random.bits(jax.random.key(5), dtype=jnp.uint32))  # Of the training key of `make_layer`.
+    salt = int(
+        jax.random.bits(jax.random.key(5), dtype=jnp.uint32)
+    )  # Of the training key of `make_layer`.
     for b, t in itertools.product(range(B), range(T)):
         value = scores[b, t] + bias
         numbers = [int(of_tokens[b, t]) for of_tokens in (tokens.ids_BT, tokens.positions_BT)]
@@ -120,7 +144,9 @@ def choose(config: Config, logits: np.ndarray, scores: np.ndarray, bias: np.ndar
             groups = value.reshape(router.num_groups, -1)
             num_best = max(1, k // router.groups_per_token)
             worth = np.sort(groups, axis=1)[:, -num_best:].sum(axis=1)
-            closed = np.setdiff1d(np.arange(router.num_groups), best(worth, router.groups_per_token))
+            closed = np.setdiff1d(
+                np.arange(router.num_groups), best(worth, router.groups_per_token)
+            )
             groups[closed] = -np.inf
         if router.choice == "uniform":
             taken[b, t, (k * t + np.arange(k)) % E] = True
@@ -132,7 +158,9 @@ def choose(config: Config, logits: np.ndarray, scores: np.ndarray, bias: np.ndar
         n = int(real[b].sum())
         if router.choice == "expert_choice":
             for e in range(E):
-                tokens_of_e = best(np.where(real[b], scores[b, :, e], -1), -(-k * n // E) if n else 0)
+                tokens_of_e = best(
+                    np.where(real[b], scores[b, :, e], -1), -(-k * n // E) if n else 0
+                )
                 taken[b, tokens_of_e, e] = True
         if router.choice == "sinkhorn":
             plan = np.exp(logits[b])
@@ -151,11 +179,15 @@ def weigh(config: Config, logits: jax.Array, scores: jax.Array, taken: np.ndarra
     values = jnp.exp(logits) if router.score == "softmax_chosen" else scores
     values = jnp.where(taken, values, 0)
     total = jnp.sum(values, axis=-1, keepdims=True)
-    return router.scale * (values / jnp.where(total > 0, total, 1) if router.renormalize else values)
+    return router.scale * (
+        values / jnp.where(total > 0, total, 1) if router.renormalize else values
+    )
 
 
 def scores_of(config: Config, logits: Any) -> Any:
-    return 1 / (1 + jnp.exp(-logits)) if config.router.score == "sigmoid" else jax.nn.softmax(logits)
+    return (
+        1 / (1 + jnp.exp(-logits)) if config.router.score == "sigmoid" else jax.nn.softmax(logits)
+    )
 
 
 def taken_by(routing: Any) -> np.ndarray:
@@ -168,7 +200,9 @@ def taken_by(routing: Any) -> np.ndarray:
 def test_an_option_is_its_formula_on_a_mesh(options: dict[str, Any]) -> None:
     """Choice, weights, output, sums and gradients, on (expert=4, fsdp=2) in training."""
     config = config_of(options)
-    bias = np.where(np.arange(E) % 3 == 0, 0.2, -0.1).astype(np.float32) * bool(config.router.bias.update_rate)
+    bias = np.where(np.arange(E) % 3 == 0, 0.2, -0.1).astype(np.float32) * bool(
+        config.router.bias.update_rate
+    )
     layer, y, routing, (gate_gradient, x_gradient) = run(config, bias, {"expert": 4, "fsdp": 2})
     x, tokens = inputs()
     gate = layer.router.gate.weight[...]
@@ -183,15 +217,23 @@ def test_an_option_is_its_formula_on_a_mesh(options: dict[str, Any]) -> None:
         weights = weigh(config, logits, scores_of(config, logits), taken)
         matrices = (layer.experts.gate, layer.experts.up, layer.experts.down)
         gate_up, up, down = (projection.weight[...] for projection in matrices)
-        each = jnp.einsum("BTEF,EFD->BTED", jax.nn.silu(jnp.einsum("BTD,EDF->BTEF", x, gate_up))
-                          * jnp.einsum("BTD,EDF->BTEF", x, up), down)  # fmt: skip
+        each = jnp.einsum(
+            "BTEF,EFD->BTED",
+            jax.nn.silu(jnp.einsum("BTD,EDF->BTEF", x, gate_up))
+            * jnp.einsum("BTD,EDF->BTEF", x, up),
+            down,
+        )
         y = jnp.sum(each * weights[..., None], axis=2)
         return jnp.sum(y * np.random.default_rng(1).normal(size=x.shape).astype(np.float32)), y
 
     with jax.default_matmul_precision("highest"):
-        (_, expected), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(gate, jnp.asarray(x))
+        (_, expected), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+            gate, jnp.asarray(x)
+        )
     assert relative_norm(y, expected) < 1e-5
-    np.testing.assert_allclose(gate_gradient, gradients[0], atol=1e-5 * np.linalg.norm(gradients[1]))
+    np.testing.assert_allclose(
+        gate_gradient, gradients[0], atol=1e-5 * np.linalg.norm(gradients[1])
+    )
     assert relative_norm(x_gradient, gradients[1]) < 1e-5
     sums, real = routing.sums, np.asarray(tokens.is_real_BT)
     np.testing.assert_array_equal(sums.load_E, taken.sum(axis=(0, 1)))
@@ -205,10 +247,17 @@ def test_an_option_is_its_formula_on_a_mesh(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("choice", ["hash", "random"])
 def test_blind_choices_take_k_experts_about_equally_often(choice: str) -> None:
-    _, _, routing, (gate_gradient, _) = run(config_of({"choice": choice, **NO_LOSS}), np.zeros(E), {})
+    _, _, routing, (gate_gradient, _) = run(
+        config_of({"choice": choice, **NO_LOSS}), np.zeros(E), {}
+    )
     real = np.asarray(inputs()[1].is_real_BT)
     np.testing.assert_array_equal(taken_by(routing).sum(axis=-1), np.where(real, 2, 0))
-    assert 0.3 < routing.sums.load_E.min() / routing.sums.load_E.mean() < routing.sums.load_E.max() / 20 < 2.5
+    assert (
+        0.3
+        < routing.sums.load_E.min() / routing.sums.load_E.mean()
+        < routing.sums.load_E.max() / 20
+        < 2.5
+    )
     assert not gate_gradient.any()
 
 
@@ -248,20 +297,32 @@ def test_expert_choice_is_even_whatever_the_router_says() -> None:
 
 
 def test_sinkhorn_is_nearly_even_whatever_the_router_says() -> None:
-    logits = np.random.default_rng(0).normal(size=(1, 512, E)) + np.where(np.arange(E) < 2, 3.0, 0.0)
+    logits = np.random.default_rng(0).normal(size=(1, 512, E)) + np.where(
+        np.arange(E) < 2, 3.0, 0.0
+    )
     tokens, router = only_masked(np.ones((1, 512), np.int32)), config_of(SINKHORN).router
-    candidates = Candidates(jnp.asarray(logits), jax.nn.softmax(logits), tokens, jnp.uint32(0), is_training=True)
+    candidates = Candidates(
+        jnp.asarray(logits), jax.nn.softmax(logits), tokens, jnp.uint32(0), is_training=True
+    )
     chosen = choices.choose_by_sinkhorn(candidates, router).experts_BTA
-    load, of_top_k = (np.bincount(np.ravel(experts)) * E / (2 * 512) for experts in (chosen, best(logits, 2)))
+    load, of_top_k = (
+        np.bincount(np.ravel(experts)) * E / (2 * 512) for experts in (chosen, best(logits, 2))
+    )
     assert load.max() < 1.15 < 3 < of_top_k.max()
 
 
 def test_softmax_over_the_chosen_is_the_softmax_of_all_renormalised() -> None:
-    (_, one, _, _), (_, other, _, _) = (run(config_of(o), np.zeros(E), {}) for o in ({}, {"score": "softmax"}))
+    (_, one, _, _), (_, other, _, _) = (
+        run(config_of(o), np.zeros(E), {}) for o in ({}, {"score": "softmax"})
+    )
     np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-NOISE = {"jitter": {"noise__jitter": 0.1}, "noisy": {"noise__noisy_top_k": 4.0}, "gumbel": {"noise__gumbel": 1.0}}
+NOISE = {
+    "jitter": {"noise__jitter": 0.1},
+    "noisy": {"noise__noisy_top_k": 4.0},
+    "gumbel": {"noise__gumbel": 1.0},
+}
 
 
 @pytest.mark.parametrize("options", NOISE.values(), ids=NOISE)
@@ -274,7 +335,9 @@ def test_noise_is_there_in_training_alone_and_the_same_on_a_mesh(options: dict[s
     _, spread, _, _ = run(config, zeros, {"expert": 4, "fsdp": 2})
     assert relative_norm(alone, plain) > 1e-2
     assert relative_norm(spread, alone) < 1e-5
-    is_on_logits = "noise__jitter" not in options  # That of the input shows in the logits; these are kept without.
+    is_on_logits = (
+        "noise__jitter" not in options
+    )  # That of the input shows in the logits; these are kept without.
     assert np.array_equal(noisy.logits_BTE, routing.logits_BTE) == is_on_logits
 
 
@@ -301,47 +364,79 @@ def test_capacity_of_training_and_of_evaluation_differ_and_drop_as_asked() -> No
         limit = np.ceil(factor * 2 * num_tokens / E)
         assert (kept <= limit[:, None]).all() and (kept == limit[:, None]).any()
     _, _, routing, _ = run(config_of({}, **factors, dispatch__drop="position"), np.zeros(E), {})
-    chosen = (routing.experts_BTA[0][..., None] == np.arange(E)).any(axis=1)  # Of a sequence without padding.
+    chosen = (routing.experts_BTA[0][..., None] == np.arange(E)).any(
+        axis=1
+    )  # Of a sequence without padding.
     expected = chosen & (np.cumsum(chosen, axis=0) <= np.ceil(0.5 * 2 * T / E))
     np.testing.assert_array_equal(taken_by(routing)[0], expected)
 
 
 def test_the_router_computes_and_begins_as_asked() -> None:
-    plain, scaled = (run(config_of(o), np.zeros(E), {})[0].router.gate.weight[...] for o in ({}, {"init_scale": 0.1}))
+    plain, scaled = (
+        run(config_of(o), np.zeros(E), {})[0].router.gate.weight[...]
+        for o in ({}, {"init_scale": 0.1})
+    )
     np.testing.assert_allclose(scaled, 0.1 * plain, rtol=1e-5)
-    (_, _, exact, _), (_, _, coarse, _) = (run(config_of(o), np.zeros(E), {}) for o in ({}, {"dtype": "bfloat16"}))
+    (_, _, exact, _), (_, _, coarse, _) = (
+        run(config_of(o), np.zeros(E), {}) for o in ({}, {"dtype": "bfloat16"})
+    )
     assert 1e-4 < relative_norm(coarse.logits_BTE, exact.logits_BTE) < 2e-2
 
 
-@pytest.mark.parametrize(("options", "others", "words"), [
-    ({"choice": "top-k"}, {}, ["router.choice='top-k'", "'top_k'", "'expert_choice'"]),
-    ({"renormalize": False}, {}, ["changes nothing", "score=softmax"]),
-    ({"choice": "expert_choice"}, {}, ["no sum to divide by", "renormalize=False"]),
-    ({**EXPERT_CHOICE, "load_balance__weight": 0.01}, {}, ["evens the load by itself", "to 0"]),
-    ({"choice": "sinkhorn"}, {}, ["evens the load by itself", "router.load_balance.weight"]),
-    ({**SINKHORN, "sequence_loss_weight": 0.1}, {}, ["evens the load by itself", "router.sequence_loss_weight"]),
-    ({**EXPERT_CHOICE, **BIAS}, {}, ["router.bias"]),
-    (EXPERT_CHOICE, {"dispatch__capacity_factor": 1.0}, ["how much each expert gets", "None"]),
-    ({"choice": "dense", **NO_LOSS, "num_experts_per_token": 8}, {"dispatch__eval_capacity_factor": 4.0}, ["to None"]),
-    ({"choice": "hash", **NO_LOSS, "score": "sigmoid"}, {}, ["weighs all experts alike"]),
-    ({"load_balance__scope": "global", "load_balance__weight": 0}, {}, ["use micro"]),
-    ({"load_balance__scope": "sequence", "sequence_loss_weight": 0.1}, {}, ["add the weights up"]),
-    ({"init_scale": 0}, {}, ["must be positive"]),
-    (BIAS, {"finetune": {}}, ["router.bias.update_rate"]),
-    ({"choice": "hash"}, {}, ["router.load_balance.weight=0.01", "router.z_loss_weight=0.001", "to 0"]),
-    ({"choice": "hash", **NO_LOSS, "noise__gumbel": 1}, {}, ["router.noise.gumbel=1.0"]),
-    ({"choice": "dense", **NO_LOSS}, {}, ["set model.num_experts=2"]),
-    ({"num_groups": 4}, {}, ["group_limited"]),
-    ({"choice": "group_limited"}, {}, ["router.num_groups=1"]),
-    ({**GROUPS, "num_groups": 3}, {}, ["must divide model.num_experts=8"]),
-    ({**GROUPS, "groups_per_token": 5}, {}, ["under router.num_groups=4"]),
-    ({**GROUPS, "groups_per_token": 1, "num_experts_per_token": 3}, {}, ["at least 3 experts"]),
-    ({"bias__is_zero_mean": True}, {}, ["router.bias.update_rate"]),
-    ({"load_balance__scope": "sequence", "load_balance__normalization": "hf"}, {}, ["pools all tokens"]),
-    ({}, {"dispatch__drop": "position"}, ["set dispatch.capacity_factor"]),
-    ({"noise__jitter": 1}, {}, ["[0, 1)"]),
-])  # fmt: skip
-def test_senseless_settings_are_refused_with_the_reason(options: dict, others: dict, words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("options", "others", "words"),
+    [
+        ({"choice": "top-k"}, {}, ["router.choice='top-k'", "'top_k'", "'expert_choice'"]),
+        ({"renormalize": False}, {}, ["changes nothing", "score=softmax"]),
+        ({"choice": "expert_choice"}, {}, ["no sum to divide by", "renormalize=False"]),
+        ({**EXPERT_CHOICE, "load_balance__weight": 0.01}, {}, ["evens the load by itself", "to 0"]),
+        ({"choice": "sinkhorn"}, {}, ["evens the load by itself", "router.load_balance.weight"]),
+        (
+            {**SINKHORN, "sequence_loss_weight": 0.1},
+            {},
+            ["evens the load by itself", "router.sequence_loss_weight"],
+        ),
+        ({**EXPERT_CHOICE, **BIAS}, {}, ["router.bias"]),
+        (EXPERT_CHOICE, {"dispatch__capacity_factor": 1.0}, ["how much each expert gets", "None"]),
+        (
+            {"choice": "dense", **NO_LOSS, "num_experts_per_token": 8},
+            {"dispatch__eval_capacity_factor": 4.0},
+            ["to None"],
+        ),
+        ({"choice": "hash", **NO_LOSS, "score": "sigmoid"}, {}, ["weighs all experts alike"]),
+        ({"load_balance__scope": "global", "load_balance__weight": 0}, {}, ["use micro"]),
+        (
+            {"load_balance__scope": "sequence", "sequence_loss_weight": 0.1},
+            {},
+            ["add the weights up"],
+        ),
+        ({"init_scale": 0}, {}, ["must be positive"]),
+        (BIAS, {"finetune": {}}, ["router.bias.update_rate"]),
+        (
+            {"choice": "hash"},
+            {},
+            ["router.load_balance.weight=0.01", "router.z_loss_weight=0.001", "to 0"],
+        ),
+        ({"choice": "hash", **NO_LOSS, "noise__gumbel": 1}, {}, ["router.noise.gumbel=1.0"]),
+        ({"choice": "dense", **NO_LOSS}, {}, ["set model.num_experts=2"]),
+        ({"num_groups": 4}, {}, ["group_limited"]),
+        ({"choice": "group_limited"}, {}, ["router.num_groups=1"]),
+        ({**GROUPS, "num_groups": 3}, {}, ["must divide model.num_experts=8"]),
+        ({**GROUPS, "groups_per_token": 5}, {}, ["under router.num_groups=4"]),
+        ({**GROUPS, "groups_per_token": 1, "num_experts_per_token": 3}, {}, ["at least 3 experts"]),
+        ({"bias__is_zero_mean": True}, {}, ["router.bias.update_rate"]),
+        (
+            {"load_balance__scope": "sequence", "load_balance__normalization": "hf"},
+            {},
+            ["pools all tokens"],
+        ),
+        ({}, {"dispatch__drop": "position"}, ["set dispatch.capacity_factor"]),
+        ({"noise__jitter": 1}, {}, ["[0, 1)"]),
+    ],
+)
+def test_senseless_settings_are_refused_with_the_reason(
+    options: dict, others: dict, words: list[str]
+) -> None:
     with pytest.raises(ConfigError) as error:
         config_of(options, **others)
     assert "\n" not in str(error.value)

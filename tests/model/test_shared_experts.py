@@ -1,4 +1,6 @@
-"""Experts that every token visits, and fine-grained ones: against numpy, on every mesh, in every count."""
+"""Experts that every token visits, and fine-grained ones: against numpy, on every mesh, in every
+count.
+"""
 
 import dataclasses
 import json
@@ -8,12 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from mixtral_jax.checkpoint.architecture import require_mixtral
+from mixtral_jax.checkpoint.formats.architecture import require_mixtral
 from mixtral_jax.checkpoint.on_devices import parameter_name
 from mixtral_jax.checkpoint.parameters import parameter_shape, parameters_of
-from mixtral_jax.cli.start import describe_choice
-from mixtral_jax.config import Config, ConfigError
-from mixtral_jax.config_mapping import build, changed_keys
+from mixtral_jax.config import Config, ConfigError, build, changed_keys
 from mixtral_jax.finetune.targets import PRESETS
 from mixtral_jax.finetune.trained import list_parts
 from mixtral_jax.finetune.tunable import make_tunable
@@ -21,6 +21,7 @@ from mixtral_jax.generate.generator import Generator
 from mixtral_jax.generate.settings import Settings
 from mixtral_jax.model.transformer import count_parameters, model_maker
 from mixtral_jax.plan.flops import model_flops_per_step
+from mixtral_jax.runs.run import describe_choice
 from tests.cases import RULES, mesh_of, on_mesh, packed_batch, relative_norm, small_config
 from tests.checkpoint.folders import architecture_of
 from tests.reference import reference_logits, swiglu
@@ -45,39 +46,60 @@ def logits_of(model, mesh, batch):
         tokens, positions, segments = (
             jax.device_put(x[0], rows) for x in (batch.tokens, batch.positions, batch.segment_ids)
         )
-        return np.asarray(jax.jit(lambda model, *args: model(*args))(model, tokens, positions, segments).logits_BTV)
+        return np.asarray(
+            jax.jit(lambda model, *args: model(*args))(
+                model, tokens, positions, segments
+            ).logits_BTV
+        )
 
 
-@pytest.mark.parametrize(("sizes", "transport", "changes"), [
-    ({"expert": 4, "fsdp": 2}, "all_gather", SHARED), ({"expert": 4, "fsdp": 2}, "ragged_all_to_all", FINE),
-    ({"fsdp": 2, "expert": 2, "tensor": 2}, "all_to_all", SHARED),
-    ({"fsdp": 2, "expert": 2, "tensor": 2}, "ragged_all_to_all", FINE),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sizes", "transport", "changes"),
+    [
+        ({"expert": 4, "fsdp": 2}, "all_gather", SHARED),
+        ({"expert": 4, "fsdp": 2}, "ragged_all_to_all", FINE),
+        ({"fsdp": 2, "expert": 2, "tensor": 2}, "all_to_all", SHARED),
+        ({"fsdp": 2, "expert": 2, "tensor": 2}, "ragged_all_to_all", FINE),
+    ],
+)
 def test_logits_are_those_of_numpy_on_every_mesh_and_transport(sizes, transport, changes):
     config, mesh = small_config(dispatch__transport=transport, **changes), mesh_of(**sizes)
     model, batch = make(config, mesh), packed_batch(config)
     expected = reference_logits(model, batch.tokens[0], batch.positions[0], batch.segment_ids[0])
     real = batch.segment_ids[0] > 0
-    np.testing.assert_allclose(logits_of(model, mesh, batch)[real], expected[real], atol=2e-4, rtol=0)
+    np.testing.assert_allclose(
+        logits_of(model, mesh, batch)[real], expected[real], atol=2e-4, rtol=0
+    )
 
 
 def test_gradients_are_the_same_on_a_mesh_of_all_axes():
-    config = small_config(dispatch__grouped_matmul="ragged_dot", **SHARED)  # The quickest to compile.
+    config = small_config(
+        dispatch__grouped_matmul="ragged_dot", **SHARED
+    )  # The quickest to compile.
     batch = packed_batch(config)
 
     def gradients(**sizes):
         mesh = mesh_of(**sizes)
         with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
             micro = jax.tree.map(lambda rows: rows[0], on_mesh(batch, mesh))
-            loss = lambda model: (model(micro.tokens, micro.positions, micro.segment_ids).logits_BTV ** 2).mean()  # noqa: E731
+
+            def loss(model):
+                return (
+                    model(micro.tokens, micro.positions, micro.segment_ids).logits_BTV ** 2
+                ).mean()
+
             return jax.tree.flatten_with_path(jax.jit(jax.grad(loss))(make(config, mesh)))[0]
 
-    for (path, got), (_, one) in zip(gradients(fsdp=2, expert=2, tensor=2), gradients(), strict=True):
+    for (path, got), (_, one) in zip(
+        gradients(fsdp=2, expert=2, tensor=2), gradients(), strict=True
+    ):
         assert relative_norm(got, one) < 1e-5, jax.tree_util.keystr(path)
 
 
 def test_n_shared_experts_are_the_sum_of_n_swiglus():
-    x, gate, up, down = (np.random.default_rng(0).normal(size=s) for s in ((5, 8), (8, 6), (8, 6), (6, 8)))
+    x, gate, up, down = (
+        np.random.default_rng(0).normal(size=s) for s in ((5, 8), (8, 6), (8, 6), (6, 8))
+    )
     parts = [slice(start, start + 2) for start in (0, 2, 4)]
     each = sum(swiglu(x, gate[:, part], up[:, part], down[part]) for part in parts)
     np.testing.assert_allclose(swiglu(x, gate, up, down), each, rtol=1e-12)
@@ -86,7 +108,8 @@ def test_n_shared_experts_are_the_sum_of_n_swiglus():
 def test_all_other_parameters_start_as_without_them():
     models = (make(small_config(model__num_shared_experts=shared), mesh_of()) for shared in (0, 2))
     without, with_them = (
-        {parameter_name(path): leaf for path, leaf in jax.tree.flatten_with_path(model)[0]} for model in models
+        {parameter_name(path): leaf for path, leaf in jax.tree.flatten_with_path(model)[0]}
+        for model in models
     )
     added = with_them.keys() - without.keys()
     assert added == {f"blocks/moe/shared_experts/{name}/weight" for name in ("gate", "up", "down")}
@@ -101,7 +124,9 @@ def test_shared_parameters_are_all_active_and_counted_everywhere():
     assert (after.total - before.total, after.active - before.active) == (more, more)
     assert after.multiplying - before.multiplying == more
     tokens = config.train.batch_size * config.train.sequence_length
-    flops = [model_flops_per_step(c, count, count) for c, count in ((plain, before), (config, after))]
+    flops = [
+        model_flops_per_step(c, count, count) for c, count in ((plain, before), (config, after))
+    ]
     assert flops[1] - flops[0] == 6 * more * tokens
     assert describe_choice(config) == "top-2 of 8 experts, and 3 shared"
     assert describe_choice(plain) == "top-2 of 8 experts"
@@ -117,7 +142,9 @@ def test_the_table_of_parameters_is_that_of_the_model(changes):
 
 
 def test_a_dense_layer_lies_on_a_mesh_as_attention_does():
-    shared = make(small_config(**SHARED), mesh_of(fsdp=2, expert=2, tensor=2)).blocks.moe.shared_experts
+    shared = make(
+        small_config(**SHARED), mesh_of(fsdp=2, expert=2, tensor=2)
+    ).blocks.moe.shared_experts
     for leaf in jax.tree.leaves(shared):
         assert {shard.data.nbytes for shard in leaf.addressable_shards} == {leaf.nbytes // 8}
 
@@ -150,7 +177,9 @@ def test_greedy_is_the_same_with_and_without_cache():
     for _ in range(6):
         batch = dataclasses.replace(packed_batch(config), tokens=np.zeros((1, 1, 10), np.int32))
         batch.tokens[0, 0, : len(ids)] = ids
-        batch = dataclasses.replace(batch, positions=np.arange(10)[None, None], segment_ids=np.ones((1, 1, 10), int))
+        batch = dataclasses.replace(
+            batch, positions=np.arange(10)[None, None], segment_ids=np.ones((1, 1, 10), int)
+        )
         ids.append(int(logits_of(model, mesh, batch)[0, len(ids) - 1].argmax()))
     assert row.ids == ids[len(prompt) :]
 
@@ -159,7 +188,9 @@ def test_an_export_names_the_key_that_others_have_no_word_for():
     architecture = architecture_of(small_config(**SHARED).model)
     with pytest.raises(ConfigError, match=r"cannot have model\.num_shared_experts=3$"):
         require_mixtral(architecture)
-    require_mixtral(architecture_of(small_config(model__granularity=4).model, chosen=8))  # A Mixtral of more experts.
+    require_mixtral(
+        architecture_of(small_config(model__granularity=4).model, chosen=8)
+    )  # A Mixtral of more experts.
 
 
 def test_granularity_is_written_out_once():
@@ -176,15 +207,20 @@ def test_granularity_is_written_out_once():
     assert changed_keys(saved, dataclasses.asdict(small_config(model__granularity=4))) == []
     changed = changed_keys(saved, dataclasses.asdict(small_config(model__granularity=2)))
     assert [change.split(" ")[0] for change in changed] == [
-        "model.intermediate_size", "model.num_experts", "router.num_experts_per_token",
-    ]  # fmt: skip
+        "model.intermediate_size",
+        "model.num_experts",
+        "router.num_experts_per_token",
+    ]
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"model__granularity": 5}, ["model.granularity=5", "divide model.intermediate_size=48"]),
-    ({"model__granularity": 0}, ["model.granularity=0", "at least 1"]),
-    ({"model__num_shared_experts": -1}, ["model.num_shared_experts=-1"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model__granularity": 5}, ["model.granularity=5", "divide model.intermediate_size=48"]),
+        ({"model__granularity": 0}, ["model.granularity=0", "at least 1"]),
+        ({"model__num_shared_experts": -1}, ["model.num_shared_experts=-1"]),
+    ],
+)
 def test_a_wrong_setting_is_named(changes, words):
     with pytest.raises(ConfigError) as error:
         small_config(**changes)

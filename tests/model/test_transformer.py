@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from configs import models
-from mixtral_jax.config import Config
-from mixtral_jax.config_mapping import build
+from mixtral_jax.config import Config, build
 from mixtral_jax.model.transformer import count_parameters, model_maker
 from tests.cases import RULES, mesh_of, packed_batch, small_config
 from tests.reference import reference_logits
@@ -32,15 +31,27 @@ def micro(batch):
     return batch.tokens[0], batch.positions[0], batch.segment_ids[0]
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"dispatch__capacity_factor": 1.0}, {"router__num_experts_per_token": 8},
-    {"router__num_experts_per_token": 1, "model__num_experts": 6, "model__num_kv_heads": 1, "model__rope_theta": 1e4},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dispatch__capacity_factor": 1.0},
+        {"router__num_experts_per_token": 8},
+        {
+            "router__num_experts_per_token": 1,
+            "model__num_experts": 6,
+            "model__num_kv_heads": 1,
+            "model__rope_theta": 1e4,
+        },
+    ],
+)
 def test_logits_are_those_of_loops_over_experts_in_numpy(changes):
     config, mesh = small_config(**changes), mesh_of()
     model, batch = make(config, mesh), packed_batch(small_config(**changes))
     got = run(model, mesh, *micro(batch)).logits_BTV
-    expected = reference_logits(model, *micro(batch), capacity_factor=config.dispatch.capacity_factor)
+    expected = reference_logits(
+        model, *micro(batch), capacity_factor=config.dispatch.capacity_factor
+    )
     real = batch.segment_ids[0] > 0
     np.testing.assert_allclose(np.asarray(got)[real], expected[real], atol=2e-4, rtol=0)
 
@@ -57,7 +68,8 @@ def test_later_tokens_never_change_earlier_logits(small):
     changed = tokens.copy()
     changed[:, 12:] = (changed[:, 12:] + 1) % 96
     before, after = (run(model, mesh, t, positions, segments).logits_BTV for t in (tokens, changed))
-    # Not bit for bit: later tokens decide in which block of an expert's rows an earlier one is multiplied.
+    # Not bit for bit: later tokens decide in which block of an expert's rows an earlier one is
+    # multiplied.
     np.testing.assert_allclose(before[:, :12], after[:, :12], atol=2e-6)
     assert np.abs(before[:, 12:] - after[:, 12:]).max() > 0.01
 
@@ -68,7 +80,9 @@ def test_padding_changes_nothing(small):
     changed = np.where(segments > 0, tokens, (tokens + 7) % 96)
     before, after = (run(model, mesh, t, positions, segments) for t in (tokens, changed))
     real = segments > 0
-    np.testing.assert_array_equal(np.asarray(before.logits_BTV)[real], np.asarray(after.logits_BTV)[real])
+    np.testing.assert_array_equal(
+        np.asarray(before.logits_BTV)[real], np.asarray(after.logits_BTV)[real]
+    )
     jax.tree.map(np.testing.assert_array_equal, before.routing.sums, after.routing.sums)
     assert not np.asarray(before.routing.is_kept_BTA)[:, segments == 0].any()
 
@@ -80,8 +94,14 @@ def test_a_packed_document_sees_what_it_sees_alone(small):
     inside = segments[2] == 2
     length = int(inside.sum())
     alone = np.zeros_like(tokens), np.zeros_like(positions), np.zeros_like(segments)
-    alone[0][0, :length], alone[1][0, :length], alone[2][0, :length] = tokens[2][inside], np.arange(length), 1
-    np.testing.assert_allclose(run(model, mesh, *alone).logits_BTV[0, :length], packed[2][inside], atol=1e-5)
+    alone[0][0, :length], alone[1][0, :length], alone[2][0, :length] = (
+        tokens[2][inside],
+        np.arange(length),
+        1,
+    )
+    np.testing.assert_allclose(
+        run(model, mesh, *alone).logits_BTV[0, :length], packed[2][inside], atol=1e-5
+    )
 
 
 def test_remat_policies_give_the_same_gradient(small):
@@ -90,7 +110,9 @@ def test_remat_policies_give_the_same_gradient(small):
     for policy in ("full", "dots", "none"):
         model = make(small_config(model__remat=policy), mesh)
         with jax.set_mesh(mesh):
-            loss = jax.jit(jax.grad(lambda m: (m(*micro(batch)).logits_BTV ** 2).mean(), allow_int=True))
+            loss = jax.jit(
+                jax.grad(lambda m: (m(*micro(batch)).logits_BTV ** 2).mean(), allow_int=True)
+            )
             gradients.append(jax.tree.leaves(loss(model)))
     for other in gradients[1:]:
         for got, expected in zip(other, gradients[0], strict=True):
@@ -106,16 +128,22 @@ def test_bfloat16_logits_are_near_those_of_float32(small):
     assert np.sqrt((error**2).mean()) < 0.05 * np.asarray(expected).std()
 
 
-@pytest.mark.parametrize(("size", "total", "active"), [
-    (models.mixtral_8x7b, 46_702_792_704, 12_879_925_248), (models.mixtral_8x22b, 140_620_634_112, 39_152_031_744),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "total", "active"),
+    [
+        (models.mixtral_8x7b, 46_702_792_704, 12_879_925_248),
+        (models.mixtral_8x22b, 140_620_634_112, 39_152_031_744),
+    ],
+)
 def test_published_sizes_have_the_published_numbers_of_parameters(size, total, active):
     train = {"num_steps": 1, "batch_size": 8, "sequence_length": 8}
     config = build(Config, {"model": size().to_dict(), "train": train})
     with jax.set_mesh(mesh_of(expert=8)):
         count = count_parameters(jax.eval_shape(model_maker(config, "cpu")))
     assert (count.total, count.active) == (total, active)
-    assert active - count.multiplying == config.model.vocab_size * config.model.hidden_size  # The look-up.
+    assert (
+        active - count.multiplying == config.model.vocab_size * config.model.hidden_size
+    )  # The look-up.
 
 
 def test_each_device_holds_only_its_experts():
@@ -127,4 +155,6 @@ def test_each_device_holds_only_its_experts():
     ):
         experts = make(config, mesh).blocks.moe.experts
         for leaf in jax.tree.leaves(experts):
-            assert {shard.data.nbytes for shard in leaf.addressable_shards} == {leaf.nbytes // share}
+            assert {shard.data.nbytes for shard in leaf.addressable_shards} == {
+                leaf.nbytes // share
+            }

@@ -1,4 +1,5 @@
-"""Every transport, on every mesh, against loops over experts on one device: values, gradients, counts and losses.
+"""Every transport, on every mesh, against loops over experts on one device: values, gradients,
+counts and losses.
 
 `make test` runs a cover of all pairs of the settings below, `make test-all` their whole product.
 """
@@ -24,15 +25,27 @@ from tests.reference import mixture
 B, T, D = 8, 12, 32
 TRANSPORTS = ("all_gather", "all_to_all", "ragged_all_to_all")
 MESHES = {
-    "expert=8": {"expert": 8}, "expert=4,fsdp=2": {"expert": 4, "fsdp": 2},
-    "expert=2,tensor=2,fsdp=2": {"expert": 2, "tensor": 2, "fsdp": 2}, "data=2,expert=4": {"data": 2, "expert": 4},
-}  # fmt: skip
-EXPERTS = {"8 top-2": (8, 2), "8 top-1": (8, 1), "8 top-3": (8, 3), "16 top-2": (16, 2), "6 top-2": (6, 2)}
+    "expert=8": {"expert": 8},
+    "expert=4,fsdp=2": {"expert": 4, "fsdp": 2},
+    "expert=2,tensor=2,fsdp=2": {"expert": 2, "tensor": 2, "fsdp": 2},
+    "data=2,expert=4": {"data": 2, "expert": 4},
+}
+EXPERTS = {
+    "8 top-2": (8, 2),
+    "8 top-1": (8, 1),
+    "8 top-3": (8, 3),
+    "16 top-2": (16, 2),
+    "6 top-2": (6, 2),
+}
 SETTINGS = {
-    "transport": TRANSPORTS, "mesh": MESHES, "experts": EXPERTS, "capacity_factor": (None, 1.25),
-    "padding": (False, True), "routing": ("random", "skewed", "all to one", "empty expert"),
+    "transport": TRANSPORTS,
+    "mesh": MESHES,
+    "experts": EXPERTS,
+    "capacity_factor": (None, 1.25),
+    "padding": (False, True),
+    "routing": ("random", "skewed", "all to one", "empty expert"),
     "kernel": ("blocks", "ragged_dot"),  # The second, on a TPU the first choice, in chunks.
-}  # fmt: skip
+}
 
 
 def _is_possible(case):
@@ -45,7 +58,9 @@ def _pairs(case):
 
 def _cases():
     """The whole product, those outside a cover of all pairs (greedy, from the front) marked `full`."""
-    product = [dict(zip(SETTINGS, values, strict=True)) for values in itertools.product(*SETTINGS.values())]
+    product = [
+        dict(zip(SETTINGS, values, strict=True)) for values in itertools.product(*SETTINGS.values())
+    ]
     product = [case for case in product if _is_possible(case)]
     missing = set().union(*map(_pairs, product))
     cover = []
@@ -59,18 +74,29 @@ def _cases():
 
 
 @functools.cache
-def make_layer(experts, transport="all_gather", capacity_factor=None, buffer_factor=None, kernel: Kernel = "blocks"):
+def make_layer(
+    experts,
+    transport="all_gather",
+    capacity_factor=None,
+    buffer_factor=None,
+    kernel: Kernel = "blocks",
+):
     """A function that initialises one MoE layer."""
     num_experts, k = EXPERTS[experts]
     config = small_config(model__num_experts=num_experts).model
     dispatch = DispatchConfig(
-        transport=transport, capacity_factor=capacity_factor, buffer_factor=buffer_factor, grouped_matmul=kernel
+        transport=transport,
+        capacity_factor=capacity_factor,
+        buffer_factor=buffer_factor,
+        grouped_matmul=kernel,
     )
     return lambda: MoE(config, RouterConfig(num_experts_per_token=k), dispatch, RULES, nnx.Rngs(0))
 
 
 def inputs(routing, padding, num_experts):
-    """x, whose first feature is 1, what to multiply y by, which tokens are real, and offsets of the router's logits."""
+    """x, whose first feature is 1, what to multiply y by, which tokens are real, and offsets of the
+    router's logits.
+    """
     rng = np.random.default_rng(7)
     x, cotangent = rng.normal(size=(2, B, T, D)).astype(np.float32)
     x[..., 0] = 1
@@ -78,9 +104,11 @@ def inputs(routing, padding, num_experts):
     if padding:
         is_real[1, 5:], is_real[2], is_real[3, :3] = False, False, False
     offsets = {
-        "random": np.zeros(num_experts), "skewed": -1.5 * np.arange(num_experts),
-        "all to one": 100.0 * (np.arange(num_experts) == 1), "empty expert": -100.0 * (np.arange(num_experts) == 3),
-    }[routing]  # fmt: skip
+        "random": np.zeros(num_experts),
+        "skewed": -1.5 * np.arange(num_experts),
+        "all to one": 100.0 * (np.arange(num_experts) == 1),
+        "empty expert": -100.0 * (np.arange(num_experts) == 3),
+    }[routing]
     return x, cotangent, is_real, offsets.astype(np.float32)
 
 
@@ -144,7 +172,8 @@ def decide(x, router, k, is_real, capacity_factor=None):
         weights = np.asarray(jax.nn.softmax(jnp.take_along_axis(logits, chosen, axis=-1)))
         for b, e in itertools.product(range(len(x)), range(router.shape[1])):
             routes = [
-                (-weights[b, t, a], t, a) for t, a in zip(*np.nonzero((chosen[b] == e) & is_kept[b]), strict=True)
+                (-weights[b, t, a], t, a)
+                for t, a in zip(*np.nonzero((chosen[b] == e) & is_kept[b]), strict=True)
             ]
             limit = math.ceil(capacity_factor * k * is_real[b].sum() / router.shape[1] - 1e-9)
             for _, t, a in sorted(routes)[limit:]:
@@ -153,7 +182,9 @@ def decide(x, router, k, is_real, capacity_factor=None):
 
 
 def check_against_loop(got, expected_routes, weights, x, cotangent):
-    """Decisions exactly; output and the gradients of x and of every weight to 1e-5 in relative norm."""
+    """Decisions exactly; output and the gradients of x and of every weight to 1e-5 in relative
+    norm.
+    """
     chosen, is_kept = expected_routes
     (_, (y, routing)), (layer_gradient, x_gradient) = got
     np.testing.assert_array_equal(routing.experts_BTA, chosen)
@@ -163,9 +194,13 @@ def check_against_loop(got, expected_routes, weights, x, cotangent):
         return jnp.sum(y * cotangent), y
 
     with jax.default_matmul_precision("highest"):
-        (_, expected), gradients = jax.value_and_grad(loss, argnums=range(5), has_aux=True)(jnp.asarray(x), *weights)
+        (_, expected), gradients = jax.value_and_grad(loss, argnums=range(5), has_aux=True)(
+            jnp.asarray(x), *weights
+        )
     experts = layer_gradient.experts
-    of_weights = [p.weight[...] for p in (layer_gradient.router.gate, experts.gate, experts.up, experts.down)]
+    of_weights = [
+        p.weight[...] for p in (layer_gradient.router.gate, experts.gate, experts.up, experts.down)
+    ]
     names = ("y", "x", "router", "gate", "up", "down")
     for name, a, b in zip(names, [y, x_gradient, *of_weights], [expected, *gradients], strict=True):
         assert relative_norm(a, b) < 1e-5, name
@@ -179,13 +214,19 @@ def test_every_transport_computes_what_loops_over_experts_do(
     x, cotangent, is_real, offsets = inputs(routing, padding, num_experts)
     weights = weights_of(experts, offsets)
     chosen, is_kept = decide(x, weights[0], k, is_real, capacity_factor)
-    got = run(mesh, experts, (transport, capacity_factor, None, kernel), x, cotangent, is_real, offsets)
+    got = run(
+        mesh, experts, (transport, capacity_factor, None, kernel), x, cotangent, is_real, offsets
+    )
     check_against_loop(got, (chosen, is_kept), weights, x, cotangent)
     sums = got[0][1][1].sums
     np.testing.assert_array_equal(got[0][1][1].is_kept_BTA, is_kept)
     load = np.bincount(chosen[is_real].reshape(-1), minlength=num_experts)
     np.testing.assert_array_equal(sums.load_E, load)
-    assert (sums.dropped, sums.overflowed, sums.tokens) == (is_real.sum() * k - is_kept.sum(), 0, is_real.sum())
+    assert (sums.dropped, sums.overflowed, sums.tokens) == (
+        is_real.sum() * k - is_kept.sum(),
+        0,
+        is_real.sum(),
+    )
     logits = (x @ weights[0])[is_real].astype(np.float64)
     probability = np.exp(logits - logits.max(-1, keepdims=True))
     probability /= probability.sum(-1, keepdims=True)
@@ -198,16 +239,23 @@ def test_every_transport_computes_what_loops_over_experts_do(
 
 
 def room_left(chosen, transport, places, num_local, factor):
-    """Which routes of one expert group find room, by the rule that the transport states, walking over rows."""
+    """Which routes of one expert group find room, by the rule that the transport states, walking
+    over rows.
+    """
     (rows, tokens, k), has_room = chosen.shape, np.zeros(chosen.shape, bool)
     balanced = rows // places * tokens * k
     for place in range(places):
-        local = [(chosen[b, t, a], b, t, a) for b, t, a in np.ndindex(chosen.shape)
-                 if chosen[b, t, a] // num_local == place]  # fmt: skip
+        local = [
+            (chosen[b, t, a], b, t, a)
+            for b, t, a in np.ndindex(chosen.shape)
+            if chosen[b, t, a] // num_local == place
+        ]
         if transport == "all_to_all":
             per_sender = rows // places
             senders = [[r for r in local if r[1] // per_sender == s] for s in range(places)]
-            taken = [r for sent in senders for r in sorted(sent)[: math.ceil(factor * balanced / places)]]
+            taken = [
+                r for sent in senders for r in sorted(sent)[: math.ceil(factor * balanced / places)]
+            ]
         else:
             taken = sorted(local)[: math.ceil(factor * balanced)]
         for _, b, t, a in taken:
@@ -224,7 +272,10 @@ def test_a_full_buffer_loses_the_last_rows_and_counts_them(transport, experts):
     chosen, _ = decide(x, weights[0], k, is_real)
     for mesh, groups in (("expert=8", 1), ("data=2,expert=4", 2)):
         places = 8 // groups
-        has_room = [room_left(c, transport, places, num_experts // places, 1.5) for c in np.split(chosen, groups)]
+        has_room = [
+            room_left(c, transport, places, num_experts // places, 1.5)
+            for c in np.split(chosen, groups)
+        ]
         has_room = np.concatenate(has_room)
         got = run(mesh, experts, (transport, None, 1.5), x, cotangent, is_real, offsets)
         assert got[0][1][1].sums.overflowed == (~has_room).sum() > 0
@@ -237,8 +288,17 @@ def test_the_loop_over_experts_is_the_one_in_numpy_and_its_gradients_are_finite_
     chosen, is_kept = decide(x, weights[0], 2, is_real, 1.25)
     with jax.default_matmul_precision("highest"):
         y = moe_by_loop(jnp.asarray(x), *weights, chosen, is_kept)
-        expected = [mixture(*map(np.float64, (x[b], *weights)), 2, is_real[b], 1.25) for b in range(B)]
+        expected = [
+            mixture(*map(np.float64, (x[b], *weights)), 2, is_real[b], 1.25) for b in range(B)
+        ]
         assert relative_norm(y, expected) < 1e-5
         small = jnp.asarray(x[:1, :3])
-        check_grads(lambda *p: moe_by_loop(*p, chosen[:1, :3], is_kept[:1, :3]), (small, *weights), 1, ("rev",),
-                    atol=3e-2, rtol=3e-2, eps=1e-2)  # fmt: skip
+        check_grads(
+            lambda *p: moe_by_loop(*p, chosen[:1, :3], is_kept[:1, :3]),
+            (small, *weights),
+            1,
+            ("rev",),
+            atol=3e-2,
+            rtol=3e-2,
+            eps=1e-2,
+        )

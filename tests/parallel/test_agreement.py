@@ -22,7 +22,9 @@ CONFIG = small_config()
 
 
 def member(index: int, **changes) -> Member:
-    return dataclasses.replace(Member(index, f"host{index}", 10 + index, "/runs/a", "hash", find_versions()), **changes)
+    return dataclasses.replace(
+        Member(index, f"host{index}", 10 + index, "/runs/a", "hash", find_versions()), **changes
+    )
 
 
 class Scripted(Processes):
@@ -43,7 +45,9 @@ def test_equal_members_agree():
 def test_differing_config_keys_are_named_with_values_and_processes():
     other = flatten(CONFIG) | {"train.seed": 7, "mesh.fsdp": 2}
     found = find_disagreements(
-        Scripted([flatten(CONFIG), other]), CONFIG, [member(0), member(1), member(2, config="other")]
+        Scripted([flatten(CONFIG), other]),
+        CONFIG,
+        [member(0), member(1), member(2, config="other")],
     )
     assert found == [
         "the processes have different configs: mesh.fsdp=1 on processes 0, 1, 2 on process 2, "
@@ -81,5 +85,9 @@ def test_a_process_alone_introduces_itself_to_itself(tmp_path):
 
 def test_processes_that_read_other_data_are_named():
     require_same(Scripted(["data a", "data a"]), "data", "data a", "give all the same")
-    with pytest.raises(ConfigError, match=r"^process 1, 3 has data b, but process 0 has data a: give all the same$"):
-        require_same(Scripted(["data b", "data a", "data c"]), "data", "data a", "give all the same")
+    with pytest.raises(
+        ConfigError, match=r"^process 1, 3 has data b, but process 0 has data a: give all the same$"
+    ):
+        require_same(
+            Scripted(["data b", "data a", "data c"]), "data", "data a", "give all the same"
+        )

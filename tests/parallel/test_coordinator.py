@@ -10,7 +10,13 @@ import pytest
 
 from mixtral_jax.config import ConfigError
 from mixtral_jax.parallel import coordinator, processes
-from mixtral_jax.parallel.coordinator import Launch, find_scheduler, is_loopback, parse_address, require_reachable
+from mixtral_jax.parallel.coordinator import (
+    Launch,
+    find_scheduler,
+    is_loopback,
+    parse_address,
+    require_reachable,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -20,18 +26,21 @@ def no_scheduler(monkeypatch):
             monkeypatch.delenv(name)
 
 
-@pytest.mark.parametrize(("launch", "words"), [
-    (("node0", 2, 0), ["--coordinator=node0", "HOST:PORT"]),
-    ((":8476", 2, 0), ["--coordinator=:8476", "HOST:PORT"]),
-    (("::1:8476", 2, 0), ["HOST:PORT", "[::1]:8476"]),
-    (("node0:port", 2, 0), ["'port' is no number"]),
-    (("node0:70000", 2, 0), ["70000", "65535"]),
-    (("node0:8476", 2, 2), ["--process_id=2", "0 ... 1"]),
-    (("node0:8476", 2, -1), ["--process_id=-1"]),
-    (("node0:8476", 0, 0), ["--num_processes=0", "at least 1"]),
-    (("node0:8476", 2, None), ["given together"]),
-    ((None, 2, 0), ["given together"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("launch", "words"),
+    [
+        (("node0", 2, 0), ["--coordinator=node0", "HOST:PORT"]),
+        ((":8476", 2, 0), ["--coordinator=:8476", "HOST:PORT"]),
+        (("::1:8476", 2, 0), ["HOST:PORT", "[::1]:8476"]),
+        (("node0:port", 2, 0), ["'port' is no number"]),
+        (("node0:70000", 2, 0), ["70000", "65535"]),
+        (("node0:8476", 2, 2), ["--process_id=2", "0 ... 1"]),
+        (("node0:8476", 2, -1), ["--process_id=-1"]),
+        (("node0:8476", 0, 0), ["--num_processes=0", "at least 1"]),
+        (("node0:8476", 2, None), ["given together"]),
+        ((None, 2, 0), ["given together"]),
+    ],
+)
 def test_a_wrong_launch_is_refused_by_name(launch, words):
     with pytest.raises(ConfigError) as error:
         Launch(*launch)
@@ -49,22 +58,29 @@ def test_loopback_is_known_by_every_name():
     assert not any(map(is_loopback, ("node0", "10.0.0.1", "2001:db8::1")))
 
 
-@pytest.mark.parametrize(("variables", "expected"), [
-    ({}, None),
-    ({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_NODES": "4", "SLURM_NTASKS": "4"}, ("Slurm", 4, 4)),
-    ({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}, ("Slurm", 2, None)),
-    ({"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, ("Open MPI", 2, 8)),
-    ({"TPU_WORKER_HOSTNAMES": "a,b,c"}, ("Cloud TPU", 3, 3)),
-    ({"JOB_COMPLETION_INDEX": "3"}, ("Kubernetes", None, 4)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_NODES": "4", "SLURM_NTASKS": "4"}, ("Slurm", 4, 4)),
+        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}, ("Slurm", 2, None)),
+        ({"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, ("Open MPI", 2, 8)),
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c"}, ("Cloud TPU", 3, 3)),
+        ({"JOB_COMPLETION_INDEX": "3"}, ("Kubernetes", None, 4)),
+    ],
+)
 def test_schedulers_are_known_by_their_variables(variables, expected):
     found = find_scheduler(variables)
     assert (found and (found.name, found.num_machines, found.num_processes)) == expected
 
 
-@pytest.mark.parametrize("variables", [
-    {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "2"}, {"JOB_COMPLETION_INDEX": "1"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "2"},
+        {"JOB_COMPLETION_INDEX": "1"},
+    ],
+)
 def test_a_loopback_coordinator_over_several_machines_is_refused_at_once(monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -82,17 +98,34 @@ def test_a_loopback_without_process_0_is_given_up_soon(monkeypatch):
 def test_a_coordinator_out_of_reach_ends_with_code_1_and_the_reason(monkeypatch):
     """Not 2: a host that comes up late is no mistake, and a launcher may try again."""
     monkeypatch.setattr(coordinator, "JOIN_SECONDS", 0.5)
-    with pytest.raises(SystemExit, match=r"error: process 1 on .* did not reach --coordinator=nowhere\.invalid:8476"):
+    with pytest.raises(
+        SystemExit,
+        match=r"error: process 1 on .* did not reach --coordinator=nowhere\.invalid:8476",
+    ):
         require_reachable(Launch("nowhere.invalid:8476", 2, 1))
 
 
-@pytest.mark.parametrize(("variables", "expected"), [
-    ({}, None),
-    ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}, list(range(8))),
-    ({"SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}, None),
-    ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2"}, None),
-    ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8", "JAX_LOCAL_DEVICE_IDS": "3"}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        (
+            {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"},
+            list(range(8)),
+        ),
+        ({"SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}, None),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2"}, None),
+        (
+            {
+                "SLURM_NTASKS": "2",
+                "SLURM_STEP_NUM_NODES": "2",
+                "SLURM_GPUS_ON_NODE": "8",
+                "JAX_LOCAL_DEVICE_IDS": "3",
+            },
+            None,
+        ),
+    ],
+)
 def test_the_only_slurm_task_of_a_node_gets_all_its_gpus(variables, expected):
     """jax gives it the first one alone: it takes SLURM_LOCALID for the number of a GPU."""
     assert processes.find_local_device_ids(variables) == expected
@@ -100,10 +133,14 @@ def test_the_only_slurm_task_of_a_node_gets_all_its_gpus(variables, expected):
 
 def test_a_cluster_that_jax_cannot_ask_is_one_line_with_the_flags_that_do_without(monkeypatch):
     def refuse(*_, **__):
-        raise RuntimeError("Kubernetes API Error: 403 - Forbidden\nIt appears that the service account\nmay not")
+        raise RuntimeError(
+            "Kubernetes API Error: 403 - Forbidden\nIt appears that the service account\nmay not"
+        )
 
     monkeypatch.setattr(processes.jax.distributed, "initialize", refuse)
-    with pytest.raises(ConfigError, match=r"403 - Forbidden It appears .* may not: give --coordinator") as error:
+    with pytest.raises(
+        ConfigError, match=r"403 - Forbidden It appears .* may not: give --coordinator"
+    ) as error:
         processes.join_processes(Launch())
     assert "\n" not in str(error.value)
 
@@ -116,7 +153,9 @@ def test_processes_that_never_come_end_the_wait_with_a_line():
         f"processes.join_processes(coordinator.Launch('localhost:{_closed_port()}', 2, 0))"
     )
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 1
     assert done.stderr.startswith("error: not all processes of the run (2 at localhost:")
     assert done.stderr.strip().count("\n") == 0

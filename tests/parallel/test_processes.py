@@ -1,4 +1,6 @@
-"""Two real processes of four virtual devices each are one run; what is wrong with one stops both, soon and clearly."""
+"""Two real processes of four virtual devices each are one run; what is wrong with one stops both,
+soon and clearly.
+"""
 
 import json
 import signal
@@ -8,10 +10,14 @@ import time
 import pytest
 
 from mixtral_jax.parallel.coordinator import LOOPBACK_JOIN_SECONDS
-from tests.runs import finish, free_port, lines_of, start, wait_for_step, write_text
+from tests.scripts import finish, free_port, lines_of, start, wait_for_step, write_text
 
 STEPS = 12
-FLAGS = [f"--config.train.num_steps={STEPS}", "--config.train.eval_every=6", "--config.optimizer.learning_rate=3e-4"]
+FLAGS = [
+    f"--config.train.num_steps={STEPS}",
+    "--config.train.eval_every=6",
+    "--config.optimizer.learning_rate=3e-4",
+]
 # Notes the files that Python opens for writing or makes: which process writes what.
 AUDIT = """
 import os, sys
@@ -40,12 +46,21 @@ def start_two(folder, workdir, *flags, extra=((), ()), places=(None, None), **op
     coordinator = f"--coordinator=localhost:{free_port()}"
     return [
         start(
-            folder, *FLAGS, "--config.mesh.cpu_devices=4", f"--workdir={workdir}", coordinator, "--num_processes=2",
-            f"--process_id={index}", *flags, *extra[index], place=places[index],
-            AUDIT_LOG=str(folder / f"written-{index}"), **options,
+            folder,
+            *FLAGS,
+            "--config.mesh.cpu_devices=4",
+            f"--workdir={workdir}",
+            coordinator,
+            "--num_processes=2",
+            f"--process_id={index}",
+            *flags,
+            *extra[index],
+            place=places[index],
+            AUDIT_LOG=str(folder / f"written-{index}"),
+            **options,
         )
         for index in range(2)
-    ]  # fmt: skip
+    ]
 
 
 def finish_two(processes):
@@ -54,14 +69,18 @@ def finish_two(processes):
 
 @pytest.fixture(scope="module")
 def one(folder):
-    code, _, errors = finish(start(folder, *FLAGS, "--config.mesh.cpu_devices=8", f"--workdir={folder / 'one'}"))
+    code, _, errors = finish(
+        start(folder, *FLAGS, "--config.mesh.cpu_devices=8", f"--workdir={folder / 'one'}")
+    )
     assert code == 0, errors
     return lines_of(folder / "one")
 
 
 @pytest.fixture(scope="module")
 def two(folder):
-    """The workdir of a run of two that was told to stop on the way, again while it starts, and then let go on."""
+    """The workdir of a run of two that was told to stop on the way, again while it starts, and then
+    let go on.
+    """
     (folder / "audit").mkdir()
     (folder / "audit" / "sitecustomize.py").write_text(AUDIT)
     workdir = folder / "two"
@@ -79,7 +98,10 @@ def two(folder):
     processes[1].send_signal(signal.SIGTERM)
     ends = finish_two(processes)
     assert [code for code, _, _ in ends] == [75, 75], ends
-    assert lines_of(workdir)[-1]["step"] - stopped_after in (0, 1)  # The signal may arrive while the step compiles.
+    assert lines_of(workdir)[-1]["step"] - stopped_after in (
+        0,
+        1,
+    )  # The signal may arrive while the step compiles.
     stopped_after = lines_of(workdir)[-1]["step"]
     ends = finish_two(start_two(folder, workdir, **audited))
     assert [code for code, _, _ in ends] == [0, 0], ends
@@ -89,11 +111,17 @@ def two(folder):
 
 def test_two_processes_give_the_losses_and_batches_of_one(one, two):
     both = lines_of(two)
-    assert [line["step"] for line in both] == [line["step"] for line in one] == list(range(1, STEPS + 1))
+    assert (
+        [line["step"] for line in both]
+        == [line["step"] for line in one]
+        == list(range(1, STEPS + 1))
+    )
     assert [line["batch_hash"] for line in both] == [line["batch_hash"] for line in one]
     for name in ("loss", "load_balance_loss", "router_z_loss", "eval/loss"):
         expected = [line[name] for line in one if name in line]
-        assert [line[name] for line in both if name in line] == pytest.approx(expected, rel=1e-5), name
+        assert [line[name] for line in both if name in line] == pytest.approx(expected, rel=1e-5), (
+            name
+        )
 
 
 def test_one_process_alone_writes_what_is_written_once(folder, two):
@@ -130,10 +158,17 @@ def test_a_wrong_command_on_one_ends_the_other_before_it_has_waited_long(folder)
 
 
 def test_an_error_on_one_process_stops_the_other_with_its_reason(folder):
-    """The text is missing on one: the path is relative, and the second process runs in another folder."""
+    """The text is missing on one: the path is relative, and the second process runs in another
+    folder.
+    """
     (folder / "elsewhere").mkdir()
     ends = finish_two(
-        start_two(folder, folder / "half", "--config.data.path=text.txt", places=(folder, folder / "elsewhere"))
+        start_two(
+            folder,
+            folder / "half",
+            "--config.data.path=text.txt",
+            places=(folder, folder / "elsewhere"),
+        )
     )
     assert [code for code, _, _ in ends] == [2, 2], ends
     reason = "data.path=text.txt does not exist"
@@ -153,7 +188,9 @@ def test_a_taken_port_is_refused_before_it_ends_another_run(folder):
 
 
 def test_doctor_of_two_processes_shows_both_as_json(folder):
-    processes = start_two(folder, folder / "checked", program=("-m", "mixtral_jax", "doctor", "--json"))
+    processes = start_two(
+        folder, folder / "checked", program=("-m", "mixtral_jax", "doctor", "--json")
+    )
     ends = finish_two(processes)
     assert [code for code, _, _ in ends] == [0, 0], ends
     report = json.loads(ends[0][1])

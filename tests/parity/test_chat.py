@@ -10,12 +10,14 @@ import random
 import pytest
 
 from mixtral_jax.cli.main import run_verb
-from mixtral_jax.data.chat import ChatTemplate
-from mixtral_jax.data.chat_errors import ChatException
+from mixtral_jax.data.chat.errors import ChatException
+from mixtral_jax.data.chat.template import ChatTemplate
 from mixtral_jax.data.tokenizer import read_tokenizer
 from tests.data.chat_cases import GOLDEN, mode_of, random_conversation, random_text
 
-pytest.importorskip("mistral_common", reason="parity needs mistral-common: make test-parity installs it")
+pytest.importorskip(
+    "mistral_common", reason="parity needs mistral-common: make test-parity installs it"
+)
 
 from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.messages import (
@@ -57,18 +59,31 @@ def encode_theirs(version, mode, messages):
     )
     tokenizer._chat_completion_request_validator._mode = MODES[mode]
     try:
-        request = ChatCompletionRequest(messages=[MESSAGES[message["role"]](**message) for message in messages])
+        request = ChatCompletionRequest(
+            messages=[MESSAGES[message["role"]](**message) for message in messages]
+        )
         tokenizer._chat_completion_request_validator.validate_request(request)
-        return tokenizer.instruct_tokenizer.encode_instruct(normalizer.from_chat_completion_request(request)).tokens
+        return tokenizer.instruct_tokenizer.encode_instruct(
+            normalizer.from_chat_completion_request(request)
+        ).tokens
     except MistralCommonException as error:
         return f"{type(error).__name__}: {error.message}"
 
 
 @pytest.mark.parametrize("mode", ["training", "serving"])
-def test_inspect_gives_each_golden_conversation_its_ids_mask_or_error(capsys, tmp_path, version, mode):
+def test_inspect_gives_each_golden_conversation_its_ids_mask_or_error(
+    capsys, tmp_path, version, mode
+):
     cases = [case for case in GOLDEN if mode_of(case) == mode]
-    (tmp_path / "f.jsonl").write_text("".join(json.dumps({"messages": case["messages"]}) + "\n" for case in cases))
-    flags = [f"--tokenizer={TOKENIZERS[version]}", f"--template={version}", f"--mode={mode}", "--literal_inst=keep"]
+    (tmp_path / "f.jsonl").write_text(
+        "".join(json.dumps({"messages": case["messages"]}) + "\n" for case in cases)
+    )
+    flags = [
+        f"--tokenizer={TOKENIZERS[version]}",
+        f"--template={version}",
+        f"--mode={mode}",
+        "--literal_inst=keep",
+    ]
     assert run_verb(["data", "inspect", str(tmp_path / "f.jsonl"), *flags, "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     for index, (line, case) in enumerate(zip(lines, cases, strict=True)):
@@ -85,7 +100,9 @@ def test_any_text_in_any_message_gives_their_ids(template, version, mode):
     rng = random.Random(f"{version} {mode}")
     for _ in range(300):
         messages = random_conversation(rng, mode=mode)
-        assert template.encode(messages, mode=mode).tokens.tolist() == encode_theirs(version, mode, messages), messages
+        assert template.encode(messages, mode=mode).tokens.tolist() == encode_theirs(
+            version, mode, messages
+        ), messages
 
 
 @pytest.mark.parametrize("mode", ["training", "serving"])
@@ -94,7 +111,10 @@ def test_any_messages_give_their_ids_or_their_mistake(template, version, mode):
     for _ in range(300):
         messages = []
         for _ in range(rng.randint(0, 5)):
-            message = {"role": rng.choice([*MESSAGES]), "content": rng.choice(["", random_text(rng)])}
+            message = {
+                "role": rng.choice([*MESSAGES]),
+                "content": rng.choice(["", random_text(rng)]),
+            }
             if message["role"] == "assistant":
                 message |= {"weight": rng.choice([None, 0, 1, 0.5]), "prefix": rng.random() < 0.1}
             messages.append(message)

@@ -22,6 +22,10 @@ def test_greedy_continuations_are_those_of_transformers(tmp_path, shape):
     longest = max(map(len, prompts))
     padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
-    ids = theirs.generate(padded, attention_mask=mask, max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None)
-    loaded = mixtral_jax.load_pretrained(tmp_path, mesh=mesh_of(**MESHES[shape["num_local_experts"]]))
+    ids = theirs.generate(
+        padded, attention_mask=mask, max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None
+    )
+    loaded = mixtral_jax.load_pretrained(
+        tmp_path, mesh=mesh_of(**MESHES[shape["num_local_experts"]])
+    )
     assert loaded.generate(prompts, max_new_tokens=NUM_TOKENS) == ids[:, longest:].tolist()

@@ -7,19 +7,31 @@ import json
 
 import pytest
 
-from mixtral_jax.data.chat import ChatTemplate
+from mixtral_jax.data.chat.template import ChatTemplate
 from mixtral_jax.pretrained import load_pretrained
-from tests.runs import finish, start_tuning, write_chats, write_text
+from tests.scripts import finish, start_tuning, write_chats, write_text
 
-torch = pytest.importorskip("torch", reason="parity needs torch and transformers: make test-parity installs them")
-transformers = pytest.importorskip("transformers", reason="parity needs transformers: make test-parity installs it")
+torch = pytest.importorskip(
+    "torch", reason="parity needs torch and transformers: make test-parity installs them"
+)
+transformers = pytest.importorskip(
+    "transformers", reason="parity needs transformers: make test-parity installs it"
+)
 
 ANIMALS = ("fox", "dog", "crow", "cat")
-QUESTIONS = [[{"role": "user", "content": f"{number}: a {animal}?"}] for number in (1, 302) for animal in ANIMALS]
+QUESTIONS = [
+    [{"role": "user", "content": f"{number}: a {animal}?"}]
+    for number in (1, 302)
+    for animal in ANIMALS
+]
 # Without a written `</s>`, which is text to us, and an end to a template that renders a string.
 TALKS = [
     [{"role": "system", "content": "Be  brief."}, *QUESTIONS[0]],
-    [*QUESTIONS[1], {"role": "assistant", "content": "Quick dog."}, {"role": "user", "content": " And\n\nnow?  "}],
+    [
+        *QUESTIONS[1],
+        {"role": "assistant", "content": "Quick dog."},
+        {"role": "user", "content": " And\n\nnow?  "},
+    ],
 ]
 NUM_TOKENS = 24
 
@@ -30,7 +42,11 @@ def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuning")
     write_text(folder)
     write_chats(folder)
-    steps = ("--config.train.num_steps=80", "--config.finetune.pretrain.num_steps=20", "--config.train.eval_every=80")
+    steps = (
+        "--config.train.num_steps=80",
+        "--config.finetune.pretrain.num_steps=20",
+        "--config.train.eval_every=80",
+    )
     code, _, errors = finish(start_tuning(folder, f"--workdir={folder / 'run'}", *steps))
     assert code == 0, errors
     return folder / "run"
@@ -38,7 +54,9 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def theirs(workdir):
-    model = transformers.AutoModelForCausalLM.from_pretrained(workdir / "export", dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        workdir / "export", dtype=torch.float32
+    )
     return model.eval(), transformers.AutoTokenizer.from_pretrained(workdir / "export")
 
 
@@ -57,12 +75,15 @@ def test_the_chat_template_gives_our_ids(ours, theirs):
 def test_greedy_answers_agree_token_for_token(ours, theirs):
     model, tokenizer = theirs
     prompts = [
-        ChatTemplate(ours.tokenizer).encode(talk, mode="serving").tokens.tolist() for talk in [*QUESTIONS, *TALKS]
+        ChatTemplate(ours.tokenizer).encode(talk, mode="serving").tokens.tolist()
+        for talk in [*QUESTIONS, *TALKS]
     ]
     answers = ours.generate(prompts, max_new_tokens=NUM_TOKENS)
     for prompt, answer in zip(prompts, answers, strict=True):
         with torch.no_grad():
-            ids = model.generate(torch.tensor([prompt]), max_new_tokens=NUM_TOKENS, do_sample=False)[0].tolist()
+            ids = model.generate(
+                torch.tensor([prompt]), max_new_tokens=NUM_TOKENS, do_sample=False
+            )[0].tolist()
         assert [token for token in ids[len(prompt) :] if token != tokenizer.eos_token_id] == answer
     assert len({tuple(answer) for answer in answers}) > 1
 

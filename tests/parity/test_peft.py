@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from mixtral_jax.checkpoint.adapters import read_adapters, read_peft_config, write_peft
+from mixtral_jax.checkpoint.formats.adapters import read_adapters, read_peft_config, write_peft
 from mixtral_jax.checkpoint.on_devices import load_model
 from mixtral_jax.checkpoint.weights import open_weights
 from mixtral_jax.config import FinetuneConfig, LoRAConfig
@@ -47,16 +47,22 @@ def tuned_model(lora: LoRAConfig) -> Any:
         keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(adapters))))
 
         def disturb(leaf: jax.Array) -> jax.Array:
-            noise = jax.random.normal(next(keys), leaf.shape, out_sharding=jax.typeof(leaf).sharding.spec)
+            noise = jax.random.normal(
+                next(keys), leaf.shape, out_sharding=jax.typeof(leaf).sharding.spec
+            )
             return leaf + 0.05 * noise
 
         return nnx.merge(graphdef, jax.tree.map(disturb, adapters), rest)
 
-    return jax.jit(adapt)(load_model(open_weights(GOLDEN).parameters, jax.eval_shape(tunable.make_base)))
+    return jax.jit(adapt)(
+        load_model(open_weights(GOLDEN).parameters, jax.eval_shape(tunable.make_base))
+    )
 
 
 def logits_of(model: Any) -> np.ndarray:
-    tokens = jax.device_put(TOKENS, jax.NamedSharding(jax.sharding.get_mesh(), RULES.spec("batch", None)))
+    tokens = jax.device_put(
+        TOKENS, jax.NamedSharding(jax.sharding.get_mesh(), RULES.spec("batch", None))
+    )
     return np.asarray(jax.jit(lambda model, tokens: model(tokens).logits_BTV)(model, tokens))
 
 
@@ -73,9 +79,15 @@ def their_logits(model: Any) -> np.ndarray:
         return model(torch.from_numpy(TOKENS.astype(np.int64))).logits.numpy()
 
 
-@pytest.mark.parametrize("targets", [
-    "attention", "attention+experts", "attention+experts+router", "attention.query,moe.experts.down",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "targets",
+    [
+        "attention",
+        "attention+experts",
+        "attention+experts+router",
+        "attention.query,moe.experts.down",
+    ],
+)
 def test_peft_computes_what_our_adapters_do_beside_and_in_the_weights(
     targets: str, tmp_path: Path, their_model: Any
 ) -> None:
@@ -89,17 +101,23 @@ def test_peft_computes_what_our_adapters_do_beside_and_in_the_weights(
         warnings.simplefilter("ignore")
         tuned = peft.PeftModel.from_pretrained(their_model, str(tmp_path))
         np.testing.assert_allclose(their_logits(tuned), expected, rtol=0, atol=TOLERANCE)
-        np.testing.assert_allclose(their_logits(tuned.merge_and_unload()), expected, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(
+            their_logits(tuned.merge_and_unload()), expected, rtol=0, atol=TOLERANCE
+        )
 
 
 def test_adapters_of_attention_that_peft_saves_are_read(tmp_path: Path, their_model: Any) -> None:
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.get_peft_model(their_model, config)
         for name, parameter in theirs.named_parameters():
             if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+                torch.nn.init.normal_(
+                    parameter, std=0.1, generator=torch.Generator().manual_seed(len(name))
+                )
         theirs.save_pretrained(tmp_path)
     lora = read_peft_config(tmp_path)
     assert lora.targets == "attention.query,attention.key,attention.value,attention.out"
@@ -107,7 +125,9 @@ def test_adapters_of_attention_that_peft_saves_are_read(tmp_path: Path, their_mo
         model = read_adapters(tmp_path, tuned_model(lora), lora)
         np.testing.assert_allclose(logits_of(model), their_logits(theirs), rtol=0, atol=TOLERANCE)
         write_peft(again := tmp_path / "again", model, lora, base=str(GOLDEN))
-    saved, written = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, again))
+    saved, written = (
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, again)
+    )
     assert written.keys() == saved.keys()
     for name, tensor in saved.items():
         np.testing.assert_array_equal(written[name], tensor, err_msg=name)

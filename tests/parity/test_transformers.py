@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 
 from tests.cases import mesh_of
-from tests.golden.comparison import IGNORED, Part, adamw_trajectory, load, make_batch, outputs_and_losses
+from tests.golden.comparison import (
+    IGNORED,
+    Part,
+    adamw_trajectory,
+    load,
+    make_batch,
+    outputs_and_losses,
+)
 
 torch = pytest.importorskip("torch", reason="parity needs torch: make test-parity installs it")
 with warnings.catch_warnings():
@@ -23,33 +30,61 @@ with warnings.catch_warnings():
 
 SHAPES = {
     "4 experts, top 1, wide heads": {
-        "vocab_size": 160, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 20, "num_local_experts": 4,
-        "num_experts_per_tok": 1, "rope_theta": 10_000.0, "router_aux_loss_coef": 0.05,
+        "vocab_size": 160,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 20,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "rope_theta": 10_000.0,
+        "router_aux_loss_coef": 0.05,
     },
     "6 experts, top 3, one key head": {
-        "vocab_size": 98, "hidden_size": 40, "intermediate_size": 24, "num_hidden_layers": 3,
-        "num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 6, "num_local_experts": 6,
-        "num_experts_per_tok": 3, "rope_theta": 500.0, "router_aux_loss_coef": 0.02,
+        "vocab_size": 98,
+        "hidden_size": 40,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 1,
+        "head_dim": 6,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "rope_theta": 500.0,
+        "router_aux_loss_coef": 0.02,
     },
     "16 experts, top 3, implied head size": {
-        "vocab_size": 256, "hidden_size": 64, "intermediate_size": 56, "num_hidden_layers": 2,
-        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": None, "num_local_experts": 16,
-        "num_experts_per_tok": 3, "rope_theta": 1e6, "router_aux_loss_coef": 0.3,
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 56,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": None,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 3,
+        "rope_theta": 1e6,
+        "router_aux_loss_coef": 0.3,
     },
-}  # fmt: skip
+}
 MESHES = {4: {"expert": 4, "fsdp": 2}, 6: {"expert": 2, "fsdp": 2, "data": 2}, 16: {"expert": 8}}
 
-# Logits are of order 9. Measured: 2e-5, which is also how far transformers is from itself in float64.
+# Logits are of order 9. Measured: 2e-5, which is also how far transformers is from itself in
+# float64.
 LOGIT_TOLERANCE = 5e-5
-# Relative. Measured: 5e-7 of losses; 9e-6 of gradients in norm (transformers from itself in float64: 6e-6).
+# Relative. Measured: 5e-7 of losses; 9e-6 of gradients in norm (transformers from itself in
+# float64: 6e-6).
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 3e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What one program makes of one shape; only rows of real tokens, [tokens, ...] or [L, tokens, ...]."""
+    """What one program makes of one shape; only rows of real tokens, [tokens, ...] or [L, tokens,
+    ...].
+    """
 
     logits: np.ndarray
     router_logits: np.ndarray
@@ -92,7 +127,8 @@ def random_model(shape: dict) -> Any:
     model = transformers.MixtralForCausalLM(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Far from 1, so that a scale applied in the wrong place shows; large, so that routing is decided.
+            # Far from 1, so that a scale applied in the wrong place shows; large, so that routing
+            # is decided.
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
             else:
@@ -130,12 +166,16 @@ def compute_theirs(model: Any, inputs: Inputs) -> Results:
 
 def gradients_of(loss: Any, model: Any) -> dict[str, np.ndarray]:
     names, parameters = zip(*model.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(
+        loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
     return {name: gradient.numpy() for name, gradient in zip(names, gradients, strict=True)}
 
 
 def their_trajectory(model: Any, tensors: dict) -> list[float]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1
+    )
     trajectory = []
     for _ in range(5):
         optimizer.zero_grad()
@@ -153,14 +193,20 @@ def compute_ours(folder: Path, inputs: Inputs) -> Results:
     is_real, routing = inputs.attention_mask > 0, output.routing
     logits = np.asarray(output.logits_BTV)[: len(is_real)][is_real]
     chosen = (routing.logits_BTE, routing.experts_BTA, routing.weights_BTA)
-    router_logits, experts, weights = (np.asarray(array)[:, : len(is_real)][:, is_real] for array in chosen)
-    return Results(logits, router_logits, experts, weights, parts, adamw_trajectory(model, batch, router))
+    router_logits, experts, weights = (
+        np.asarray(array)[:, : len(is_real)][:, is_real] for array in chosen
+    )
+    return Results(
+        logits, router_logits, experts, weights, parts, adamw_trajectory(model, batch, router)
+    )
 
 
 def test_logits_are_equal(results):
     theirs, ours = results
     np.testing.assert_allclose(ours.logits, theirs.logits, rtol=0, atol=LOGIT_TOLERANCE)
-    np.testing.assert_allclose(ours.router_logits, theirs.router_logits, rtol=0, atol=LOGIT_TOLERANCE)
+    np.testing.assert_allclose(
+        ours.router_logits, theirs.router_logits, rtol=0, atol=LOGIT_TOLERANCE
+    )
 
 
 def test_every_token_goes_to_the_same_experts_with_the_same_weights(results):
@@ -180,7 +226,9 @@ def test_every_expert_gets_tokens_and_no_layer_routes_alike(results):
 @pytest.mark.parametrize("part", ["total", "ce", "aux"])
 def test_losses_are_equal(results, part):
     theirs, ours = results
-    np.testing.assert_allclose(ours.parts[part].value, theirs.parts[part].value, rtol=LOSS_TOLERANCE)
+    np.testing.assert_allclose(
+        ours.parts[part].value, theirs.parts[part].value, rtol=LOSS_TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("part", ["total", "ce", "aux"])

@@ -1,8 +1,11 @@
-"""Texts of compiled programs, cut down from what XLA wrote for TPU and CPU: shapes and attributes are as they were."""
+"""Texts of compiled programs, cut down from what XLA wrote for TPU and CPU: shapes and attributes
+are as they were.
+"""
 
 from mixtral_jax.plan.hlo import Program, parse_program
 
-# Three layers, in a loop whose limit is a constant of its condition; experts over 4 devices, weights over 2.
+# Three layers, in a loop whose limit is a constant of its condition; experts over 4 devices,
+# weights over 2.
 RAGGED = """\
 HloModule jit_loss, is_scheduled=true
 
@@ -50,7 +53,7 @@ ENTRY %main.12_spmd (param.22: bf16[256,256], param.23: bf16[3,2,128,512], param
   %while.45 = (s32[]{:T(128)}, bf16[256,256]{1,0:T(8,128)(2,1)}, bf16[3,2,128,512]{3,2,1,0:T(8,128)(2,1)}, s32[4]{0:T(128)}) while(%tuple.70), condition=%condition.2, body=%body.1, metadata={op_name="jit(loss)/transpose(jvp())/while" stack_frame_id=8}
   ROOT %get-tuple-element.9 = bf16[256,256]{1,0:T(8,128)(2,1)} get-tuple-element(%while.45), index=1
 }
-"""  # noqa: E501
+"""
 
 # An asynchronous all-gather, and a reduce-scatter as XLA on TPU fuses it.
 ASYNCHRONOUS = """\
@@ -77,7 +80,7 @@ ENTRY %main (p.0: f32[16,32]) -> f32[16,32] {
   %collective-permute.2 = f32[64,32]{1,0} collective-permute(%all-gather-done.1), channel_id=4, source_target_pairs={{0,1},{1,0},{2,3},{3,2}}, metadata={op_name="jit(step)/jvp()/ppermute"}
   ROOT %fusion.3 = f32[16,32]{1,0} fusion(%collective-permute.2), kind=kCustom, calls=%all-reduce-scatter.3, metadata={op_name="jit(step)/transpose(jvp())/reduce_scatter"}
 }
-"""  # noqa: E501
+"""
 
 # Values weighted by attention, over 8 groups of 4 heads, 4096 keys; then a projection to 32 heads.
 CONVOLUTIONS = """\
@@ -91,7 +94,7 @@ ENTRY %main (v: bf16[4096,8,128,1], weights: bf16[8,4,4096,4096], x: bf16[4096,4
   %w = bf16[4096,32,128]{2,0,1} parameter(3)
   ROOT %projected = bf16[4096,32,128]{0,2,1:T(8,128)(2,1)} convolution(%x, %w), window={size=32 pad=31_31 rhs_reversal=1}, dim_labels=bf0_i0o->b0f, metadata={op_name="BTD,DNH->BTNH"}
 }
-"""  # noqa: E501
+"""
 
 
 def ragged() -> Program:

@@ -12,22 +12,36 @@ MESH = {"data": 1, "fsdp": 2, "expert": 4, "context": 1, "tensor": 1}
 
 
 def groups_of(attributes: str, num_devices: int = 8) -> list[list[int]]:
-    return read_groups(Instruction("x", "all-reduce", (), (), attributes, False), num_devices).tolist()
+    return read_groups(
+        Instruction("x", "all-reduce", (), (), attributes, False), num_devices
+    ).tolist()
 
 
-@pytest.mark.parametrize(("attributes", "expected"), [
-    (", replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
-    (", replica_groups={}, x={}", [[0, 1, 2, 3, 4, 5, 6, 7]]),
-    (", replica_groups=[2,4]<=[8], x={1}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
-    (", replica_groups=[4,2]<=[2,4]T(1,0), x={1}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
-    (", replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, x={1}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
-    (", replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4] {'axis_1','axis_2'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
-    (", replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
-    (", replica_groups=mesh['a'=8] {'a':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
-    (", replica_groups=mesh['a'=8] {'a':(1)2,'a':(4)2}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
-    (", replica_groups=mesh['a'=4,'b'=2] {'a':(2)2,'b'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
-    (", source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        (", replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (", replica_groups={}, x={}", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        (", replica_groups=[2,4]<=[8], x={1}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (", replica_groups=[4,2]<=[2,4]T(1,0), x={1}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        (
+            ", replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, x={1}",
+            [[0, 4], [1, 5], [2, 6], [3, 7]],
+        ),
+        (
+            ", replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4] {'axis_1','axis_2'}",
+            [[0, 1, 2, 3], [4, 5, 6, 7]],
+        ),
+        (
+            ", replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}",
+            [[0, 4], [1, 5], [2, 6], [3, 7]],
+        ),
+        (", replica_groups=mesh['a'=8] {'a':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        (", replica_groups=mesh['a'=8] {'a':(1)2,'a':(4)2}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        (", replica_groups=mesh['a'=4,'b'=2] {'a':(2)2,'b'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (", source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+    ],
+)
 def test_groups_are_read_in_every_form(attributes: str, expected: list[list[int]]) -> None:
     assert groups_of(attributes) == expected
 
@@ -37,11 +51,18 @@ def test_groups_that_cannot_be_read_are_an_error() -> None:
         groups_of(", replica_groups=something")
 
 
-@pytest.mark.parametrize(("groups", "axis"), [
-    ([[0, 1, 2, 3], [4, 5, 6, 7]], "expert"), ([[0, 4], [1, 5], [2, 6], [3, 7]], "fsdp"),
-    ([[0, 1, 2, 3, 4, 5, 6, 7]], "fsdp,expert"), ([[0, 1], [2, 3], [4, 5], [6, 7]], None),
-])  # fmt: skip
-def test_groups_are_named_by_the_mesh_axes_they_span(groups: list[list[int]], axis: str | None) -> None:
+@pytest.mark.parametrize(
+    ("groups", "axis"),
+    [
+        ([[0, 1, 2, 3], [4, 5, 6, 7]], "expert"),
+        ([[0, 4], [1, 5], [2, 6], [3, 7]], "fsdp"),
+        ([[0, 1, 2, 3, 4, 5, 6, 7]], "fsdp,expert"),
+        ([[0, 1], [2, 3], [4, 5], [6, 7]], None),
+    ],
+)
+def test_groups_are_named_by_the_mesh_axes_they_span(
+    groups: list[list[int]], axis: str | None
+) -> None:
     assert name_axes(np.array(groups), MESH) == axis
 
 
@@ -60,7 +81,11 @@ def test_a_loop_of_ragged_exchanges_is_counted_with_its_balanced_bytes() -> None
     assert out.bytes_per_device == home.bytes_per_device == 3 * 512 * 256 * 2 * 3 // 4
     assert (out.axis, out.pass_, out.count) == ("expert", "forward", 3)
     assert (home.axis, home.pass_, home.count) == ("expert", "rematerialized", 3)
-    assert (gather.axis, gather.count, gather.bytes_per_device) == ("fsdp", 3, 3 * 2 * 128 * 512 * 2)
+    assert (gather.axis, gather.count, gather.bytes_per_device) == (
+        "fsdp",
+        3,
+        3 * 2 * 128 * 512 * 2,
+    )
 
 
 def test_a_collective_without_metadata_has_the_pass_of_its_loop() -> None:

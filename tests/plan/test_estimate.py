@@ -34,7 +34,8 @@ def test_tokens_and_routes_are_gathered_over_the_expert_axis() -> None:
     assert forward["f32[24,32]"] == (2, 2 * 7 * ROWS * ROW)
     assert forward["s32[24,2]"] == forward["f32[24,2]"] == (2, 2 * 7 * ROWS * 8)
     assert (
-        sum(size for _, size in sent(plan_of(), "reduce-scatter", "expert", "forward").values()) == 2 * 7 * ROWS * ROW
+        sum(size for _, size in sent(plan_of(), "reduce-scatter", "expert", "forward").values())
+        == 2 * 7 * ROWS * ROW
     )
 
 
@@ -52,14 +53,17 @@ def test_expert_weights_are_gathered_over_fsdp() -> None:
     plan = plan_of(mesh__fsdp=2, mesh__expert=4)
     forward = sent(plan, "all-gather", "fsdp", "forward")
     weights = 2 * 32 * 48 // 2 * 4  # Two experts, half of the model dimension, float32.
-    of_experts = [size for _, size in forward.values() if size % weights == 0 and size >= 2 * weights]
+    of_experts = [
+        size for _, size in forward.values() if size % weights == 0 and size >= 2 * weights
+    ]
     assert sum(of_experts) == 3 * 2 * weights
 
 
 def test_hardware_flops_are_those_of_a_count_by_hand() -> None:
     D, F, N, K, H, E, A, T, V = 32, 48, 4, 2, 12, 8, 2, 24, 96
     layer = 2 * D * (2 * N * H + 2 * K * H) + 4 * N * H * T + 2 * D * E + 6 * D * F * A
-    # A layer forward, again but for what experts give, and twice for the gradients; the unembedding is not recomputed.
+    # A layer forward, again but for what experts give, and twice for the gradients; the unembedding
+    # is not recomputed.
     assert plan_of().hardware_flops == 8 * T * (2 * (4 * layer - 2 * D * F * A) + 3 * 2 * D * V)
     assert plan_of(model__remat="none").hardware_flops == 8 * T * (2 * 3 * layer + 3 * 2 * D * V)
 
@@ -67,14 +71,20 @@ def test_hardware_flops_are_those_of_a_count_by_hand() -> None:
 def test_hardware_flops_do_not_depend_on_accumulation_or_mesh() -> None:
     config = {"train__batch_size": 16, "train__gradient_accumulation": 2}
     assert plan_of(**config).hardware_flops == 2 * plan_of().hardware_flops
-    assert plan_of(mesh__fsdp=2, mesh__expert=2, mesh__tensor=2).hardware_flops == plan_of().hardware_flops
+    assert (
+        plan_of(mesh__fsdp=2, mesh__expert=2, mesh__tensor=2).hardware_flops
+        == plan_of().hardware_flops
+    )
 
 
 def test_model_flops_are_six_a_token_and_parameter_and_attention() -> None:
     config = small_config()
     with jax.set_mesh(mesh_of()):
         active = count_parameters(jax.eval_shape(model_maker(config, "cpu"))).active
-    multiplied, attention = active - 96 * 32, 2 * 4 * 12 * 24  # But for the look-up; 2 layers of 4 heads of 12.
+    multiplied, attention = (
+        active - 96 * 32,
+        2 * 4 * 12 * 24,
+    )  # But for the look-up; 2 layers of 4 heads of 12.
     assert plan_of().model_flops == 8 * 24 * 6 * (multiplied + attention)
 
 
@@ -83,8 +93,11 @@ def test_frozen_parameters_need_no_gradient_of_their_own() -> None:
     trained = plan.step.trained
     assert plan.step.parameters.total - trained.total == full.step.parameters.total
     weight_gradients = 8 * 24 * 2 * full.step.parameters.multiplying
-    assert plan.model_flops == full.model_flops - weight_gradients + 8 * 24 * 6 * trained.multiplying
-    # Nor are they computed: a layer has its forward pass twice and gradients of inputs, but none of frozen weights.
+    assert (
+        plan.model_flops == full.model_flops - weight_gradients + 8 * 24 * 6 * trained.multiplying
+    )
+    # Nor are they computed: a layer has its forward pass twice and gradients of inputs, but none of
+    # frozen weights.
     D, F, N, K, H, E, A, T, V = 32, 48, 4, 2, 12, 8, 2, 24, 96
     frozen, attention = 2 * D * (2 * N * H + 2 * K * H) + 2 * D * E + 6 * D * F * A, 4 * N * H * T
     adapters = 2 * trained.active // 2
@@ -96,7 +109,8 @@ def test_frozen_parameters_need_no_gradient_of_their_own() -> None:
 def test_a_plan_of_adapters_has_a_small_optimizer_and_counts_what_is_trained() -> None:
     plan = plan_of(finetune__frozen_dtype="bfloat16", mesh__expert=4, mesh__fsdp=2)
     memory, trained = plan.step.memory, plan.step.trained.total
-    # Frozen in 2 bytes, on every device but for what is cut; adapters in 4, and two moments of each.
+    # Frozen in 2 bytes, on every device but for what is cut; adapters in 4, and two moments of
+    # each.
     assert memory.optimizer < 2 * 4 * trained
     assert memory.parameters < 2 * (plan.step.parameters.total - trained) + 4 * trained
     assert memory.rest > 0
@@ -106,7 +120,9 @@ def test_a_plan_of_adapters_has_a_small_optimizer_and_counts_what_is_trained() -
 
 
 def test_parameters_of_a_device_are_its_shards() -> None:
-    """Experts and dense weights are cut over all eight devices; embedding, router and norms are on each."""
+    """Experts and dense weights are cut over all eight devices; embedding, router and norms are on
+    each.
+    """
     memory, D, E, V, L = plan_of().step.memory, 32, 8, 96, 2
     whole = V * D + L * (D * E + 2 * D) + D
     assert memory.parameters == 4 * (whole + (plan_of().step.parameters.total - whole) // 8)
@@ -122,25 +138,49 @@ def test_the_peak_is_the_state_and_more() -> None:
 def test_json_has_what_scripts_rely_on() -> None:
     figures = plan_of().to_json()
     assert set(figures) >= {
-        "topology", "num_devices", "mesh", "peak_bytes_per_device", "hbm_bytes_per_device", "fits",
-        "model_flops_per_step", "hardware_flops_per_step", "compile_seconds", "collectives", "roofline",
-    }  # fmt: skip
+        "topology",
+        "num_devices",
+        "mesh",
+        "peak_bytes_per_device",
+        "hbm_bytes_per_device",
+        "fits",
+        "model_flops_per_step",
+        "hardware_flops_per_step",
+        "compile_seconds",
+        "collectives",
+        "roofline",
+    }
     assert set(figures["roofline"]) == {
-        "compute_seconds", "hbm_seconds", "interconnect_seconds", "bound_by", "mfu_bound",
+        "compute_seconds",
+        "hbm_seconds",
+        "interconnect_seconds",
+        "bound_by",
+        "mfu_bound",
         "tokens_per_second_per_device",
-    }  # fmt: skip
+    }
     assert figures["is_estimate"]
     assert figures["mesh"] == {"data": 1, "fsdp": 1, "expert": 8, "context": 1, "tensor": 1}
-    assert all(set(c) >= {"op", "axis", "pass", "count", "bytes_per_device"} for c in figures["collectives"])
+    assert all(
+        set(c) >= {"op", "axis", "pass", "count", "bytes_per_device"}
+        for c in figures["collectives"]
+    )
 
 
-@pytest.mark.parametrize(("overrides", "words"), [
-    ({"mesh__expert": 4, "mesh__data": 1}, ["expert=4", "4 of 8", "h100:8", "expert=8"]),
-    ({"mesh__fsdp": 3}, ["fsdp=3", "8 devices", "expert=8"]),
-    ({"train__batch_size": 6}, ["train.batch_size", "multiple of 8"]),
-    ({"train__batch_size": 12, "train__gradient_accumulation": 4}, ["no mesh does", "multiple of 32"]),
-])  # fmt: skip
-def test_a_mesh_that_does_not_fill_the_topology_names_those_that_would(overrides: dict, words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"mesh__expert": 4, "mesh__data": 1}, ["expert=4", "4 of 8", "h100:8", "expert=8"]),
+        ({"mesh__fsdp": 3}, ["fsdp=3", "8 devices", "expert=8"]),
+        ({"train__batch_size": 6}, ["train.batch_size", "multiple of 8"]),
+        (
+            {"train__batch_size": 12, "train__gradient_accumulation": 4},
+            ["no mesh does", "multiple of 32"],
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_fill_the_topology_names_those_that_would(
+    overrides: dict, words: list[str]
+) -> None:
     with pytest.raises(ConfigError) as error:
         make_plan(small_config(**overrides), TARGET)
     assert "\n" not in str(error.value)
@@ -150,13 +190,18 @@ def test_a_mesh_that_does_not_fill_the_topology_names_those_that_would(overrides
 
 def test_a_transport_that_the_chips_asked_for_lack_is_refused_though_a_cpu_has_it() -> None:
     config = small_config(
-        dispatch__transport="ragged_all_to_all", model__num_experts=64, model__hidden_size=64, train__batch_size=64
+        dispatch__transport="ragged_all_to_all",
+        model__num_experts=64,
+        model__hidden_size=64,
+        train__batch_size=64,
     )
     with pytest.raises(ConfigError, match=r"mesh\.expert=64 GPUs, more than 32: set all_to_all"):
         make_plan(config, Target(parse_topology("h100:64"), [], "cpu"))
 
 
-def test_advice_is_to_accumulate_where_activations_do_not_fit_and_to_cut_where_the_state_does_not() -> None:
+def test_advice_is_to_accumulate_where_activations_do_not_fit_and_to_cut_where_the_state_does_not() -> (
+    None
+):
     config = plan_of(train__batch_size=16, mesh__data=2).step.config
     assert advise(config, StepMemory(peak=90, parameters=10, optimizer=20), 100, 8) == []
     activations = advise(config, StepMemory(peak=190, parameters=10, optimizer=20), 100, 8)
@@ -168,8 +213,14 @@ def test_advice_is_to_accumulate_where_activations_do_not_fit_and_to_cut_where_t
 
 def test_advice_is_to_keep_frozen_weights_in_bfloat16_if_they_are_not() -> None:
     memory = StepMemory(peak=190, parameters=150, optimizer=1)
-    assert "finetune.frozen_dtype=bfloat16" in advise(small_config(finetune__lora__rank=4), memory, 100, 8)[0]
-    for config in (small_config(), small_config(finetune__lora__rank=4, finetune__frozen_dtype="bfloat16")):
+    assert (
+        "finetune.frozen_dtype=bfloat16"
+        in advise(small_config(finetune__lora__rank=4), memory, 100, 8)[0]
+    )
+    for config in (
+        small_config(),
+        small_config(finetune__lora__rank=4, finetune__frozen_dtype="bfloat16"),
+    ):
         assert not any("frozen" in line for line in advise(config, memory, 100, 8))
 
 

@@ -13,13 +13,20 @@ def test_a_loop_runs_its_body_as_often_as_its_condition_says() -> None:
     assert executions == {"main.12_spmd": 1, "body.1": 3, "condition.2": 3, "region_1.2": 0}
 
 
-@pytest.mark.parametrize(("before", "after"), [
-    # From 1 to 3; a step of 2; a limit that is computed; counting down: of the last three nothing is known.
-    ("%constant.80 = s32[]{:T(128)} constant(0)", "%constant.80 = s32[]{:T(128)} constant(1)"),
-    ("%constant.76 = s32[]{:T(128)} constant(1)", "%constant.76 = s32[]{:T(128)} constant(2)"),
-    ("%constant.70 = s32[]{:T(128)} constant(3)", "%constant.70 = s32[]{:T(128)} get-tuple-element(%wide.param.27)"),
-    ("direction=LT", "direction=GT"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # From 1 to 3; a step of 2; a limit that is computed; counting down: of the last three
+        # nothing is known.
+        ("%constant.80 = s32[]{:T(128)} constant(0)", "%constant.80 = s32[]{:T(128)} constant(1)"),
+        ("%constant.76 = s32[]{:T(128)} constant(1)", "%constant.76 = s32[]{:T(128)} constant(2)"),
+        (
+            "%constant.70 = s32[]{:T(128)} constant(3)",
+            "%constant.70 = s32[]{:T(128)} get-tuple-element(%wide.param.27)",
+        ),
+        ("direction=LT", "direction=GT"),
+    ],
+)
 def test_a_loop_of_another_kind_is_not_guessed_at(before: str, after: str) -> None:
     assert before in RAGGED
     expected = 2 if "constant.80" in before else None
@@ -30,10 +37,18 @@ def test_instructions_have_types_operands_and_places() -> None:
     body = ragged().computations["body.1"]
     sliced = body.instructions["dynamic-slice.2"]
     assert sliced.results == (Array("bf16", (1, 2, 128, 512), is_in_hbm=False),)
-    assert [operand.name for operand in body.operands(sliced)] == ["get-tuple-element.317", "copy.96"]
+    assert [operand.name for operand in body.operands(sliced)] == [
+        "get-tuple-element.317",
+        "copy.96",
+    ]
     assert body.instructions["ragged_all_to_all.82"].operands[1] == "broadcast.49"
     assert len(body.instructions["ragged_all_to_all.82"].operands) == 6
-    assert [str(array) for array in body.root.results] == ["s32[]", "bf16[256,256]", "bf16[3,2,128,512]", "s32[4]"]
+    assert [str(array) for array in body.root.results] == [
+        "s32[]",
+        "bf16[256,256]",
+        "bf16[3,2,128,512]",
+        "s32[4]",
+    ]
     assert body.root.results[1].num_bytes == 256 * 256 * 2
 
 
@@ -51,5 +66,7 @@ def test_nested_scans_multiply() -> None:
 
     step = jax.jit(lambda x: jax.lax.scan(outer, x, length=7)[0])
     program = parse_program(step.lower(jnp.ones((64, 64))).compile().as_text())
-    dots = [times for _, instruction, times in program.instructions() if instruction.opcode == "dot"]
+    dots = [
+        times for _, instruction, times in program.instructions() if instruction.opcode == "dot"
+    ]
     assert dots == [35]

@@ -21,10 +21,19 @@ def seconds_of(op: str, topology: str, members: list[tuple[int, ...]]) -> float:
 
 def test_the_slowest_part_bounds_the_step() -> None:
     roofline = make_roofline(
-        CHIPS["v5p"], 4, model_flops=4 * 459 * 10**12, hardware_flops=8 * 459 * 10**12, hbm_bytes=2765 * 10**8,
-        interconnect_seconds=1.0, tokens=8000,
-    )  # fmt: skip
-    assert (roofline.compute_seconds, roofline.hbm_seconds, roofline.interconnect_seconds) == pytest.approx((2, 0.1, 1))
+        CHIPS["v5p"],
+        4,
+        model_flops=4 * 459 * 10**12,
+        hardware_flops=8 * 459 * 10**12,
+        hbm_bytes=2765 * 10**8,
+        interconnect_seconds=1.0,
+        tokens=8000,
+    )
+    assert (
+        roofline.compute_seconds,
+        roofline.hbm_seconds,
+        roofline.interconnect_seconds,
+    ) == pytest.approx((2, 0.1, 1))
     assert roofline.bound_by == "compute"
     assert roofline.mfu_bound == pytest.approx(0.5)
     assert roofline.tokens_per_second_per_device == pytest.approx(1000)
@@ -34,19 +43,27 @@ def test_a_ring_sends_both_ways_round() -> None:
     ring = [(0, 0, z) for z in range(4)]
     assert seconds_of("all-gather", "v5p:4x4x4", ring) == pytest.approx(BYTES / 200e9)
     # Four in a row is on average 4/3 hops from each other, round a ring.
-    assert seconds_of("ragged-all-to-all", "v5p:4x4x4", ring) == pytest.approx(BYTES * 4 / 3 / 200e9)
+    assert seconds_of("ragged-all-to-all", "v5p:4x4x4", ring) == pytest.approx(
+        BYTES * 4 / 3 / 200e9
+    )
 
 
 def test_an_all_to_all_waits_for_the_links_of_the_dimension_in_which_it_goes_farthest() -> None:
     # 4 x 16 chips: rings of four, one hop apart on average, and rings of sixteen, four hops apart.
     plane = [(0, y, z) for y in range(4) for z in range(16)]
-    assert seconds_of("all-to-all", "v5p:4x4x16", plane) == pytest.approx(BYTES * 4 * 64 / 63 / 200e9)
+    assert seconds_of("all-to-all", "v5p:4x4x16", plane) == pytest.approx(
+        BYTES * 4 * 64 / 63 / 200e9
+    )
     assert seconds_of("all-gather", "v5p:4x4x16", plane) == pytest.approx(BYTES / 400e9)
 
 
 def test_two_neighbours_share_one_link_and_strided_ones_pass_others() -> None:
-    assert seconds_of("all-gather", "v5p:2x2x1", [(0, 0, 0), (0, 1, 0)]) == pytest.approx(BYTES / 100e9)
-    assert seconds_of("all-gather", "v5p:4x4x8", [(0, 0, 0), (0, 0, 2)]) == pytest.approx(2 * BYTES / 100e9)
+    assert seconds_of("all-gather", "v5p:2x2x1", [(0, 0, 0), (0, 1, 0)]) == pytest.approx(
+        BYTES / 100e9
+    )
+    assert seconds_of("all-gather", "v5p:4x4x8", [(0, 0, 0), (0, 0, 2)]) == pytest.approx(
+        2 * BYTES / 100e9
+    )
 
 
 def test_a_cube_uses_six_links() -> None:
@@ -55,7 +72,9 @@ def test_a_cube_uses_six_links() -> None:
 
 
 def test_gpus_of_other_nodes_are_reached_over_the_network() -> None:
-    assert seconds_of("all-to-all", "h100:8", [(i,) for i in range(8)]) == pytest.approx(BYTES / 450e9)
+    assert seconds_of("all-to-all", "h100:8", [(i,) for i in range(8)]) == pytest.approx(
+        BYTES / 450e9
+    )
     two_nodes = [(i,) for i in range(16)]
     assert seconds_of("all-to-all", "h100:16", two_nodes) == pytest.approx(BYTES * 8 / 15 / 50e9)
     assert seconds_of("all-gather", "h100:16", two_nodes) == pytest.approx(BYTES * 14 / 15 / 450e9)
@@ -85,7 +104,8 @@ ENTRY %main (x: f32[8,64,64], i: s32[]) -> f32[8,64,64] {
 
 def test_traffic_counts_slices_and_updates_and_nothing_on_the_chip() -> None:
     row = 64 * 64 * 4
-    # Read and written by the slice; written by the matmul; read and written by the update; the index.
+    # Read and written by the slice; written by the matmul; read and written by the update; the
+    # index.
     assert count_traffic(parse_program(TRAFFIC), routed_rows=0) == 2 * row + row + 2 * row + 4
 
 

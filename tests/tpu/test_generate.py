@@ -22,13 +22,25 @@ D, F = 512, 1024
 
 @functools.cache
 def compiled() -> dict[str, Any]:
-    """Prefill, and decode with and without draws, of a bfloat16 model on four chips with two experts each."""
-    sizes = {"hidden_size": D, "intermediate_size": F, "num_heads": 8, "num_kv_heads": 2, "head_dim": 128}
+    """Prefill, and decode with and without draws, of a bfloat16 model on four chips with two
+    experts each.
+    """
+    sizes = {
+        "hidden_size": D,
+        "intermediate_size": F,
+        "num_heads": 8,
+        "num_kv_heads": 2,
+        "head_dim": 128,
+    }
     sizes |= {"vocab_size": 2048, "dtype": "bfloat16", "param_dtype": "bfloat16"}
     train = {"train__sequence_length": SLOTS}
-    config = small_config(mesh__expert=4, **train, **{f"model__{name}": size for name, size in sizes.items()})
+    config = small_config(
+        mesh__expert=4, **train, **{f"model__{name}": size for name, size in sizes.items()}
+    )
     config = resolve_mesh(config, 4)
-    mesh = make_mesh(config.mesh, open_target(parse_topology("v5p:2x2x1"), cpu_fallback=False).devices)
+    mesh = make_mesh(
+        config.mesh, open_target(parse_topology("v5p:2x2x1"), cpu_fallback=False).devices
+    )
 
     def on_mesh(leaf):
         spec = leaf.sharding.spec if leaf.sharding else jax.P()
@@ -40,14 +52,19 @@ def compiled() -> dict[str, Any]:
 
     with jax.set_mesh(mesh):
         model = jax.tree.map(on_mesh, jax.eval_shape(model_maker(config, "tpu")))
-        draws = Sampling(*(row((B,), dtype) for dtype in (jnp.float32, jnp.float32, jnp.int32, jnp.uint32)))
-        rules = {name: Rule(how, np.int32(2), 2048) for name, how in (("greedy", None), ("drawn", draws))}
+        draws = Sampling(
+            *(row((B,), dtype) for dtype in (jnp.float32, jnp.float32, jnp.int32, jnp.uint32))
+        )
+        rules = {
+            name: Rule(how, np.int32(2), 2048) for name, how in (("greedy", None), ("drawn", draws))
+        }
         prompts = (model, row((B, T), jnp.int32), row((B,), jnp.int32), rules["greedy"])
         read = functools.partial(prefill, num_slots=SLOTS)
         state = jax.tree.map(on_mesh, jax.eval_shape(read, *prompts).state)
         write = jax.jit(functools.partial(decode, room=32), donate_argnames="state")
         programs = {
-            name: write.lower(model, state, row((B,), jnp.bool_), rule, np.int32(32)) for name, rule in rules.items()
+            name: write.lower(model, state, row((B,), jnp.bool_), rule, np.int32(32))
+            for name, rule in rules.items()
         } | {"prefill": jax.jit(read).lower(*prompts)}
         return {name: program.compile() for name, program in programs.items()}
 
@@ -55,10 +72,14 @@ def compiled() -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["greedy", "drawn"])
 def test_decoding_writes_the_cache_in_place_and_copies_no_layers_experts(name):
     program = compiled()[name]
-    cache = 2 * 2 * (B // 4) * SLOTS * 2 * 128 * 2  # Keys and values, two layers, two heads, bfloat16.
+    cache = (
+        2 * 2 * (B // 4) * SLOTS * 2 * 128 * 2
+    )  # Keys and values, two layers, two heads, bfloat16.
     assert program.memory_analysis().alias_size_in_bytes >= cache
     text = program.as_text()
-    assert f"bf16[4,{D},{F}]" in text  # What a chip has of the stack, two layers of two experts, seen as one.
+    assert (
+        f"bf16[4,{D},{F}]" in text
+    )  # What a chip has of the stack, two layers of two experts, seen as one.
     assert f"dynamic_slice_sizes={{1,2,{D},{F}}}" not in text
 
 

@@ -1,4 +1,7 @@
-"""Plans compiled for TPU slices that are not here, with libtpu: `make test-tpu`. No TPU is needed, or touched."""
+"""Plans compiled for TPU slices that are not here, with libtpu:
+
+`make test-tpu`. No TPU is needed, or touched.
+"""
 
 import functools
 import subprocess
@@ -10,8 +13,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.cli.flags import load_config_file
-from mixtral_jax.config import Config, MeshConfig
-from mixtral_jax.config_mapping import build
+from mixtral_jax.config import Config, MeshConfig, build
 from mixtral_jax.parallel.mesh import make_mesh
 from mixtral_jax.plan.chips import SLICES
 from mixtral_jax.plan.estimate import Plan, make_plan
@@ -27,8 +29,12 @@ def plan_of(topology: str, **overrides: int | str | float | None) -> Plan:
     mapping = load_config_file(ROOT / "configs/pretrain/tiny.py")
     for name, value in overrides.items():
         *sections, key = name.split("__")
-        functools.reduce(lambda inner, section: inner.setdefault(section, {}), sections, mapping)[key] = value
-    return make_plan(build(Config, mapping), open_target(parse_topology(topology), cpu_fallback=False))
+        functools.reduce(lambda inner, section: inner.setdefault(section, {}), sections, mapping)[
+            key
+        ] = value
+    return make_plan(
+        build(Config, mapping), open_target(parse_topology(topology), cpu_fallback=False)
+    )
 
 
 def test_the_default_run_but_wider_fits_four_chips() -> None:
@@ -42,10 +48,18 @@ def test_the_default_run_but_wider_fits_four_chips() -> None:
 def test_rows_travel_once_there_and_once_home_and_once_more_where_recomputed() -> None:
     plan = plan_of("v5p:2x2x1", model__hidden_size=256)
     # Weights of routes travel too: a number, which XLA pads to 128.
-    rows = [c for c in plan.collectives if c.op == "ragged-all-to-all" and not c.operand.endswith(",1,128]")]
-    # 4 layers; 4 sequences of 128 tokens on a chip, 2 routes each, 256 float32 numbers a row, 3 of 4 leave.
+    rows = [
+        c
+        for c in plan.collectives
+        if c.op == "ragged-all-to-all" and not c.operand.endswith(",1,128]")
+    ]
+    # 4 layers; 4 sequences of 128 tokens on a chip, 2 routes each, 256 float32 numbers a row, 3 of
+    # 4 leave.
     once = 4 * (4 * 128) * 2 * 256 * 4 * 3 // 4
-    sent = {name: sum(c.bytes_per_device for c in rows if c.pass_ == name) for name in ("forward", "backward")}
+    sent = {
+        name: sum(c.bytes_per_device for c in rows if c.pass_ == name)
+        for name in ("forward", "backward")
+    }
     assert sent == {"forward": 2 * once, "backward": 2 * once}
     assert sum(c.bytes_per_device for c in rows if c.pass_ == "rematerialized") == once
     assert {c.axis for c in rows} == {"expert"}
@@ -59,28 +73,42 @@ def test_every_collective_has_an_axis_and_the_loop_over_layers_is_counted() -> N
 
 def test_gradients_of_expert_weights_are_scattered_and_never_summed_whole() -> None:
     plan = plan_of("v5p:2x2x1", model__hidden_size=256, model__dtype="bfloat16", mesh__fsdp=2)
-    # Layers; four experts on a chip, of 256 x 256 numbers of two bytes, three matrices; half of each leaves.
+    # Layers; four experts on a chip, of 256 x 256 numbers of two bytes, three matrices; half of
+    # each leaves.
     of_experts = 4 * (4 * 256 * 256 * 2) * 3 // 2
-    sent = {op: sum(c.bytes_per_device for c in plan.collectives if (c.op, c.axis, c.pass_) == (op, "fsdp", "backward"))
-            for op in ("reduce-scatter", "all-reduce")}  # fmt: skip
-    # Dense weights, and XLA's padding of shards, add a little; dense ones as small as these XLA sums up whole.
+    sent = {
+        op: sum(
+            c.bytes_per_device
+            for c in plan.collectives
+            if (c.op, c.axis, c.pass_) == (op, "fsdp", "backward")
+        )
+        for op in ("reduce-scatter", "all-reduce")
+    }
+    # Dense weights, and XLA's padding of shards, add a little; dense ones as small as these XLA
+    # sums up whole.
     assert of_experts <= sent["reduce-scatter"] < 1.4 * of_experts
     assert sent["all-reduce"] < of_experts / 3
 
 
 @pytest.mark.parametrize("topology", ["v5p:2x2x2", "v6e:2x4"])
 def test_matmuls_of_the_program_are_those_of_a_count_by_hand(topology: str) -> None:
-    for buffer_factor in (1.0, None):  # Room for a balanced routing; for the worst, four times as much and never used.
+    for buffer_factor in (
+        1.0,
+        None,
+    ):  # Room for a balanced routing; for the worst, four times as much and never used.
         plan = plan_of(topology, dispatch__buffer_factor=buffer_factor)
         assert plan.hardware_flops == flops_by_hand()
 
 
-def test_tokamax_is_planned_as_if_on_the_target_and_multiplies_no_empty_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokamax_is_planned_as_if_on_the_target_and_multiplies_no_empty_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pytest.importorskip("tokamax")
     # A command line with flags that tokamax does not know.
     monkeypatch.setattr("sys.argv", ["train.py", "--config=configs/pretrain/tiny.py"])
     plan = plan_of("v5p:2x2x2", dispatch__grouped_matmul="tokamax", model__dtype="bfloat16")
-    # The last projection counts once too often: of a custom gradient, jax keeps what XLA finds to be unused.
+    # The last projection counts once too often: of a custom gradient, jax keeps what XLA finds to
+    # be unused.
     of_down = 16 * 128 * 4 * 2 * 256 * 128 * 2
     assert plan.hardware_flops == flops_by_hand() + of_down
 
@@ -88,24 +116,44 @@ def test_tokamax_is_planned_as_if_on_the_target_and_multiplies_no_empty_rows(mon
 def test_tokamax_fills_no_standard_error() -> None:
     """It would say of every matrix that its shape was not timed."""
     pytest.importorskip("tokamax")
-    flags = ("--topology=v5p:2x2x1", "--config.dispatch.grouped_matmul=tokamax", "--config.model.dtype=bfloat16")
-    command = (sys.executable, "-m", "mixtral_jax", "plan", f"--config={ROOT / 'configs/pretrain/tiny.py'}", *flags)
+    flags = (
+        "--topology=v5p:2x2x1",
+        "--config.dispatch.grouped_matmul=tokamax",
+        "--config.model.dtype=bfloat16",
+    )
+    command = (
+        sys.executable,
+        "-m",
+        "mixtral_jax",
+        "plan",
+        f"--config={ROOT / 'configs/pretrain/tiny.py'}",
+        *flags,
+    )
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "Autotuning" not in done.stderr
 
 
 def flops_by_hand(rank: int = 0) -> int:
-    """Of the default run: layers forward, again, and twice for the gradients; what experts give and logits not again.
+    """Of the default run: layers forward, again, and twice for the gradients; what experts give and
+    logits not again.
 
-    With adapters of a rank on attention and experts, what is frozen has the gradients of its inputs alone.
+    With adapters of a rank on attention and experts, what is frozen has the gradients of its inputs
+    alone.
     """
     D, F, N, K, H, E, A, T, V = 128, 256, 4, 2, 32, 8, 2, 128, 2048
     weights, attention = 2 * D * (2 * N * H + 2 * K * H) + 2 * D * E + 6 * D * F * A, 4 * N * H * T
     adapters = 2 * rank * (2 * (D + N * H) + 2 * (D + K * H) + 3 * (D + F) * A)
     not_again = (2 * D * F + 2 * rank * D) * A
     times = 3 if rank else 4
-    return 16 * T * (4 * (times * weights + 4 * attention + 4 * adapters - not_again) + (times - 1) * 2 * D * V)
+    return (
+        16
+        * T
+        * (
+            4 * (times * weights + 4 * attention + 4 * adapters - not_again)
+            + (times - 1) * 2 * D * V
+        )
+    )
 
 
 def test_tuning_adapters_takes_no_gradient_and_no_moments_of_frozen_weights() -> None:
@@ -119,7 +167,9 @@ def test_tuning_adapters_takes_no_gradient_and_no_moments_of_frozen_weights() ->
 
 
 def test_what_does_not_fit_is_still_planned_and_says_what_to_change() -> None:
-    plan = plan_of("v6e:2x2", model__vocab_size=1_048_576, model__hidden_size=2048, train__batch_size=64)
+    plan = plan_of(
+        "v6e:2x2", model__vocab_size=1_048_576, model__hidden_size=2048, train__batch_size=64
+    )
     assert not plan.fits
     assert plan.step.memory.peak > plan.hbm_bytes
     assert plan.to_json()["advice"]

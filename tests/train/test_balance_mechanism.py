@@ -1,4 +1,6 @@
-"""The balance loss undoes a router that sends nearly everything to two experts; without it nothing does."""
+"""The balance loss undoes a router that sends nearly everything to two experts; without it nothing
+does.
+"""
 
 import functools
 
@@ -26,7 +28,10 @@ class OffsetGate(nnx.Module):
 
     def __call__(self, x_BTD, out_sharding):
         logits_BTE = self.gate(x_BTD, out_sharding)
-        return logits_BTE + jnp.where(jnp.arange(logits_BTE.shape[-1]) < 2, self.offset, 0.0)[None, None]
+        return (
+            logits_BTE
+            + jnp.where(jnp.arange(logits_BTE.shape[-1]) < 2, self.offset, 0.0)[None, None]
+        )
 
 
 def offset_model(config):
@@ -41,8 +46,13 @@ def offset_model(config):
 
 
 def max_violations(weight):
-    config = small_config(router__load_balance__weight=weight, optimizer__learning_rate=3e-3,
-                          train__num_steps=STEPS, train__batch_size=8, train__sequence_length=64)  # fmt: skip
+    config = small_config(
+        router__load_balance__weight=weight,
+        optimizer__learning_rate=3e-3,
+        train__num_steps=STEPS,
+        train__batch_size=8,
+        train__sequence_length=64,
+    )
     mesh = mesh_of(expert=8)
     schedule = learning_rate_schedule(config.optimizer, STEPS)
     optimizer = make_optimizer(config.optimizer, schedule)

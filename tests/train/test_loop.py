@@ -9,14 +9,19 @@ import pytest
 from rich.console import Console
 
 from mixtral_jax.config import CheckpointConfig
-from mixtral_jax.train.console import RunProgress
+from mixtral_jax.runs.console import RunProgress
 from mixtral_jax.train.loop import StopSignal, TrainLoop
 from tests.cases import small_config
 
 RECORD = {
-    "step": 1234, "loss": 4.56789, "load_balance_loss": 1.23456, "tokens_per_second": 123456.7,
-    "router/max_violation": 0.5, "router/dropped_fraction": 0.125, "router/overflowed_fraction": 0.0,
-}  # fmt: skip
+    "step": 1234,
+    "loss": 4.56789,
+    "load_balance_loss": 1.23456,
+    "tokens_per_second": 123456.7,
+    "router/max_violation": 0.5,
+    "router/dropped_fraction": 0.125,
+    "router/overflowed_fraction": 0.0,
+}
 
 
 def test_a_signal_with_nothing_to_save_ends_the_run_with_75():
@@ -39,9 +44,17 @@ def test_a_signal_before_the_first_step_ends_the_run_before_it_compiles():
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         loop = TrainLoop(
-            config=small_config().train, checkpoint=CheckpointConfig(), train_step=unused, batches=iter(()),
-            evaluate=unused, checkpoints=unused, log=unused, console=Console(file=said), stop=stop, record={},
-        )  # fmt: skip
+            config=small_config().train,
+            checkpoint=CheckpointConfig(),
+            train_step=unused,
+            batches=iter(()),
+            evaluate=unused,
+            checkpoints=unused,
+            log=unused,
+            console=Console(file=said),
+            stop=stop,
+            record={},
+        )
         ending = loop.run(Mock(step=7))
     assert ending.outcome == "stopped"
     assert said.getvalue().startswith("stopped before step 8")
@@ -49,7 +62,9 @@ def test_a_signal_before_the_first_step_ends_the_run_before_it_compiles():
 
 def test_progress_is_whole_in_a_terminal_of_80_columns():
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=80, color_system=None, legacy_windows=False)
+    console = Console(
+        file=screen, force_terminal=True, width=80, color_system=None, legacy_windows=False
+    )
     with RunProgress(console, 0, 9999) as progress:
         progress.report(RECORD)
     assert "step 1234/9999" in screen.getvalue()
@@ -61,4 +76,6 @@ def test_progress_is_a_line_a_report_elsewhere():
     with RunProgress(Console(file=lines, width=200), 0, 9999) as progress:
         progress.report(RECORD)
     (line,) = lines.getvalue().splitlines()
-    assert line.startswith("step 1234/9999 loss 4.568") and line.endswith("max violation 0.50 dropped 12.5%")
+    assert line.startswith("step 1234/9999 loss 4.568") and line.endswith(
+        "max violation 0.50 dropped 12.5%"
+    )

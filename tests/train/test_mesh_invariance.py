@@ -16,15 +16,19 @@ from tests.cases import mesh_of, on_mesh, packed_batch, relative_norm, small_con
 
 STEPS = 12
 MESHES = {
-    "data=8": {"data": 8}, "expert=8": {"expert": 8}, "expert=4,fsdp=2": {"expert": 4, "fsdp": 2},
+    "data=8": {"data": 8},
+    "expert=8": {"expert": 8},
+    "expert=4,fsdp=2": {"expert": 4, "fsdp": 2},
     "fsdp=2,expert=2,tensor=2": {"fsdp": 2, "expert": 2, "tensor": 2},
     "data=2,expert=2,tensor=2": {"data": 2, "expert": 2, "tensor": 2},
-}  # fmt: skip
+}
 
 
 def remember_gradients():
     """An optimizer stage whose state is the gradient that it saw."""
-    return optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), lambda grads, *_: (grads, grads))
+    return optax.GradientTransformation(
+        lambda p: jax.tree.map(jnp.zeros_like, p), lambda grads, *_: (grads, grads)
+    )
 
 
 @functools.cache
@@ -49,9 +53,13 @@ def trajectory(capacity_factor, **sizes):
         routes.append(np.asarray(route(state, batch)))
         for _ in range(STEPS):
             state, metrics = step_fn(state, batch)
-            losses.append({name: float(metrics[name]) for name in ("loss", "total_loss", "load_balance_loss")})
+            losses.append(
+                {name: float(metrics[name]) for name in ("loss", "total_loss", "load_balance_loss")}
+            )
             dropped.append(float(metrics["router/dropped_fraction"]))
-            gradients = gradients or jax.device_get(jax.tree.flatten_with_path(state.opt_state[0])[0])
+            gradients = gradients or jax.device_get(
+                jax.tree.flatten_with_path(state.opt_state[0])[0]
+            )
         routes.append(np.asarray(route(state, batch)))
     real = host_batch.segment_ids[0] > 0
     return losses, gradients, [chosen[:, real] for chosen in routes], dropped
@@ -61,7 +69,9 @@ def trajectory(capacity_factor, **sizes):
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 def test_losses_gradients_and_routes_are_the_same_on_every_mesh(sizes, capacity_factor):
     losses, gradients, routes, dropped = trajectory(capacity_factor, **sizes)
-    expected_losses, expected_gradients, expected_routes, expected_dropped = trajectory(capacity_factor)
+    expected_losses, expected_gradients, expected_routes, expected_dropped = trajectory(
+        capacity_factor
+    )
     assert dropped == expected_dropped
     assert (min(dropped) > 0) == (capacity_factor is not None)
     for got, expected in zip(losses, expected_losses, strict=True):
@@ -69,5 +79,7 @@ def test_losses_gradients_and_routes_are_the_same_on_every_mesh(sizes, capacity_
     for (path, got), (_, expected) in zip(gradients, expected_gradients, strict=True):
         assert relative_norm(got, expected) < 1e-5, jax.tree_util.keystr(path)
     np.testing.assert_array_equal(routes[0], expected_routes[0])
-    assert np.mean(routes[1] == expected_routes[1]) >= 0.999  # A near-tie may flip late; at step 1 none may.
+    assert (
+        np.mean(routes[1] == expected_routes[1]) >= 0.999
+    )  # A near-tie may flip late; at step 1 none may.
     assert losses[-1]["loss"] < losses[0]["loss"] - 0.005  # It did learn.

@@ -20,19 +20,29 @@ def make_chats(num_chats, vocab_size):
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     mask = rng.integers(0, 2, offsets[-1]).astype(np.uint8)
     mask[offsets[1:] - 1] = 1
-    return TokenStore(rng.integers(0, vocab_size, offsets[-1]).astype(np.uint16), offsets, "chats", mask)
+    return TokenStore(
+        rng.integers(0, vocab_size, offsets[-1]).astype(np.uint16), offsets, "chats", mask
+    )
 
 
 def pack(store):
     plan = plan_rows(store, LENGTH, long_documents="error")
     rows = [make_row(store, plan, i) for i in range(plan.num_rows)]
-    return {field.name: np.stack([getattr(row, field.name) for row in rows]) for field in dataclasses.fields(rows[0])}
+    return {
+        field.name: np.stack([getattr(row, field.name) for row in rows])
+        for field in dataclasses.fields(rows[0])
+    }
 
 
 def chat_alone(store, number):
     first, end = store.offsets[number : number + 2]
     return pack(
-        TokenStore(store.tokens[first:end], np.array([0, end - first]), f"chat {number}", store.loss_mask[first:end])
+        TokenStore(
+            store.tokens[first:end],
+            np.array([0, end - first]),
+            f"chat {number}",
+            store.loss_mask[first:end],
+        )
     )
 
 
@@ -48,7 +58,9 @@ def test_the_loss_of_packed_conversations_is_the_sum_of_their_losses_alone():
 
         @jax.jit
         def losses_of(tokens, positions, segment_ids, targets, loss_mask):
-            return cross_entropy(model(tokens, positions, segment_ids).logits_BTV, targets) * loss_mask
+            return (
+                cross_entropy(model(tokens, positions, segment_ids).logits_BTV, targets) * loss_mask
+            )
 
         names = ("tokens", "positions", "segment_ids", "targets", "loss_mask")
         packed_losses, losses_alone = (
@@ -56,6 +68,10 @@ def test_the_loss_of_packed_conversations_is_the_sum_of_their_losses_alone():
         )
     assert packed["loss_mask"].sum() == together["loss_mask"].sum()
     np.testing.assert_allclose(
-        np.sort(packed_losses[packed["loss_mask"] == 1]), np.sort(losses_alone[together["loss_mask"] == 1]), rtol=2e-6
+        np.sort(packed_losses[packed["loss_mask"] == 1]),
+        np.sort(losses_alone[together["loss_mask"] == 1]),
+        rtol=2e-6,
     )
-    np.testing.assert_allclose(packed_losses.sum(dtype=np.float64), losses_alone.sum(dtype=np.float64), rtol=1e-7)
+    np.testing.assert_allclose(
+        packed_losses.sum(dtype=np.float64), losses_alone.sum(dtype=np.float64), rtol=1e-7
+    )

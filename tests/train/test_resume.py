@@ -4,14 +4,16 @@ import signal
 
 import pytest
 
-from tests import runs
-from tests.runs import finish, lines_of, wait_for_step, write_text
+from tests import scripts as runs
+from tests.scripts import finish, lines_of, wait_for_step, write_text
 
 STEPS = 60
 FLAGS = (
-    f"--config.train.num_steps={STEPS}", "--config.train.eval_every=20", "--config.checkpoint.every=10",
+    f"--config.train.num_steps={STEPS}",
+    "--config.train.eval_every=20",
+    "--config.checkpoint.every=10",
     "--config.mesh.cpu_devices=4",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,9 @@ def test_a_changed_config_is_refused_by_name_and_a_longer_run_is_not(folder, unb
     assert code == 2
     assert errors.strip().count("\n") == 0
     assert "optimizer.learning_rate (0.004 -> 0.5)" in errors
-    code, _, errors = finish(start(folder, "unbroken", "--config.train.num_steps=62", "--config.mesh.fsdp=2"))
+    code, _, errors = finish(
+        start(folder, "unbroken", "--config.train.num_steps=62", "--config.mesh.fsdp=2")
+    )
     assert code == 0, errors
     assert [line["step"] for line in lines_of(folder / "unbroken")] == list(range(1, 63))
 

@@ -20,7 +20,10 @@ from tests.train.test_mesh_invariance import remember_gradients
 
 def gradients_of(config, batch, mesh, change=lambda state: state):
     """Gradient leaves by path, and metrics, of one step."""
-    optimizer, tunable = optax.chain(remember_gradients(), optax.sgd(0.0)), make_tunable(config, "cpu")
+    optimizer, tunable = (
+        optax.chain(remember_gradients(), optax.sgd(0.0)),
+        make_tunable(config, "cpu"),
+    )
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         state = change(init_state(tunable.make_model, optimizer))
         step = make_train_step(optimizer, config.router, lambda step: 0.0, tunable.perturb)
@@ -48,10 +51,14 @@ def test_micro_batches_give_the_gradient_of_one_big_batch():
 
 @pytest.mark.parametrize("sizes", [{}, {"expert": 2}])
 def test_the_balance_gradient_keeps_its_weight_under_accumulation(sizes):
-    """Four times the same micro-batch is balanced like one of them: same gradient, not a fraction of it."""
+    """Four times the same micro-batch is balanced like one of them: same gradient, not a fraction
+    of it.
+    """
     config = small_config(router__load_balance__weight=10.0, train__batch_size=2)
     batch = packed_batch(config)
-    four = small_config(router__load_balance__weight=10.0, train__batch_size=8, train__gradient_accumulation=4)
+    four = small_config(
+        router__load_balance__weight=10.0, train__batch_size=8, train__gradient_accumulation=4
+    )
     repeated = jax.tree.map(lambda rows: np.repeat(rows, 4, axis=0), batch)
     expected, _ = gradients_of(config, batch, mesh_of())
     got, _ = gradients_of(four, repeated, mesh_of(**sizes))
@@ -65,7 +72,9 @@ def send_all_to(expert):
     def change(state):
         embedding = state.trained.embedding_VD
         gate = state.trained.blocks.moe.router.gate.weight
-        is_first_VD = jnp.arange(embedding.shape[1])[None] == 0  # A direction that every token shares.
+        is_first_VD = (
+            jnp.arange(embedding.shape[1])[None] == 0
+        )  # A direction that every token shares.
         embedding[...] = jnp.where(is_first_VD, 30.0, embedding[...])
         is_first_LDE = jnp.arange(gate.shape[1])[None, :, None] == 0
         to_expert_E = jnp.where(jnp.arange(gate.shape[2]) == expert, 30.0, 0.0)[None, None]
@@ -78,7 +87,9 @@ def send_all_to(expert):
 @pytest.mark.parametrize("sizes", [{}, {"expert": 8}])
 def test_experts_without_a_token_get_exactly_zero_gradient_and_one_may_get_all(sizes):
     config = small_config(router__num_experts_per_token=1)
-    gradients, metrics = gradients_of(config, packed_batch(config), mesh_of(**sizes), send_all_to(3))
+    gradients, metrics = gradients_of(
+        config, packed_batch(config), mesh_of(**sizes), send_all_to(3)
+    )
     assert metrics["router/dead_experts"] == 7
     assert np.isfinite(metrics["grad_norm"])
     experts = gradients.blocks.moe.experts
@@ -91,8 +102,11 @@ def test_experts_without_a_token_get_exactly_zero_gradient_and_one_may_get_all(s
 def test_unsupervised_tokens_and_padding_give_no_gradient():
     config = small_config(router__load_balance__weight=0.0, router__z_loss_weight=0.0)
     batch = packed_batch(config)
-    garbage = dataclasses.replace(batch, targets=np.where(batch.loss_mask > 0, batch.targets, 5),
-                                  tokens=np.where(batch.segment_ids > 0, batch.tokens, 5))  # fmt: skip
+    garbage = dataclasses.replace(
+        batch,
+        targets=np.where(batch.loss_mask > 0, batch.targets, 5),
+        tokens=np.where(batch.segment_ids > 0, batch.tokens, 5),
+    )
     (one, _), (other, _) = (gradients_of(config, b, mesh_of()) for b in (batch, garbage))
     for name, gradient in leaves(one).items():
         np.testing.assert_array_equal(leaves(other)[name], gradient, err_msg=name)
@@ -110,7 +124,9 @@ def test_decay_falls_on_matrices_only():
 
 
 def test_the_schedule_is_in_fractions_of_the_run():
-    config = OptimizerConfig(learning_rate=1.0, warmup_fraction=0.1, final_learning_rate_fraction=0.2)
+    config = OptimizerConfig(
+        learning_rate=1.0, warmup_fraction=0.1, final_learning_rate_fraction=0.2
+    )
     for num_steps in (20, 1000):
         rate = learning_rate_schedule(config, num_steps)
         assert rate(0) > 0

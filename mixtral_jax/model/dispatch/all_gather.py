@@ -11,16 +11,19 @@ from mixtral_jax.model.dispatch.transport import Arrival
 
 @dataclasses.dataclass(frozen=True)
 class AllGather:
-    """Moves E/k times what is needed each way, but works on every back end and needs no plan of its own.
+    """Moves E/k times what is needed each way, but works on every back end and needs no plan of its
+    own.
 
-    A device has room for `buffer_factor` times the rows of a balanced routing; rows beyond, those of its
-    last experts and tokens, overflow.
+    A device has room for `buffer_factor` times the rows of a balanced routing; rows beyond, those
+    of its last experts and tokens, overflow.
     """
 
     num_experts: int
     buffer_factor: float | None
 
-    def out(self, x_MD: jax.Array, weights_MA: jax.Array, chosen_MA: jax.Array) -> tuple[Arrival, RowMap]:
+    def out(
+        self, x_MD: jax.Array, weights_MA: jax.Array, chosen_MA: jax.Array
+    ) -> tuple[Arrival, RowMap]:
         """The rows of this device's experts, and the map that `home` needs."""
         (M, A), P = chosen_MA.shape, jax.lax.axis_size("expert")
         num_local = self.num_experts // P
@@ -43,4 +46,6 @@ class AllGather:
 
 
 def _gather(x_MX: jax.Array) -> jax.Array:
-    return x_MX if jax.lax.axis_size("expert") == 1 else jax.lax.all_gather(x_MX, "expert", tiled=True)
+    return (
+        x_MX if jax.lax.axis_size("expert") == 1 else jax.lax.all_gather(x_MX, "expert", tiled=True)
+    )

@@ -28,14 +28,17 @@ class _Journey:
 class AllToAll:
     """Works on every back end; moves the buffers whole, full or not.
 
-    By default a peer's buffer holds the worst case, every token. With `buffer_factor` it holds that times
-    the rows of a balanced routing; rows beyond, those of the peer's last experts and tokens, overflow.
+    By default a peer's buffer holds the worst case, every token. With `buffer_factor` it holds that
+    times the rows of a balanced routing; rows beyond, those of the peer's last experts and tokens,
+    overflow.
     """
 
     num_experts: int
     buffer_factor: float | None
 
-    def out(self, x_MD: jax.Array, weights_MA: jax.Array, chosen_MA: jax.Array) -> tuple[Arrival, _Journey]:
+    def out(
+        self, x_MD: jax.Array, weights_MA: jax.Array, chosen_MA: jax.Array
+    ) -> tuple[Arrival, _Journey]:
         """The rows of this device's experts, and the maps that `home` needs."""
         (M, A), P = chosen_MA.shape, jax.lax.axis_size("expert")
         num_local = self.num_experts // P
@@ -48,7 +51,9 @@ class AllToAll:
         packed = _pack(arriving_PE, C)
         sent = buffers.of_tokens()
         x_RD = copy_rows(_exchange(copy_rows(x_MD, sent)), packed)
-        weight_R1 = copy_rows(_exchange(copy_rows(weights_MA.reshape(-1, 1), buffers.of_routes())), packed)
+        weight_R1 = copy_rows(
+            _exchange(copy_rows(weights_MA.reshape(-1, 1), buffers.of_routes())), packed
+        )
         rows_per_expert_E = jnp.sum(arriving_PE, axis=0)
         overflowed = jnp.sum(wanted_PE) - jnp.sum(counts_PE)
         return Arrival(x_RD, weight_R1, rows_per_expert_E, overflowed), _Journey(sent, packed)
@@ -76,7 +81,9 @@ def _fill_buffers(rows: RouteRows, wanted_P: jax.Array, peer_MA: jax.Array, C: i
 
 
 def _pack(counts_PE: jax.Array, C: int) -> RowMap:
-    """From buffers of C rows, each sorted by expert, to rows sorted by expert and then by peer, without a sort."""
+    """From buffers of C rows, each sorted by expert, to rows sorted by expert and then by peer,
+    without a sort.
+    """
     P, E = counts_PE.shape
     in_buffer_PE = starts_of(counts_PE) + C * jnp.arange(P)[:, None]
     in_row_PE = starts_of(counts_PE.T.reshape(-1)).reshape(E, P).T
@@ -85,7 +92,9 @@ def _pack(counts_PE: jax.Array, C: int) -> RowMap:
         """Moves an index within a segment to the same place in the segment's other home."""
         begin, end = from_PE.reshape(1, -1), (from_PE + counts_PE).reshape(1, -1)
         is_in_RS = (index_R[:, None] >= begin) & (index_R[:, None] < end)
-        moved_R = index_R + jnp.sum(jnp.where(is_in_RS, (to_PE - from_PE).reshape(1, -1), 0), axis=1)
+        moved_R = index_R + jnp.sum(
+            jnp.where(is_in_RS, (to_PE - from_PE).reshape(1, -1), 0), axis=1
+        )
         return jnp.where(jnp.any(is_in_RS, axis=1), moved_R, missing)
 
     index_R = jnp.arange(P * C)

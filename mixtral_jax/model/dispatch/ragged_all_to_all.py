@@ -7,14 +7,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mixtral_jax.model.dispatch.rows import RowMap, buffer_rows, copy_rows, sort_routes, starts_of, sum_rows
+from mixtral_jax.model.dispatch.rows import (
+    RowMap,
+    buffer_rows,
+    copy_rows,
+    sort_routes,
+    starts_of,
+    sum_rows,
+)
 from mixtral_jax.model.dispatch.transport import Arrival
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slices:
-    """Arguments of `jax.lax.ragged_all_to_all`: a slice for each peer and each of its experts, or of ours."""
+    """Arguments of `jax.lax.ragged_all_to_all`: a slice for each peer and each of its experts, or
+    of ours.
+    """
 
     input_offsets: jax.Array
     send_sizes: jax.Array
@@ -34,15 +43,17 @@ class _Journey:
 class RaggedAllToAll:
     """Moves k(P-1)/P rows a token each way. Rows arrive sorted by expert: nothing is sorted twice.
 
-    A device has room for the worst case by default, min(P, E/k) times the rows of a balanced routing.
-    With `buffer_factor` it has that times the balanced ones; rows beyond, those of its last experts
-    and, among them, of the last peers, overflow.
+    A device has room for the worst case by default, min(P, E/k) times the rows of a balanced
+    routing. With `buffer_factor` it has that times the balanced ones; rows beyond, those of its
+    last experts and, among them, of the last peers, overflow.
     """
 
     num_experts: int
     buffer_factor: float | None
 
-    def out(self, x_MD: jax.Array, weights_MA: jax.Array, chosen_MA: jax.Array) -> tuple[Arrival, _Journey]:
+    def out(
+        self, x_MD: jax.Array, weights_MA: jax.Array, chosen_MA: jax.Array
+    ) -> tuple[Arrival, _Journey]:
         """The rows of this device's experts, and what `home` needs to send them back."""
         (M, A), P = chosen_MA.shape, jax.lax.axis_size("expert")
         num_local = self.num_experts // P
@@ -52,10 +63,14 @@ class RaggedAllToAll:
         wanted_PE = jax.lax.all_gather(routes.rows_per_expert_E, "expert")
         there, back = plan_slices(wanted_PE, num_local, num_rows)
         x_RD = exchange(copy_rows(x_MD, of_tokens), there, back, num_rows)
-        weight_R1 = exchange(copy_rows(weights_MA.reshape(-1, 1), routes.rows.of_routes()), there, back, num_rows)
+        weight_R1 = exchange(
+            copy_rows(weights_MA.reshape(-1, 1), routes.rows.of_routes()), there, back, num_rows
+        )
         rows_per_expert_E = jnp.sum(there.recv_sizes.reshape(P, num_local), axis=0)
         overflowed = jnp.sum(routes.rows_per_expert_E) - jnp.sum(there.send_sizes)
-        return Arrival(x_RD, weight_R1, rows_per_expert_E, overflowed), _Journey(of_tokens, there, back)
+        return Arrival(x_RD, weight_R1, rows_per_expert_E, overflowed), _Journey(
+            of_tokens, there, back
+        )
 
     def home(self, y_RD: jax.Array, journey: _Journey) -> jax.Array:
         """Back to where the rows came from, and summed for each token: [M, D]."""
@@ -74,7 +89,9 @@ def plan_slices(wanted_PE: jax.Array, num_local: int, num_rows: int) -> tuple[Sl
     at_sender_PE = starts_of(wanted_PE)
     # Of each receiver, its experts in turn, and of each expert, the senders in turn.
     by_receiver = wanted_PE.reshape(P, P, num_local).transpose(1, 2, 0).reshape(P, -1)
-    at_receiver_PE = starts_of(by_receiver).reshape(P, num_local, P).transpose(2, 0, 1).reshape(P, -1)
+    at_receiver_PE = (
+        starts_of(by_receiver).reshape(P, num_local, P).transpose(2, 0, 1).reshape(P, -1)
+    )
     sizes_PE = jnp.clip(num_rows - at_receiver_PE, 0, wanted_PE)
     at_receiver_PE = jnp.minimum(at_receiver_PE, num_rows)
 
@@ -88,21 +105,28 @@ def plan_slices(wanted_PE: jax.Array, num_local: int, num_rows: int) -> tuple[Sl
 
 
 def exchange(x_SD: jax.Array, slices: Slices, reverse: Slices, num_rows: int) -> jax.Array:
-    """Sends slices of rows to where they belong in [num_rows, D], zero elsewhere. Transpose: the reverse."""
+    """Sends slices of rows to where they belong in [num_rows, D], zero elsewhere.
+
+    Transpose: the reverse.
+    """
     return _exchange(x_SD, slices, reverse, num_rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _exchange(x_SD: jax.Array, slices: Slices, reverse: Slices, num_rows: int) -> Any:
     empty_RD = jnp.zeros_like(x_SD, shape=(num_rows, x_SD.shape[1]))
-    # XLA:CPU has no ragged all-to-all (jax issue 34755): there, and only there, one of the same meaning stands in.
+    # XLA:CPU has no ragged all-to-all (jax issue 34755): there, and only there, one of the same
+    # meaning stands in.
     return jax.lax.platform_dependent(
         x_SD, empty_RD, *dataclasses.astuple(slices), cpu=emulate_ragged_all_to_all, default=_native
     )
 
 
 _exchange.defvjp(
-    lambda x_SD, slices, reverse, num_rows: (exchange(x_SD, slices, reverse, num_rows), (slices, reverse, len(x_SD))),
+    lambda x_SD, slices, reverse, num_rows: (
+        exchange(x_SD, slices, reverse, num_rows),
+        (slices, reverse, len(x_SD)),
+    ),
     lambda num_rows, saved, dy_RD: (exchange(dy_RD, saved[1], saved[0], saved[2]), None, None),
 )
 
@@ -136,5 +160,7 @@ def emulate_ragged_all_to_all(
     sender = (jnp.arange(P * per_peer) // per_peer)[None]
     index_R = jnp.sum(jnp.where(is_in, sender * S + source + row_R1 - begin, 0), axis=1)
     everything = jax.lax.all_gather(x_SD, "expert", tiled=True)
-    received_RD = jnp.where(jnp.any(is_in & (size != expected), axis=1, keepdims=True), jnp.nan, everything[index_R])
+    received_RD = jnp.where(
+        jnp.any(is_in & (size != expected), axis=1, keepdims=True), jnp.nan, everything[index_R]
+    )
     return jnp.where(jnp.any(is_in, axis=1, keepdims=True), received_RD, output_RD)

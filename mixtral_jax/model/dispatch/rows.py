@@ -1,4 +1,6 @@
-"""Copies of tokens in the order of their experts, and sums of them back: what one device does by itself."""
+"""Copies of tokens in the order of their experts, and sums of them back: what one device does by
+itself.
+"""
 
 import dataclasses
 import math
@@ -52,7 +54,9 @@ def sort_routes(expert_MA: jax.Array, num_experts: int, num_rows: int) -> Sorted
     expert_of_route = expert_MA.reshape(-1)
     route_of_row = jnp.argsort(expert_of_route, stable=True)
     row_of_route = jnp.where(expert_of_route < num_experts, jnp.argsort(route_of_row), num_rows)
-    counts_E = jnp.sum(expert_of_route[:, None] == jnp.arange(num_experts)[None], axis=0, dtype=jnp.int32)
+    counts_E = jnp.sum(
+        expert_of_route[:, None] == jnp.arange(num_experts)[None], axis=0, dtype=jnp.int32
+    )
     ends_E = jnp.minimum(jnp.cumsum(counts_E), num_rows)
     return SortedRoutes(
         rows=RouteRows(route_of_row[:num_rows], jnp.minimum(row_of_route, num_rows).reshape(M, A)),
@@ -61,15 +65,20 @@ def sort_routes(expert_MA: jax.Array, num_experts: int, num_rows: int) -> Sorted
     )
 
 
-def buffer_rows(num_tokens: int, A: int, num_experts: int, num_places: int, buffer_factor: float | None) -> int:
-    """Room in a buffer for the routes of `num_tokens` tokens to one of `num_places` that share the experts.
+def buffer_rows(
+    num_tokens: int, A: int, num_experts: int, num_places: int, buffer_factor: float | None
+) -> int:
+    """Room in a buffer for the routes of `num_tokens` tokens to one of `num_places` that share the
+    experts.
 
-    All that there can be, since a token goes to an expert once; or `buffer_factor` times those of a balanced
-    routing, if that is less.
+    All that there can be, since a token goes to an expert once; or `buffer_factor` times those of a
+    balanced routing, if that is less.
     """
     worst = num_tokens * min(A, num_experts // num_places)
     balanced = num_tokens * A / num_places
-    return worst if buffer_factor is None else min(worst, math.ceil(buffer_factor * balanced - 1e-9))
+    return (
+        worst if buffer_factor is None else min(worst, math.ceil(buffer_factor * balanced - 1e-9))
+    )
 
 
 def starts_of(counts_XE: jax.Array) -> jax.Array:
@@ -85,11 +94,21 @@ def copy_rows(x_MD: jax.Array, rows: RowMap) -> jax.Array:
 
 @jax.custom_vjp
 def sum_rows(y_RD: jax.Array, rows: RowMap) -> jax.Array:
-    """The sum of each source's rows, [M, D], in float32. The transpose of `copy_rows`, and a gather too."""
+    """The sum of each source's rows, [M, D], in float32.
+
+    The transpose of `copy_rows`, and a gather too.
+    """
     y_MAD = y_RD.at[rows.row_MA].get(mode="fill", fill_value=0)
     return jnp.sum(y_MAD, axis=1, dtype=jnp.float32).astype(y_RD.dtype)
 
 
-# Autodiff would make a scatter-add of each gather; that each is the other's transpose is known only here.
-copy_rows.defvjp(lambda x_MD, rows: (copy_rows(x_MD, rows), rows), lambda rows, dx_RD: (sum_rows(dx_RD, rows), None))
-sum_rows.defvjp(lambda y_RD, rows: (sum_rows(y_RD, rows), rows), lambda rows, dy_MD: (copy_rows(dy_MD, rows), None))
+# Autodiff would make a scatter-add of each gather; that each is the other's transpose is known only
+# here.
+copy_rows.defvjp(
+    lambda x_MD, rows: (copy_rows(x_MD, rows), rows),
+    lambda rows, dx_RD: (sum_rows(dx_RD, rows), None),
+)
+sum_rows.defvjp(
+    lambda y_RD, rows: (sum_rows(y_RD, rows), rows),
+    lambda rows, dy_MD: (copy_rows(dy_MD, rows), None),
+)

@@ -9,7 +9,9 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Arrival:
-    """Rows at the device that holds their experts, sorted by expert; those past the last expert's hold anything."""
+    """Rows at the device that holds their experts, sorted by expert; those past the last expert's
+    hold anything.
+    """
 
     x_RD: jax.Array
     weight_R1: jax.Array  # of each row's route, float32
@@ -20,11 +22,16 @@ class Arrival:
 class Transport(Protocol):
     """A pair of moves between the devices of an expert group, run inside the region.
 
-    Rows and their gradients travel in their own dtype; backward passes are gathers and the same moves.
+    Rows and their gradients travel in their own dtype; backward passes are gathers and the same
+    moves.
     """
 
-    def out(self, x_MD: jax.Array, weights_MA: jax.Array, chosen_MA: jax.Array) -> tuple[Arrival, Any]:
-        """Rows for this device's experts, and what `home` needs; chosen_MA = num_experts goes nowhere."""
+    def out(
+        self, x_MD: jax.Array, weights_MA: jax.Array, chosen_MA: jax.Array
+    ) -> tuple[Arrival, Any]:
+        """Rows for this device's experts, and what `home` needs; chosen_MA = num_experts goes
+        nowhere.
+        """
         ...
 
     def home(self, y_RD: jax.Array, journey: Any) -> jax.Array:

@@ -1,0 +1,145 @@
+"""Reading a prompt and writing after it, beside transformers on the same weights and prompts, in
+the same minutes.
+"""
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mixtral_jax.config import Config, ConfigError
+from mixtral_jax.generate.generator import Speed
+from mixtral_jax.generate.settings import Settings
+from mixtral_jax.pretrained import load_pretrained
+
+ROUNDS, NUM_TOKENS = 3, 32
+BATCHES = (1, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What was written, [B, NUM_TOKENS], and how many tokens a second were read, and written after
+    the first.
+    """
+
+    tokens: np.ndarray
+    prefill_per_second: float
+    decode_per_second: float
+
+
+Run = Callable[[np.ndarray], Timing]
+
+
+def describe_generate(figures: dict[str, dict[str, float]]) -> str:
+    """A line a batch size and program."""
+    return "\n".join(
+        f"{name}: prefill {rates['prefill']:,.0f} tokens/s, decode {rates['decode']:,.1f} tokens/s"
+        for name, rates in figures.items()
+    )
+
+
+def measure_generate(config: Config, mesh: jax.sharding.Mesh) -> dict[str, dict[str, float]]:
+    """Tokens per second of both programs for prompts of the config's sequence length: medians,
+    after warming up.
+
+    Raises:
+        ConfigError: torch and transformers are not installed, or more than one device was asked
+            for.
+    """
+    if mesh.size > 1:
+        raise ConfigError(
+            "bench --generate compares one device with another: set mesh.cpu_devices=1, not "
+            f"{mesh.size}"
+        )
+    theirs = _make_model(config)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        programs = {
+            "mixtral_jax": _run_ours(Path(folder), mesh),
+            "transformers": _run_theirs(theirs),
+        }
+    figures = {}
+    for B in BATCHES:
+        shape = (B, config.train.sequence_length)
+        prompts = np.random.default_rng(B).integers(3, config.model.vocab_size, shape)
+        ours, others = (run(prompts).tokens for run in programs.values())  # Also warms both up.
+        assert np.array_equal(ours, others), (
+            "the programs write different tokens: they do not do the same work"
+        )
+        timings = {name: [] for name in programs}
+        for _ in range(ROUNDS):
+            for name, run in programs.items():
+                timings[name].append(run(prompts))
+        for name, runs in timings.items():
+            figures[f"{name}, {B} prompt(s) of {shape[1]} tokens"] = {
+                "prefill": statistics.median(run.prefill_per_second for run in runs),
+                "decode": statistics.median(run.decode_per_second for run in runs),
+            }
+    return figures
+
+
+def _run_ours(folder: Path, mesh: jax.sharding.Mesh) -> Run:
+    loaded = load_pretrained(folder, mesh=mesh)
+
+    def run(prompts: np.ndarray) -> Timing:
+        speed = Speed()
+        rows = loaded.generator.generate(
+            prompts.tolist(), Settings(max_new_tokens=NUM_TOKENS), speed
+        )
+        prefill = speed.prompt_tokens / speed.prefill_seconds
+        return Timing(
+            np.array([row.ids for row in rows]), prefill, speed.new_tokens / speed.decode_seconds
+        )
+
+    return run
+
+
+def _make_model(config: Config) -> Any:
+    """A random Mixtral of transformers."""
+    try:
+        import torch  # type: ignore[import-not-found]
+        import transformers  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ConfigError(
+            f"bench --generate needs torch and transformers ({error}): pip install '.[parity]'"
+        ) from None
+    model = config.model
+    torch.manual_seed(0)
+    theirs = transformers.MixtralConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        num_local_experts=model.num_experts,
+        num_experts_per_tok=config.router.num_experts_per_token,
+        eos_token_id=None,
+    )
+    return transformers.MixtralForCausalLM(theirs).eval()
+
+
+def _run_theirs(model: Any) -> Run:
+    import torch  # type: ignore[import-not-found]
+
+    def generate(prompts: np.ndarray, count: int) -> tuple[np.ndarray, float]:
+        start = time.perf_counter()
+        with torch.no_grad():
+            ids = model.generate(torch.tensor(prompts), max_new_tokens=count, do_sample=False)
+        return ids.numpy()[:, prompts.shape[1] :], time.perf_counter() - start
+
+    def run(prompts: np.ndarray) -> Timing:
+        _, first = generate(prompts, 1)
+        tokens, whole = generate(prompts, NUM_TOKENS)
+        return Timing(
+            tokens, prompts.size / first, len(prompts) * (NUM_TOKENS - 1) / (whole - first)
+        )
+
+    return run

@@ -1,0 +1,178 @@
+"""One MoE layer, forward and gradient, beside transformers' on the same weights and tokens, in the
+same minutes.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mixtral_jax.config import Config, ConfigError
+from mixtral_jax.model.moe import MoE
+from mixtral_jax.model.tokens import Tokens
+from mixtral_jax.model.transformer import resolve_dispatch
+from mixtral_jax.parallel.rules import AxisRules
+
+ALTERNATIONS = 10
+Run = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Tokens and weights of a layer, float32: x [M, D], what y is multiplied by, and the matrices."""
+
+    x_MD: np.ndarray
+    cotangent_MD: np.ndarray
+    router_DE: np.ndarray
+    gate_EDF: np.ndarray
+    up_EDF: np.ndarray
+    down_EFD: np.ndarray
+
+
+def make_case(config: Config, routing: str) -> Case:
+    """Random weights and tokens; the router's logits are noise plus, from a feature that is 1, an
+    offset an expert.
+    """
+    model, M = config.model, config.train.micro_batch_size * config.train.sequence_length
+    D, F, E = model.hidden_size, model.intermediate_size, model.num_experts
+    rng = np.random.default_rng(0)
+    x, cotangent = rng.standard_normal((2, M, D), np.float32)
+    router = rng.standard_normal((D, E), np.float32) * D**-0.5
+    x[:, 0], router[0] = (
+        1,
+        {
+            "balanced": np.zeros(E),
+            "all to one": 8.0 * (np.arange(E) == 0),
+            "zipf": -np.log(np.arange(E) + 1.0),
+        }[routing],
+    )
+    gate, up = rng.standard_normal((2, E, D, F), np.float32) * D**-0.5
+    return Case(
+        x, cotangent, router, gate, up, rng.standard_normal((E, F, D), np.float32) * F**-0.5
+    )
+
+
+def describe_layer(figures: dict[str, dict[str, float]]) -> str:
+    """A line a routing."""
+    return "\n".join(
+        f"MoE layer, forward and gradient, {routing:<10}: {times['seconds']:.3f} s; transformers "
+        f"{times['transformers_seconds']:.3f} s; {times['times_as_fast']:.2f} times as fast"
+        for routing, times in figures.items()
+    )
+
+
+def measure_layer(config: Config, mesh: jax.sharding.Mesh) -> dict[str, dict[str, float]]:
+    """Figures of each routing: seconds of ours and theirs, medians of alternations, and how many
+    times faster we are.
+
+    Raises:
+        ConfigError: torch and transformers are not installed, or more than one device was asked
+            for.
+    """
+    if mesh.size > 1:
+        raise ConfigError(
+            "bench --layer compares one device with another: set mesh.cpu_devices=1, not "
+            f"{mesh.size}"
+        )
+    figures = {}
+    for routing in ("balanced", "all to one", "zipf"):
+        case = make_case(config, routing)
+        with jax.set_mesh(mesh):
+            ours, theirs = make_ours(config, case), make_theirs(config, case)
+            figures[routing] = _alternate(ours, theirs)
+    return figures
+
+
+def _alternate(ours: Run, theirs: Run) -> dict[str, float]:
+    for mine, other in zip(ours(), theirs(), strict=True):  # Also warms both up.
+        difference = np.linalg.norm(mine - other) / np.linalg.norm(other)
+        assert difference < 1e-4, f"the layers differ by {difference}: they do not do the same work"
+    seconds: dict[Run, list[float]] = {ours: [], theirs: []}
+    for _ in range(ALTERNATIONS):
+        for run, times in seconds.items():
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+    mine, other = (statistics.median(times) for times in seconds.values())
+    return {"seconds": mine, "transformers_seconds": other, "times_as_fast": other / mine}
+
+
+def make_ours(config: Config, case: Case) -> Run:
+    """Gives y and the gradient of x, after computing all gradients."""
+    platform = jax.devices()[0].platform
+    layer = jax.jit(
+        lambda: MoE(
+            config.model,
+            config.router,
+            resolve_dispatch(config, platform),
+            AxisRules(),
+            nnx.Rngs(0),
+        )
+    )()
+    projections = (layer.router.gate, layer.experts.gate, layer.experts.up, layer.experts.down)
+    for projection, value in zip(
+        projections, (case.router_DE, case.gate_EDF, case.up_EDF, case.down_EFD), strict=True
+    ):
+        projection.weight[...] = jax.device_put(value, projection.weight[...].sharding)
+    x_1MD, cotangent_1MD = jnp.asarray(case.x_MD)[None], jnp.asarray(case.cotangent_MD)[None]
+    ones_1M = jnp.ones(x_1MD.shape[:2], jnp.int32)
+    tokens = Tokens(ones_1M, ones_1M, ones_1M)
+
+    @jax.jit
+    def step(layer, x_1MD):
+        def loss(layer, x_1MD):
+            y_1MD, _ = layer(x_1MD, tokens)
+            return jnp.sum(y_1MD * cotangent_1MD), y_1MD
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(layer, x_1MD)
+
+    def run() -> tuple[np.ndarray, np.ndarray]:
+        (_, y_1MD), (_, dx_1MD) = jax.block_until_ready(step(layer, x_1MD))
+        return np.asarray(y_1MD)[0], np.asarray(dx_1MD)[0]
+
+    return run
+
+
+def make_theirs(config: Config, case: Case) -> Run:
+    """The same of transformers' Mixtral block with its `grouped_mm` experts."""
+    try:
+        import torch  # type: ignore[import-not-found]
+        from transformers.models.mixtral import MixtralConfig, modeling_mixtral  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ConfigError(
+            f"bench --layer needs transformers and torch ({error}): pip install '.[parity]'"
+        ) from error
+    model = config.model
+    theirs = MixtralConfig(
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_local_experts=model.num_experts,
+        num_experts_per_tok=config.router.num_experts_per_token,
+    )
+    theirs._experts_implementation = "grouped_mm"
+    block = modeling_mixtral.MixtralSparseMoeBlock(theirs)
+    gate_up = np.concatenate([case.gate_EDF, case.up_EDF], axis=-1).swapaxes(1, 2)
+    values = (case.router_DE.T, gate_up, case.down_EFD.swapaxes(1, 2))
+    parameters = (block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj)
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.data = torch.tensor(np.ascontiguousarray(value))
+    x, cotangent = (
+        torch.tensor(case.x_MD)[None].requires_grad_(),
+        torch.tensor(case.cotangent_MD)[None],
+    )
+
+    def run() -> tuple[np.ndarray, np.ndarray]:
+        x.grad = None
+        block.zero_grad()
+        y = block(x)
+        (y * cotangent).sum().backward()
+        assert x.grad is not None
+        return y.detach().numpy()[0], x.grad.numpy()[0]
+
+    return run

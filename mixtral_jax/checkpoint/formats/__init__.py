@@ -1,0 +1,1 @@
+"""How other programs name and describe a Mixtral: the only place that speaks their words."""

@@ -1,0 +1,95 @@
+"""A Mixtral's config as Mistral's own programs write it: params.json of mistral-inference and
+mistral-finetune.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from mixtral_jax.checkpoint.files.foreign_folder import read_object
+from mixtral_jax.checkpoint.formats.architecture import (
+    UNKNOWN_LOSSES,
+    Architecture,
+    find_misfits,
+    require_numbers,
+)
+from mixtral_jax.config import ConfigError, ModelConfig, RouterConfig, build, require
+
+# Theirs -> ours.
+_MODEL_KEYS = {
+    "dim": "hidden_size",
+    "n_layers": "num_layers",
+    "head_dim": "head_dim",
+    "hidden_dim": "intermediate_size",
+    "n_heads": "num_heads",
+    "n_kv_heads": "num_kv_heads",
+    "norm_eps": "norm_eps",
+    "vocab_size": "vocab_size",
+}
+_MOE_KEYS = ("num_experts", "num_experts_per_tok")
+# What a Mixtral has no choice in.
+_FIXED_KEYS = {
+    "model_type": "transformer",
+    "sliding_window": None,
+    "_sliding_window": None,
+    "lora": None,
+}
+_IGNORED_KEYS = ("max_batch_size", "max_seq_len")  # of the program, not of the model
+# mistral-inference takes this where there is none; mistral-finetune takes 10,000, so it is always
+# written.
+_DEFAULT_ROPE_THETA = 1e6
+# Of Mixtral 8x7B: the file has no such key.
+_CONTEXT_LENGTH = 32_768
+
+
+def read_params(path: Path) -> Architecture:
+    """Reads a params.json. The dtypes of the model are float32: only weights have dtypes.
+
+    Raises:
+        ConfigError: it is of a model that this is not; names each key.
+    """
+    theirs = read_object(path)
+    moe = theirs.get("moe")
+    wrong = find_misfits(theirs, _MODEL_KEYS, _FIXED_KEYS)
+    known = {*_MODEL_KEYS, *_FIXED_KEYS, *_IGNORED_KEYS, "moe", "rope_theta"}
+    wrong += [f"{key} is not of a Mixtral" for key in theirs if key not in known]
+    if not isinstance(moe, dict) or moe.keys() != set(_MOE_KEYS):
+        wrong.append(f"moe={moe!r} must have {' and '.join(_MOE_KEYS)}")
+    require(not wrong, f"{path} is not of a Mixtral that can be loaded: {'; '.join(wrong)}")
+    assert isinstance(moe, dict)
+    ours = {name: theirs[key] for key, name in _MODEL_KEYS.items()}
+    theta = theirs.get("rope_theta")
+    ours |= {
+        "num_experts": moe["num_experts"],
+        "rope_theta": _DEFAULT_ROPE_THETA if theta is None else theta,
+    }
+    notes = (
+        ()
+        if theta is not None
+        else (f"{path} has no rope_theta: taken as {_DEFAULT_ROPE_THETA:g}",)
+    )
+    try:
+        require_numbers(ours | moe)
+        model = build(ModelConfig, ours | {"dtype": "float32"}, "model.")
+        chosen = build(
+            RouterConfig, {"num_experts_per_token": moe["num_experts_per_tok"]}, "router."
+        )
+        router = dataclasses.replace(
+            UNKNOWN_LOSSES, num_experts_per_token=chosen.num_experts_per_token
+        )
+        return Architecture(model, router, _CONTEXT_LENGTH, notes)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def make_params(architecture: Architecture) -> dict[str, Any]:
+    """The params.json of a model."""
+    model, router = architecture.model, architecture.router
+    return {
+        **{key: getattr(model, name) for key, name in _MODEL_KEYS.items()},
+        "rope_theta": model.rope_theta,
+        "moe": {
+            "num_experts_per_tok": router.num_experts_per_token,
+            "num_experts": model.num_experts,
+        },
+    }

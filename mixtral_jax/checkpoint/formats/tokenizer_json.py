@@ -1,0 +1,138 @@
+"""A SentencePiece model in the words of Hugging Face's tokenizers: the tokenizer.json that
+transformers reads.
+
+Without this file transformers 5 makes one of tokenizer.model, and gets it wrong: it orders merges
+by id, and Mixtral's pieces of several spaces have low scores, not high ids; and it leaves out the
+space before a text.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mixtral_jax.config import require
+from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.data.vocabulary import Piece, read_vocabulary
+
+_SPACE = "\u2581"
+
+
+def make_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer.json with which `tokenizers` encodes text as `tokenizer` does, behind BOS.
+
+    Except that control pieces written out in a text, such as `</s>`, become control ids there.
+
+    Raises:
+        ConfigError: the SentencePiece model is not like Mixtral's: no BPE that leaves text as it
+            is.
+    """
+    vocabulary = read_vocabulary(tokenizer)
+    require(
+        vocabulary.is_like_mixtral,
+        "the tokenizer cannot be written for Hugging Face: it is no SentencePiece model of the "
+        "kind BPE with byte "
+        "fallback that puts a space before a text and leaves it as it is otherwise; without a "
+        "tokenizer.model the "
+        "weights are exported alone",
+    )
+    pieces = vocabulary.pieces
+    bos = pieces[tokenizer.bos_id].text
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            _added_token(id_, piece) for id_, piece in enumerate(pieces) if piece.kind in _SPECIAL
+        ],
+        # Not the pre-tokenizer Metaspace, which puts no space before a text that begins with one.
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": _SPACE},
+                {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+            ],
+        },
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": _behind_bos(bos, "A", 0),
+            "pair": [*_behind_bos(bos, "A", 0), *_behind_bos(bos, "B", 1)],
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": vocabulary.find("unknown")[0],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {piece.text: id_ for id_, piece in enumerate(pieces)},
+            "merges": find_merges(pieces),
+        },
+    }
+
+
+_SPECIAL = ("control", "unknown")
+
+
+def _added_token(id_: int, piece: Piece) -> dict[str, Any]:
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    return {"id": id_, "content": piece.text, **flags}
+
+
+def _behind_bos(bos: str, sequence: str, type_id: int) -> list[dict[str, Any]]:
+    return [
+        {"SpecialToken": {"id": bos, "type_id": type_id}},
+        {"Sequence": {"id": sequence, "type_id": type_id}},
+    ]
+
+
+def find_merges(pieces: Sequence[Piece]) -> list[list[str]]:
+    """All pairs of pieces that make a piece, in the order in which BPE is to try them.
+
+    SentencePiece merges the neighbours that make the piece of highest score; `tokenizers`, those
+    that come first here.
+    """
+    scores = {piece.text: piece.score for piece in pieces if piece.kind == "text"}
+    pairs = [
+        (text[:cut], text[cut:])
+        for text in scores
+        for cut in range(1, len(text))
+        if text[:cut] in scores and text[cut:] in scores
+    ]
+    pairs.sort(key=lambda pair: (-scores["".join(pair)], -len(pair[0]), -len(pair[1])))
+    return [list(pair) for pair in pairs]
+
+
+def make_tokenizer_config(
+    tokenizer: Tokenizer, chat_template: str, context_length: int
+) -> dict[str, Any]:
+    """The tokenizer_config.json: names for special pieces, and the template of chats."""
+    vocabulary = read_vocabulary(tokenizer)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": vocabulary.pieces[tokenizer.bos_id].text,
+        "eos_token": vocabulary.pieces[tokenizer.eos_id].text,
+        "unk_token": vocabulary.find("unknown")[0],
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context_length,
+        "chat_template": chat_template,
+    }

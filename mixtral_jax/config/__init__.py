@@ -1,0 +1,62 @@
+"""Every setting of a run, as frozen and validated dataclasses: import them from here.
+
+Knows no jax, so that reading or checking a config starts no back end. What depends on the devices
+(does the mesh fit them?) is checked by `parallel.mesh`, what depends on the data by `data`.
+`mapping` makes a `Config` of nested mappings, `files` reads those from config files.
+"""
+
+from mixtral_jax.config.data import ChatConfig, ChatFormat, DataConfig, LiteralInst, TemplateName
+from mixtral_jax.config.dispatch import DispatchConfig
+from mixtral_jax.config.errors import ConfigError, require
+from mixtral_jax.config.files import SHIPPED, load_config_file, run_config_file
+from mixtral_jax.config.finetune import FinetuneConfig, LoRAConfig, PretrainConfig
+from mixtral_jax.config.mapping import build, changed_keys, set_key
+from mixtral_jax.config.mesh import MeshConfig
+from mixtral_jax.config.model import ModelConfig
+from mixtral_jax.config.router import (
+    BLIND_CHOICES,
+    CHOICES,
+    EVEN_CHOICES,
+    BalanceBiasConfig,
+    LoadBalanceConfig,
+    NoiseConfig,
+    RouterConfig,
+)
+from mixtral_jax.config.run import Config
+from mixtral_jax.config.train import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
+from mixtral_jax.config.upcycle import UpcycleConfig
+
+__all__ = [
+    "BLIND_CHOICES",
+    "CHOICES",
+    "EVEN_CHOICES",
+    "SHIPPED",
+    "BalanceBiasConfig",
+    "ChatConfig",
+    "ChatFormat",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DispatchConfig",
+    "FinetuneConfig",
+    "LiteralInst",
+    "LoRAConfig",
+    "LoadBalanceConfig",
+    "LogConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "NoiseConfig",
+    "OptimizerConfig",
+    "PretrainConfig",
+    "RouterConfig",
+    "TemplateName",
+    "TrainConfig",
+    "UpcycleConfig",
+    "build",
+    "changed_keys",
+    "load_config_file",
+    "require",
+    "run_config_file",
+    "set_key",
+]

@@ -1,0 +1,57 @@
+"""Config files:
+
+Python with a function get_config(), which imports its parents from the folder `configs`.
+"""
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mixtral_jax.config.errors import ConfigError
+
+Read = TypeVar("Read")
+
+# Beside the package in a clone, which is how it is installed.
+SHIPPED = Path(__file__).parents[2] / "configs"
+
+
+def load_config_file(path: Path) -> dict[str, Any]:
+    """The nested mapping that `get_config()` of a config file returns. The file runs as Python."""
+    return run_config_file(path, _to_mapping)
+
+
+def run_config_file(path: Path, read: Callable[[Any], Read]) -> Read:
+    """What `read` makes of what `get_config()` of a file returns.
+
+    Raises:
+        ConfigError: there is no such file or function, or one of the two fails.
+    """
+    if not path.is_file():
+        problem = "is a folder: name a .py file in it" if path.is_dir() else "there is no such file"
+        raise ConfigError(f"--config={path}: {problem}; shipped ones are under configs/")
+    # Config files import their parents from the `configs` folder that they live in, or that of the
+    # current one.
+    roots = [str(folder.parent) for folder in path.resolve().parents if folder.name == "configs"]
+    sys.path[:0] = [root for root in roots[:1] if root not in sys.path]
+    sys.path.append(str(Path.cwd()))
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if get_config is None:
+            raise ConfigError(
+                f"--config={path} must have a function get_config() that returns a ConfigDict"
+            )
+        return read(get_config())
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"--config={path} does not run: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _to_mapping(returned: Any) -> dict[str, Any]:
+    from ml_collections import ConfigDict  # Slow to import, and help needs no config.
+
+    return ConfigDict(returned).to_dict()

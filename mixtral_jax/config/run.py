@@ -1,0 +1,85 @@
+"""A whole run: all sections of a config, and what must hold between them."""
+
+import dataclasses
+
+from mixtral_jax.config.data import DataConfig
+from mixtral_jax.config.dispatch import DispatchConfig
+from mixtral_jax.config.errors import require
+from mixtral_jax.config.finetune import FinetuneConfig
+from mixtral_jax.config.mesh import MeshConfig
+from mixtral_jax.config.model import ModelConfig
+from mixtral_jax.config.router import RouterConfig
+from mixtral_jax.config.train import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
+from mixtral_jax.config.upcycle import UpcycleConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run: of pretraining, from a dense model with `upcycle`; or with `finetune` of tuning."""
+
+    model: ModelConfig
+    router: RouterConfig = RouterConfig()
+    dispatch: DispatchConfig = DispatchConfig()
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    finetune: FinetuneConfig | None = None
+    upcycle: UpcycleConfig | None = None
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self):
+        require(
+            self.model.granularity == 1,
+            f"model.granularity={self.model.granularity} is a shorthand, which "
+            "config_mapping.build writes out: "
+            "build the Config with it, or set num_experts, intermediate_size and "
+            "num_experts_per_token themselves",
+        )
+        require(
+            self.finetune is None or self.upcycle is None,
+            "finetune and upcycle are two runs: train.py upcycles, and finetune_instruct.py tunes "
+            "what comes of it",
+        )
+        if self.upcycle:
+            self.upcycle.check(self.model, self.router)
+        if self.finetune:
+            require(
+                not self.router.bias.update_rate,
+                "finetune takes its base from a Mixtral, which has no balance bias: set "
+                "router.bias.update_rate to 0",
+            )
+        self._check_choice()
+
+    def _check_choice(self) -> None:
+        """Raises ConfigError where what the router may choose does not fit the experts that there
+        are.
+        """
+        router, experts = self.router, self.model.num_experts
+        chosen, choice = router.num_experts_per_token, router.choice
+        require(
+            chosen <= experts,
+            f"router.num_experts_per_token={chosen} must be at most model.num_experts={experts}",
+        )
+        require(
+            choice != "dense" or chosen == experts,
+            f"router.choice=dense sends each token to all of model.num_experts={experts}: with "
+            f"router.num_experts_per_token={chosen}, set model.num_experts={chosen} for as much "
+            "work a token",
+        )
+        in_reach = router.groups_per_token * experts // router.num_groups
+        require(
+            experts % router.num_groups == 0 and chosen <= in_reach,
+            f"router.num_groups={router.num_groups} must divide model.num_experts={experts}, and "
+            "leave a token, in "
+            f"router.groups_per_token={router.groups_per_token} of them, at least {chosen} experts "
+            "to choose",
+        )
+        factors = (self.dispatch.capacity_factor, self.dispatch.eval_capacity_factor)
+        require(
+            factors == (None, None) or choice not in ("expert_choice", "uniform", "dense"),
+            f"router.choice={choice} decides by itself how much each expert gets: set "
+            "dispatch.capacity_factor and "
+            "dispatch.eval_capacity_factor to None",
+        )

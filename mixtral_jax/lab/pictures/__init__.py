@@ -1,0 +1,1 @@
+"""Pictures of ablations and of routing, in one style."""

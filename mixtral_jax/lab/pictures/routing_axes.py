@@ -1,0 +1,83 @@
+"""What pictures of routing have in common: axes of layers and of shares, chance, heat of shares and
+of ratios.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+
+# From pale to dark, of one hue.
+HEAT = "Blues"
+# Of ratios, the largest that is told apart, and its inverse the smallest.
+_FARTHEST = 4.0
+CHANCE: dict[str, Any] = {"color": "#555555", "linestyle": "--", "linewidth": 1.5}
+
+
+def mark_layers(axes: Axes, num_layers: int, *, vertical: bool = False) -> None:
+    """Whole numbers on the axis of the layers, which are counted from 0."""
+    shown = range(0, num_layers, math.ceil(num_layers / 16))
+    axis = axes.yaxis if vertical else axes.xaxis
+    axis.set_ticks(shown, labels=[str(layer) for layer in shown])
+    axis.set_label_text("layer")
+
+
+def mark_shares(axes: Axes, label: str, *, top: float | None = None) -> None:
+    """Shares in percent, from 0, on the y axis."""
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axes.set_ylim(0, top)
+    axes.set_ylabel(label)
+
+
+def write_numbers(axes: Axes, values: np.ndarray, highest: float) -> None:
+    """Each share on its cell, so that it can be read, where dark is high."""
+    for (row, column), value in np.ndenumerate(values):
+        color = "white" if value > 0.6 * highest else "black"
+        axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=color)
+
+
+def add_scale(
+    figure: Figure, image: ScalarMappable, axes: Axes | Sequence[Axes], label: str
+) -> None:
+    """What the colours of an image mean, in percent."""
+    decimals = 0 if image.get_clim()[1] > 0.1 else 1
+    bar = figure.colorbar(
+        image, ax=axes, format=PercentFormatter(1.0, decimals), label=label, shrink=0.8
+    )
+    bar.outline.set_visible(False)
+
+
+def draw_ratios(axes: Axes, values: np.ndarray, **settings: Any) -> None:
+    """A map of ratios to what was to be expected: white where as much, grey for NaN; all such maps
+    share one scale.
+    """
+    colors = mpl.colormaps["PuOr_r"].with_extremes(bad="#cccccc")
+    norm = LogNorm(1 / _FARTHEST, _FARTHEST)
+    axes.imshow(
+        np.maximum(values, 1e-9), cmap=colors, norm=norm, interpolation="nearest", **settings
+    )
+    axes.grid(False)
+
+
+def add_ratio_scale(figure: Figure, panels: Sequence[Axes], label: str) -> None:
+    """What the colours of `draw_ratios` mean, above all panels."""
+    image = panels[0].images[0]
+    bar = figure.colorbar(
+        image, ax=panels, location="top", shrink=0.4, aspect=40, extend="both", label=label
+    )
+    bar.ax.xaxis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 4]))
+    bar.ax.xaxis.set_minor_locator(NullLocator())
+    bar.ax.set_xticklabels(["¼", "½", "1", "2", "4"])
+
+
+def draw_chance(axes: Axes, height: float, name: str, color: str = CHANCE["color"]) -> None:
+    """A dashed line at what it would be by chance, said in the legend."""
+    style: dict[str, Any] = {**CHANCE, "color": color}
+    axes.axhline(height, label=f"{name}: {height:.1%}", **style)

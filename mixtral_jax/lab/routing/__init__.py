@@ -1,0 +1,1 @@
+"""What a model's routers do with a text, counted on the devices."""

@@ -1,0 +1,25 @@
+"""Which state of the sources this is, where they lie in a git repository."""
+
+import shutil
+import subprocess
+
+from mixtral_jax.config import SHIPPED
+
+
+def find_commit() -> str | None:
+    """The commit of the clone that this package runs from, `+changes` if files differ from it;
+
+    None without a clone.
+    """
+    root = SHIPPED.parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+
+    def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+
+    commit, changes = ask("rev-parse", "--short=12", "HEAD"), ask("status", "--porcelain", "--untracked-files=no")
+    # Such as a clone of another user, which git does not trust.
+    if commit.returncode or changes.returncode:
+        return None
+    return commit.stdout.strip() + ("+changes" if changes.stdout else "")
