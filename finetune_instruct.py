@@ -1,44 +1,14 @@
-"""Tunes a Mixtral on chats: `python finetune_instruct.py [--config=FILE] [--workdir=DIR]
-[--config.KEY=VALUE ...]`.
+"""Tunes a Mixtral on chats.
+
+    python finetune_instruct.py [--config=FILE] [--workdir=DIR] [--config.KEY=VALUE ...]
 
 The base is --config.finetune.base=DIR; without it, a tiny one is pretrained first. The same
 --workdir again resumes. The tuned model is exported to DIR/export, for transformers, vLLM and
-SGLang. Each piece is a room of `mixtral_jax`.
+SGLang. What a tuning does, from top to bottom: mixtral_jax/runs/tune.py.
 """
 
-import dataclasses
-
-from mixtral_jax.cli.flags import RunFlags, run_command
-from mixtral_jax.parallel.processes import Processes, join_processes
-from mixtral_jax.runs.answers import ask, ask_base, compare_with_base, report_answers
-from mixtral_jax.runs.base import Base
-from mixtral_jax.runs.chat_data import open_chat
-from mixtral_jax.runs.export import export_run, save_adapters
-from mixtral_jax.runs.run import choose_workdir, describe_run, start_run, tell_others
-from mixtral_jax.runs.training import train_model
-from mixtral_jax.runs.tune import Tuned, choose_best, parse_tuning_flags
-from mixtral_jax.runs.tuning_base import find_base
-from mixtral_jax.train.loop import EXIT_CODES, StopSignal
-
-
-def tune(flags: RunFlags, base: Base, processes: Processes, stop: StopSignal) -> Tuned | None:
-    """Tunes the base from wherever the workdir stands, and asks it before and after;
-
-    None if it was stopped.
-    """
-    run = start_run(dataclasses.replace(flags, config=base.fit(flags.config)), processes)
-    describe_run(run)
-    with stop.at_once():
-        data = open_chat(run, base.tokenizer)
-    before = ask_base(base, run, data)
-    ending = train_model(run, compare_with_base(data, before), stop, base.loader(run))
-    if ending.outcome == "stopped":
-        return None
-    save_adapters(run, ending.state, base.folder)
-    del ending  # Makes room for the model that is asked.
-    after = ask(run.workdir, run, data)
-    report_answers(run, data, before, after)
-    return Tuned(run, after)
+from mixtral_jax.cli.flags import run_command, tell_others
+from mixtral_jax.cli.tune_flags import parse_tuning_flags
 
 
 def main(arguments: list[str]) -> int:
@@ -46,19 +16,29 @@ def main(arguments: list[str]) -> int:
         flags = parse_tuning_flags(
             arguments, description=__doc__, default_config="instruct/tiny.py"
         )
-    with join_processes(flags.run.launch) as processes, StopSignal(processes) as stop:
-        workdir = choose_workdir(flags.run, processes)
-        base = find_base(flags.run, workdir, processes, stop)
+
+    # Only now, since help and wrong flags should not wait for jax.
+    from mixtral_jax.parallel.processes import join_processes
+    from mixtral_jax.runs.export import export_run
+    from mixtral_jax.runs.run import choose_workdir, start_run
+    from mixtral_jax.runs.stop import EXIT_CODES, StopSignal
+    from mixtral_jax.runs.tune import find_base, tune, tune_seeds
+
+    run_flags = flags.run
+    with join_processes(run_flags.launch) as processes, StopSignal(processes) as stop:
+        workdir = choose_workdir(run_flags.workdir, run_flags.config_path.stem, processes)
+        base = find_base(run_flags.config, workdir, processes, stop)
         if base is None:
             return EXIT_CODES["stopped"]
-        runs: list[Tuned] = []
-        for one in flags.each_seed(workdir):
-            tuned = tune(one, base, processes, stop)
-            if tuned is None:
-                return EXIT_CODES["stopped"]
-            runs.append(tuned)
+
+        def tune_one(config, folder):
+            return tune(start_run(base.fit(config), folder, processes), base, stop)
+
+        tuned = tune_seeds(flags.num_seeds, run_flags.config, workdir, tune_one)
+        if tuned is None:
+            return EXIT_CODES["stopped"]
         with stop.at_once():
-            export_run(choose_best(runs, workdir).run, workdir / "export")
+            export_run(tuned.run, workdir / "export")
     return EXIT_CODES["finished"]
 
 

@@ -3,39 +3,40 @@
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from mixtral_jax.cli.flags import make_verb_parser
 from mixtral_jax.cli.model_flags import (
     add_model_flags,
     add_settings_flags,
-    note,
     open_model,
     parse_model_flags,
     read_settings,
 )
 from mixtral_jax.config import ConfigError, require
-from mixtral_jax.generate.generator import Speed
 from mixtral_jax.generate.settings import Settings
-from mixtral_jax.parallel.processes import join_processes
-from mixtral_jax.pretrained import Pretrained
+from mixtral_jax.runs.console import note
 
-_LONG_ANSWER = Settings(max_new_tokens=1024)
+if TYPE_CHECKING:
+    from mixtral_jax.pretrained import Pretrained
+
+_DEFAULTS = Settings(max_new_tokens=1024)
 
 
 def main(arguments: list[str]) -> int:
-    """`chat --checkpoint DIR`: each line of standard input is a message, each answer goes to
-    standard output.
-    """
+    """`chat --checkpoint DIR`: a message per line of standard input, answers on standard output."""
     parser = make_verb_parser(__doc__, "chat")
     add_model_flags(parser)
-    parser.add_argument("--system", help="what the model is told before the first message")
+    parser.add_argument("--system", help="the system message, before the first message")
     parser.add_argument(
         "--safe_mode", action="store_true", help="put Mistral's guardrail before that"
     )
-    add_settings_flags(parser, _LONG_ANSWER)
+    add_settings_flags(parser, _DEFAULTS)
     flags, model, _ = parse_model_flags(parser, arguments)
     settings = read_settings(flags)
+
+    from mixtral_jax.parallel.processes import join_processes
+
     with join_processes(model.launch) as processes:
         require(
             processes.count == 1,
@@ -46,21 +47,22 @@ def main(arguments: list[str]) -> int:
             loaded.tokenizer,
             f"--checkpoint={flags.checkpoint} came without a tokenizer: a chat needs one",
         )
-        Conversation(loaded, flags.system, settings, safe_mode=flags.safe_mode).run(
-            read_messages(sys.stdin)
-        )
+        conversation = Conversation(loaded, flags.system, settings, safe_mode=flags.safe_mode)
+        conversation.run(read_messages(sys.stdin))
     return 0
 
 
 class Conversation:
-    """What has been said, and how it goes on."""
+    """The messages so far, and the model that answers them."""
 
     def __init__(
-        self, loaded: Pretrained, system: str | None, settings: Settings, *, safe_mode: bool
+        self, loaded: "Pretrained", system: str | None, settings: Settings, *, safe_mode: bool
     ):
         self._loaded = loaded
-        self._asked: dict[str, Any] = {**vars(settings), "safe_mode": safe_mode}
+        self._settings: dict[str, Any] = {**vars(settings), "safe_mode": safe_mode}
         self._messages = [{"role": "system", "content": system}] if system else []
+        from mixtral_jax.generate.generator import Speed
+
         self._speed = Speed()
 
     def run(self, questions: Iterator[str]) -> None:
@@ -88,7 +90,7 @@ class Conversation:
         pieces = []
         # What is written here cannot deceive anyone but who writes it.
         answer = self._loaded.stream_chat(
-            self._messages, literal_inst="keep", speed=self._speed, **self._asked
+            self._messages, literal_inst="keep", speed=self._speed, **self._settings
         )
         try:
             for piece in answer:

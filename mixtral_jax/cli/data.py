@@ -1,10 +1,11 @@
 """`data inspect` shows what training sees of conversations; `data validate` names every bad row."""
 
-from mixtral_jax.cli import data_inspect, data_validate
+import importlib
+
 from mixtral_jax.config import ConfigError
 
-_USAGE = """usage: mixtral-jax data inspect FILE ...    the tokens of every row, and which of them are learnt
-       mixtral-jax data validate FILE ...   every bad row by line and reason, and totals; 1 if any is bad
+_USAGE = """usage: mixtral-jax data inspect FILE ...    the tokens of every row, and which are learnt
+       mixtral-jax data validate FILE ...   every bad row by line and reason; 1 if any is bad
 
 (mixtral-jax data inspect --help lists the flags; FILE is anything that data.path takes)"""
 
@@ -19,9 +20,8 @@ def main(arguments: list[str]) -> int:
     if verb in ("-h", "--help"):
         print(_USAGE)
         return 0
-    verbs = {"inspect": data_inspect.main, "validate": data_validate.main}
-    if verb not in verbs:
+    if verb not in ("inspect", "validate"):
         raise ConfigError(
             f"unknown verb {f'data {verb}'!r}; there are: data inspect, data validate"
         )
-    return verbs[verb](rest)
+    return importlib.import_module(f"mixtral_jax.cli.data_{verb}").main(rest)

@@ -63,7 +63,10 @@ class Tally:
         if self.sequence_length is None or num_tokens - 1 <= self.sequence_length:
             return ""
         self.num_long += 1
-        return f"{row.origin}: {num_tokens} tokens are longer than a row: data.chat.long_rows says what becomes of it"
+        return (
+            f"{row.origin}: {num_tokens} tokens are longer than a row: data.chat.long_rows says "
+            "what becomes of it"
+        )
 
     def describe(self) -> Iterator[str]:
         """Lines of totals."""
@@ -71,6 +74,9 @@ class Tally:
             yield f"{count:>8,} x {kind}"
         yield f"{self.num_bad:,} of {self.num_rows:,} rows are bad"
         share = self.num_supervised / max(self.num_tokens, 1)
-        yield f"{self.num_tokens:,} tokens in the others, {self.num_supervised:,} of them to be learnt ({share:.1%})"
+        yield (
+            f"{self.num_tokens:,} tokens in the others, {self.num_supervised:,} of them to be "
+            f"learnt ({share:.1%})"
+        )
         long = f", {self.num_long:,} longer than a row" if self.sequence_length else ""
         yield f"the longest has {self.longest:,} tokens{long}"

@@ -2,12 +2,8 @@
 
 import time
 
-from mixtral_jax.checkpoint.export import FORMATS, make_small_files, write_folder
-from mixtral_jax.checkpoint.files.new_folder import new_folder, require_room
 from mixtral_jax.checkpoint.files.stored import DTYPES
-from mixtral_jax.checkpoint.weights import open_weights
 from mixtral_jax.cli.flags import make_verb_parser, parse_path
-from mixtral_jax.runs.byte_progress import byte_progress
 
 
 def main(arguments: list[str]) -> int:
@@ -19,30 +15,33 @@ def main(arguments: list[str]) -> int:
         required=True,
         help="a workdir, a step of it, or any weights",
     )
+    parser.add_argument("--to", type=parse_path, required=True, help="the folder to make")
     parser.add_argument(
-        "--to", type=parse_path, required=True, help="the folder that is made of it"
-    )
-    parser.add_argument(
-        "--format", choices=FORMATS, default="hf", help="by default hf, of Hugging Face"
+        "--format", choices=["hf", "mistral"], default="hf", help="by default hf, of Hugging Face"
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, help="what to store the weights in; by default as they are"
     )
     flags = parser.parse_args(arguments)
+
+    from mixtral_jax.checkpoint.export import make_small_files, write_folder
+    from mixtral_jax.checkpoint.files.new_folder import new_folder, require_room
+    from mixtral_jax.checkpoint.weights import open_weights
+    from mixtral_jax.runs.console import byte_progress
+
     weights = open_weights(flags.checkpoint)
     if flags.dtype:
         weights = weights.astype(flags.dtype)
-    make_small_files(weights, flags.format)
+    make_small_files(weights, flags.format)  # Fails before anything is written.
     require_room(flags.to, weights.nbytes)
     start = time.monotonic()
     with new_folder(flags.to) as folder, byte_progress("exporting", weights.nbytes) as report:
         write_folder(weights, folder, flags.format, report)
-    for note in weights.architecture.notes:
-        print(f"note: {note}")
+    for line in weights.architecture.notes:
+        print(f"note: {line}")
     print(
         f"exported {weights.num_parameters:,} parameters in "
-        f"{weights.architecture.model.param_dtype} "
-        f"({weights.source}) to {flags.to}: {weights.nbytes / 1e9:.2f} GB in "
-        f"{time.monotonic() - start:.1f} s"
+        f"{weights.architecture.model.param_dtype} ({weights.source}) to {flags.to}: "
+        f"{weights.nbytes / 1e9:.2f} GB in {time.monotonic() - start:.1f} s"
     )
     return 0

@@ -1,14 +1,16 @@
-"""Flags of a run, shared by the scripts and the verbs:
+"""Flags that scripts and verbs share: `--config=FILE`, `--config.KEY=VALUE`, `--workdir=DIR`.
 
-`--config=FILE`, `--config.KEY=VALUE`, `--workdir=DIR`.
+Reading them imports nothing heavy, so that help and a wrong flag are answered at once: a verb
+imports what it runs after it has read its flags.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,15 +23,12 @@ from mixtral_jax.config import (
     require,
     set_key,
 )
-from mixtral_jax.parallel.coordinator import Launch
+from mixtral_jax.parallel.coordinator import Launch, find_scheduler
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFlags:
-    """What the command line said;
-
-    `config` is validated, but its mesh not yet fitted to the devices.
-    """
+    """The command line of a run; `config` is validated, but its mesh is not yet resolved."""
 
     config: Config
     config_path: Path
@@ -38,22 +37,21 @@ class RunFlags:
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Answers a wrong flag with a `ConfigError`, and takes no abbreviations."""
+    """Raises `ConfigError` for a wrong flag, and takes no abbreviations."""
 
     def __init__(self, **settings: Any):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        """What argparse calls when flags are wrong."""
+        """Called by argparse if flags are wrong."""
         raise ConfigError(f"{message} (--help lists the flags)")
 
 
 def run_command(command: Callable[[list[str]], int]) -> NoReturn:
-    """Exits with what `command(arguments)` returns; with 2 and one line if the user was wrong, 130
-    at Ctrl-C.
+    """Exits with what `command(arguments)` returns.
 
-    Where the reader of a pipe has gone, as `head` does, nobody is there to be told: 1, without a
-    word.
+    A `ConfigError` is one line and code 2, Ctrl-C is code 130. If the reader of a pipe has gone, as
+    `head` does, nobody is left to tell: code 1 without a word.
     """
     try:
         code = command(sys.argv[1:])
@@ -63,43 +61,84 @@ def run_command(command: Callable[[list[str]], int]) -> NoReturn:
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), 1
-        )  # Or Python fails once more, at what is left to write.
+        # Otherwise Python fails again when it flushes what is left to write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 1
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def tell_others(arguments: list[str]) -> Iterator[None]:
+    """Wraps the reading of flags. If it fails in one of several processes, the others stop too.
+
+    That process prints the error, and joins the others only to tell them, so that they do not wait
+    for it.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        launch = _find_launch(arguments)
+        if launch is None:
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        from mixtral_jax.parallel.processes import join_processes
+
+        # If nobody can be told, all that is wrong has been printed.
+        with contextlib.suppress(Exception, SystemExit):
+            join_processes(launch, code_if_alone=2).refuse(error)
+        raise SystemExit(2) from None
+
+
+def _find_launch(arguments: list[str]) -> Launch | None:
+    """How to join other processes; None if this one is alone, or its process flags are wrong."""
+    parser = FlagParser(add_help=False)
+    add_process_flags(parser)
+    try:
+        launch = read_process_flags(parser.parse_known_args(arguments)[0])
+    except ConfigError:
+        return None
+    is_alone = find_scheduler() is None if launch.coordinator is None else launch.num_processes == 1
+    return None if is_alone else launch
 
 
 def parse_run_flags(
     arguments: Sequence[str], *, description: str | None, default_config: str
 ) -> RunFlags:
-    """The flags of a script that trains."""
+    """Parses the flags of a script that trains.
+
+    Raises:
+        ConfigError: names the flag or the config key, and what would be right.
+    """
     parser = make_parser(description, default_config)
     add_run_flags(parser)
     return read_run_flags(*parse_config(parser, arguments))
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds --workdir and what says which processes there are."""
+    """Adds --workdir and the flags about processes."""
     parser.add_argument(
-        "--workdir", type=parse_path, help="where everything is written; the same one again resumes"
+        "--workdir",
+        type=parse_path,
+        help="where everything is written; the same one again resumes",
     )
     add_process_flags(parser)
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds what says which processes there are."""
+    """Adds the flags that say which processes there are."""
     parser.add_argument(
         "--coordinator", help="HOST:PORT of process 0, where jax cannot find it itself"
     )
-    parser.add_argument("--num_processes", type=int, help="how many there are in all")
+    parser.add_argument("--num_processes", type=int, help="the number of processes")
     parser.add_argument(
-        "--process_id", type=int, help="of this process, from 0; 0 runs on the coordinator's host"
+        "--process_id",
+        type=int,
+        help="the id of this process, from 0; 0 runs on the coordinator's host",
     )
 
 
 def read_run_flags(flags: argparse.Namespace, config: Config) -> RunFlags:
-    """What `add_run_flags` parsed.
+    """Reads what `add_run_flags` added.
 
     Raises:
         ConfigError: the flags about processes do not go together.
@@ -108,7 +147,7 @@ def read_run_flags(flags: argparse.Namespace, config: Config) -> RunFlags:
 
 
 def read_process_flags(flags: argparse.Namespace) -> Launch:
-    """What `add_process_flags` parsed.
+    """Reads what `add_process_flags` added.
 
     Raises:
         ConfigError: the flags do not go together.
@@ -119,19 +158,17 @@ def read_process_flags(flags: argparse.Namespace) -> Launch:
 def make_parser(
     description: str | None, default_config: str, verb: str | None = None
 ) -> argparse.ArgumentParser:
-    """A parser that knows --config, for more flags to be added; its errors are `ConfigError`s."""
+    """A parser that knows --config; its errors are `ConfigError`s."""
     epilog = (
         "--config.KEY=VALUE sets any key, as --config.train.num_steps=100; all keys, with their "
-        "defaults: "
-        "mixtral_jax/config.py; configs to start from: configs/"
+        "defaults: mixtral_jax/config/; configs to start from: configs/"
     )
     prog = f"mixtral-jax {verb}" if verb else None
     parser = FlagParser(prog=prog, description=description, epilog=epilog)
-    default = SHIPPED / default_config
     parser.add_argument(
         "--config",
         type=parse_path,
-        default=default,
+        default=SHIPPED / default_config,
         help=f"a .py file with get_config(); by default configs/{default_config}",
     )
     return parser
@@ -143,10 +180,17 @@ def make_verb_parser(description: str | None, verb: str) -> argparse.ArgumentPar
 
 
 def parse_path(text: str) -> Path:
-    """The value of a flag that names a file or a folder."""
+    """Parses a flag that names a file or a folder."""
     if not text:
         raise argparse.ArgumentTypeError("is empty: a variable that is not set?")
     return Path(text)
+
+
+def parse_count(text: str) -> int:
+    """Parses a flag that is a whole number, at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
+    return int(text)
 
 
 def parse_config(
@@ -160,10 +204,10 @@ def parse_config(
 
 
 def set_config_keys(mapping: dict[str, Any], arguments: Sequence[str]) -> None:
-    """Sets what arguments of the form `--config.KEY=VALUE` say.
+    """Sets the keys of arguments of the form `--config.KEY=VALUE`.
 
     Raises:
-        ConfigError: one has another form, or its key is a section.
+        ConfigError: an argument has another form, or its key is a section.
     """
     for argument in arguments:
         require(
@@ -176,8 +220,9 @@ def set_config_keys(mapping: dict[str, Any], arguments: Sequence[str]) -> None:
 def parse_sections(
     parser: argparse.ArgumentParser, arguments: Sequence[str], **sections: type
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The parser's flags, and some sections of the config without a config: a dataclass each, from
-    `--NAME.KEY=VALUE`.
+    """The parser's flags, and sections of a config without a config file.
+
+    Each section is a dataclass, built from the arguments `--NAME.KEY=VALUE`.
 
     Raises:
         ConfigError: names the flag, or the key and its value, and what would be right.
@@ -188,13 +233,12 @@ def parse_sections(
         is_known = any(argument.startswith(f"--{name}.") for name in sections)
         require(is_known, f"unknown flag {argument!r} (--help lists the flags)")
         _override(mapping, argument, "--")
-    return flags, {
-        name: build(section, mapping[name], f"{name}.") for name, section in sections.items()
-    }
+    built = {name: build(cls, mapping[name], f"{name}.") for name, cls in sections.items()}
+    return flags, built
 
 
 def _override(mapping: dict[str, Any], argument: str, prefix: str) -> None:
-    """Sets what `SECTION.KEY=VALUE`, behind the prefix, says."""
+    """Sets the key of an argument `PREFIX SECTION.KEY=VALUE`."""
     name, equals, value = argument.partition("=")
     require(equals, f"{name} needs a value: {name}=VALUE")
     set_key(mapping, name.removeprefix(prefix), value)

@@ -1,7 +1,7 @@
 """`mixtral-jax VERB ...`: finds the verb, and leaves its flags to the verb's own file.
 
-A verb's module has `main(arguments) -> exit code`; the first line of its docstring is its help.
-Help reads that line without importing the module, so that it is not kept waiting for jax.
+A verb's file has `main(arguments) -> exit code`; the first line of its docstring is its help. The
+list of verbs reads that line without importing the file.
 """
 
 import ast
@@ -34,7 +34,7 @@ def main() -> NoReturn:
 
 
 def run_verb(arguments: list[str]) -> int:
-    """What the verb `arguments[0]` returns for the rest; without a verb, prints the list.
+    """Runs the verb `arguments[0]` with the rest; without a verb, prints the list.
 
     Raises:
         ConfigError: there is no such verb.
@@ -49,11 +49,10 @@ def run_verb(arguments: list[str]) -> int:
 
 
 def describe_verbs() -> str:
-    """The help text: a line a verb."""
+    """The help text: one line per verb."""
     lines = ["usage: mixtral-jax VERB ...   (mixtral-jax VERB --help lists its flags)", ""]
     for verb, name in VERBS.items():
-        docstring = (
-            ast.get_docstring(ast.parse(Path(__file__).with_name(f"{name}.py").read_text())) or ""
-        )
+        source = Path(__file__).with_name(f"{name}.py").read_text()
+        docstring = ast.get_docstring(ast.parse(source)) or ""
         lines.append(f"  {verb:<10} {docstring.splitlines()[0]}")
     return "\n".join(lines)

@@ -1,37 +1,40 @@
-"""From the flags of a verb that asks a model to that model on its mesh; and what such verbs have in
-common.
-"""
+"""Flags of the verbs that load a model: which one, in which dtype, on which mesh."""
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mixtral_jax.checkpoint.files.stored import DTYPES
-from mixtral_jax.cli.flags import add_process_flags, parse_path, parse_sections, read_process_flags
+from mixtral_jax.cli.flags import (
+    add_process_flags,
+    parse_path,
+    parse_sections,
+    read_process_flags,
+)
 from mixtral_jax.config import MeshConfig, require
 from mixtral_jax.generate.settings import Settings
 from mixtral_jax.parallel.coordinator import Launch
-from mixtral_jax.parallel.mesh import use_virtual_cpu_devices
-from mixtral_jax.parallel.processes import Processes
-from mixtral_jax.pretrained import Dtype, Pretrained, load_pretrained
-from mixtral_jax.runs.run import require_equal_devices
+
+if TYPE_CHECKING:
+    from mixtral_jax.parallel.processes import Processes
+    from mixtral_jax.pretrained import Dtype, Pretrained
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFlags:
-    """Which model, in which dtype, on which devices;
+    """Which model, in which dtype, on which devices.
 
-    `asked` is all that was, for processes to compare.
+    Attributes:
+        all_flags: every flag as text, for processes to compare.
     """
 
     checkpoint: Path
-    dtype: Dtype | None
+    dtype: "Dtype | None"
     mesh: MeshConfig
     launch: Launch
-    asked: dict[str, str]
+    all_flags: dict[str, str]
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +43,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         type=parse_path,
         required=True,
-        help="a run's workdir (its newest checkpoint), one step of it, or a folder of Hugging Face or of Mistral",
+        help="a run's workdir (its newest checkpoint), one step of it, or a folder of Hugging Face "
+        "or of Mistral",
     )
     parser.add_argument(
         "--dtype",
@@ -48,14 +52,16 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="of weights and computation; by default that of the checkpoint",
     )
     add_process_flags(parser)
-    parser.epilog = "--mesh.KEY=VALUE lays the model out over devices, as --mesh.expert=4; keys: mixtral_jax/config.py"
+    parser.epilog = (
+        "--mesh.KEY=VALUE lays the model out over devices, as --mesh.expert=4; keys: "
+        "mixtral_jax/config/mesh.py"
+    )
 
 
 def parse_model_flags(
     parser: argparse.ArgumentParser, arguments: Sequence[str], **sections: type
 ) -> tuple[argparse.Namespace, ModelFlags, dict[str, Any]]:
-    """The parser's flags; those about the model; and the dataclass of each further section, from
-    `--NAME.KEY=VALUE`.
+    """The parser's flags, those about the model, and further sections from `--NAME.KEY=VALUE`.
 
     Raises:
         ConfigError: names the flag and what would be right.
@@ -64,29 +70,28 @@ def parse_model_flags(
     arm = min(flags.checkpoint.glob("arms/*/seed-*"), default=None)
     require(
         arm is None,
-        f"--checkpoint={flags.checkpoint} is an ablation: name a run of it (arms/NAME/seed-N), as "
-        f"{arm}",
+        f"--checkpoint={flags.checkpoint} is an ablation: name a run of it (arms/NAME/seed-N), "
+        f"as {arm}",
     )
-    asked = {
-        name: str(value) for name, value in (vars(flags) | built).items() if name != "process_id"
-    }
-    mesh = built.pop("mesh")
-    return (
-        flags,
-        ModelFlags(flags.checkpoint, flags.dtype, mesh, read_process_flags(flags), asked),
-        built,
-    )
+    every = vars(flags) | built
+    all_flags = {name: str(value) for name, value in every.items() if name != "process_id"}
+    mesh, launch = built.pop("mesh"), read_process_flags(flags)
+    return flags, ModelFlags(flags.checkpoint, flags.dtype, mesh, launch, all_flags), built
 
 
-def open_model(flags: ModelFlags, processes: Processes) -> Pretrained:
-    """The model, loaded; call before jax first touches a device.
+def open_model(flags: ModelFlags, processes: "Processes") -> "Pretrained":
+    """Loads the model; call before jax first touches a device.
 
     Raises:
         ConfigError: the processes were started with different flags or have unequal devices, or
             what loading raises.
     """
-    told = processes.share("flags", flags.asked)
-    differing = [index for index, there in enumerate(told) if there != told[0]]
+    from mixtral_jax.parallel.mesh import use_virtual_cpu_devices
+    from mixtral_jax.pretrained import load_pretrained
+    from mixtral_jax.runs.run import require_equal_devices
+
+    everywhere = processes.share("flags", flags.all_flags)
+    differing = [index for index, other in enumerate(everywhere) if other != everywhere[0]]
     require(
         not differing,
         f"process {', '.join(map(str, differing))} has other flags than process 0: start all with "
@@ -99,21 +104,17 @@ def open_model(flags: ModelFlags, processes: Processes) -> Pretrained:
 
 def add_settings_flags(parser: argparse.ArgumentParser, defaults: Settings) -> None:
     """Adds a flag for each field of `Settings`."""
-    described = {
-        "max_new_tokens": "the most tokens to write",
-        "temperature": "0 takes the likeliest token, 1 draws as learnt",
-        "top_p": "draw from the likeliest tokens of so much probability",
-        "top_k": "draw from so many; 0: all",
-        "seed": "of what is drawn",
+    descriptions = {
+        "max_new_tokens": "the max number of tokens to write",
+        "temperature": "0 takes the likeliest token, 1 samples as learnt",
+        "top_p": "sample from the likeliest tokens that have this probability together",
+        "top_k": "sample from this number of likeliest tokens; 0: all",
+        "seed": "of the sampling",
     }
-    for name, help_text in described.items():
+    for name, description in descriptions.items():
         default = getattr(defaults, name)
-        parser.add_argument(
-            f"--{name}",
-            type=type(default),
-            default=default,
-            help=f"{help_text} (default: {default})",
-        )
+        help_text = f"{description} (default: {default})"
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=help_text)
     parser.add_argument(
         "--stop",
         action="append",
@@ -123,13 +124,6 @@ def add_settings_flags(parser: argparse.ArgumentParser, defaults: Settings) -> N
 
 
 def read_settings(flags: argparse.Namespace) -> Settings:
-    """What `add_settings_flags` parsed; raises ConfigError where a value is out of range."""
-    return Settings.of(
-        **{field.name: getattr(flags, field.name) for field in dataclasses.fields(Settings)}
-    )
-
-
-def note(text: object, *, is_shown: bool = True) -> None:
-    """Tells people something, on standard error; of several processes, one should show it."""
-    if is_shown:
-        print(text, file=sys.stderr, flush=True)
+    """Reads what `add_settings_flags` added; raises ConfigError if a value is out of range."""
+    fields = dataclasses.fields(Settings)
+    return Settings.of(**{field.name: getattr(flags, field.name) for field in fields})

@@ -1,24 +1,25 @@
-"""What a run would need of devices that are not here: memory, FLOPs, collectives, and a bound on
-its speed.
-"""
+"""What a run would need of devices that are not here: memory, FLOPs, collectives, max speed."""
 
 import argparse
 import json
 import sys
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from mixtral_jax.cli.flags import make_parser, parse_config
-from mixtral_jax.cli.plan_tables import print_plan, print_sweep
 from mixtral_jax.config import Config, ConfigError, require
-from mixtral_jax.plan.estimate import make_plan
-from mixtral_jax.plan.sweep import sweep
-from mixtral_jax.plan.topology import Target, open_target, parse_topology
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mixtral_jax.plan.topology import Target
+
+# In a pipe, wide enough for the tables.
+PIPE_COLUMNS = 120
 
 
 def main(arguments: list[str]) -> int:
     """`plan --config=F --topology=v5p:4x4x4 [--json] [--sweep] [--config.KEY=VALUE ...]`."""
-    parser = make_parser(__doc__, "pretrain/mixtral_8x7b_v5p.py")
+    parser = make_parser(__doc__, "pretrain/mixtral_8x7b_v5p.py", "plan")
     parser.add_argument(
         "--topology", required=True, help="a TPU slice (v5p:4x4x4, v6e:16x16) or GPUs (h100:8)"
     )
@@ -38,11 +39,19 @@ def main(arguments: list[str]) -> int:
         help="numbers of sequences, as 64,128 (default: the config's, 2x, 4x)",
     )
     parser.add_argument(
-        "--sweep_limit", type=int, default=12, help="the most compilations of a sweep (default 12)"
+        "--sweep_limit",
+        type=int,
+        default=12,
+        help="the max number of compilations of a sweep (default 12)",
     )
     flags, config = parse_config(parser, arguments)
-    topology = parse_topology(flags.topology)
     batch_sizes = _batch_sizes(flags, config)
+
+    from mixtral_jax.cli.plan_tables import print_plan
+    from mixtral_jax.plan.estimate import make_plan
+    from mixtral_jax.plan.topology import open_target, parse_topology
+
+    topology = parse_topology(flags.topology)
     target = open_target(topology, cpu_fallback=flags.cpu_fallback)
     if flags.sweep:
         return _sweep(flags, config, target, batch_sizes)
@@ -55,8 +64,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _sweep(
-    flags: argparse.Namespace, config: Config, target: Target, batch_sizes: list[int]
+    flags: argparse.Namespace, config: Config, target: "Target", batch_sizes: list[int]
 ) -> int:
+    from rich.console import Console
+
+    from mixtral_jax.cli.plan_tables import print_sweep
+    from mixtral_jax.plan.sweep import sweep
+
     progress = Console(stderr=True, highlight=False)
     attempts = sweep(
         config,
@@ -74,9 +88,11 @@ def _sweep(
     return 0
 
 
-def _console() -> Console:
-    """As wide as the terminal; in a pipe, wide enough for the tables."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+def _console() -> "Console":
+    """A console as wide as the terminal; in a pipe, wide enough for the tables."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
 
 
 def _batch_sizes(flags: argparse.Namespace, config: Config) -> list[int]:

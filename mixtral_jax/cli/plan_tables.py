@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 
 from mixtral_jax.plan.estimate import Plan
 from mixtral_jax.plan.meshes import describe_mesh
 from mixtral_jax.plan.sweep import Attempt
-from mixtral_jax.runs.checkup import in_gib
+from mixtral_jax.runs.console import in_gib, make_table
 
 # Lighter ones are in --json.
-NUM_COLLECTIVES = 12
+MAX_COLLECTIVES = 12
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -123,7 +122,7 @@ def _print_roofline(plan: Plan, console: Console) -> None:
 def _print_collectives(plan: Plan, console: Console) -> None:
     table = make_table("collective", "over", "pass", ">count", ">MB sent", ">ms", "operand")
     pairs = list(zip(plan.collectives, plan.collective_seconds, strict=True))
-    for collective, seconds in pairs[:NUM_COLLECTIVES]:
+    for collective, seconds in pairs[:MAX_COLLECTIVES]:
         table.add_row(
             collective.op,
             collective.axis or "-",
@@ -134,21 +133,9 @@ def _print_collectives(plan: Plan, console: Console) -> None:
             collective.operand,
         )
     console.print(table)
-    rest = pairs[NUM_COLLECTIVES:]
+    rest = pairs[MAX_COLLECTIVES:]
     if rest:
         megabytes = sum(collective.bytes_per_device for collective, _ in rest) / 1e6
         console.print(
             f"and {len(rest)} lighter kinds, {megabytes:,.3f} MB in all: --json lists them"
         )
-
-
-def make_table(*headings: str) -> Table:
-    """A plain table; a heading that begins with > is of numbers."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in headings:
-        table.add_column(
-            heading.lstrip(">"),
-            justify="right" if heading.startswith(">") else "left",
-            no_wrap=True,
-        )
-    return table

@@ -8,7 +8,7 @@ Knows no jax, so that reading or checking a config starts no back end. What depe
 from mixtral_jax.config.data import ChatConfig, ChatFormat, DataConfig, LiteralInst, TemplateName
 from mixtral_jax.config.dispatch import DispatchConfig
 from mixtral_jax.config.errors import ConfigError, require
-from mixtral_jax.config.files import SHIPPED, load_config_file, run_config_file
+from mixtral_jax.config.files import SHIPPED, load_config, load_config_file, run_config_file
 from mixtral_jax.config.finetune import FinetuneConfig, LoRAConfig, PretrainConfig
 from mixtral_jax.config.mapping import build, changed_keys, set_key
 from mixtral_jax.config.mesh import MeshConfig
@@ -55,6 +55,7 @@ __all__ = [
     "UpcycleConfig",
     "build",
     "changed_keys",
+    "load_config",
     "load_config_file",
     "require",
     "run_config_file",

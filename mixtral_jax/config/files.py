@@ -5,16 +5,37 @@ Python with a function get_config(), which imports its parents from the folder `
 
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mixtral_jax.config.errors import ConfigError
+from mixtral_jax.config.mapping import build, set_key
+from mixtral_jax.config.run import Config
 
 Read = TypeVar("Read")
 
 # Beside the package in a clone, which is how it is installed.
 SHIPPED = Path(__file__).parents[2] / "configs"
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The config of a file, with some keys changed.
+
+    Args:
+        path: a .py file with a function get_config(). `configs/...` also names a shipped file where
+            the current folder has none of that name.
+        overrides: dotted keys and their values, as `{"train.num_steps": 100}`.
+
+    Raises:
+        ConfigError: there is no such file, or names the key that is wrong and what would be valid.
+    """
+    file = Path(path).expanduser()
+    shipped = SHIPPED.parent / file
+    mapping = load_config_file(shipped if not file.exists() and shipped.is_file() else file)
+    for key, value in (overrides or {}).items():
+        set_key(mapping, key, value)
+    return build(Config, mapping)
 
 
 def load_config_file(path: Path) -> dict[str, Any]:

@@ -11,9 +11,8 @@ import jax
 import numpy as np
 
 from mixtral_jax.config import Config, ConfigError
-from mixtral_jax.finetune.tunable import Tunable, make_tunable
+from mixtral_jax.kernels.choose import choose_transport
 from mixtral_jax.kernels.chunks import count_balanced_chunks
-from mixtral_jax.model.dispatch.choose import choose_transport
 from mixtral_jax.model.transformer import ParameterCount, count_parameters
 from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.mesh import make_mesh, matmul_precision, resolve_mesh
@@ -21,9 +20,8 @@ from mixtral_jax.parallel.rules import AxisRules
 from mixtral_jax.plan.hlo import Program, parse_program
 from mixtral_jax.plan.meshes import describe_mesh, meshes_that_fit
 from mixtral_jax.plan.topology import Target
-from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from mixtral_jax.train.state import TrainState, abstract_state
-from mixtral_jax.train.step import make_train_step, peak_memory_bytes
+from mixtral_jax.train.step import peak_memory_bytes
+from mixtral_jax.train.training import Training, make_training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,23 +62,20 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
     """Traces, lowers and compiles the step that a run would take on these devices, of any size.
 
     Raises:
-        ConfigError: the mesh does not fit the topology, or the transport asked for does not work
-            there.
+        ConfigError: the mesh does not fit the topology, or the transport that the config asks for
+            does not work there.
     """
     config = fit_mesh(config, target)
-    choose_transport(
-        config, target.topology.chip.kind
-    )  # An estimate compiles for a CPU, where all of them work.
+    # An estimate compiles for a CPU, where every transport works.
+    choose_transport(config, target.topology.chip.kind)
     mesh = make_mesh(config.mesh, target.devices)
-    tunable = make_tunable(config, target.platform)
+    training = make_training(config, target.platform)
     start = time.perf_counter()
     with _as_if_on(config, mesh):
-        state, traced = _trace(config, mesh, tunable)
-        # Without it the compiler refuses what does not fit, and says nothing more of it.
-        options: dict[str, str | bool] = (
-            {"xla_tpu_no_crash_on_oom": True} if target.platform == "tpu" else {}
-        )
-        compiled = traced.lower().compile(compiler_options=options)
+        state, traced = training.abstract_state(), _trace(training, mesh)
+        # Otherwise the compiler refuses what does not fit, and reports nothing about it.
+        options: dict[str, str | bool] = {"xla_tpu_no_crash_on_oom": True}
+        compiled = traced.lower().compile(options if target.platform == "tpu" else {})
     seconds = time.perf_counter() - start
     routed_rows = count_routed_rows(config)
     program = parse_program(
@@ -99,22 +94,25 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
         traced=traced.jaxpr,
         memory=memory,
         parameters=count_parameters(model),
-        trained=count_parameters(model, tunable.trainable),
+        trained=count_parameters(model, training.trainable),
         seconds=seconds,
     )
 
 
 def trace_grouped(config: Config, target: Target) -> Any:
-    """The jaxpr of the same step with grouped matmuls as one operation each, for counting them.
+    """The jaxpr of the same step with each grouped matmul as one operation, for counting FLOPs.
 
-    `config` is that of a `CompiledStep`. Written as loops, over blocks or over the chunks of a
-    buffer with room to spare, they are as long as the routing makes them.
+    In a run they are loops, over blocks or over the chunks of a buffer with room to spare, whose
+    length depends on the routing.
+
+    Args:
+        config: that of a `CompiledStep`.
     """
     dispatch = dataclasses.replace(config.dispatch, grouped_matmul="ragged_dot", buffer_factor=1.0)
     config = dataclasses.replace(config, dispatch=dispatch)
     mesh = make_mesh(config.mesh, target.devices)
     with _as_if_on(config, mesh):
-        return _trace(config, mesh, make_tunable(config, target.platform))[1].jaxpr
+        return _trace(make_training(config, target.platform), mesh).jaxpr
 
 
 def fit_mesh(config: Config, target: Target) -> Config:
@@ -162,23 +160,16 @@ def _as_if_on(config: Config, mesh: jax.sharding.Mesh) -> Iterator[None]:
         yield
 
 
-def _trace(
-    config: Config, mesh: jax.sharding.Mesh, tunable: Tunable
-) -> tuple[TrainState, jax.stages.Traced]:
-    schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
-    optimizer = make_optimizer(config.optimizer, schedule, config.router.learning_rate_factor)
-    state = abstract_state(tunable.make_model, optimizer, tunable.trainable)
-    train = config.train
-    rows = jax.ShapeDtypeStruct(
+def _trace(training: Training, mesh: jax.sharding.Mesh) -> jax.stages.Traced:
+    """Traces the train step with a batch of shapes."""
+    train = training.config.train
+    rows: Any = jax.ShapeDtypeStruct(
         (train.gradient_accumulation, train.micro_batch_size, train.sequence_length),
         np.int32,
         sharding=jax.NamedSharding(mesh, batch_spec(AxisRules())),
     )
-    shapes: Any = rows  # The batch is of shapes, not of arrays.
-    batch = Batch(shapes, shapes, shapes, shapes, shapes)
-    return state, make_train_step(optimizer, config.router, schedule, tunable.perturb).trace(
-        state, batch
-    )
+    batch = Batch(rows, rows, rows, rows, rows)
+    return training.train_step.trace(training.abstract_state(), batch)
 
 
 def _bytes_per_device(tree: Any) -> int:

@@ -1,6 +1,4 @@
-"""One run of an ablation: ordinary pretraining in a workdir of its own, whose failure does not end
-the others.
-"""
+"""One run of an ablation: pretraining in a workdir of its own, whose failure ends no other run."""
 
 import sys
 import traceback
@@ -9,34 +7,34 @@ from typing import Any, Literal
 
 import jax
 
-from mixtral_jax.cli.flags import RunFlags
-from mixtral_jax.runs.commit import find_commit
-from mixtral_jax.runs.run import Run, start_run
-from mixtral_jax.runs.training import pretrain
-from mixtral_jax.runs.workdir import WorkdirInUseError, write_json
-from mixtral_jax.config import ConfigError
-from mixtral_jax.finetune.tunable import make_tunable
+from mixtral_jax.config import Config, ConfigError
 from mixtral_jax.lab.ablation.records import FACTS, FAILURE
 from mixtral_jax.model.transformer import count_parameters
 from mixtral_jax.parallel.agreement import find_versions
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.plan.flops import model_flops_per_step
-from mixtral_jax.train.loop import StopSignal
+from mixtral_jax.runs.commit import find_commit
+from mixtral_jax.runs.pretrain import pretrain
+from mixtral_jax.runs.run import Run, start_run
+from mixtral_jax.runs.stop import StopSignal
+from mixtral_jax.runs.workdir import WorkdirInUseError
+from mixtral_jax.whole_files import write_json
 
 
-def train_run(flags: RunFlags, processes: Processes, stop: StopSignal) -> Literal["finished", "stopped", "failed"]:
-    """Trains from wherever the workdir stands; if that fails, notes the reason in it.
+def train_arm(
+    config: Config, workdir: Path, processes: Processes, stop: StopSignal
+) -> Literal["finished", "stopped", "failed"]:
+    """Trains from wherever the workdir stands; if that fails, writes the reason into it.
 
     Raises:
-        ConfigError: it cannot begin, for a reason that other arms have too, such as data that are
-            not there.
+        ConfigError: it cannot begin, for a reason that other arms have too, such as missing data.
     """
     try:
-        run = start_run(flags, processes)
+        run = start_run(config, workdir, processes)
     except WorkdirInUseError as error:
         if processes.count > 1:
-            raise  # The others wait for this one.
-        print(f"left to the process that is at it: {error}")
+            raise  # The other processes wait for this one.
+        print(f"left to the process that trains it: {error}")
         return "finished"
     if run.is_writer:
         (run.workdir / FAILURE).unlink(missing_ok=True)
@@ -47,19 +45,16 @@ def train_run(flags: RunFlags, processes: Processes, stop: StopSignal) -> Litera
         if isinstance(error, ConfigError) and not (run.workdir / "metrics.jsonl").exists():
             raise
         if run.is_writer:
-            _note_failure(run.workdir, error)
+            _write_failure(run.workdir, error)
         if processes.count > 1 and not isinstance(error, FloatingPointError):
-            raise  # The others may know nothing of it, and wait in a collective.
+            raise  # Other processes may not have failed, and wait in a collective.
         return "failed"
 
 
 def collect_facts(run: Run) -> dict[str, Any]:
-    """What the report says of a run besides its figures: how large its model is, and what computes
-    it.
-    """
-    tunable = make_tunable(run.config, run.mesh.devices.flat[0].platform)
+    """What the report shows of a run besides its metrics: its model's size, and what ran it."""
     with jax.set_mesh(run.mesh):
-        parameters = count_parameters(jax.eval_shape(tunable.make_model))
+        parameters = count_parameters(jax.eval_shape(run.training.make_model))
     device = run.mesh.devices.flat[0]
     return {
         "parameters_total": parameters.total,
@@ -72,8 +67,9 @@ def collect_facts(run: Run) -> dict[str, Any]:
     }
 
 
-def _note_failure(workdir: Path, error: Exception) -> None:
-    first, *_ = str(error).strip().splitlines() or [""]
-    reason = f"{type(error).__name__}: {first}"
+def _write_failure(workdir: Path, error: Exception) -> None:
+    first_line, *_ = str(error).strip().splitlines() or [""]
+    reason = f"{type(error).__name__}: {first_line}"
     print(f"failed: {reason}", file=sys.stderr)
-    write_json(workdir / FAILURE, {"reason": reason, "traceback": "".join(traceback.format_exception(error))})
+    details = "".join(traceback.format_exception(error))
+    write_json(workdir / FAILURE, {"reason": reason, "traceback": details})

@@ -1,6 +1,4 @@
-"""How well a model answers what it was not tuned on: the loss of held-out answers, and ten answers
-of its own.
-"""
+"""How well a model answers what it was not tuned on: held-out loss, and answers of its own."""
 
 import dataclasses
 import json
@@ -9,23 +7,24 @@ from typing import Any
 
 import jax
 
-from mixtral_jax.runs.base import Base
-from mixtral_jax.runs.chat_data import ChatData
-from mixtral_jax.runs.run import Run
-from mixtral_jax.runs.workdir import write_json
 from mixtral_jax.data.chat.chats import Question
 from mixtral_jax.generate.generator import UNSEEN
 from mixtral_jax.generate.settings import Settings
 from mixtral_jax.pretrained import load_pretrained
+from mixtral_jax.runs.base import Base
+from mixtral_jax.runs.chat_data import ChatData
+from mixtral_jax.runs.run import Run
+from mixtral_jax.whole_files import write_json
 
-NUM_ASKED = 10
-_SHOWN = 3
-_MAX_NEW_TOKENS = 256
+NUM_QUESTIONS = 10
+NUM_PRINTED_ANSWERS = 3
+MAX_PRINTED_CHARACTERS = 200
+MAX_NEW_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a model said, and whether it ended by itself."""
+    """What a model answered, and whether it ended the answer itself."""
 
     text: str
     has_ended: bool
@@ -33,10 +32,11 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What a model said to `pick_asked` of the held-out questions, and the loss of all held-out
-    answers.
+    """A model's answers to `pick_questions`, and its loss on all held-out answers.
 
-    `loss` is in nats a token, `bits_per_byte` of text.
+    Attributes:
+        loss: in nats per token.
+        bits_per_byte: per byte of text.
     """
 
     loss: float
@@ -45,7 +45,7 @@ class Answers:
 
     @property
     def num_ended(self) -> int:
-        """How many answers ended by themselves."""
+        """The number of answers that the model ended itself."""
         return sum(answer.has_ended for answer in self.answers)
 
 
@@ -56,72 +56,81 @@ def ask(folder: Path, run: Run, data: ChatData) -> Answers:
         ConfigError: what `load_pretrained` raises.
     """
     loaded = load_pretrained(folder, run.config.model.dtype, run.mesh)
-    prompts = [question.prompt.tolist() for question in pick_asked(data)]
-    settings = Settings(max_new_tokens=min(_MAX_NEW_TOKENS, run.config.train.sequence_length))
-    *_, continuations = loaded.generator.stream(prompts, settings, tokens_at_once=UNSEEN, is_answer=True)
+    prompts = [question.prompt.tolist() for question in pick_questions(data)]
+    max_new_tokens = min(MAX_NEW_TOKENS, run.config.train.sequence_length)
+    *_, continuations = loaded.generator.stream(
+        prompts, Settings(max_new_tokens=max_new_tokens), tokens_at_once=UNSEEN, is_answer=True
+    )
     with jax.set_mesh(run.mesh):
         figures = data.evaluate(loaded.model)
-    answers = [Answer(said.text, said.finish_reason == "stop") for said in continuations]
+    answers = [Answer(each.text, each.finish_reason == "stop") for each in continuations]
     return Answers(figures["eval/loss"], figures["eval/bits_per_byte"], answers)
 
 
 def ask_base(base: Base, run: Run, data: ChatData) -> Answers:
-    """What the base says; it is asked once, and `base_answers.json` in the workdir keeps that for
-    the same question.
-    """
+    """The base's answers, kept in `base_answers.json` of the workdir, so that it is asked once."""
     path = run.workdir / "base_answers.json"
-    # A start that never saved may have been of another base, or of other conversations.
-    asked = [str(base.folder), base.weights.source, data.fingerprint, run.config.model.dtype]
+    # An earlier start that saved no step may have had another base, or other conversations.
+    key = [str(base.folder), base.weights.source, data.fingerprint, run.config.model.dtype]
     kept = json.loads(path.read_text("utf-8")) if run.is_writer and path.exists() else {}
-    said = run.processes.share("base answers", kept["said"] if kept.get("asked") == asked else None)[0]
-    if said is not None:
-        return Answers(**said | {"answers": [Answer(**answer) for answer in said["answers"]]})
+    is_same = kept.get("asked") == key
+    answers = run.processes.share("base answers", kept["said"] if is_same else None)[0]
+    if answers is not None:
+        return Answers(**answers | {"answers": [Answer(**each) for each in answers["answers"]]})
     run.console.print("asking the base ...")
     answers = ask(base.folder, run, data)
     if run.is_writer:
-        write_json(path, {"asked": asked, "said": dataclasses.asdict(answers)})
+        write_json(path, {"asked": key, "said": dataclasses.asdict(answers)})
     return answers
 
 
 def compare_with_base(data: ChatData, base: Answers) -> ChatData:
-    """The data, whose judge gives the figures of the base beside those of the model."""
+    """The same data, whose evaluation gives the figures of the base beside those of the model."""
 
     def evaluate(model: Any) -> dict[str, Any]:
-        compared = {"eval/loss_base": base.loss, "eval/bits_per_byte_base": base.bits_per_byte}
-        return data.evaluate(model) | compared
+        figures = {"eval/loss_base": base.loss, "eval/bits_per_byte_base": base.bits_per_byte}
+        return data.evaluate(model) | figures
 
     return dataclasses.replace(data, evaluate=evaluate)
 
 
 def report_answers(run: Run, data: ChatData, base: Answers, tuned: Answers) -> None:
-    """Prints what changed, with some answers, and writes all of it as `answers.json`."""
+    """Prints what changed, with some answers, and writes all of them to `answers.json`."""
     say, count = run.console.print, len(tuned.answers)
     decode = data.tokenizer.decode
+    questions = pick_questions(data)
     rows = [
-        {"question": decode(question.prompt), "expected": decode(question.answer), "base": before.text,
-         "tuned": after.text}
-        for question, before, after in zip(pick_asked(data), base.answers, tuned.answers, strict=True)
+        {
+            "question": decode(question.prompt),
+            "expected": decode(question.answer),
+            "base": before.text,
+            "tuned": after.text,
+        }
+        for question, before, after in zip(questions, base.answers, tuned.answers, strict=True)
     ]
-    for row in rows[:: -(-count // _SHOWN)]:
+    for row in rows[:: -(-count // NUM_PRINTED_ANSWERS)]:
         say(f"\n[bold]{'question':<12}[/]", end="")
         say(row["question"], markup=False)
         for who in ("expected", "base", "tuned"):
             say(f"[bold]{who:<12}[/]", end="")
-            say(" ".join(row[who].split())[:200], markup=False)
+            say(" ".join(row[who].split())[:MAX_PRINTED_CHARACTERS], markup=False)
     say(
         f"\nheld-out loss on answers: {base.loss:.3f} before, {tuned.loss:.3f} after, "
-        f"{tuned.loss / base.loss - 1:+.0%}"
-        f"\nended by themselves: {base.num_ended} of {count} answers before, {tuned.num_ended} "
-        "after"
+        f"{tuned.loss / base.loss - 1:+.0%}\n"
+        f"ended by themselves: {base.num_ended} of {count} answers before, {tuned.num_ended} after"
     )
     if run.is_writer:
         summary = {
-            name: {"loss": said.loss, "bits_per_byte": said.bits_per_byte, "ended": said.num_ended}
-            for name, said in (("base", base), ("tuned", tuned))
+            name: {
+                "loss": answers.loss,
+                "bits_per_byte": answers.bits_per_byte,
+                "ended": answers.num_ended,
+            }
+            for name, answers in (("base", base), ("tuned", tuned))
         }
         write_json(run.workdir / "answers.json", {"asked": count, **summary, "answers": rows})
 
 
-def pick_asked(data: ChatData) -> list[Question]:
+def pick_questions(data: ChatData) -> list[Question]:
     """The questions that models are asked, spread over those held out."""
-    return data.questions[:: max(1, len(data.questions) // NUM_ASKED)][:NUM_ASKED]
+    return data.questions[:: max(1, len(data.questions) // NUM_QUESTIONS)][:NUM_QUESTIONS]

@@ -1,4 +1,4 @@
-"""The model that a run starts from: opened, and how one is pretrained where none is named."""
+"""The model that a run starts from: opened, or planned where a run that names none pretrains it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,12 +10,18 @@ from mixtral_jax.checkpoint.formats.architecture import require_mixtral
 from mixtral_jax.checkpoint.on_devices import load_model
 from mixtral_jax.checkpoint.run_parameters import find_steps
 from mixtral_jax.checkpoint.weights import Weights, open_weights
-from mixtral_jax.runs.text_data import find_tokenizer
-from mixtral_jax.runs.run import Run
-from mixtral_jax.config import Config, DataConfig, OptimizerConfig, PretrainConfig, RouterConfig, require
+from mixtral_jax.config import (
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    RouterConfig,
+    require,
+)
 from mixtral_jax.data.tokenizer import Tokenizer
-from mixtral_jax.finetune.tunable import make_tunable
 from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.runs.run import Run
+from mixtral_jax.runs.text_data import find_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +33,14 @@ class Base:
     tokenizer: Tokenizer
 
     def fit(self, config: Config) -> Config:
-        """The config with the shape of this model; how it computes, and what it is trained with,
-        stay.
-        """
-        architecture, asked = self.weights.architecture, config.model
+        """The config with the shape of this model; dtypes, remat and attention stay."""
+        architecture, wanted = self.weights.architecture, config.model
         model = dataclasses.replace(
-            architecture.model, dtype=asked.dtype, param_dtype=asked.param_dtype, remat=asked.remat,
-            attention=asked.attention,
+            architecture.model,
+            dtype=wanted.dtype,
+            param_dtype=wanted.param_dtype,
+            remat=wanted.remat,
+            attention=wanted.attention,
             context_length=max(architecture.context_length, config.train.sequence_length),
         )
         chosen = architecture.router.num_experts_per_token
@@ -41,13 +48,10 @@ class Base:
         return dataclasses.replace(config, model=model, router=router)
 
     def loader(self, run: Run) -> Callable[[], Transformer]:
-        """A function that reads the weights onto the mesh in force, each device its part, as the
-        run keeps them.
-        """
+        """A function that loads the weights onto the mesh in force, each device its shard."""
 
         def load() -> Transformer:
-            tunable = make_tunable(run.config, run.mesh.devices.flat[0].platform)
-            return load_model(self.weights.parameters, jax.eval_shape(tunable.make_base))
+            return load_model(self.weights.parameters, jax.eval_shape(run.training.make_base))
 
         return load
 
@@ -60,14 +64,15 @@ def open_base(folder: Path, config: Config) -> Base:
     """
     weights = open_weights(folder)
     require_mixtral(weights.architecture)
-    tokenizer = find_tokenizer(weights.tokenizer, config.data, weights.architecture.model.vocab_size)
+    vocab_size = weights.architecture.model.vocab_size
+    tokenizer = find_tokenizer(weights.tokenizer, config.data, vocab_size)
     return Base(folder, weights, tokenizer)
 
 
 def require_folder(base: str, key: str) -> Path:
     """The folder that a config names as `key`; raises ConfigError if there is none."""
     folder = Path(base).expanduser()
-    require(folder.is_dir(), f"{key}={folder} is no folder: name a run, a step of it, or other weights")
+    require(folder.is_dir(), f"{key}={folder} is no folder: name a run, a step of it, or weights")
     return folder
 
 
@@ -78,29 +83,30 @@ def open_named_base(config: Config) -> Base:
 
 
 def saved_steps(run: Run) -> list[int]:
-    """The steps of the checkpoints in the workdir of a run, as process 0 sees them.
+    """The steps of the checkpoints in a run's workdir, as process 0 sees them.
 
-    All processes must ask.
+    All processes must call this.
     """
     folder = run.workdir / "checkpoints"
     return run.processes.share("saved steps", find_steps(folder) if folder.is_dir() else [])[0]
 
 
 def plan_base(config: Config, plan: PretrainConfig) -> Config:
-    """The pretraining of a base, with the model of the config, for a run that names none."""
+    """The config that pretrains a base with the model of `config`, for a run that names none."""
+    path = plan.path or (DataConfig if config.finetune else config.data).path
+    # The suffixes of files with conversations are not those of files with text.
+    suffixes = None if config.finetune else config.data.suffixes
     return dataclasses.replace(
         config,
         finetune=None,
         upcycle=None,
         router=RouterConfig(num_experts_per_token=config.router.num_experts_per_token),
-        data=dataclasses.replace(
-            config.data,
-            path=plan.path or (DataConfig if config.finetune else config.data).path,
-            # Those of conversations are not those of text.
-            suffixes=None if config.finetune else config.data.suffixes,
-        ),
+        data=dataclasses.replace(config.data, path=path, suffixes=suffixes),
         optimizer=OptimizerConfig(learning_rate=plan.learning_rate),
         train=dataclasses.replace(
-            config.train, num_steps=plan.num_steps, batch_size=plan.batch_size, gradient_accumulation=1
+            config.train,
+            num_steps=plan.num_steps,
+            batch_size=plan.batch_size,
+            gradient_accumulation=1,
         ),
     )

@@ -1,27 +1,34 @@
-"""From a config to packed batches of conversations on the mesh, telling people what was found."""
+"""From a config to packed batches of conversations on the mesh; prints what was found."""
 
 import dataclasses
 import hashlib
 import time
 
-from mixtral_jax.runs.text_data import SAME_DATA, PackedStores, TrainingData, name_data, pack_stores
-from mixtral_jax.runs.run import Run
-from mixtral_jax.data.chat.template import ChatTemplate
 from mixtral_jax.data.chat.chats import PreparedChats, Question, pick_questions, prepare_chats
+from mixtral_jax.data.chat.template import ChatTemplate
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.evaluate.perplexity import TokenBytes, make_evaluator
 from mixtral_jax.parallel.agreement import require_same
+from mixtral_jax.runs.run import Run
+from mixtral_jax.runs.text_data import (
+    SAME_DATA,
+    PackedStores,
+    TrainingData,
+    name_data,
+    pack_stores,
+)
 
-_NUM_QUESTIONS = 64
+MAX_QUESTIONS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatData(TrainingData):
-    """What an instruct tuning reads: rows of whole conversations, whose loss mask is 1 on answers
-    and their EOS.
+    """What an instruct tuning reads: rows of whole conversations.
+
+    The loss mask is 1 on answers and their EOS.
 
     Attributes:
-        questions: held-out questions and the answers there should be, at most 64, as ids.
+        questions: at most `MAX_QUESTIONS` held-out questions with their answers, as ids.
         template: for more questions.
         tokenizer: of the model that is tuned.
     """
@@ -32,18 +39,19 @@ class ChatData(TrainingData):
 
 
 def open_chat(run: Run, tokenizer: Tokenizer) -> ChatData:
-    """Reads, tokenises and packs the conversations that the config names; prints what there is and
-    what was left out.
+    """Reads, tokenises and packs the conversations that the config names.
+
+    Prints what there is to train on and what was left out.
 
     Args:
         tokenizer: of the model that is tuned; it is written into the workdir.
 
     Raises:
-        ConfigError: nothing to read, too many bad rows, or settings that do not fit; or the
-            processes read other data.
+        ConfigError: there is nothing to read, too many rows are bad, settings do not fit, or the
+            processes read different data.
     """
     data, say = run.config.data, run.console.print
-    say(f"reading {data.path} (tokenised the first time, then cached) ...")
+    say(f"reading {data.path} (tokenised once, then cached) ...")
     start = time.monotonic()
     if run.is_writer:
         tokenizer.save(run.workdir / "tokenizer.model")
@@ -53,31 +61,30 @@ def open_chat(run: Run, tokenizer: Tokenizer) -> ChatData:
         say(line)
     say(
         f"[bold]held out[/]    {chats.held_out.num_documents:,} conversations, "
-        f"{len(chats.held_out.tokens):,} tokens; "
-        f"read in {time.monotonic() - start:.0f} s"
+        f"{len(chats.held_out.tokens):,} tokens; read in {time.monotonic() - start:.0f} s"
     )
     parts = (packed.fingerprint, tokenizer.fingerprint, chats.template.version)
     fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
-    # The base is asked about them before training compares where it stands.
+    # Checked now, since the base is asked about these conversations before training starts.
     require_same(run.processes, "conversations", name_data(fingerprint), SAME_DATA)
     return ChatData(
-        packed.train_batches,
-        make_evaluator(packed.held_out, TokenBytes.of(tokenizer)),
-        fingerprint,
-        pick_questions(chats.held_out, _NUM_QUESTIONS),
-        chats.template,
-        tokenizer,
+        train_batches=packed.train_batches,
+        evaluate=make_evaluator(packed.held_out, TokenBytes.of(tokenizer)),
+        fingerprint=fingerprint,
+        questions=pick_questions(chats.held_out, MAX_QUESTIONS),
+        template=chats.template,
+        tokenizer=tokenizer,
     )
 
 
 def _describe(chats: PreparedChats, packed: PackedStores, long_rows: str) -> list[str]:
-    """A line on what there is to train on, and one on what was left out of it."""
+    """A line on what there is to train on, and one on what was left out, if anything was."""
     plan = packed.plan
     lines = [
         f"[bold]chats[/]       {chats.train.num_documents:,} conversations in template "
-        f"{chats.template.version}: "
-        f"{plan.lengths.sum():,} tokens, {plan.num_supervised.sum():,} of them to be learnt, "
-        f"in {plan.num_rows:,} rows, {packed.num_epochs:.2f} epochs"
+        f"{chats.template.version}: {plan.lengths.sum():,} tokens, "
+        f"{plan.num_supervised.sum():,} of them to be learnt, in {plan.num_rows:,} rows, "
+        f"{packed.num_epochs:.2f} epochs"
     ]
     long = "cut" if long_rows == "cut" else "dropped"
     left_out = {

@@ -1,8 +1,4 @@
-"""What would go wrong in a run, found before it starts: each check gives problems, each with its
-fix.
-
-Asked by `doctor`; what is found is printed there.
-"""
+"""What would go wrong in a run, found before it starts: problems with their fixes."""
 
 import dataclasses
 import shutil
@@ -17,9 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import P
 
-from mixtral_jax.runs.base import open_named_base
-from mixtral_jax.runs.run import require_trainable
-from mixtral_jax.runs.workdir import NEEDED, not_writable, require_seen_by_all
 from mixtral_jax.config import Config, ConfigError
 from mixtral_jax.data.cache import default_cache_dir
 from mixtral_jax.data.sources import HUB, fingerprint_source, split_sources
@@ -28,8 +21,12 @@ from mixtral_jax.parallel.agreement import Member
 from mixtral_jax.parallel.coordinator import Scheduler
 from mixtral_jax.parallel.mesh import MESH_AXES
 from mixtral_jax.parallel.processes import Processes
+from mixtral_jax.runs.base import open_named_base
+from mixtral_jax.runs.console import in_gib
+from mixtral_jax.runs.run import require_trainable
+from mixtral_jax.runs.workdir import NEEDED, not_writable, require_seen_by_all
 
-# Device files of NVIDIA GPUs and of Cloud TPUs, and the extra whose jax can use them.
+# Patterns of the device files of NVIDIA GPUs and Cloud TPUs, and the extra whose jax uses them.
 _DEVICE_FILES = {"nvidia[0-9]*": "cuda", "accel[0-9]*": "tpu", "vfio/[0-9]*": "tpu"}
 
 
@@ -42,48 +39,69 @@ class Problem:
 
 
 def check_launch(processes: Processes, scheduler: Scheduler | None) -> list[Problem]:
-    """This process alone, where a scheduler started several."""
+    """Finds that fewer processes met than the scheduler started."""
     expected = scheduler.num_processes if scheduler else None
     if scheduler is None or expected is None or expected == processes.count:
         return []
+    # An indexed Job tells only the highest index seen: more processes than that are fine.
+    if scheduler.name == "Kubernetes" and processes.count >= expected:
+        return []
+    fixes = {
+        "Slurm": "start the program by srun, once per task",
+        "Kubernetes": "give --coordinator, --num_processes and --process_id, as "
+        "launch/kubernetes.yaml does",
+    }
     what = f"{scheduler.name} says there are {expected} processes, but {processes.count} met"
-    fix = {"Slurm": "start the program by srun, once a task", "Kubernetes": "give --coordinator, --num_processes "
-           "and --process_id, as launch/kubernetes.yaml does"}
-    # Of an indexed Job only the highest index seen counts: more processes than that are fine.
-    is_fine = scheduler.name == "Kubernetes" and processes.count >= expected
-    return [] if is_fine else [Problem(what, fix.get(scheduler.name, "start one process on each host"))]
+    return [Problem(what, fixes.get(scheduler.name, "start one process on each host"))]
 
 
 def check_accelerators(
-    platform: str, num_local: int, is_alone_on_host: bool, environment: Mapping[str, str], root: Path = Path("/dev")
+    platform: str,
+    num_local: int,
+    is_alone_on_host: bool,
+    environment: Mapping[str, str],
+    root: Path = Path("/dev"),
 ) -> list[Problem]:
-    """Accelerators of this machine that jax does not use: none of them, or not all."""
+    """Finds accelerators of this machine that jax does not use: all of them, or some.
+
+    Args:
+        num_local: devices of this process.
+        root: where device files are.
+    """
     files = {pattern: len(list(root.glob(pattern))) for pattern in _DEVICE_FILES}
     if platform == "cpu" and not environment.get("JAX_PLATFORMS"):
+        unused = [pattern for pattern, count in files.items() if count]
         return [
-            Problem(f"jax uses the CPU, though {root}/{pattern} is there", f"pip install '.[{_DEVICE_FILES[pattern]}]'")
-            for pattern, count in files.items() if count
-        ][:1]
+            Problem(
+                f"jax uses the CPU, though {root}/{pattern} is there",
+                f"pip install '.[{_DEVICE_FILES[pattern]}]'",
+            )
+            for pattern in unused[:1]
+        ]
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    num_gpus = files["nvidia[0-9]*"] if visible is None else len([one for one in visible.split(",") if one])
+    num_gpus = files["nvidia[0-9]*"]
+    if visible is not None:
+        num_gpus = len([device for device in visible.split(",") if device])
     if platform == "gpu" and is_alone_on_host and num_local < num_gpus:
+        what = f"the only process of this host uses {num_local} of its {num_gpus} GPUs"
         fix = "set JAX_LOCAL_DEVICE_IDS=0,1,... for all of them, or start a process for each"
-        return [Problem(f"the only process of this host uses {num_local} of its {num_gpus} GPUs", fix)]
+        return [Problem(what, fix)]
     return []
 
 
 def check_data(config: Config) -> list[Problem]:
-    """Text, tokenizer and cache, as far as can be told without reading all of the text."""
-    found = []
+    """Finds problems with text, tokenizer and cache, without reading all of the text."""
+    problems = []
     for check in (_open_source, _open_tokenizer):
         try:
             check(config)
         except ConfigError as error:
-            found.append(as_problem(error, "see docs/data.md"))
+            problems.append(as_problem(error, "see docs/data.md"))
     reason = why_not_writable(default_cache_dir())
     if reason:
-        found.append(Problem(f"the cache cannot be written ({reason})", "set XDG_CACHE_HOME to a folder that can be"))
-    return found
+        what = f"the cache cannot be written ({reason})"
+        problems.append(Problem(what, "set XDG_CACHE_HOME to a folder that can be"))
+    return problems
 
 
 def _open_source(config: Config) -> None:
@@ -93,15 +111,16 @@ def _open_source(config: Config) -> None:
 
 
 def _open_tokenizer(config: Config) -> None:
-    if not config.data.tokenizer.startswith("train:"):  # That one is yet to be made.
+    if not config.data.tokenizer.startswith("train:"):  # That one is yet to be trained.
         nowhere = Path(tempfile.gettempdir()) / "mixtral_jax-no-tokenizer-here"
         tokenizer = load_tokenizer(config.data.tokenizer, lambda: (), nowhere, may_save=False)
         check_vocabulary(tokenizer, config.model.vocab_size)
 
 
-def fit_base(config: Config, found: list[Problem]) -> Config:
-    """The config of a tuning with the shape of the base that it names; adds to `found` what is
-    wrong with either.
+def fit_base(config: Config, problems: list[Problem]) -> Config:
+    """The config of a tuning with the shape of the base that it names.
+
+    Adds to `problems` what is wrong with either.
     """
     try:
         require_trainable(config)
@@ -109,17 +128,23 @@ def fit_base(config: Config, found: list[Problem]) -> Config:
             return config
         return open_named_base(config).fit(config)
     except ConfigError as error:
-        found.append(as_problem(error, "name another in finetune.base"))
+        problems.append(as_problem(error, "name another in finetune.base"))
     return config
 
 
-def check_workdir(workdir: Path | None, processes: Processes, members: Sequence[Member]) -> list[Problem]:
-    """Whether process 0 can write the workdir, and all see it. All processes must ask."""
+def check_workdir(
+    workdir: Path | None, processes: Processes, members: Sequence[Member]
+) -> list[Problem]:
+    """Finds that process 0 cannot write the workdir, or that not all processes see it.
+
+    All processes must call this.
+    """
     if any(member.workdir is None for member in members):
         return [as_problem(ConfigError(NEEDED))] if processes.count > 1 else []
     assert workdir is not None
     is_new = not workdir.exists()
-    reason = processes.share("workdir writable", why_not_writable(workdir) if processes.index == 0 else "")[0]
+    own_reason = why_not_writable(workdir) if processes.index == 0 else ""
+    reason = processes.share("workdir writable", own_reason)[0]
     if reason:
         return [as_problem(not_writable(workdir, reason))]
     try:
@@ -128,19 +153,24 @@ def check_workdir(workdir: Path | None, processes: Processes, members: Sequence[
         return [as_problem(error)]
     finally:
         if processes.index == 0 and is_new:
-            workdir.rmdir()  # Looking leaves nothing behind.
+            workdir.rmdir()  # A check leaves nothing behind.
     return []
 
 
 def as_problem(error: ConfigError, fix: str = "") -> Problem:
-    """Our errors say what is wrong, a colon, and the fix; `fix` is for one that does not."""
-    what, _, own = str(error).partition(": ")
-    return Problem(what, own or fix)
+    """An error as a problem: our errors are what is wrong, a colon, and the fix.
+
+    Args:
+        fix: for an error that names none.
+    """
+    what, _, own_fix = str(error).partition(": ")
+    return Problem(what, own_fix or fix)
 
 
 def why_not_writable(folder: Path) -> str:
-    """The reason why no file can be made in `folder`, which is made if it is missing; empty if one
-    can.
+    """The reason why no file can be made in `folder`; empty if one can.
+
+    The folder is made if it is missing.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,46 +182,52 @@ def why_not_writable(folder: Path) -> str:
 
 def free_bytes(folder: Path) -> int:
     """Free space where `folder` is, or will be."""
-    return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+    places = (folder, *folder.absolute().parents)
+    return shutil.disk_usage(next(place for place in places if place.exists())).free
 
 
 def check_disk(free: int, checkpoint_bytes: int, keep: int, workdir: Path) -> list[Problem]:
-    """Whether the checkpoints that are still to come fit: the newest `keep`, and one being written.
+    """Finds that the disk has no room for the checkpoints that are still to come.
+
+    Those are the newest `keep`, and one that is being written.
     """
-    present = len(list((workdir / "checkpoints").glob("[0-9]*")))
-    needed = max(1, keep + 1 - present) * checkpoint_bytes
+    num_saved = len(list((workdir / "checkpoints").glob("[0-9]*")))
+    needed = max(1, keep + 1 - num_saved) * checkpoint_bytes
     if free >= needed:
         return []
-    sizes = f"{in_gib(needed)} for checkpoints of {in_gib(checkpoint_bytes)}, {in_gib(free)} are free"
-    return [Problem(f"too little space in {workdir}: {sizes}", "free some, or lower checkpoint.keep")]
+    what = (
+        f"too little space in {workdir}: {in_gib(needed)} for checkpoints of "
+        f"{in_gib(checkpoint_bytes)}, {in_gib(free)} are free"
+    )
+    return [Problem(what, "free some, or lower checkpoint.keep")]
 
 
 def check_memory(state_bytes: int, device: Any) -> list[Problem]:
-    """Whether parameters and optimizer state alone fill a device; the step needs more.
+    """Finds that parameters and optimizer state alone fill a device; the step needs more.
 
-    CPUs do not say.
+    CPUs do not report their memory.
     """
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is None or state_bytes < limit:
         return []
-    what = f"parameters and optimizer state take {in_gib(state_bytes)} of each device, which has {in_gib(limit)}"
+    what = (
+        f"parameters and optimizer state take {in_gib(state_bytes)} of each device, which has "
+        f"{in_gib(limit)}"
+    )
     return [Problem(what, "shard over more devices: mesh.fsdp, mesh.expert or mesh.tensor")]
 
 
 def time_sum(mesh: jax.sharding.Mesh) -> float:
-    """Seconds for all devices to add up a number each: what a step does all the time, and what a
-    firewall stops.
+    """Seconds for all devices to add up a number each.
+
+    A step does this all the time, and a firewall between hosts stops it.
     """
     sharding = jax.NamedSharding(mesh, P(MESH_AXES))
-    ones = jax.make_array_from_callback((mesh.size,), sharding, lambda index: np.ones(mesh.size, np.float32)[index])
+    host_ones = np.ones(mesh.size, np.float32)
+    ones = jax.make_array_from_callback((mesh.size,), sharding, host_ones.__getitem__)
     with jax.set_mesh(mesh):
         add = jax.jit(jnp.sum).lower(ones).compile()
         start = time.monotonic()
         total = float(add(ones))
     assert total == mesh.size, total
     return time.monotonic() - start
-
-
-def in_gib(size: int) -> str:
-    """`size` bytes, for people."""
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.2f} MiB"

@@ -16,9 +16,14 @@ def find_commit() -> str | None:
         return None
 
     def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
+        )
 
-    commit, changes = ask("rev-parse", "--short=12", "HEAD"), ask("status", "--porcelain", "--untracked-files=no")
+    commit, changes = (
+        ask("rev-parse", "--short=12", "HEAD"),
+        ask("status", "--porcelain", "--untracked-files=no"),
+    )
     # Such as a clone of another user, which git does not trust.
     if commit.returncode or changes.returncode:
         return None

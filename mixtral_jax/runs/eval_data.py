@@ -1,43 +1,45 @@
-"""From the flags of a verb that reads text with a model to that text in rows on the mesh."""
+"""The text that a model is evaluated or analysed on, in rows on the mesh."""
 
-import argparse
 import dataclasses
 import itertools
 import math
-import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import jax
-from rich.console import Console
-from rich.progress import track
 
 from mixtral_jax.checkpoint.files.foreign_folder import read_object
-from mixtral_jax.runs.text_data import SAME_DATA, find_tokenizer, name_data
-from mixtral_jax.cli.model_flags import note
-from mixtral_jax.config import DataConfig, TrainConfig, require
-from mixtral_jax.config import build
+from mixtral_jax.config import DataConfig, TrainConfig, build, require
 from mixtral_jax.data.batches import spread_batches
 from mixtral_jax.data.chat.chats import prepare_chats
 from mixtral_jax.data.packing import PackPlan, plan_rows
 from mixtral_jax.data.store import TokenStore
 from mixtral_jax.data.text import tokenize_text
 from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.evaluate.perplexity import TokenBytes, make_evaluator
 from mixtral_jax.parallel.agreement import require_same
 from mixtral_jax.parallel.batch import Batch
+from mixtral_jax.parallel.mesh import matmul_precision
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.pretrained import Pretrained
+from mixtral_jax.runs.console import note, show_progress
+from mixtral_jax.runs.text_data import SAME_DATA, find_tokenizer, name_data
 
 Part = Literal["held_out", "all"]
-# Of a row, unless the run was trained on shorter ones; and of the rows that a device reads at once.
-_LONGEST_ROW, _TOKENS_AT_ONCE = 2048, 2048
+# Tokens of a row, unless the run was trained on shorter ones.
+DEFAULT_SEQUENCE_LENGTH = 2048
+# Tokens that a device reads at once.
+TOKENS_PER_DEVICE = 2048
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """What is read: which documents of which data, cut into rows of which length, and how many of
-    these.
+class EvalTask:
+    """What is read: which part of which data, cut into rows of which length, how many of them.
+
+    Attributes:
+        num_sequences: rows to read, spread evenly over the data; None reads all.
     """
 
     data: DataConfig
@@ -59,10 +61,10 @@ class TrainedRun:
 
 @dataclasses.dataclass(frozen=True)
 class PackedText:
-    """Stores packed into rows, of each of which some are read.
+    """Stores packed into rows, some of which are read.
 
     Attributes:
-        counts: how many rows of each store.
+        counts: the number of rows that are read of each store.
         batch_size: rows of a batch, over all devices.
     """
 
@@ -74,80 +76,112 @@ class PackedText:
 
     @property
     def num_batches(self) -> int:
-        """Of all stores."""
+        """The number of batches of all stores."""
         return sum(math.ceil(count / self.batch_size) for count in self.counts)
 
 
-def add_task_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds what `plan_task` reads."""
-    add_flags = parser.add_argument
-    add_flags("--chat", action="store_true", help="the data are conversations; `evaluate` scores the answers alone")
-    add_flags("--part", choices=get_args(Part), help="by default all; of a run's own data, what it held out")
-    add_flags("--sequence_length", type=int, help="of a row; by default the run's own, or 2048")
-    add_flags("--num_sequences", type=int, help="of rows, spread evenly; by default what the run evaluates on, or of "
-              "other data all (`analyze`: 256)")
-    parser.epilog = f"{parser.epilog}; --data.path=F and other --data.KEY=VALUE name the data, as in training"
+def plan_task(
+    checkpoint: Path,
+    data: DataConfig,
+    loaded: Pretrained,
+    *,
+    part: Part | None,
+    is_chat: bool,
+    sequence_length: int | None,
+    num_sequences: int | None,
+) -> EvalTask:
+    """The task that was asked for; None is filled in.
 
+    If `data` are those that the checkpoint's own run was trained on, their settings, the held-out
+    part and the number of rows are taken from that run; else all of the data are read.
 
-def plan_task(flags: argparse.Namespace, data: DataConfig, loaded: Pretrained) -> Task:
-    """What the flags ask for; what they leave open is as the run itself did it, if these are its
-    data.
+    Raises:
+        ConfigError: a number is out of range.
     """
-    run = read_run(flags.checkpoint)
-    length = flags.sequence_length
+    run = read_run(checkpoint)
+    length, count = sequence_length, num_sequences
     require(length is None or length >= 2, f"--sequence_length={length} must be at least 2")
-    length = length or min(loaded.config.train.sequence_length, _LONGEST_ROW)
-    count = flags.num_sequences
     require(count is None or count >= 1, f"--num_sequences={count} must be at least 1")
+    length = length or min(loaded.config.train.sequence_length, DEFAULT_SEQUENCE_LENGTH)
     if run is None or run.data.path != data.path:
-        return Task(data, flags.part or "all", flags.chat, length, count)
-    part = flags.part or "held_out"
+        return EvalTask(data, part or "all", is_chat, length, count)
+    part = part or "held_out"
     data = run.data if data == DataConfig(path=data.path) else data
     count = count or (run.train.eval_sequences if part == "held_out" else None)
-    return Task(data, part, flags.chat or run.is_chat, length, count)
+    return EvalTask(data, part, is_chat or run.is_chat, length, count)
 
 
-def open_task(loaded: Pretrained, task: Task, processes: Processes) -> PackedText:
+def open_task(loaded: Pretrained, task: EvalTask, processes: Processes) -> PackedText:
     """Reads, tokenises and packs the text.
 
     Raises:
         ConfigError: there is nothing to read, or no tokenizer to read it with, or the processes
-            read other data.
+            read different data.
     """
+    length = task.sequence_length
     tokenizer = find_tokenizer(loaded.tokenizer, task.data, loaded.config.model.vocab_size)
     stores = _open_stores(task, tokenizer, is_shown=processes.index == 0)
     long_documents = task.data.chat.long_rows if task.is_chat else "split"
-    plans = [plan_rows(store, task.sequence_length, long_documents=long_documents) for store in stores]
-    said = " and ".join(name_data(plan.fingerprint) for plan in plans)
-    require_same(processes, "data", said, SAME_DATA)
+    plans = [plan_rows(store, length, long_documents=long_documents) for store in stores]
+    names = " and ".join(name_data(plan.fingerprint) for plan in plans)
+    require_same(processes, "data", names, SAME_DATA)
     num_rows = sum(plan.num_rows for plan in plans)
     require(num_rows, f"data.path={task.data.path} gives no row to read")
     wanted = task.num_sequences or num_rows
     counts = [min(math.ceil(wanted * plan.num_rows / num_rows), plan.num_rows) for plan in plans]
-    devices = loaded.model.rules.count_row_devices(loaded.mesh)
-    return PackedText(tokenizer, stores, plans, counts, devices * max(1, _TOKENS_AT_ONCE // task.sequence_length))
+    num_row_devices = loaded.model.rules.count_row_devices(loaded.mesh)
+    batch_size = num_row_devices * max(1, TOKENS_PER_DEVICE // length)
+    return PackedText(tokenizer, stores, plans, counts, batch_size)
 
 
 def iterate_batches(loaded: Pretrained, text: PackedText) -> Iterable[Batch]:
     """The rows that are read of each store, with a bar in a terminal."""
-    layout = {"batch_size": text.batch_size, "mesh": loaded.mesh, "rules": loaded.model.rules}
     batches = itertools.chain.from_iterable(
-        spread_batches(store, plan, num_sequences=count, **layout)
+        spread_batches(
+            store,
+            plan,
+            num_sequences=count,
+            batch_size=text.batch_size,
+            mesh=loaded.mesh,
+            rules=loaded.model.rules,
+        )
         for store, plan, count in zip(text.stores, text.plans, text.counts, strict=True)
     )
-    return show_progress(batches, "scoring", text.num_batches)
+    return show_progress(batches, "scoring", text.num_batches, jax.process_index() == 0)
 
 
-def show_progress(steps, title: str, total: int):
-    """The same steps, with a bar in the terminal of the first process."""
-    console = Console(file=sys.stderr)
-    is_shown = console.is_terminal and jax.process_index() == 0
-    return track(steps, title, total, console=console, transient=True, disable=not is_shown)
+def score(loaded: Pretrained, task: EvalTask, processes: Processes) -> dict[str, Any]:
+    """Loss in nats per token, perplexity, bits per byte and routing, and of what.
+
+    Raises:
+        ConfigError: as `open_task`.
+    """
+    text = open_task(loaded, task, processes)
+    num_rows = sum(plan.num_rows for plan in text.plans)
+    is_shown = processes.index == 0
+    note(
+        f"scoring {task.part} of {task.data.path}: {num_rows:,} rows of {task.sequence_length} "
+        "tokens",
+        is_shown=is_shown,
+    )
+    start = time.monotonic()
+    evaluate = make_evaluator(iterate_batches(loaded, text), TokenBytes.of(text.tokenizer))
+    precision = jax.default_matmul_precision(matmul_precision(loaded.config.model.dtype))
+    with jax.set_mesh(loaded.mesh), precision:
+        figures = evaluate(loaded.model)
+    seconds = time.monotonic() - start
+    note(f"scored {figures['eval/tokens']:,} tokens in {seconds:.1f} s", is_shown=is_shown)
+    return {
+        **{name.removeprefix("eval/"): value for name, value in figures.items()},
+        "data": task.data.path,
+        "part": task.part,
+        "sequence_length": task.sequence_length,
+    }
 
 
 def read_run(checkpoint: Path) -> TrainedRun | None:
-    """What made the checkpoint, if it is a run's workdir or one of its steps."""
-    # A folder of the root has one parent.
+    """The run that made a checkpoint, if that is a run's workdir or one of its steps."""
+    # A step lies two folders below the workdir; a folder of the root has only one parent.
     for folder in (checkpoint, *checkpoint.absolute().parents[1:2]):
         if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
             saved = read_object(folder / "config.json")
@@ -157,7 +191,10 @@ def read_run(checkpoint: Path) -> TrainedRun | None:
     return None
 
 
-def _open_stores(task: Task, tokenizer: Tokenizer, *, is_shown: bool) -> list[TokenStore]:
-    note(f"reading {task.data.path} (tokenised the first time, then cached) ...", is_shown=is_shown)
-    prepared = prepare_chats(task.data, tokenizer) if task.is_chat else tokenize_text(task.data, tokenizer)
-    return [prepared.held_out] if task.part == "held_out" else [prepared.train, prepared.held_out]
+def _open_stores(task: EvalTask, tokenizer: Tokenizer, *, is_shown: bool) -> list[TokenStore]:
+    note(f"reading {task.data.path} (tokenised once, then cached) ...", is_shown=is_shown)
+    prepare = prepare_chats if task.is_chat else tokenize_text
+    prepared = prepare(task.data, tokenizer)
+    if task.part == "held_out":
+        return [prepared.held_out]
+    return [prepared.train, prepared.held_out]

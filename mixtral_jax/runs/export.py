@@ -1,5 +1,4 @@
-"""What a tuning run leaves for other programs: a folder with the whole model, and adapters alone.
-"""
+"""What a tuning leaves for other programs: a folder with the whole model, and adapters alone."""
 
 import shutil
 import time
@@ -7,21 +6,19 @@ from pathlib import Path
 
 import jax
 
-from mixtral_jax.checkpoint.formats.adapters import write_mistral, write_peft
 from mixtral_jax.checkpoint.export import write_folder
 from mixtral_jax.checkpoint.files.new_folder import new_folder
+from mixtral_jax.checkpoint.formats.adapters import write_mistral, write_peft
 from mixtral_jax.checkpoint.weights import open_weights
-from mixtral_jax.runs.byte_progress import byte_progress
-from mixtral_jax.runs.run import Run
-from mixtral_jax.runs.workdir import waits_for
 from mixtral_jax.config import ConfigError
+from mixtral_jax.runs.console import byte_progress
+from mixtral_jax.runs.run import Run
+from mixtral_jax.runs.workdir import wait_until_visible
 from mixtral_jax.train.state import TrainState
 
 
 def save_adapters(run: Run, state: TrainState, base: Path) -> None:
-    """Writes the adapters of a state, if it has any, into `adapters/peft` and `adapters/mistral` of
-    the workdir.
-    """
+    """Writes the adapters of a state, if any, to `adapters/peft` and `adapters/mistral`."""
     finetune = run.config.finetune
     if finetune is None or not finetune.lora.rank:
         return
@@ -33,10 +30,9 @@ def save_adapters(run: Run, state: TrainState, base: Path) -> None:
 
 
 def export_run(run: Run, to: Path) -> None:
-    """Writes the newest checkpoint of a run as a Hugging Face folder, in the place of one that an
-    earlier start wrote.
+    """Exports the newest checkpoint of a run to a Hugging Face folder, its adapters merged.
 
-    Adapters are merged. Process 0 writes; all return once it is there.
+    An export of an earlier start is replaced. Process 0 writes; all return once it is there.
 
     Raises:
         ConfigError: `to` is not seen by this process.
@@ -48,6 +44,10 @@ def export_run(run: Run, to: Path) -> None:
             write_folder(weights, folder, "hf", report)
             shutil.rmtree(to, ignore_errors=True)
     run.processes.share("exported", "")
-    if not waits_for(to):
-        raise ConfigError(f"{to}, which process 0 has written, is not seen by this one: it must be on shared storage")
-    run.console.print(f"exported to {to} in {time.monotonic() - start:.0f} s: a Hugging Face folder")
+    if not wait_until_visible(to):
+        raise ConfigError(
+            f"{to}, which process 0 has written, is not seen by this process: it must be on "
+            "storage that all processes share"
+        )
+    seconds = time.monotonic() - start
+    run.console.print(f"exported to {to} in {seconds:.0f} s: a Hugging Face folder")

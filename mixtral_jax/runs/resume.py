@@ -1,69 +1,57 @@
-"""Where a run stands: its newest checkpoint, or a fresh start; the same on every process, or none
-goes on.
-"""
+"""Where a run stands: its newest checkpoint, or a fresh start; the same on every process."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import optax
-
 from mixtral_jax.checkpoint.run import RunCheckpoints
-from mixtral_jax.runs.text_data import SAME_DATA, name_data
-from mixtral_jax.runs.run import Run
 from mixtral_jax.config import ConfigError
-from mixtral_jax.finetune.tunable import Tunable
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.parallel.agreement import require_same
-from mixtral_jax.train.state import TrainState, abstract_state, init_state
+from mixtral_jax.runs.run import Run
+from mixtral_jax.runs.text_data import SAME_DATA, name_data
+from mixtral_jax.train.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class OpenState:
-    """The state after `step` steps, and the record that goes into every checkpoint."""
+class StartState:
+    """The state after `step` steps, and the record that every checkpoint is saved with."""
 
     step: int
     state: TrainState
     record: dict[str, Any]
 
 
-def open_state(
+def resume_or_init(
     run: Run,
     checkpoints: RunCheckpoints,
-    tunable: Tunable,
-    optimizer: optax.GradientTransformation,
     data_fingerprint: str,
     load_base: Callable[[], Transformer] | None = None,
-) -> OpenState:
-    """Restores the newest checkpoint, if it saw the rows of `data_fingerprint`, or initialises.
+) -> StartState:
+    """Restores the newest checkpoint, or initialises if there is none.
 
-    `load_base` gives weights to start from, in place of random ones.
+    Args:
+        data_fingerprint: of the rows that the run reads; a checkpoint of other rows is refused.
+        load_base: loads the weights of a fresh start; None draws them.
 
     Raises:
-        ConfigError: the data changed since, or the processes do not agree.
+        ConfigError: the data changed since the checkpoint, or the processes do not agree.
     """
     step = checkpoints.latest_step()
-    said = f"{name_data(data_fingerprint)} at step {step or 0}"
-    require_same(run.processes, "data and step", said, f"{SAME_DATA}, and one --workdir")
+    state_of_affairs = f"{name_data(data_fingerprint)} at step {step or 0}"
+    fix = f"{SAME_DATA}, and one --workdir"
+    require_same(run.processes, "data and step", state_of_affairs, fix)
     if step is None:
-        return OpenState(0, _begin(tunable, optimizer, load_base), {"tokens": 0, "data": data_fingerprint})
+        # No name is bound to the base here, so that the state can take over its memory.
+        state = run.training.init() if load_base is None else run.training.init(load_base())
+        return StartState(0, state, {"tokens": 0, "data": data_fingerprint})
     record = checkpoints.read_record(step)
     if record["data"] != data_fingerprint:
         raise ConfigError(
             f"the text, the tokenizer or the packing differs from what {run.workdir} was trained "
-            "on "
-            f"({record['data'][:12]} -> {data_fingerprint[:12]}): restore the data, or use another "
-            "--workdir"
+            f"on ({record['data'][:12]} -> {data_fingerprint[:12]}): restore the data, or use "
+            "another --workdir"
         )
-    state = checkpoints.restore(step, abstract_state(tunable.make_model, optimizer, tunable.trainable))
+    state = checkpoints.restore(step, run.training.abstract_state())
     run.console.print(f"resuming after step {step} of {run.config.train.num_steps}")
-    return OpenState(step, state, record)
-
-
-def _begin(
-    tunable: Tunable, optimizer: optax.GradientTransformation, load_base: Callable[[], Transformer] | None
-) -> TrainState:
-    if load_base is None:
-        return init_state(tunable.make_model, optimizer, tunable.trainable)
-    # The base is named nowhere here: the state takes its memory.
-    return init_state(tunable.adapt, optimizer, tunable.trainable, load_base())
+    return StartState(step, state, record)

@@ -1,34 +1,37 @@
-"""From a config to packed batches of text on the mesh, telling people what was found."""
+"""From a config to packed batches of text on the mesh; prints what was found."""
 
 import dataclasses
 import hashlib
 import time
 
-from mixtral_jax.runs.run import Run
 from mixtral_jax.config import DataConfig, require
 from mixtral_jax.data.batches import TrainBatches, held_out_batches
 from mixtral_jax.data.packing import LongDocuments, PackPlan, plan_rows
 from mixtral_jax.data.sources import find_weights
 from mixtral_jax.data.store import TokenStore
-from mixtral_jax.data.text import prepare_text, tokenize_text
+from mixtral_jax.data.text import PreparedText, prepare_text, tokenize_text
 from mixtral_jax.data.tokenizer import Tokenizer, check_vocabulary, read_tokenizer
 from mixtral_jax.evaluate.ngram import measure_ngrams
 from mixtral_jax.evaluate.perplexity import Evaluator, TokenBytes, make_evaluator
 from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.parallel.rules import AxisRules
+from mixtral_jax.runs.run import Run
 
-# Enough for a bigram model of any vocabulary here, and counted in seconds.
-NGRAM_TOKENS = 20_000_000
+# Enough for a bigram model of any vocabulary that is used here, and counted within seconds.
+MAX_NGRAM_TOKENS = 20_000_000
 
-# What to do where processes have read different data.
+# The fix to name when processes have read different data.
 SAME_DATA = "give all the same text, tokenizer and Python"
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """What a run reads: rows to train on, a judge of what was held out, and what made both.
+    """What a run reads.
 
-    `fingerprint` is of the documents, the tokenizer and the packing together.
+    Attributes:
+        train_batches: batches to train on.
+        evaluate: from a model to its `eval/` figures on what was held out.
+        fingerprint: of the documents, the tokenizer and the packing together.
     """
 
     train_batches: TrainBatches
@@ -38,9 +41,12 @@ class TrainingData:
 
 @dataclasses.dataclass(frozen=True)
 class PackedStores:
-    """Two stores as batches on the mesh;
+    """A store to train on and a held-out store, as batches on the mesh.
 
-    `num_epochs` is how often the run reads each row to train on.
+    Attributes:
+        plan: the packing of the store to train on.
+        num_epochs: how often the run reads each row that it trains on.
+        fingerprint: of both plans together.
     """
 
     train_batches: TrainBatches
@@ -51,34 +57,47 @@ class PackedStores:
 
 
 def open_text(run: Run, tokenizer: Tokenizer | None = None) -> TrainingData:
-    """Reads, tokenises and packs the text that the config names; prints its size and its n-gram
-    baselines.
+    """Reads, tokenises and packs the text that the config names; prints its size and baselines.
 
-    `tokenizer` is that of a model that the run starts from, which it keeps; without one, the config
-    says which.
+    Args:
+        tokenizer: of the model that the run starts from; None takes or trains that of the config.
+
+    Raises:
+        ConfigError: there is nothing to read, too many bad rows, or no tokenizer that fits.
     """
-    config, say = run.config, run.console.print
-    say(f"reading {config.data.path} (tokenised the first time, then cached) ...")
+    config = run.config
+    run.console.print(f"reading {config.data.path} (tokenised once, then cached) ...")
     start = time.monotonic()
     kept = run.workdir / "tokenizer.model"
     if tokenizer is None:
-        text = prepare_text(config.data, config.model.vocab_size, kept, is_writer=run.is_writer)
+        vocab_size = config.model.vocab_size
+        text = prepare_text(config.data, vocab_size, kept, is_writer=run.is_writer)
     else:
         text = tokenize_text(config.data, tokenizer)
         if run.is_writer:
             tokenizer.save(kept)
+    return pack_text(run, text, start)
+
+
+def pack_text(run: Run, text: PreparedText, start: float) -> TrainingData:
+    """Packs tokenised text into batches, and fits the n-gram models that the run is to beat.
+
+    Args:
+        start: when reading began, by `time.monotonic`.
+    """
+    say = run.console.print
     packed = pack_stores(run, text.train, text.held_out)
     say(
         f"[bold]text[/]        {len(text.train.tokens):,} tokens to train on in "
-        f"{packed.plan.num_rows:,} rows, "
-        f"{packed.num_epochs:.2f} epochs\n"
+        f"{packed.plan.num_rows:,} rows, {packed.num_epochs:.2f} epochs\n"
         f"[bold]held out[/]    {len(text.held_out.tokens):,} tokens; read in "
         f"{time.monotonic() - start:.0f} s"
     )
     token_bytes = TokenBytes.of(text.tokenizer)
     baselines = {}
     if run.processes.count == 1:  # Fitting them needs every held-out row on this host.
-        baselines = measure_ngrams(text.train.tokens[:NGRAM_TOKENS], packed.held_out, token_bytes)
+        tokens = text.train.tokens[:MAX_NGRAM_TOKENS]
+        baselines = measure_ngrams(tokens, packed.held_out, token_bytes)
         described = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
         say(f"[bold]to beat[/]     {described} bits/byte, on the same tokens")
     else:
@@ -88,27 +107,35 @@ def open_text(run: Run, tokenizer: Tokenizer | None = None) -> TrainingData:
 
 
 def name_data(fingerprint: str) -> str:
-    """What data are called, for people to compare."""
+    """A short name of some data, for people to compare."""
     return f"data {fingerprint[:12]}"
 
 
 def find_tokenizer(of_model: Tokenizer | None, data: DataConfig, vocab_size: int) -> Tokenizer:
-    """The tokenizer that came with a model, or for one that came without, that of the config.
+    """The tokenizer that came with a model, or, if it came without, the one that the config names.
 
     Raises:
-        ConfigError: neither is there, or it does not fit the vocabulary.
+        ConfigError: there is neither, or it does not fit the vocabulary.
     """
     if of_model is not None:
         return of_model
     is_named = data.tokenizer and not data.tokenizer.startswith("train:")
-    require(is_named, "the checkpoint came without a tokenizer: name the one it was trained with as data.tokenizer")
+    require(
+        is_named,
+        "the checkpoint came without a tokenizer: name the one it was trained with as "
+        "data.tokenizer",
+    )
     tokenizer = read_tokenizer(data.tokenizer)
     check_vocabulary(tokenizer, vocab_size)
     return tokenizer
 
 
 def pack_stores(
-    run: Run, train: TokenStore, held_out: TokenStore, *, long_documents: LongDocuments = "split"
+    run: Run,
+    train: TokenStore,
+    held_out: TokenStore,
+    *,
+    long_documents: LongDocuments = "split",
 ) -> PackedStores:
     """Packs the stores as the config of the run says.
 
@@ -116,17 +143,28 @@ def pack_stores(
         ConfigError: a store, or a source with a weight, gives no row; or what `plan_rows` raises.
     """
     config = run.config
-    layout = {"mesh": run.mesh, "rules": AxisRules()}
-    plan = plan_rows(train, config.train.sequence_length, long_documents=long_documents)
-    held_out_plan = plan_rows(held_out, config.train.sequence_length, long_documents=long_documents)
+    mesh, rules, length = run.mesh, AxisRules(), config.train.sequence_length
+    plan = plan_rows(train, length, long_documents=long_documents)
+    held_out_plan = plan_rows(held_out, length, long_documents=long_documents)
     train_batches = TrainBatches(
-        train, plan, batch_size=config.train.batch_size, gradient_accumulation=config.train.gradient_accumulation,
-        seed=config.train.seed, weights=find_weights(config.data.path), **layout,
+        train,
+        plan,
+        batch_size=config.train.batch_size,
+        gradient_accumulation=config.train.gradient_accumulation,
+        seed=config.train.seed,
+        weights=find_weights(config.data.path),
+        mesh=mesh,
+        rules=rules,
     )
     batches = held_out_batches(
-        held_out, held_out_plan,
-        num_sequences=config.train.eval_sequences, batch_size=config.train.micro_batch_size, **layout,
+        held_out,
+        held_out_plan,
+        num_sequences=config.train.eval_sequences,
+        batch_size=config.train.micro_batch_size,
+        mesh=mesh,
+        rules=rules,
     )
     num_epochs = config.train.num_steps * config.train.batch_size / plan.num_rows
-    fingerprint = hashlib.sha256((plan.fingerprint + held_out_plan.fingerprint).encode()).hexdigest()
+    fingerprints = plan.fingerprint + held_out_plan.fingerprint
+    fingerprint = hashlib.sha256(fingerprints.encode()).hexdigest()
     return PackedStores(train_batches, batches, plan, num_epochs, fingerprint)

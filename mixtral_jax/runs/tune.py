@@ -1,90 +1,142 @@
-"""Several seeds of one tuning, one after the other: their flags, and which of them was best."""
+"""The recipe of instruct tuning: a base, its answers before and after, and seeds to choose from."""
 
-import argparse
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mixtral_jax.runs.answers import Answers
-from mixtral_jax.cli.flags import RunFlags, add_run_flags, make_parser, parse_config, read_run_flags
-from mixtral_jax.runs.run import Run
-from mixtral_jax.runs.workdir import write_json
-from mixtral_jax.config import require
+import jax
 
-
-@dataclasses.dataclass(frozen=True)
-class TuningFlags:
-    """What the command line of a tuning said."""
-
-    run: RunFlags
-    num_seeds: int
-
-    def each_seed(self, workdir: Path) -> list[RunFlags]:
-        """The flags of each run: the one in `workdir`, or of several, each in a folder below it
-        that its seed names.
-        """
-        first = self.run.config.train.seed
-        if self.num_seeds == 1:
-            return [dataclasses.replace(self.run, workdir=workdir)]
-        seeds = range(first, first + self.num_seeds)
-        return [
-            dataclasses.replace(
-                self.run,
-                workdir=workdir / f"seed-{seed}",
-                config=dataclasses.replace(
-                    self.run.config, train=dataclasses.replace(self.run.config.train, seed=seed)
-                ),
-            )
-            for seed in seeds
-        ]
+from mixtral_jax.config import Config
+from mixtral_jax.data.sources import fingerprint_source
+from mixtral_jax.parallel.mesh import resolve_mesh
+from mixtral_jax.parallel.processes import Processes
+from mixtral_jax.runs.answers import Answers, ask, ask_base, compare_with_base, report_answers
+from mixtral_jax.runs.base import Base, open_base, open_named_base, plan_base, saved_steps
+from mixtral_jax.runs.chat_data import open_chat
+from mixtral_jax.runs.describe import describe_run
+from mixtral_jax.runs.export import save_adapters
+from mixtral_jax.runs.pretrain import pretrain
+from mixtral_jax.runs.run import Run, platform_of, start_run
+from mixtral_jax.runs.stop import StopSignal
+from mixtral_jax.runs.training import Callback, train_model
+from mixtral_jax.runs.workdir import check_saved
+from mixtral_jax.train.training import make_training
+from mixtral_jax.whole_files import write_json
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """A run that has ended, and what its model says to held-out questions."""
+    """A run that has ended, and its model's answers to held-out questions."""
 
     run: Run
-    said: Answers
+    answers: Answers
 
 
-def parse_tuning_flags(arguments: Sequence[str], *, description: str | None, default_config: str) -> TuningFlags:
-    """The flags of a script that tunes.
+def find_base(config: Config, workdir: Path, processes: Processes, stop: StopSignal) -> Base | None:
+    """The base that `finetune.base` names, or one pretrained into `workdir/base`.
+
+    Returns:
+        None if the pretraining was stopped.
 
     Raises:
-        ConfigError: names the flag and what would be right.
+        ConfigError: the base is no model that can be tuned; or the tuning cannot work, which is
+            found before anything is pretrained.
     """
-    parser = make_parser(description, default_config)
-    add_run_flags(parser)
-    parser.add_argument("--seeds", type=_parse_count, default=1, help="tune so often, seed after seed; export the best")
-    flags, config = parse_config(parser, arguments)
-    require(config.finetune is not None, "the config has no section finetune: run train.py with it")
-    return TuningFlags(read_run_flags(flags, config), flags.seeds)
+    assert config.finetune is not None
+    if config.finetune.base is not None:
+        return open_named_base(config)
+    if processes.index == 0:
+        # Runs that were started before began with a base that these settings made.
+        for tuned in (workdir, *sorted(workdir.glob("seed-*"))):
+            check_saved(tuned, config, "finetune.pretrain.")
+    run = start_run(plan_base(config, config.finetune.pretrain), workdir / "base", processes)
+    _check_tuning(config, run)
+    if run.config.train.num_steps not in saved_steps(run):
+        run.console.print(f"finetune.base is not given: pretraining a base into {run.workdir}")
+        if pretrain(run, stop) == "stopped":
+            return None
+    return open_base(run.workdir, config)
 
 
-def choose_best(runs: Sequence[Tuned], workdir: Path) -> Tuned:
-    """The run with the lowest held-out loss; of several, prints the spread, and writes
-    `seeds.json`.
+def _check_tuning(config: Config, run: Run) -> None:
+    """Finds now what the tuning would find minutes later: missing data, targets without a match."""
+    config = resolve_mesh(config, run.mesh.size)
+    fingerprint_source(config.data.path, config.data.suffixes)
+    with jax.set_mesh(run.mesh):
+        jax.eval_shape(make_training(config, platform_of(run.mesh)).make_model)
+
+
+def tune(
+    run: Run, base: Base, stop: StopSignal, callbacks: Sequence[Callback] = ()
+) -> Tuned | None:
+    """Tunes a base from wherever the workdir stands, and asks it questions before and after.
+
+    Returns:
+        None if it was stopped.
     """
-    best = min(runs, key=lambda tuned: tuned.said.loss)
-    if len(runs) == 1:
-        return best
-    losses = {tuned.run.config.train.seed: tuned.said.loss for tuned in runs}
+    describe_run(run)
+    with stop.at_once():
+        data = open_chat(run, base.tokenizer)
+    before = ask_base(base, run, data)
+    compared = compare_with_base(data, before)
+    ending = train_model(run, compared, stop, base.loader(run), callbacks)
+    if ending.outcome == "stopped":
+        return None
+    save_adapters(run, ending.state, base.folder)
+    del ending  # Frees its memory for the model that is asked.
+    after = ask(run.workdir, run, data)
+    report_answers(run, data, before, after)
+    return Tuned(run, after)
+
+
+def tune_seeds(
+    num_seeds: int,
+    config: Config,
+    workdir: Path,
+    tune_one: Callable[[Config, Path], Tuned | None],
+) -> Tuned | None:
+    """Tunes once per seed and chooses the best; several seeds get a folder each in the workdir.
+
+    Args:
+        tune_one: tunes one config in one workdir; None if it was stopped.
+
+    Returns:
+        None if it was stopped.
+    """
+    if num_seeds == 1:
+        return tune_one(config, workdir)
+    results: list[Tuned] = []
+    for seed in range(config.train.seed, config.train.seed + num_seeds):
+        seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+        tuned = tune_one(seeded, workdir / f"seed-{seed}")
+        if tuned is None:
+            return None
+        results.append(tuned)
+    return choose_best(results, workdir)
+
+
+def choose_best(results: Sequence[Tuned], workdir: Path) -> Tuned:
+    """The run with the lowest held-out loss; prints the spread, and writes `seeds.json`."""
+    best = min(results, key=lambda tuned: tuned.answers.loss)
+    losses = {tuned.run.config.train.seed: tuned.answers.loss for tuned in results}
     mean, deviation = statistics.mean(losses.values()), statistics.stdev(losses.values())
-    for tuned in runs:
-        mark = " (best)" if tuned is best else ""
+    for tuned in results:
+        answers, mark = tuned.answers, " (best)" if tuned is best else ""
         tuned.run.console.print(
-            f"seed {tuned.run.config.train.seed}: held-out loss {tuned.said.loss:.4f}, "
-            f"{tuned.said.num_ended} of {len(tuned.said.answers)} answers ended by themselves{mark}"
+            f"seed {tuned.run.config.train.seed}: held-out loss {answers.loss:.4f}, "
+            f"{answers.num_ended} of {len(answers.answers)} answers ended by themselves{mark}"
         )
-    best.run.console.print(f"held-out loss over {len(runs)} seeds: mean {mean:.4f}, standard deviation {deviation:.4f}")
+    best.run.console.print(
+        f"held-out loss over {len(results)} seeds: mean {mean:.4f}, "
+        f"standard deviation {deviation:.4f}"
+    )
     if best.run.is_writer:
-        summary = {"losses": losses, "mean": mean, "standard_deviation": deviation, "best": best.run.config.train.seed}
+        summary = {
+            "losses": losses,
+            "mean": mean,
+            "standard_deviation": deviation,
+            "best": best.run.config.train.seed,
+        }
         write_json(workdir / "seeds.json", summary)
     return best
-
-
-def _parse_count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
-    return int(text)

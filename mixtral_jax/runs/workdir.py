@@ -9,17 +9,19 @@ import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from mixtral_jax.config import Config, ConfigError, require
-from mixtral_jax.config import changed_keys
+from mixtral_jax.config import Config, ConfigError, changed_keys, require
 from mixtral_jax.parallel.processes import Processes
+from mixtral_jax.whole_files import write_json
 
-# Network file systems remember for some seconds that a file was not there.
-_VISIBLE_SECONDS = 15.0
+# Network file systems remember for some seconds that a file did not exist.
+VISIBLE_TIMEOUT_SECONDS = 15.0
+VISIBLE_POLL_SECONDS = 0.2
 
-# Each of several processes would choose a folder of its own.
-NEEDED = "--workdir is needed with several processes: name a folder on storage that all of them share"
+# Without it, each of several processes would choose a folder of its own.
+NEEDED = (
+    "--workdir is needed with several processes: name a folder on storage that all of them share"
+)
 
 
 class WorkdirInUseError(ConfigError):
@@ -27,8 +29,7 @@ class WorkdirInUseError(ConfigError):
 
 
 def open_workdir(workdir: Path, config: Config, processes: Processes) -> None:
-    """Process 0 writes config.json, if this run may continue what lies there; all make sure that
-    they see it.
+    """Makes the folder of a run; process 0 writes config.json into it, and all wait to see it.
 
     Raises:
         ConfigError: the folder holds a run of another config, or is not the same one everywhere.
@@ -44,40 +45,32 @@ def open_workdir(workdir: Path, config: Config, processes: Processes) -> None:
     require_seen_by_all(workdir, processes)
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a file that is whole whenever it is there."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    # Names of files need be no UTF-8: \udc80 in JSON.
-    temporary.write_text(text, "utf-8", errors="backslashreplace")
-    temporary.replace(path)
-
-
 def not_writable(workdir: Path, reason: str) -> ConfigError:
-    """What to say of a workdir in which no file can be made."""
-    return ConfigError(f"--workdir={workdir} cannot be written ({reason}): name another, or mend its rights")
+    """The error for a workdir in which no file can be made."""
+    return ConfigError(
+        f"--workdir={workdir} cannot be written ({reason}): name another, or change its permissions"
+    )
 
 
 def require_seen_by_all(workdir: Path, processes: Processes) -> None:
-    """Makes sure that all processes see what process 0 writes into `workdir`, an existing folder
-    there.
+    """Makes sure that all processes see what process 0 writes into `workdir`.
+
+    The folder must exist on process 0.
 
     Raises:
-        ConfigError: names those that do not.
+        ConfigError: names the processes that do not see it.
     """
     blind = _find_blind(workdir, processes)
     require(
         not blind,
-        f"--workdir={workdir} of process 0 is not seen by process {', '.join(map(str, blind))}: "
-        "name a folder on "
-        "storage that all processes share, by the same path",
+        f"--workdir={workdir} of process 0 is not seen by process "
+        f"{', '.join(map(str, blind))}: name a folder on storage that all processes share, by the "
+        "same path",
     )
 
 
 def _find_blind(workdir: Path, processes: Processes) -> list[int]:
-    """The processes that do not see a file which process 0 puts into `workdir`, an existing folder
-    there.
-    """
+    """The processes that do not see a file which process 0 puts into `workdir`."""
     if processes.count == 1:
         return []
     name = f".seen-by-all-{secrets.token_hex(8)}"
@@ -85,22 +78,31 @@ def _find_blind(workdir: Path, processes: Processes) -> list[int]:
         (workdir / name).touch()
     name = processes.share("workdir", name)[0]
     try:
-        sees = processes.share("workdir seen", waits_for(workdir / name))
+        sees = processes.share("workdir seen", wait_until_visible(workdir / name))
     finally:
         if processes.index == 0:
             (workdir / name).unlink()
-    return [index for index, does in enumerate(sees) if not does]
+    return [index for index, is_seen in enumerate(sees) if not is_seen]
+
+
+# Workdirs that this process holds. Their files are never closed: closing would unlock them.
+_held: dict[Path, int] = {}
 
 
 def _lock(workdir: Path) -> None:
     """Keeps other runs on this host out of the folder for as long as this process lives."""
-    # Never closed: that would unlock it.
-    descriptor = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT)
+    folder = workdir.resolve()
+    if folder in _held:
+        return
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _held[folder] = descriptor
     except BlockingIOError:
         os.close(descriptor)
-        raise WorkdirInUseError(f"--workdir={workdir} is in use by another run: wait for it, or name another") from None
+        raise WorkdirInUseError(
+            f"--workdir={workdir} is in use by another run: wait for it, or name another"
+        ) from None
     except OSError:
         # Some network file systems have no locks: there, two runs are not kept apart.
         os.close(descriptor)
@@ -108,59 +110,61 @@ def _lock(workdir: Path) -> None:
 
 @contextlib.contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Waits until no other process is within it for the same folder, which is made if it is not
-    there.
-    """
+    """Lets one process at a time work on a folder, which is made if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
-        # Some network file systems have no locks: there, nobody waits.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # Some network file systems have no locks.
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def waits_for(path: Path) -> bool:
-    """Whether what another process has written is seen here, within some seconds."""
-    deadline = time.monotonic() + _VISIBLE_SECONDS
+def wait_until_visible(path: Path) -> bool:
+    """Waits up to `VISIBLE_TIMEOUT_SECONDS` for a path that another process has made."""
+    deadline = time.monotonic() + VISIBLE_TIMEOUT_SECONDS
     while not path.exists():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.2)
+        time.sleep(VISIBLE_POLL_SECONDS)
     return True
 
 
 def changed_since(workdir: Path, config: Config, also_fixed: tuple[str, ...] = ()) -> list[str]:
-    """The keys, with both values, in which `config` differs from the run in `workdir` and may not;
-    none without a run.
+    """The keys, with both values, that may not differ from the run in `workdir` but do.
 
-    `also_fixed` are keys that may otherwise change between the starts of a run.
+    Empty if no run has saved a checkpoint there: a start that failed before its first checkpoint
+    binds nobody to its config.
+
+    Args:
+        also_fixed: keys that may otherwise change between the starts of a run.
 
     Raises:
-        ConfigError: the config that lies there cannot be read.
+        ConfigError: the config in the folder cannot be read.
     """
     path = workdir / "config.json"
-    # A start that failed before its first checkpoint binds nobody to its config.
     if not path.exists() or not any((workdir / "checkpoints").glob("[0-9]*")):
         return []
     try:
         saved = json.loads(path.read_text("utf-8"))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is damaged ({error}): delete it to go on with the config given now") from None
+        raise ConfigError(
+            f"{path} is damaged ({error}): delete it to resume with the config given now"
+        ) from None
     return changed_keys(saved, dataclasses.asdict(config), also_fixed=also_fixed)
 
 
 def check_saved(workdir: Path, config: Config, section: str = "") -> None:
-    """Makes sure that a run which has saved a checkpoint may go on with this config, as far as
-    `section` goes.
+    """Makes sure that a run which has saved a checkpoint may resume with this config.
+
+    Args:
+        section: compares only keys that begin with it.
 
     Raises:
-        ConfigError: names the keys that changed; or the config that lies there is damaged.
+        ConfigError: names the keys that changed; or the config in the folder is damaged.
     """
     changed = [key for key in changed_since(workdir, config) if key.startswith(section)]
     require(
         not changed,
         f"{workdir} holds a run of another config; changed: {', '.join(changed)}. Use another "
-        "--workdir, or "
-        "change only train.num_steps, train.eval_every, train.log_every, mesh, dispatch.transport, "
-        "log, checkpoint",
+        "--workdir, or change only train.num_steps, train.eval_every, train.log_every, mesh, "
+        "dispatch.transport, log, checkpoint",
     )

@@ -1,6 +1,10 @@
-"""The training objective of one micro-batch."""
+"""The training objective of one micro-batch: the loss of the task, and the losses of the router.
+
+The loss of the task is an argument of training (`Loss`): next-token prediction by default.
+"""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,30 +18,41 @@ from mixtral_jax.model.balance import (
     sequence_balance_loss,
 )
 from mixtral_jax.model.transformer import ModelOutput
+from mixtral_jax.parallel.batch import Batch
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepTotals:
-    """Tokens of the whole step, over all micro-batches and devices: what sums are divided by."""
+    """Counts over all micro-batches and devices of a step, which losses divide by.
+
+    `routing` is there only if the load of the whole step is balanced
+    (`router.load_balance.scope=global`): the sums over the whole step.
+    """
 
     supervised: jax.Array
     real: jax.Array
-    routing: RoutingSums | None = (
-        None  # where the load of the whole step is balanced, and not each micro-batch's
-    )
+    routing: RoutingSums | None = None
+
+
+# (output of the model, micro-batch with arrays [B, T], totals of the step) -> this micro-batch's
+# share of the step's loss, a scalar. Shares of micro-batches are added up.
+Loss = Callable[[ModelOutput, Batch, StepTotals], jax.Array]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossParts:
-    """What micro-batches add up to: each field is this micro-batch's share of the step's value."""
+    """One micro-batch's share of each loss of the step; shares are added over micro-batches.
 
-    loss: jax.Array  # cross entropy, nats per supervised token
+    `load_balance_loss`, `sequence_balance_loss` and `router_z_loss` are before their weights.
+    """
+
+    loss: jax.Array
     total_loss: jax.Array
-    load_balance_loss: jax.Array  # before its weight
-    sequence_balance_loss: jax.Array  # before its weight
-    router_z_loss: jax.Array  # before its weight
+    load_balance_loss: jax.Array
+    sequence_balance_loss: jax.Array
+    router_z_loss: jax.Array
     routing: RoutingSums
 
     def __add__(self, other: "LossParts") -> "LossParts":
@@ -48,30 +63,31 @@ class LossParts:
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """Loss of each token in nats, [B, T] float32.
 
-    Compares and sums instead of gathering, so V stays sharded.
+    Compares and sums instead of gathering, so that V can stay sharded.
     """
     logits_BTV = logits_BTV.astype(jnp.float32)
     is_target_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])[None, None]
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.sum(
-        jnp.where(is_target_BTV, logits_BTV, 0), axis=-1
-    )
+    log_partition_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    return log_partition_BT - jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0), axis=-1)
+
+
+def next_token_loss(output: ModelOutput, batch: Batch, totals: StepTotals) -> jax.Array:
+    """Cross entropy of the next token, in nats per supervised token of the step."""
+    losses_BT = cross_entropy(output.logits_BTV, jnp.asarray(batch.targets))
+    is_supervised_BT = jnp.asarray(batch.loss_mask).astype(jnp.float32)
+    return jnp.sum(losses_BT * is_supervised_BT) / totals.supervised
 
 
 def sum_losses(
-    output: ModelOutput,
-    targets_BT: jax.Array,
-    loss_mask_BT: jax.Array,
-    totals: StepTotals,
-    router: RouterConfig,
+    loss: Loss, output: ModelOutput, batch: Batch, totals: StepTotals, router: RouterConfig
 ) -> LossParts:
-    """This micro-batch's share of the step's loss.
+    """This micro-batch's share of all losses of the step.
 
-    Cross entropy is over the step's supervised tokens. The router's losses are those of this
-    micro-batch over all devices, weighted by its share of the step's real tokens: so their weight
-    does not shrink with accumulation, and the z-loss is that of one big batch.
+    The router's losses are computed over this micro-batch on all devices, and weighted by its
+    share of the step's real tokens. So their weight does not shrink under gradient accumulation,
+    and the z-loss is that of one big batch.
     """
-    losses_BT = cross_entropy(output.logits_BTV, targets_BT) * loss_mask_BT.astype(jnp.float32)
-    loss = jnp.sum(losses_BT) / totals.supervised
+    task_loss = loss(output, batch, totals)
     sums = output.routing.sums
     share = sums.tokens[0] / totals.real
     sequence_balance = share * sequence_balance_loss(sums)
@@ -79,8 +95,13 @@ def sum_losses(
     if router.load_balance.scope == "sequence":
         balance = sequence_balance
     z_loss = share * router_z_loss(sums)
-    total_loss = loss + router.load_balance.weight * balance + router.z_loss_weight * z_loss
-    total_loss += router.sequence_loss_weight * sequence_balance
+    total = task_loss + router.load_balance.weight * balance + router.z_loss_weight * z_loss
+    total += router.sequence_loss_weight * sequence_balance
     return LossParts(
-        loss, total_loss, balance, sequence_balance, z_loss, jax.lax.stop_gradient(sums)
+        loss=task_loss,
+        total_loss=total,
+        load_balance_loss=balance,
+        sequence_balance_loss=sequence_balance,
+        router_z_loss=z_loss,
+        routing=jax.lax.stop_gradient(sums),
     )

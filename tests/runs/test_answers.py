@@ -32,7 +32,9 @@ def test_a_base_is_asked_once_until_it_or_the_conversations_change(tmp_path, mon
     monkeypatch.setattr(answers, "ask", lambda *_: next(left))
     run = Run(small_config(), mesh_of(), tmp_path, make_console(output=io.StringIO()), Processes())
     questions = [
-        ("a", "step 3 of a run", "f"), ("a", "step 4 of a run", "f"), ("b", "step 4 of a run", "f"),
+        ("a", "step 3 of a run", "f"),
+        ("a", "step 4 of a run", "f"),
+        ("b", "step 4 of a run", "f"),
         ("b", "step 4 of a run", "g"),
     ]
     for expected, (folder, source, fingerprint) in zip(said, questions, strict=True):

@@ -33,7 +33,9 @@ def open_run(tmp_path, monkeypatch, tokenizer):
 
     def open_it(path, **settings):
         settings = {"train__sequence_length": LENGTH, "data__held_out_fraction": 0.1, **settings}
-        config = small_config(model__vocab_size=tokenizer.vocab_size, data__path=str(path), **settings)
+        config = small_config(
+            model__vocab_size=tokenizer.vocab_size, data__path=str(path), **settings
+        )
         said = io.StringIO()
         run = Run(config, mesh_of(), tmp_path, make_console(output=said), Processes())
         return open_chat(run, tokenizer), said.getvalue(), run
@@ -46,7 +48,9 @@ def write_good(file, count):
     return file
 
 
-def test_batches_are_packed_conversations_with_the_mask_of_their_answers(open_run, tokenizer, tmp_path):
+def test_batches_are_packed_conversations_with_the_mask_of_their_answers(
+    open_run, tokenizer, tmp_path
+):
     data, said, _ = open_run(write_good(tmp_path / "f.jsonl", 200))
     batch, _ = next(data.train_batches.iterate(0))
     assert batch.tokens.shape == (1, 8, LENGTH)
@@ -74,10 +78,15 @@ def test_the_fingerprint_follows_data_template_and_packing(open_run, tmp_path):
     row = {"prompt": "a [INST] b", "completion": "c"}
     (tmp_path / "h.jsonl").write_text((tmp_path / "f.jsonl").read_text() + "\n" + json.dumps(row))
     chosen = [
-        ("f.jsonl", {}), ("g.jsonl", {}), ("h.jsonl", {"data__chat__literal_inst": "keep"}),
-        ("h.jsonl", {"data__chat__literal_inst": "strip"}), ("f.jsonl", {"train__sequence_length": LENGTH + 1}),
+        ("f.jsonl", {}),
+        ("g.jsonl", {}),
+        ("h.jsonl", {"data__chat__literal_inst": "keep"}),
+        ("h.jsonl", {"data__chat__literal_inst": "strip"}),
+        ("f.jsonl", {"train__sequence_length": LENGTH + 1}),
     ]
-    fingerprints = [open_run(tmp_path / name, **settings)[0].fingerprint for name, settings in chosen * 2]
+    fingerprints = [
+        open_run(tmp_path / name, **settings)[0].fingerprint for name, settings in chosen * 2
+    ]
     assert fingerprints[:5] == fingerprints[5:] and len(set(fingerprints)) == 5
 
 
@@ -92,7 +101,9 @@ def test_what_is_left_out_is_said_with_counts(open_run, tmp_path):
     assert expected in said
     _, said, _ = open_run(tmp_path / "f.jsonl", **settings, data__chat__long_rows="drop")
     assert "15 bad rows, 2 conversations longer than a row (dropped)" in said
-    with pytest.raises(ConfigError, match=r"2 of \d+ conversations are longer than train.sequence_length=96"):
+    with pytest.raises(
+        ConfigError, match=r"2 of \d+ conversations are longer than train.sequence_length=96"
+    ):
         open_run(tmp_path / "f.jsonl", **settings, data__chat__long_rows="error")
 
 

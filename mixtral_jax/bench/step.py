@@ -1,0 +1,93 @@
+"""Steady-state speed of the real train step, on made-up tokens."""
+
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mixtral_jax.config import Config
+from mixtral_jax.model.transformer import count_parameters
+from mixtral_jax.parallel.batch import Batch, batch_spec
+from mixtral_jax.parallel.rules import AxisRules
+from mixtral_jax.plan.flops import model_flops_per_step
+from mixtral_jax.train.step import peak_memory_bytes
+from mixtral_jax.train.training import make_training
+
+NUM_WARMUP_STEPS, NUM_MEASURED_STEPS = 2, 8
+# The dense matmul that the step is compared with.
+CEILING_ROWS = 2048
+CEILING_FLOPS = 2e10
+
+
+def describe_step(figures: dict[str, Any]) -> str:
+    """The figures in a line for people."""
+    return (
+        f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['step_seconds_median']:.3f} s a "
+        f"step, {figures['utilization']:.0%} of a dense matmul's "
+        f"{figures['ceiling_flops_per_second'] / 1e9:,.0f} GFLOP/s, "
+        f"{(figures['peak_memory_bytes'] or 0) / 2**20:,.0f} MiB a device"
+    )
+
+
+def measure_step(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Compiles the real step, times it, and times a dense matmul in the same minute to compare."""
+    device = mesh.devices.flat[0]
+    ceiling = _measure_ceiling(config, device)
+    # Virtual CPU devices share the cores that one of them uses all of.
+    ceiling *= 1 if device.platform == "cpu" else mesh.size
+    training = make_training(config, device.platform)
+    with jax.set_mesh(mesh):
+        state, batch = training.init(), make_up_batch(config, mesh)
+        model: Any = state.model()
+        parameters = count_parameters(model, nnx.Param)
+        trained = count_parameters(model, training.trainable)
+        step = training.train_step.lower(state, batch).compile()
+        seconds = []
+        for _ in range(NUM_WARMUP_STEPS + NUM_MEASURED_STEPS):
+            start = time.perf_counter()
+            state, metrics = step(state, batch)
+            jax.block_until_ready((state, metrics))
+            seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds[NUM_WARMUP_STEPS:])
+    flops = model_flops_per_step(config, parameters, trained)
+    return {
+        "tokens_per_second": config.train.batch_size * config.train.sequence_length / median,
+        "step_seconds_median": median,
+        "model_flops_per_step": flops,
+        "ceiling_flops_per_second": ceiling,
+        "utilization": flops / median / ceiling,
+        "peak_memory_bytes": peak_memory_bytes(step),
+    }
+
+
+def make_up_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:
+    """A batch of random tokens, one document per row, on the mesh."""
+    train, vocab_size = config.train, config.model.vocab_size
+    shape = (train.gradient_accumulation, train.micro_batch_size, train.sequence_length)
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, vocab_size, (*shape[:2], shape[2] + 1), dtype=np.int32)
+    ones = np.ones(shape, np.int32)
+    positions = np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape)
+    batch = Batch(tokens[..., :-1], tokens[..., 1:], ones, ones, positions)
+    return jax.device_put(batch, jax.NamedSharding(mesh, batch_spec(AxisRules())))
+
+
+def _measure_ceiling(config: Config, device: Any) -> float:
+    """FLOP/s of a dense matmul of an expert's shape, in the compute dtype, on one device."""
+    rows, D, F = CEILING_ROWS, config.model.hidden_size, config.model.intermediate_size
+    x = jax.device_put(jnp.ones((rows, D), config.model.dtype), device)
+    weight = jax.device_put(jnp.ones((D, F), config.model.dtype), device)
+    repeats = max(1, int(CEILING_FLOPS / (2 * rows * D * F)))
+
+    @jax.jit
+    def multiply(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, repeats, lambda _, x: (x @ weight) @ weight.T / F / D, x)
+
+    multiply(x, weight).block_until_ready()
+    start = time.perf_counter()
+    multiply(x, weight).block_until_ready()
+    return 4 * rows * D * F * repeats / (time.perf_counter() - start)

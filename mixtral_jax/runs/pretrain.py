@@ -1,0 +1,63 @@
+"""The recipe of pretraining: text, and random weights or those of a dense model."""
+
+from collections.abc import Callable, Sequence
+
+from mixtral_jax.data.tokenizer import read_tokenizer
+from mixtral_jax.runs.base import Base, saved_steps
+from mixtral_jax.runs.describe import describe_run
+from mixtral_jax.runs.run import Run
+from mixtral_jax.runs.stop import StopSignal
+from mixtral_jax.runs.text_data import TrainingData, open_text
+from mixtral_jax.runs.training import Callback, train_model
+from mixtral_jax.runs.upcycle import dense_loader, open_dense, start_dense
+from mixtral_jax.train.loop import Outcome
+
+# Reads the data of a run, with the tokenizer given; None takes or trains that of the config.
+OpenData = Callable[..., TrainingData]
+
+
+def pretrain(
+    run: Run,
+    stop: StopSignal,
+    *,
+    open_data: OpenData = open_text,
+    callbacks: Sequence[Callback] = (),
+) -> Outcome:
+    """Trains on the text of a run; with a section `upcycle`, from the weights of a dense model.
+
+    Args:
+        open_data: reads the data, by default as `data.path` says.
+    """
+    if run.config.upcycle:
+        return _upcycle(run, stop, open_data=open_data, callbacks=callbacks)
+    describe_run(run)
+    with stop.at_once():
+        data = open_data(run)
+    return train_model(run, data, stop, callbacks=callbacks).outcome
+
+
+def _upcycle(
+    run: Run, stop: StopSignal, *, open_data: OpenData, callbacks: Sequence[Callback]
+) -> Outcome:
+    dense: Base | None = None
+    # A run that has saved a step needs its dense model no more: its workdir has all weights.
+    if not saved_steps(run):
+        assert run.config.upcycle is not None
+        if run.config.upcycle.base is None and _pretrain_dense(run, stop) == "stopped":
+            return "stopped"
+        dense = open_dense(run)
+    describe_run(run)
+    with stop.at_once():
+        kept = run.workdir / "tokenizer.model"
+        data = open_data(run, dense.tokenizer if dense else read_tokenizer(f"{kept}"))
+    load = dense_loader(dense, run) if dense else None
+    return train_model(run, data, stop, load, callbacks=callbacks).outcome
+
+
+def _pretrain_dense(run: Run, stop: StopSignal) -> Outcome:
+    """Pretrains the dense model of an upcycled run that names none."""
+    dense = start_dense(run)
+    if dense.config.train.num_steps in saved_steps(dense):
+        return "finished"
+    run.console.print(f"upcycle.base is not given: pretraining a dense model into {dense.workdir}")
+    return pretrain(dense, stop)

@@ -1,0 +1,172 @@
+"""Runs from Python, for notebooks and programs: what the scripts do, as functions that return.
+
+A face of the recipes beside it: `mixtral_jax.train` and `mixtral_jax.tune` are these functions.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from mixtral_jax.config import Config, ConfigError, require
+from mixtral_jax.parallel.processes import Processes
+from mixtral_jax.pretrained import Pretrained, load_pretrained
+from mixtral_jax.runs.export import export_run
+from mixtral_jax.runs.own_data import Conversation, Text, TokenIds, keep_conversations, keep_texts
+from mixtral_jax.runs.pretrain import pretrain
+from mixtral_jax.runs.run import Run, choose_workdir, start_run
+from mixtral_jax.runs.stop import StopSignal
+from mixtral_jax.runs.text_data import open_text
+from mixtral_jax.runs.training import Callback
+from mixtral_jax.runs.tune import find_base
+from mixtral_jax.runs.tune import tune as tune_base
+from mixtral_jax.train.loop import Outcome
+from mixtral_jax.train.loss import Loss, next_token_loss
+
+PathLike = str | Path
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """A run that has ended.
+
+    Attributes:
+        outcome: `finished`, or `stopped` by Ctrl-C or SIGTERM after a step that is saved; the same
+            call then goes on.
+        config: of the run, its mesh as numbers.
+        workdir: holds its checkpoints and all other files.
+        metrics: the rows of metrics.jsonl, one per logged step.
+    """
+
+    outcome: Outcome
+    config: Config
+    workdir: Path
+    metrics: list[dict[str, Any]]
+    mesh: jax.sharding.Mesh | None
+
+    @functools.cached_property
+    def loaded(self) -> Pretrained:
+        """The model of the newest checkpoint, loaded when it is first asked for."""
+        return load_pretrained(self.workdir, self.config.model.dtype, self.mesh)
+
+
+def train(
+    config: Config,
+    *,
+    workdir: PathLike | None = None,
+    data: Iterable[Text] | Iterable[TokenIds] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    loss: Loss | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> RunResult:
+    """Pretrains a model, as train.py does; the same workdir again resumes.
+
+    Args:
+        config: as of `load_config`.
+        workdir: where everything is written; by default a new folder under runs/.
+        data: texts, or arrays of token ids, one per document; None reads `config.data.path`.
+        optimizer: any optax transformation, in place of the config's.
+        loss: of the task, in place of the cross entropy of the next token: a function of the
+            model's output, the micro-batch and the step's totals (`mixtral_jax.train.loss.Loss`).
+        callbacks: each is called with the row of every logged step; rows of evaluations have
+            `eval/` figures in them.
+
+    Raises:
+        ConfigError: what train.py exits with code 2 for.
+    """
+    require(config.finetune is None, "the config has a section finetune: call mixtral_jax.tune")
+    with _session() as (processes, stop):
+        folder = choose_workdir(_to_path(workdir), "python", processes)
+        open_data = open_text
+        if data is not None:
+            own = keep_texts(data, config, folder)
+            config, open_data = own.config, own.open_data
+        run = start_run(
+            config, folder, processes, optimizer=optimizer, loss=loss or next_token_loss
+        )
+        outcome = pretrain(run, stop, open_data=open_data, callbacks=callbacks)
+    return _result(run, outcome)
+
+
+def tune(
+    config: Config,
+    *,
+    workdir: PathLike | None = None,
+    base: PathLike | None = None,
+    data: Iterable[Conversation] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    loss: Loss | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> RunResult:
+    """Tunes a model on conversations, as finetune_instruct.py does; the same workdir again resumes.
+
+    The tuned model is exported to `workdir/export`, for other programs.
+
+    Args:
+        config: as of `load_config`, with a section `finetune`.
+        base: the model that is tuned: whatever `load_pretrained` takes; None takes
+            `config.finetune.base`, or pretrains a small one.
+        data: conversations, each a list of messages or a row of any chat format; None reads
+            `config.data.path`.
+
+    The other arguments are those of `train`.
+
+    Raises:
+        ConfigError: what finetune_instruct.py exits with code 2 for.
+    """
+    if config.finetune is None:
+        raise ConfigError("the config has no section finetune: call mixtral_jax.train")
+    if base is not None:
+        finetune = dataclasses.replace(config.finetune, base=str(base))
+        config = dataclasses.replace(config, finetune=finetune)
+    with _session() as (processes, stop):
+        folder = choose_workdir(_to_path(workdir), "python", processes)
+        if data is not None:
+            config = keep_conversations(data, config, folder)
+        found = find_base(config, folder, processes, stop)
+        if found is None:
+            return RunResult("stopped", config, folder, metrics=[], mesh=None)
+        run = start_run(
+            found.fit(config), folder, processes, optimizer=optimizer, loss=loss or next_token_loss
+        )
+        tuned = tune_base(run, found, stop, callbacks)
+        if tuned is not None:
+            export_run(run, folder / "export")
+    return _result(run, "stopped" if tuned is None else "finished")
+
+
+@contextlib.contextmanager
+def _session() -> Iterator[tuple[Processes, StopSignal]]:
+    """One process and its signals; jax's settings are those of before when it ends.
+
+    Raises:
+        ConfigError: this is one of several processes.
+    """
+    require(
+        not jax.distributed.is_initialized(),
+        "mixtral_jax.train and tune are for one process: start train.py on each host instead",
+    )
+    precision = jax.config.jax_default_matmul_precision
+    processes = Processes()
+    try:
+        with processes, StopSignal(processes) as stop:
+            yield processes, stop
+    finally:
+        jax.config.update("jax_default_matmul_precision", precision)
+
+
+def _to_path(path: PathLike | None) -> Path | None:
+    return None if path is None else Path(path).expanduser()
+
+
+def _result(run: Run, outcome: Outcome) -> RunResult:
+    path = run.workdir / "metrics.jsonl"
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    metrics = [json.loads(line) for line in lines]
+    return RunResult(outcome, run.config, run.workdir, metrics, run.mesh)
