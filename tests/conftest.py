@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 
 # Most of a test's time is compiling: XLA does a third of the work with these, and the same
-# arithmetic. The runs in tests/train/test_resume.py go without them, as users' runs do.
+# arithmetic. The runs in tests/training/test_resume.py go without them, as users' runs do.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith(
     "0.10."

@@ -7,14 +7,14 @@ import signal
 
 import numpy as np
 import pytest
+from mixtral_jax.runs.tuning_base import find_base
 
 import mixtral_jax
 from mixtral_jax.config import ConfigError
 from mixtral_jax.data.chat.template import ChatTemplate
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs.tune import parse_tuning_flags
-from mixtral_jax.runs.tuning_base import find_base
-from mixtral_jax.train.loop import StopSignal
+from mixtral_jax.training.loop import StopSignal
 from tests.scripts import (
     TINY,
     finish,

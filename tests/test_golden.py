@@ -13,7 +13,7 @@ import pytest
 from mixtral_jax.model.balance import load_balance_loss, sum_routing
 from mixtral_jax.model.transformer import ModelOutput
 from mixtral_jax.parallel.batch import Batch
-from mixtral_jax.train.loss import cross_entropy
+from mixtral_jax.training.loss import cross_entropy
 from tests.cases import mesh_of, relative_norm
 from tests.golden.comparison import (
     IGNORED,

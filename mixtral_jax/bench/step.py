@@ -14,8 +14,8 @@ from mixtral_jax.model.transformer import count_parameters
 from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.rules import AxisRules
 from mixtral_jax.plan.flops import model_flops_per_step
-from mixtral_jax.train.step import peak_memory_bytes
-from mixtral_jax.train.training import make_training
+from mixtral_jax.training.assemble import make_training
+from mixtral_jax.training.step import peak_memory_bytes
 
 NUM_WARMUP_STEPS, NUM_MEASURED_STEPS = 2, 8
 # The dense matmul that the step is compared with.

@@ -47,8 +47,9 @@ def main(arguments: list[str]) -> int:
     data = _choose_data(sections["data"], names_data, run.data if run else None)
     fingerprint_source(data.path, data.suffixes)  # Missing data are found before much is loaded.
     step = find_step(flags.checkpoint, run)
-    is_step = run is not None and step is not None
-    folder = flags.to or (run.workdir / "analysis" / str(step) if is_step else None)
+    folder = flags.to
+    if folder is None and run is not None and step is not None:
+        folder = run.workdir / "analysis" / str(step)
     with claim_stdout() as output, join_processes(model.launch) as processes:
         if folder and processes.index == 0:
             _make_folder(folder)
@@ -56,7 +57,7 @@ def main(arguments: list[str]) -> int:
         task = read_task(flags, data, loaded)
         num_sequences = task.num_sequences or DEFAULT_NUM_SEQUENCES
         task = dataclasses.replace(task, num_sequences=num_sequences)
-        earlier = find_earlier(run, step, model.dtype, loaded.mesh) if is_step else {}
+        earlier = find_earlier(run, step, model.dtype, loaded.mesh)
         analysis = analyze_text(loaded, task, processes, earlier=earlier, compares_dtypes=True)
         if processes.index == 0:
             summary = {

@@ -16,7 +16,7 @@ from mixtral_jax.model.balance import RoutingSums, add_sums
 from mixtral_jax.model.routing_metrics import name_metrics, router_metrics
 from mixtral_jax.model.transformer import ModelOutput
 from mixtral_jax.parallel.batch import Batch
-from mixtral_jax.train.loss import cross_entropy
+from mixtral_jax.training.loss import cross_entropy
 
 Evaluator = Callable[[Any], dict[str, Any]]
 

@@ -14,7 +14,7 @@ from mixtral_jax.generate.cache import bucket
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.parallel.mesh import matmul_precision
 from mixtral_jax.pretrained import Pretrained
-from mixtral_jax.train.loss import cross_entropy
+from mixtral_jax.training.loss import cross_entropy
 
 # Of a device at once; and of a row, whose logits are held at once.
 _TOKENS_AT_ONCE, _LOGITS_AT_ONCE = 2048, 512

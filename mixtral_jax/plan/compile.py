@@ -20,8 +20,8 @@ from mixtral_jax.parallel.rules import AxisRules
 from mixtral_jax.plan.hlo import Program, parse_program
 from mixtral_jax.plan.meshes import describe_mesh, meshes_that_fit
 from mixtral_jax.plan.topology import Target
-from mixtral_jax.train.step import peak_memory_bytes
-from mixtral_jax.train.training import Training, make_training
+from mixtral_jax.training.assemble import Training, make_training
+from mixtral_jax.training.step import peak_memory_bytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,8 +24,8 @@ from mixtral_jax.runs.ablation_run import train_arm
 from mixtral_jax.runs.run import platform_of, prepare_devices
 from mixtral_jax.runs.stop import StopSignal
 from mixtral_jax.runs.workdir import changed_since, one_at_a_time
-from mixtral_jax.train.loop import Outcome
-from mixtral_jax.train.training import make_training
+from mixtral_jax.training.assemble import make_training
+from mixtral_jax.training.loop import Outcome
 
 # Programs that compile faster than this are not worth a file.
 _MIN_COMPILE_SECONDS = 0.3

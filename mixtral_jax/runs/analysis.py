@@ -86,9 +86,14 @@ def analyze_text(
 
 
 def find_earlier(
-    run: TrainedRun, step: int, dtype: Dtype | None, mesh: jax.sharding.Mesh
+    run: TrainedRun | None, step: int | None, dtype: Dtype | None, mesh: jax.sharding.Mesh
 ) -> dict[int, LoadStep]:
-    """The checkpoints of a run that were saved before a step, and how to load each."""
+    """The checkpoints of a run that were saved before a step, and how to load each.
+
+    There are none for weights that are no step of a run.
+    """
+    if run is None or step is None:
+        return {}
     checkpoints = run.workdir / "checkpoints"
     return {
         number: functools.partial(load_pretrained, checkpoints / str(number), dtype, mesh)

@@ -28,7 +28,7 @@ from mixtral_jax.runs import checkup
 from mixtral_jax.runs.checkup import Problem
 from mixtral_jax.runs.describe import describe_experts
 from mixtral_jax.runs.run import prepare_devices
-from mixtral_jax.train.training import Training, make_training
+from mixtral_jax.training.assemble import Training, make_training
 
 
 def examine(config: Config, workdir: Path | None, processes: Processes) -> dict[str, Any]:

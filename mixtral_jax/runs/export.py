@@ -14,7 +14,7 @@ from mixtral_jax.config import ConfigError
 from mixtral_jax.runs.console import byte_progress
 from mixtral_jax.runs.run import Run
 from mixtral_jax.runs.workdir import wait_until_visible
-from mixtral_jax.train.state import TrainState
+from mixtral_jax.training.state import TrainState
 
 
 def save_adapters(run: Run, state: TrainState, base: Path) -> None:

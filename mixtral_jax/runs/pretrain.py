@@ -10,7 +10,7 @@ from mixtral_jax.runs.stop import StopSignal
 from mixtral_jax.runs.text_data import TrainingData, open_text
 from mixtral_jax.runs.training import Callback, train_model
 from mixtral_jax.runs.upcycle import dense_loader, open_dense, start_dense
-from mixtral_jax.train.loop import Outcome
+from mixtral_jax.training.loop import Outcome
 
 # Reads the data of a run, with the tokenizer given; None takes or trains that of the config.
 OpenData = Callable[..., TrainingData]

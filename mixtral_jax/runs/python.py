@@ -26,8 +26,8 @@ from mixtral_jax.runs.text_data import open_text
 from mixtral_jax.runs.training import Callback
 from mixtral_jax.runs.tune import find_base
 from mixtral_jax.runs.tune import tune as tune_base
-from mixtral_jax.train.loop import Outcome
-from mixtral_jax.train.loss import Loss, next_token_loss
+from mixtral_jax.training.loop import Outcome
+from mixtral_jax.training.loss import Loss, next_token_loss
 
 PathLike = str | Path
 
@@ -73,7 +73,7 @@ def train(
         data: texts, or arrays of token ids, one per document; None reads `config.data.path`.
         optimizer: any optax transformation, in place of the config's.
         loss: of the task, in place of the cross entropy of the next token: a function of the
-            model's output, the micro-batch and the step's totals (`mixtral_jax.train.loss.Loss`).
+            model's output, the micro-batch and the step's totals (`mixtral_jax.training.loss.Loss`).
         callbacks: each is called with the row of every logged step; rows of evaluations have
             `eval/` figures in them.
 
@@ -152,7 +152,8 @@ def _session() -> Iterator[tuple[Processes, StopSignal]]:
         not jax.distributed.is_initialized(),
         "mixtral_jax.train and tune are for one process: start train.py on each host instead",
     )
-    precision = jax.config.jax_default_matmul_precision
+    settings: Any = jax.config
+    precision = settings.jax_default_matmul_precision
     processes = Processes()
     try:
         with processes, StopSignal(processes) as stop:

@@ -10,7 +10,7 @@ from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.parallel.agreement import require_same
 from mixtral_jax.runs.run import Run
 from mixtral_jax.runs.text_data import SAME_DATA, name_data
-from mixtral_jax.train.state import TrainState
+from mixtral_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,8 +24,8 @@ from mixtral_jax.parallel.mesh import (
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs.console import make_console
 from mixtral_jax.runs.workdir import NEEDED, open_workdir
-from mixtral_jax.train.loss import Loss, next_token_loss
-from mixtral_jax.train.training import Training, make_training
+from mixtral_jax.training.assemble import Training, make_training
+from mixtral_jax.training.loss import Loss, next_token_loss
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mixtral_jax.parallel.processes import Processes
-from mixtral_jax.train.loop import Outcome
+from mixtral_jax.training.loop import Outcome
 
 # 75 is EX_TEMPFAIL: run the same command again.
 EXIT_CODES: dict[Outcome, int] = {"finished": 0, "stopped": 75}

@@ -13,8 +13,8 @@ from mixtral_jax.runs.resume import resume_or_init
 from mixtral_jax.runs.run import Run
 from mixtral_jax.runs.stop import StopSignal
 from mixtral_jax.runs.text_data import TrainingData
-from mixtral_jax.train.loop import Ending, TrainLoop
-from mixtral_jax.train.metrics import MetricLog, Record
+from mixtral_jax.training.loop import Ending, TrainLoop
+from mixtral_jax.training.metrics import MetricLog, Record
 from mixtral_jax.whole_files import write_json
 
 # Called with the record of each logged step; a step that was evaluated has `eval/` figures in it.

@@ -21,7 +21,7 @@ from mixtral_jax.runs.run import Run, platform_of, start_run
 from mixtral_jax.runs.stop import StopSignal
 from mixtral_jax.runs.training import Callback, train_model
 from mixtral_jax.runs.workdir import check_saved
-from mixtral_jax.train.training import make_training
+from mixtral_jax.training.assemble import make_training
 from mixtral_jax.whole_files import write_json
 
 

@@ -20,7 +20,7 @@ from mixtral_jax.checkpoint.formats.adapters import (
 )
 from mixtral_jax.config import ConfigError, LoRAConfig, build
 from mixtral_jax.finetune.surgery import merge_adapters
-from mixtral_jax.finetune.tunable import make_tunable
+from mixtral_jax.training.assemble import make_training
 from tests.cases import mesh_of, small_config
 
 LORA = LoRAConfig(rank=3, targets="attention+experts+router")
@@ -29,7 +29,7 @@ SIZES = {"expert": 4, "fsdp": 2}
 
 def adapted(lora: LoRAConfig = LORA, seed: int | None = None) -> Any:
     """A model with adapters that do something; without a seed its shapes."""
-    tunable = make_tunable(
+    tunable = make_training(
         small_config(finetune__lora={"rank": lora.rank, "targets": lora.targets}), "cpu"
     )
     if seed is None:

@@ -22,8 +22,8 @@ from mixtral_jax.checkpoint.run import RunCheckpoints
 from mixtral_jax.checkpoint.weights import Weights, open_weights
 from mixtral_jax.config import ConfigError
 from mixtral_jax.model.transformer import Transformer, model_maker
-from mixtral_jax.train.optimizer import make_optimizer
-from mixtral_jax.train.state import init_state
+from mixtral_jax.training.optimizer import make_optimizer
+from mixtral_jax.training.state import init_state
 from tests.cases import mesh_of, small_config
 from tests.checkpoint.folders import (
     SMALL,

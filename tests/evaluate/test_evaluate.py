@@ -10,7 +10,7 @@ import pytest
 from mixtral_jax.evaluate.ngram import measure_ngrams
 from mixtral_jax.evaluate.perplexity import TokenBytes, make_evaluator
 from mixtral_jax.model.transformer import model_maker
-from mixtral_jax.train.state import init_state
+from mixtral_jax.training.state import init_state
 from tests.cases import mesh_of, on_mesh, packed_batch, small_config
 
 BOS = 1

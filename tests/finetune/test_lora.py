@@ -12,11 +12,11 @@ from flax import nnx
 
 from mixtral_jax.config import Config
 from mixtral_jax.finetune.surgery import drop_inputs, merge_adapters
-from mixtral_jax.finetune.tunable import Tunable, make_tunable
 from mixtral_jax.plan.hlo import parse_program
-from mixtral_jax.train.optimizer import make_optimizer
-from mixtral_jax.train.state import TrainState, init_state
-from mixtral_jax.train.step import TrainStep, make_train_step
+from mixtral_jax.training.assemble import Training, make_training
+from mixtral_jax.training.optimizer import make_optimizer
+from mixtral_jax.training.state import TrainState, init_state
+from mixtral_jax.training.step import TrainStep, make_train_step
 from tests.cases import mesh_of, on_mesh, packed_batch, relative_norm, small_config
 
 STEPS = 5
@@ -32,8 +32,8 @@ def tuning_config(*, rank: int = 3, dropout: float = 0.0, **overrides: Any) -> C
     return small_config(finetune__lora=lora, **{"model__num_experts": 4, **overrides})
 
 
-def prepare(config: Config) -> tuple[Tunable, TrainState, TrainStep]:
-    tunable = make_tunable(config, "cpu")
+def prepare(config: Config) -> tuple[Training, TrainState, TrainStep]:
+    tunable = make_training(config, "cpu")
     optimizer = make_optimizer(
         config.optimizer, lambda step: 1e-2, config.router.learning_rate_factor
     )
@@ -99,7 +99,7 @@ def train(**sizes: int) -> Trained:
 def test_fresh_adapters_change_no_bit(sizes: dict[str, int], dtype: str) -> None:
     config = tuning_config(model__dtype=dtype)
     with jax.set_mesh(mesh_of(**sizes)):
-        tunable = make_tunable(config, "cpu")
+        tunable = make_training(config, "cpu")
         base = jax.jit(tunable.make_base)()
         adapted = jax.jit(tunable.adapt)(base)
         assert (

@@ -11,10 +11,10 @@ from flax import nnx
 from mixtral_jax.config import ConfigError, FinetuneConfig, build
 from mixtral_jax.finetune.targets import match_targets
 from mixtral_jax.finetune.trained import describe_trained, list_parts
-from mixtral_jax.finetune.tunable import make_tunable
 from mixtral_jax.model.transformer import count_parameters
-from mixtral_jax.train.optimizer import make_optimizer
-from mixtral_jax.train.state import TrainState, abstract_state, init_state
+from mixtral_jax.training.assemble import make_training
+from mixtral_jax.training.optimizer import make_optimizer
+from mixtral_jax.training.state import TrainState, abstract_state, init_state
 from tests.cases import mesh_of, small_config
 
 ATTENTION = ["attention.key", "attention.out", "attention.query", "attention.value"]
@@ -25,7 +25,7 @@ NAMES = [*ATTENTION, *EXPERTS, "moe.router.gate"]
 def shapes_of(factor: float = 1.0, **finetune: Any) -> tuple[Any, Any]:
     """The model that is tuned, as shapes, and what tells its trained parameters."""
     config = small_config(finetune=finetune, router__learning_rate_factor=factor)
-    tunable = make_tunable(config, "cpu")
+    tunable = make_training(config, "cpu")
     with jax.set_mesh(mesh_of()):
         return jax.eval_shape(tunable.make_model), tunable.trainable
 
@@ -114,7 +114,7 @@ def test_adapters_are_counted_apart_from_what_they_adapt() -> None:
 
 def test_frozen_weights_may_be_bfloat16_while_adapters_and_their_moments_are_float32() -> None:
     config = small_config(finetune__frozen_dtype="bfloat16")
-    tunable = make_tunable(config, "cpu")
+    tunable = make_training(config, "cpu")
     with jax.set_mesh(mesh_of(expert=4, fsdp=2)):
         optimizer = make_optimizer(
             config.optimizer, lambda step: 1.0, config.router.learning_rate_factor
@@ -135,7 +135,7 @@ def test_frozen_weights_may_be_bfloat16_while_adapters_and_their_moments_are_flo
 def updates_of(config_overrides: dict[str, Any]) -> dict[str, float]:
     """The largest first update of each trained leaf, of gradients that are all one."""
     config = small_config(**config_overrides)
-    tunable = make_tunable(config, "cpu")
+    tunable = make_training(config, "cpu")
     with jax.set_mesh(mesh_of()):
         optimizer = make_optimizer(
             config.optimizer, lambda step: 1.0, config.router.learning_rate_factor
@@ -178,7 +178,7 @@ def test_both_halves_of_an_adapter_decay() -> None:
 
 def test_a_base_that_is_there_is_tuned_in_place() -> None:
     config = small_config(finetune__lora={"rank": 4, "targets": "attention"})
-    tunable = make_tunable(config, "cpu")
+    tunable = make_training(config, "cpu")
     optimizer = make_optimizer(
         config.optimizer, lambda step: 1.0, config.router.learning_rate_factor
     )

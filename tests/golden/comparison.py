@@ -20,9 +20,9 @@ from mixtral_jax.config import RouterConfig
 from mixtral_jax.finetune.surgery import enter_training
 from mixtral_jax.model.transformer import ModelOutput, Transformer, model_maker
 from mixtral_jax.parallel.batch import Batch
-from mixtral_jax.train.loss import StepTotals, sum_losses
-from mixtral_jax.train.state import TrainState
-from mixtral_jax.train.step import make_train_step
+from mixtral_jax.training.loss import StepTotals, sum_losses
+from mixtral_jax.training.state import TrainState
+from mixtral_jax.training.step import make_train_step
 from tests.cases import on_mesh
 
 IGNORED = -100

@@ -16,12 +16,12 @@ from mixtral_jax.checkpoint.parameters import parameter_shape, parameters_of
 from mixtral_jax.config import Config, ConfigError, build, changed_keys
 from mixtral_jax.finetune.targets import PRESETS
 from mixtral_jax.finetune.trained import list_parts
-from mixtral_jax.finetune.tunable import make_tunable
 from mixtral_jax.generate.generator import Generator
 from mixtral_jax.generate.settings import Settings
 from mixtral_jax.model.transformer import count_parameters, model_maker
 from mixtral_jax.plan.flops import model_flops_per_step
 from mixtral_jax.runs.run import describe_choice
+from mixtral_jax.training.assemble import make_training
 from tests.cases import RULES, mesh_of, on_mesh, packed_batch, relative_norm, small_config
 from tests.checkpoint.folders import architecture_of
 from tests.reference import reference_logits, swiglu
@@ -152,7 +152,7 @@ def test_a_dense_layer_lies_on_a_mesh_as_attention_does():
 def test_presets_adapt_shared_experts_with_the_others():
     for targets in PRESETS:
         config = small_config(finetune__lora={"targets": targets, "rank": 2}, **SHARED)
-        tunable = make_tunable(config, "cpu")
+        tunable = make_training(config, "cpu")
         with jax.set_mesh(mesh_of()):
             parts = list_parts(jax.eval_shape(tunable.make_model), tunable.trainable)
         adapted = {part.name for part in parts if part.trained and "shared_experts" in part.name}
@@ -162,7 +162,7 @@ def test_presets_adapt_shared_experts_with_the_others():
 def test_adapters_on_shared_experts_add_nothing_at_first():
     mesh = mesh_of(fsdp=2, expert=2, tensor=2)
     config = small_config(finetune__lora={"rank": 2}, **SHARED)
-    tunable, batch = make_tunable(config, "cpu"), packed_batch(config)
+    tunable, batch = make_training(config, "cpu"), packed_batch(config)
     with jax.set_mesh(mesh):
         plain, adapted = jax.jit(tunable.make_base)(), jax.jit(tunable.make_model)()
     np.testing.assert_array_equal(logits_of(adapted, mesh, batch), logits_of(plain, mesh, batch))

@@ -18,7 +18,7 @@ from mixtral_jax.checkpoint.formats.adapters import read_adapters, read_peft_con
 from mixtral_jax.checkpoint.on_devices import load_model
 from mixtral_jax.checkpoint.weights import open_weights
 from mixtral_jax.config import FinetuneConfig, LoRAConfig
-from mixtral_jax.finetune.tunable import Tunable, make_tunable
+from mixtral_jax.training.assemble import Training, make_training
 from tests.cases import RULES, mesh_of
 
 torch = pytest.importorskip("torch", reason="parity needs torch: make test-parity installs it")
@@ -33,9 +33,9 @@ TOKENS = np.random.default_rng(0).integers(0, 512, (8, 16), dtype=np.int32)
 TOLERANCE = 5e-5
 
 
-def tunable_of(lora: LoRAConfig) -> Tunable:
+def tunable_of(lora: LoRAConfig) -> Training:
     config = open_weights(GOLDEN).architecture.config(batch_size=8)
-    return make_tunable(dataclasses.replace(config, finetune=FinetuneConfig(lora=lora)), "cpu")
+    return make_training(dataclasses.replace(config, finetune=FinetuneConfig(lora=lora)), "cpu")
 
 
 def tuned_model(lora: LoRAConfig) -> Any:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs import answers
 from mixtral_jax.runs.answers import Answer, Answers, ask_base
-from mixtral_jax.runs.run import Run
-from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs.console import make_console
+from mixtral_jax.runs.run import Run
 from tests.cases import mesh_of, small_config
 
 

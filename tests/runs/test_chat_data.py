@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from mixtral_jax.runs.chat_data import open_chat
-from mixtral_jax.runs.run import Run
 from mixtral_jax.config import ConfigError
 from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.parallel.processes import Processes
+from mixtral_jax.runs.chat_data import open_chat
 from mixtral_jax.runs.console import make_console
+from mixtral_jax.runs.run import Run
 from tests.cases import mesh_of, small_config
 from tests.data.chat_cases import good_line, train_tokenizer, write_mixed_rows
 

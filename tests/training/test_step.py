@@ -9,20 +9,20 @@ import optax
 import pytest
 
 from mixtral_jax.config import OptimizerConfig
-from mixtral_jax.finetune.tunable import make_tunable
 from mixtral_jax.model.transformer import model_maker
-from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from mixtral_jax.train.state import init_state
-from mixtral_jax.train.step import make_train_step
+from mixtral_jax.training.assemble import make_training
+from mixtral_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from mixtral_jax.training.state import init_state
+from mixtral_jax.training.step import make_train_step
 from tests.cases import mesh_of, on_mesh, packed_batch, relative_norm, small_config
-from tests.train.test_mesh_invariance import remember_gradients
+from tests.training.test_mesh_invariance import remember_gradients
 
 
 def gradients_of(config, batch, mesh, change=lambda state: state):
     """Gradient leaves by path, and metrics, of one step."""
     optimizer, tunable = (
         optax.chain(remember_gradients(), optax.sgd(0.0)),
-        make_tunable(config, "cpu"),
+        make_training(config, "cpu"),
     )
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         state = change(init_state(tunable.make_model, optimizer))

@@ -8,7 +8,7 @@ import numpy as np
 from mixtral_jax.data.packing import make_row, plan_rows
 from mixtral_jax.data.store import TokenStore
 from mixtral_jax.model.transformer import model_maker
-from mixtral_jax.train.loss import cross_entropy
+from mixtral_jax.training.loss import cross_entropy
 from tests.cases import mesh_of, small_config
 
 LENGTH = 32

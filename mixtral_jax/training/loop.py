@@ -12,9 +12,9 @@ import jax
 from mixtral_jax.checkpoint.run import RunCheckpoints
 from mixtral_jax.config import CheckpointConfig, TrainConfig
 from mixtral_jax.parallel.batch import Batch
-from mixtral_jax.train.metrics import MetricLog, Record, check_finite
-from mixtral_jax.train.state import TrainState
-from mixtral_jax.train.step import TrainStep, peak_memory_bytes
+from mixtral_jax.training.metrics import MetricLog, Record, check_finite
+from mixtral_jax.training.state import TrainState
+from mixtral_jax.training.step import TrainStep, peak_memory_bytes
 
 Outcome = Literal["finished", "stopped"]
 

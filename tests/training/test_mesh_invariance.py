@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from mixtral_jax.finetune.tunable import make_tunable
-from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from mixtral_jax.train.state import init_state
-from mixtral_jax.train.step import make_train_step
+from mixtral_jax.training.assemble import make_training
+from mixtral_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from mixtral_jax.training.state import init_state
+from mixtral_jax.training.step import make_train_step
 from tests.cases import mesh_of, on_mesh, packed_batch, relative_norm, small_config
 
 STEPS = 12
@@ -35,7 +35,7 @@ def remember_gradients():
 def trajectory(capacity_factor, **sizes):
     """Losses and drops of 12 steps at learning rate 3e-4, first gradients, first and last routes."""
     config = small_config(dispatch__capacity_factor=capacity_factor, train__gradient_accumulation=1)
-    mesh, tunable = mesh_of(**sizes), make_tunable(config, "cpu")
+    mesh, tunable = mesh_of(**sizes), make_training(config, "cpu")
     schedule = learning_rate_schedule(config.optimizer, STEPS)
     optimizer = optax.chain(remember_gradients(), make_optimizer(config.optimizer, schedule))
     step_fn = make_train_step(optimizer, config.router, schedule, tunable.perturb)

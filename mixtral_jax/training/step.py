@@ -18,8 +18,8 @@ from mixtral_jax.model.router import BalanceBias
 from mixtral_jax.model.routing_metrics import max_violation, name_metrics, router_metrics
 from mixtral_jax.model.transformer import ModelOutput
 from mixtral_jax.parallel.batch import Batch
-from mixtral_jax.train.loss import Loss, LossParts, StepTotals, next_token_loss, sum_losses
-from mixtral_jax.train.state import TrainState
+from mixtral_jax.training.loss import Loss, LossParts, StepTotals, next_token_loss, sum_losses
+from mixtral_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
 TrainStep = jax.stages.Wrapped  # (TrainState, Batch) -> (TrainState, Metrics)

@@ -14,26 +14,30 @@ import optax
 import pytest
 
 from mixtral_jax.config import BalanceBiasConfig, Config
-from mixtral_jax.finetune.tunable import Tunable, make_tunable
 from mixtral_jax.model.balance import next_bias
 from mixtral_jax.parallel.batch import Batch
-from mixtral_jax.train.optimizer import bias_rate_schedule, learning_rate_schedule, make_optimizer
-from mixtral_jax.train.state import TrainState, init_state
-from mixtral_jax.train.step import TrainStep, make_train_step
+from mixtral_jax.training.assemble import Training, make_training
+from mixtral_jax.training.optimizer import (
+    bias_rate_schedule,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from mixtral_jax.training.state import TrainState, init_state
+from mixtral_jax.training.step import TrainStep, make_train_step
 from tests.cases import mesh_of, on_mesh, packed_batch, relative_norm, small_config
-from tests.train.test_mesh_invariance import remember_gradients
+from tests.training.test_mesh_invariance import remember_gradients
 
 SPREAD = {"expert": 4, "fsdp": 2}
 BIAS = {"router__bias__update_rate": 0.01}
 
 
 @functools.cache
-def prepare(config: Config) -> tuple[Tunable, optax.GradientTransformation, TrainStep]:
+def prepare(config: Config) -> tuple[Training, optax.GradientTransformation, TrainStep]:
     """What trains, with an optimizer that remembers the last gradients; compiled once for each
     mesh.
     """
     tunable, schedule = (
-        make_tunable(config, "cpu"),
+        make_training(config, "cpu"),
         learning_rate_schedule(config.optimizer, config.train.num_steps),
     )
     own = make_optimizer(config.optimizer, schedule, config.router.learning_rate_factor)
@@ -269,7 +273,7 @@ def test_masked_tokens_influence_nothing(keys: dict[str, Any]) -> None:
 
 def test_expert_dropout_leaves_out_hidden_units_and_makes_up_for_them() -> None:
     config = small_config(router__expert_dropout=0.4)
-    tunable = make_tunable(config, "cpu")
+    tunable = make_training(config, "cpu")
     with jax.set_mesh(mesh_of()):
         model = jax.jit(tunable.make_model)()
         dropped = jax.jit(lambda model, step: tunable.perturb(model, step, jnp.int32(0)))
@@ -291,7 +295,7 @@ def test_a_router_learns_at_its_own_rate_in_pretraining_or_not_at_all() -> None:
         settings = dataclasses.replace(
             config, router=dataclasses.replace(config.router, learning_rate_factor=factor)
         )
-        tunable = make_tunable(settings, "cpu")
+        tunable = make_training(settings, "cpu")
         with jax.set_mesh(mesh_of()):
             before = jax.device_get(jax.jit(tunable.make_model)())
         after = train(settings, batch, {})[0].model()
@@ -313,7 +317,7 @@ def test_metrics_are_their_formulas() -> None:
     config = small_config(router__load_balance__weight=0.0)
     batch = packed_batch(config)
     state, metrics = train(config, batch, SPREAD)
-    tunable = make_tunable(config, "cpu")
+    tunable = make_training(config, "cpu")
     with jax.set_mesh(mesh_of()), jax.default_matmul_precision("highest"):
         model = jax.jit(tunable.make_model)()
         micro = jax.tree.map(lambda rows: rows[0], batch)
@@ -367,7 +371,7 @@ def test_metrics_cost_under_two_percent_of_a_step() -> None:
         train__batch_size=2,
         train__sequence_length=512,
     )
-    tunable, schedule = make_tunable(config, "cpu"), lambda step: 1e-3
+    tunable, schedule = make_training(config, "cpu"), lambda step: 1e-3
     optimizer = make_optimizer(config.optimizer, schedule)
     losses = ("loss", "total_loss", "load_balance_loss", "router_z_loss", "grad_norm")
     with jax.set_mesh(mesh_of()):

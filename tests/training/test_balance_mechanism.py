@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mixtral_jax.finetune.tunable import make_tunable
 from mixtral_jax.model.transformer import model_maker
-from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from mixtral_jax.train.state import init_state
-from mixtral_jax.train.step import make_train_step
+from mixtral_jax.training.assemble import make_training
+from mixtral_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from mixtral_jax.training.state import init_state
+from mixtral_jax.training.step import make_train_step
 from tests.cases import mesh_of, on_mesh, packed_batch, small_config
 
 STEPS = 200
@@ -56,7 +56,7 @@ def max_violations(weight):
     mesh = mesh_of(expert=8)
     schedule = learning_rate_schedule(config.optimizer, STEPS)
     optimizer = make_optimizer(config.optimizer, schedule)
-    step = make_train_step(optimizer, config.router, schedule, make_tunable(config, "cpu").perturb)
+    step = make_train_step(optimizer, config.router, schedule, make_training(config, "cpu").perturb)
     history = []
     with jax.set_mesh(mesh):
         state = init_state(functools.partial(offset_model, config), optimizer)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mixtral_jax.config import CheckpointConfig
 from mixtral_jax.runs.console import RunProgress
-from mixtral_jax.train.loop import StopSignal, TrainLoop
+from mixtral_jax.training.loop import StopSignal, TrainLoop
 from tests.cases import small_config
 
 RECORD = {

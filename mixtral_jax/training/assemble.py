@@ -18,10 +18,14 @@ from mixtral_jax.finetune.adapters import add_adapters_to, drop_adapter_inputs, 
 from mixtral_jax.kernels.choose import Kernels, choose_kernels
 from mixtral_jax.model.training_mode import drop_hidden, enter_training
 from mixtral_jax.model.transformer import Transformer, model_maker
-from mixtral_jax.train.loss import Loss, next_token_loss
-from mixtral_jax.train.optimizer import bias_rate_schedule, learning_rate_schedule, make_optimizer
-from mixtral_jax.train.state import TrainState, abstract_state, init_state
-from mixtral_jax.train.step import Perturb, TrainStep, make_train_step
+from mixtral_jax.training.loss import Loss, next_token_loss
+from mixtral_jax.training.optimizer import (
+    bias_rate_schedule,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from mixtral_jax.training.state import TrainState, abstract_state, init_state
+from mixtral_jax.training.step import Perturb, TrainStep, make_train_step
 
 # The seed of a run draws the weights of its model; noise has random numbers of its own.
 _NOISE_STREAM = 2
