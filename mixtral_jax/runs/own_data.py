@@ -89,7 +89,7 @@ def _name_data(config: Config, path: Path) -> Config:
 
 
 def _write_rows(rows: Iterable[dict[str, Any]], workdir: Path, name: str) -> Path:
-    """Writes rows as JSON lines, unless the same file is there; its time is part of its cache key."""
+    """Writes rows as JSON lines; a file of the same rows stays, since caches go by its time."""
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     require(content, f"data holds no {name}: give at least two, to train on one and hold one out")
     encoded = content.encode("utf-8", errors="surrogatepass")

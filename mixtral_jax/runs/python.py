@@ -73,7 +73,7 @@ def train(
         data: texts, or arrays of token ids, one per document; None reads `config.data.path`.
         optimizer: any optax transformation, in place of the config's.
         loss: of the task, in place of the cross entropy of the next token: a function of the
-            model's output, the micro-batch and the step's totals (`mixtral_jax.training.loss.Loss`).
+            output, the micro-batch and the totals of the step (`mixtral_jax.training.loss.Loss`).
         callbacks: each is called with the row of every logged step; rows of evaluations have
             `eval/` figures in them.
 
@@ -104,7 +104,7 @@ def tune(
     loss: Loss | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> RunResult:
-    """Tunes a model on conversations, as finetune_instruct.py does; the same workdir again resumes.
+    """Tunes a model on conversations, as finetune_instruct.py does; the same workdir resumes.
 
     The tuned model is exported to `workdir/export`, for other programs.
 
