@@ -21,8 +21,9 @@ from mixtral_jax.data.chat.template import SAFE_PROMPT, ChatTemplate
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.generate.generator import Generator, Speed
 from mixtral_jax.generate.settings import Settings
+from mixtral_jax.kernels.choose import Kernels, choose_kernels
 from mixtral_jax.model.balance import load_balance_loss
-from mixtral_jax.model.transformer import ModelOutput, Transformer, model_maker, resolve_dispatch
+from mixtral_jax.model.transformer import ModelOutput, Transformer, model_maker
 from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, matmul_precision, resolve_mesh
 from mixtral_jax.parallel.rules import AxisRules
 
@@ -47,6 +48,7 @@ class Pretrained:
     model: Transformer
     tokenizer: Tokenizer | None
     mesh: jax.sharding.Mesh
+    kernels: Kernels
 
     def logits(self, tokens_BT: np.ndarray, mask_BT: np.ndarray | None = None) -> np.ndarray:
         """Next-token logits of int [B, T] tokens, float32 [B, T, V]; meaningless where the mask is
@@ -238,12 +240,12 @@ def load_pretrained(
     config = resolve_mesh(dataclasses.replace(config, model=model, mesh=sizes), num_devices)
     mesh = mesh if isinstance(mesh, jax.sharding.Mesh) else make_mesh(config.mesh)
     platform = mesh.devices.flat[0].platform
-    config = dataclasses.replace(config, dispatch=resolve_dispatch(config, platform))
+    kernels = choose_kernels(config, platform)
     # Not cut over `expert`, as in training: dense weights would be gathered anew for each token
     # that is written.
     rules = AxisRules(dense_embed="fsdp")
     with jax.set_mesh(mesh):
         loaded = load_model(
-            weights.parameters, jax.eval_shape(model_maker(config, platform, rules))
+            weights.parameters, jax.eval_shape(model_maker(config, kernels, rules))
         )
-    return Pretrained(config, loaded, weights.tokenizer, mesh)
+    return Pretrained(config, loaded, weights.tokenizer, mesh, kernels)

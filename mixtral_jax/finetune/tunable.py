@@ -12,7 +12,9 @@ from flax import nnx
 from flax.nnx.filterlib import Filter
 
 from mixtral_jax.config import Config
-from mixtral_jax.finetune.surgery import add_adapters, drop_hidden, drop_inputs, enter_training
+from mixtral_jax.finetune.surgery import add_adapters, drop_inputs
+from mixtral_jax.kernels.choose import choose_kernels
+from mixtral_jax.model.training_mode import drop_hidden, enter_training
 from mixtral_jax.model.transformer import Transformer, model_maker
 from mixtral_jax.parallel.rules import AxisRules
 
@@ -45,6 +47,7 @@ def make_tunable(config: Config, platform: str, rules: AxisRules = AxisRules()) 
     """
     finetune, router = config.finetune, config.router
     lora = finetune and finetune.lora
+    kernels = choose_kernels(config, platform)
 
     def perturb(model: Transformer, step: jax.Array, number: jax.Array) -> Transformer:
         keys = jax.random.split(
@@ -60,7 +63,7 @@ def make_tunable(config: Config, platform: str, rules: AxisRules = AxisRules()) 
         trainable = (
             nnx.All(nnx.Param, nnx.Not(nnx.PathContains("router"))) if freezes_router else nnx.Param
         )
-        return Tunable(model_maker(config, platform, rules), lambda base: base, trainable, perturb)
+        return Tunable(model_maker(config, kernels, rules), lambda base: base, trainable, perturb)
     frozen_dtype = finetune.frozen_dtype or config.model.param_dtype
     of_base = dataclasses.replace(
         config, model=dataclasses.replace(config.model, param_dtype=frozen_dtype)
@@ -69,7 +72,7 @@ def make_tunable(config: Config, platform: str, rules: AxisRules = AxisRules()) 
     def adapt(base: Transformer) -> Transformer:
         return add_adapters(base, config, nnx.Rngs(_key(config, _ADAPTERS)))
 
-    return Tunable(model_maker(of_base, platform, rules), adapt, nnx.LoRAParam, perturb)
+    return Tunable(model_maker(of_base, kernels, rules), adapt, nnx.LoRAParam, perturb)
 
 
 def _key(config: Config, purpose: int) -> jax.Array:

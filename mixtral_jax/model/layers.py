@@ -46,6 +46,10 @@ class Projection(nnx.Module):
         precision = "highest" if self.dtype == "float32" else None
         return jnp.einsum(self.equation, x, weight, precision=precision, out_sharding=out_sharding)
 
+    def input_weights(self) -> tuple[nnx.Variable, ...]:
+        """The variables that multiply this projection's input."""
+        return (self.weight,)
+
 
 def gather_weight(weight: jax.Array, axes: tuple[str | None, ...], rules: AxisRules) -> jax.Array:
     """A dense weight as `rules.gathered` lays it out, for each device to use on its own tokens.

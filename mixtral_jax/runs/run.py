@@ -15,10 +15,8 @@ from mixtral_jax.runs.workdir import NEEDED, open_workdir
 from mixtral_jax.config import Config, ConfigError, require
 from mixtral_jax.finetune.trained import describe_trained
 from mixtral_jax.finetune.tunable import make_tunable
-from mixtral_jax.kernels.attention import choose_attention
-from mixtral_jax.kernels.choice import Choice
-from mixtral_jax.kernels.grouped_matmul import choose_kernel
-from mixtral_jax.model.dispatch.choose import choose_transport
+from mixtral_jax.kernels import choose
+from mixtral_jax.kernels.choose import Choice
 from mixtral_jax.model.transformer import count_parameters
 from mixtral_jax.parallel.agreement import EQUAL, find_unequal_devices, require_agreement, share_devices
 from mixtral_jax.parallel.coordinator import Launch, find_scheduler
@@ -185,10 +183,11 @@ def choose_kernels(config: Config, platform: str) -> dict[str, Choice]:
     Raises:
         ConfigError: the one asked for does not work here.
     """
+    kernels = choose.choose_kernels(config, platform)
     return {
-        "attention": choose_attention(config.model, config.train.sequence_length, platform),
-        "matmul": choose_kernel(config.dispatch, platform),
-        "transport": choose_transport(config, platform),
+        "attention": kernels.attention,
+        "matmul": kernels.grouped_matmul,
+        "transport": kernels.transport,
     }
 
 
