@@ -11,11 +11,10 @@ import pytest
 from flax import nnx
 
 from mixtral_jax.finetune.tunable import make_tunable
-from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from mixtral_jax.train.state import init_state
 from mixtral_jax.train.step import make_train_step
-from tests.cases import mesh_of, on_mesh, packed_batch, small_config
+from tests.cases import cpu_model_maker, mesh_of, on_mesh, packed_batch, small_config
 
 STEPS = 200
 
@@ -35,7 +34,7 @@ class OffsetGate(nnx.Module):
 
 
 def offset_model(config):
-    model = model_maker(config, "cpu")()
+    model = cpu_model_maker(config)()
 
     def offset(block):
         block.moe.router.gate = OffsetGate(block.moe.router.gate, 3.0)
