@@ -155,10 +155,9 @@ class Router(nnx.Module):
         return self.dispatch.capacity_factor
 
     def _on_each_device(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Runs `function` on the sequences of each device: [B, T, A] arrays of arrays by rows.
+        """Makes `function` run on each device's own sequences, without communication.
 
-        No sequence needs another one, and explicit sharding would have to be spelled out for every
-        sort and gather.
+        No sequence depends on another. Outside, every sort and gather would need its sharding.
         """
         return jax.shard_map(function, out_specs=self.rules.spec("batch", None, None))
 

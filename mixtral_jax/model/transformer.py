@@ -1,4 +1,4 @@
-"""The whole decoder: embedding, a scanned stack of blocks, unembedding; and its parameter counts."""
+"""The whole decoder: embedding, a scanned stack of blocks, unembedding. Counts its parameters."""
 
 import dataclasses
 from collections.abc import Callable
@@ -31,7 +31,7 @@ REMAT_POLICIES = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModelOutput:
-    """Next-token logits, in the compute dtype, and every layer's routing, stacked to a leading L."""
+    """Next-token logits in the compute dtype, and the routing of all layers with a leading L."""
 
     logits_BTV: jax.Array
     routing: Routing
@@ -120,7 +120,7 @@ class Transformer(nnx.Module):
         positions_BT: jax.Array | None = None,
         segment_ids_BT: jax.Array | None = None,
     ) -> ModelOutput:
-        """Runs the decoder on int32 [B, T] tokens, B a multiple of the devices that share the batch.
+        """Runs the decoder on int32 tokens [B, T]; the devices of the batch must divide B.
 
         `segment_ids_BT` numbers the documents of a row from 1, and is 0 at padding, which is
         neither attended to, routed nor counted. `positions_BT` restart in each document. By default
@@ -199,7 +199,10 @@ class ParameterCount:
 
 
 def count_parameters(model: Transformer, kind: Filter = nnx.Param) -> ParameterCount:
-    """Counts the parameters of `kind` in a model, or in its shapes (`jax.eval_shape` of its maker)."""
+    """Counts the parameters of `kind` in a model.
+
+    The shapes of a model will do: `jax.eval_shape` of its maker.
+    """
     E, chosen = model.config.num_experts, model.num_experts_per_token
     total = active = looked_up = 0
     for path, leaf in jax.tree.flatten_with_path(nnx.state(model, kind))[0]:
