@@ -29,10 +29,10 @@ def skips_missing_rows(kernel: GroupedMatmulName) -> bool:
     return kernel == "blocks"
 
 
-def is_visible_to_vma_check(kernel: GroupedMatmulName) -> bool:
-    """False for a kernel that needs `check_vma=False` of `jax.shard_map`.
+def supports_vma_check(kernel: GroupedMatmulName) -> bool:
+    """False for a kernel that does not tell jax over which mesh axes its results vary.
 
-    Such a kernel does not tell jax over which mesh axes its results vary.
+    `jax.shard_map` then needs `check_vma=False`.
     """
     return kernel != "tokamax"
 

@@ -12,8 +12,8 @@ from mixtral_jax.kernels.chunks import apply_in_chunks
 from mixtral_jax.kernels.grouped_matmul import (
     grouped_matmul,
     grouped_swiglu,
-    is_visible_to_vma_check,
     skips_missing_rows,
+    supports_vma_check,
     swiglu_of_layer,
 )
 from mixtral_jax.kernels.groups import RowGroups, weigh
@@ -84,7 +84,7 @@ class MoE(nnx.Module):
             x_BTD,
             (routes.experts_BTA, routes.weights_BTA, routes.is_kept_BTA),
             self.rules,
-            is_checked=is_visible_to_vma_check(self.experts.kernel),
+            is_checked=supports_vma_check(self.experts.kernel),
         )
         y_BTD = home.y_BTD + self.shared_experts(x_BTD) if self.shared_experts else home.y_BTD
         routing = Routing(

@@ -16,7 +16,7 @@ from mixtral_jax.config import BLIND_CHOICES, DispatchConfig, ModelConfig, Route
 from mixtral_jax.model.capacity import fits_capacity
 from mixtral_jax.model.layers import Projection
 from mixtral_jax.model.noise import add_noise, jitter
-from mixtral_jax.model.selection import SELECTORS, Candidates
+from mixtral_jax.model.selection import SELECTORS, Candidates, Selection
 from mixtral_jax.model.tokens import Tokens
 from mixtral_jax.parallel.rules import AxisRules
 
@@ -84,33 +84,28 @@ class Router(nnx.Module):
         noisy_BTE = add_noise(logits_BTE, self.config.noise, self.training_key, rows)
         is_sigmoid = self.config.score == "sigmoid"
         scores_BTE = jax.nn.sigmoid(noisy_BTE) if is_sigmoid else jax.nn.softmax(noisy_BTE)
-        experts_BTA, is_chosen_BTA = self._select(noisy_BTE, scores_BTE, tokens)
+        selection = self._select(noisy_BTE, scores_BTE, tokens)
+        experts_BTA = selection.experts_BTA
         weights_BTA = self._weigh(noisy_BTE, scores_BTE, experts_BTA)
-        is_kept_BTA = self._keep(experts_BTA, is_chosen_BTA, weights_BTA, tokens)
+        is_chosen_BTA = is_kept_BTA = selection.is_chosen_by(tokens.is_real_BT)
+        if (factor := self._capacity_factor()) is not None:
+            is_kept_BTA &= self._fits(experts_BTA, weights_BTA, tokens.is_real_BT, factor)
         return Routes(logits_BTE, scores_BTE, experts_BTA, weights_BTA, is_chosen_BTA, is_kept_BTA)
 
-    def _select(
-        self, logits_BTE: jax.Array, scores_BTE: jax.Array, tokens: Tokens
-    ) -> tuple[jax.Array, jax.Array]:
-        """Experts of each token, and which of them a real token has chosen: each [B, T, A]."""
+    def _select(self, logits_BTE: jax.Array, scores_BTE: jax.Array, tokens: Tokens) -> Selection:
         key = self.training_key
         bias_E = jnp.zeros(self.num_experts) if self.bias is None else self.bias[...]
         salt = jnp.uint32(0) if key is None else jax.random.bits(key, dtype=jnp.uint32)
 
-        def select_on_device(logits_BTE, scores_BTE, bias_E, salt, tokens):
+        def select(logits_BTE, scores_BTE, bias_E, salt, tokens):
             biased_BTE = scores_BTE + bias_E[None, None]
             # Scores are in the order of logits, except where rounding makes ties.
             preference_BTE = logits_BTE if self.bias is None else biased_BTE
             candidates = Candidates(preference_BTE, biased_BTE, tokens, salt, key is not None)
-            selection = SELECTORS[self.config.choice](candidates, self.config)
-            is_real_BT1 = tokens.is_real_BT[..., None]
-            is_chosen_BTA = jnp.broadcast_to(is_real_BT1, selection.experts_BTA.shape)
-            if selection.is_chosen_BTA is not None:
-                is_chosen_BTA &= selection.is_chosen_BTA
-            return selection.experts_BTA, is_chosen_BTA
+            return SELECTORS[self.config.choice](candidates, self.config)
 
-        select = self._on_each_device(select_on_device)
-        return select(*jax.lax.stop_gradient((logits_BTE, scores_BTE)), bias_E, salt, tokens)
+        logits_BTE, scores_BTE = jax.lax.stop_gradient((logits_BTE, scores_BTE))
+        return self._on_each_device(select)(logits_BTE, scores_BTE, bias_E, salt, tokens)
 
     def _weigh(
         self, logits_BTE: jax.Array, scores_BTE: jax.Array, experts_BTA: jax.Array
@@ -126,28 +121,18 @@ class Router(nnx.Module):
             weights_BTA /= jnp.maximum(total_BT1, SMALLEST_SUM)
         return router.scale * weights_BTA
 
-    def _keep(
-        self,
-        experts_BTA: jax.Array,
-        is_chosen_BTA: jax.Array,
-        weights_BTA: jax.Array,
-        tokens: Tokens,
+    def _fits(
+        self, experts_BTA: jax.Array, weights_BTA: jax.Array, is_real_BT: jax.Array, factor: float
     ) -> jax.Array:
-        """Which chosen routes are within the capacity of their expert, [B, T, A]."""
-        factor = self._capacity_factor()
-        if factor is None:
-            return is_chosen_BTA
+        """True for routes within the capacity of their expert, [B, T, A]."""
+
+        def fits(experts_BTA, priority_BTA, is_real_BT):
+            return fits_capacity(experts_BTA, priority_BTA, is_real_BT, self.num_experts, factor)
+
         by_weight = self.dispatch.drop == "weight"
         priority_BTA = weights_BTA if by_weight else jnp.zeros_like(weights_BTA)
-
-        def keep_on_device(experts_BTA, is_chosen_BTA, priority_BTA, is_real_BT):
-            return is_chosen_BTA & fits_capacity(
-                experts_BTA, priority_BTA, is_real_BT, self.num_experts, factor
-            )
-
-        keep = self._on_each_device(keep_on_device)
         priority_BTA = jax.lax.stop_gradient(priority_BTA)
-        return keep(experts_BTA, is_chosen_BTA, priority_BTA, tokens.is_real_BT)
+        return self._on_each_device(fits)(experts_BTA, priority_BTA, is_real_BT)
 
     def _capacity_factor(self) -> float | None:
         if self.training_key is None and self.dispatch.eval_capacity_factor is not None:

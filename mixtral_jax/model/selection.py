@@ -52,6 +52,11 @@ class Selection:
     experts_BTA: jax.Array
     is_chosen_BTA: jax.Array | None = None
 
+    def is_chosen_by(self, is_real_BT: jax.Array) -> jax.Array:
+        """True for the routes that real tokens have chosen, [B, T, A]."""
+        is_real_BTA = jnp.broadcast_to(is_real_BT[..., None], self.experts_BTA.shape)
+        return is_real_BTA if self.is_chosen_BTA is None else is_real_BTA & self.is_chosen_BTA
+
 
 Selector = Callable[[Candidates, RouterConfig], Selection]
 
