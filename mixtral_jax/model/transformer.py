@@ -120,11 +120,11 @@ class Transformer(nnx.Module):
         positions_BT: jax.Array | None = None,
         segment_ids_BT: jax.Array | None = None,
     ) -> ModelOutput:
-        """Runs the decoder on int32 tokens [B, T]; the devices of the batch must divide B.
+        """Runs the decoder on int32 tokens [B, T].
 
-        `segment_ids_BT` numbers the documents of a row from 1, and is 0 at padding, which is
-        neither attended to, routed nor counted. `positions_BT` restart in each document. By default
-        a row is one document.
+        B must be a multiple of the number of devices that share the batch. `segment_ids_BT` numbers
+        the documents of a row from 1, and is 0 at padding, which is neither attended to, routed nor
+        counted. `positions_BT` restart in each document. By default a row is one document.
         """
         output = self.run_blocks(tokens_BT, positions_BT, segment_ids_BT)
         return ModelOutput(self.to_logits(output.x_BTD), output.routing)

@@ -102,9 +102,9 @@ def test_the_choice_of_the_guide_works_as_it_says(monkeypatch: pytest.MonkeyPatc
     (code,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
     scope = vars(selection) | {}
     exec(textwrap.dedent(code), scope)
-    choices = Literal["top_k", name]  # type: ignore[valid-type]
+    choices = Literal["top_k", name]
     monkeypatch.setitem(RouterConfig.__annotations__, "choice", choices)
-    monkeypatch.setitem(SELECTORS, name, scope[function])  # type: ignore[arg-type]
+    monkeypatch.setitem(SELECTORS, name, scope[function])
     got = run(config_of({"choice": name}), sizes={"expert": 4, "fsdp": 2})
     logits = inputs()[0] @ got.layer.router.gate.weight[...]
     expected = np.concatenate([best(logits[..., :-1], 1), np.full((B, T, 1), E - 1)], axis=-1)
