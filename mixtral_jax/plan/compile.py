@@ -12,8 +12,8 @@ import numpy as np
 
 from mixtral_jax.config import Config, ConfigError
 from mixtral_jax.finetune.tunable import Tunable, make_tunable
-from mixtral_jax.kernels.chunks import count_balanced_chunks
 from mixtral_jax.kernels.choose import choose_transport
+from mixtral_jax.kernels.chunks import count_balanced_chunks
 from mixtral_jax.model.transformer import ParameterCount, count_parameters
 from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.mesh import make_mesh, matmul_precision, resolve_mesh
