@@ -5,6 +5,9 @@ from typing import Literal
 
 from mixtral_jax.config.errors import require
 
+# Each name is an implementation in kernels/attention.py.
+AttentionName = Literal["xla", "splash"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -34,7 +37,7 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     remat: Literal["full", "dots", "none"] = "full"
-    attention: Literal["auto", "xla", "splash"] = "auto"
+    attention: Literal["auto", AttentionName] = "auto"
     context_length: int | None = None
     num_shared_experts: int = 0
     granularity: int = 1

@@ -64,6 +64,10 @@ class LoRAProjection(nnx.Module):
         low_BTr = self.lora_a(x, P(*out_sharding[:2], None))
         return self.base(x, out_sharding) + self.lora_b(self.scaling * low_BTr, out_sharding)
 
+    def input_weights(self) -> tuple[nnx.Variable, ...]:
+        """The variables that multiply this projection's input: those of the base and of A."""
+        return (*self.base.input_weights(), *self.lora_a.input_weights())
+
     def merged_weight(self) -> jax.Array:
         """W + scaling * A B in float32, sharded as W."""
         _, inputs, outputs, _ = _spell(self.base)
@@ -104,6 +108,10 @@ class LoRAExpertProjection(nnx.Module):
     def __call__(self, x_RD: jax.Array, groups: RowGroups) -> jax.Array:
         low_Rr = self.lora_a(x_RD, groups)
         return self.base(x_RD, groups) + self.lora_b(self.scaling * low_Rr, groups)
+
+    def input_weights(self) -> tuple[nnx.Variable, ...]:
+        """The variables that multiply this projection's input: those of the base and of A."""
+        return (*self.base.input_weights(), *self.lora_a.input_weights())
 
     def merged_weight(self) -> jax.Array:
         """W + scaling * A B of each expert in float32, sharded as W."""

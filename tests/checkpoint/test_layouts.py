@@ -16,8 +16,7 @@ from mixtral_jax.checkpoint.formats.relayout import as_parameters
 from mixtral_jax.checkpoint.on_devices import parameter_name
 from mixtral_jax.checkpoint.parameters import PARAMETERS, parameter_chunk, parameter_shape
 from mixtral_jax.checkpoint.weights import open_weights
-from mixtral_jax.model.transformer import model_maker
-from tests.cases import mesh_of
+from tests.cases import cpu_model_maker, mesh_of
 from tests.checkpoint.folders import SMALL, architecture_of, random_parameters, tensors_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -25,7 +24,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 def test_the_parameters_are_those_of_the_model():
     with jax.set_mesh(mesh_of()):
-        shapes = jax.eval_shape(model_maker(architecture_of(SMALL).config(), "cpu"))
+        shapes = jax.eval_shape(cpu_model_maker(architecture_of(SMALL).config()))
     found = {
         parameter_name(path): leaf.shape for path, leaf in jax.tree.flatten_with_path(shapes)[0]
     }

@@ -21,10 +21,10 @@ from mixtral_jax.checkpoint.parameters import PARAMETERS
 from mixtral_jax.checkpoint.run import RunCheckpoints
 from mixtral_jax.checkpoint.weights import Weights, open_weights
 from mixtral_jax.config import ConfigError
-from mixtral_jax.model.transformer import Transformer, model_maker
+from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.training.optimizer import make_optimizer
 from mixtral_jax.training.state import init_state
-from tests.cases import mesh_of, small_config
+from tests.cases import cpu_model_maker, mesh_of, small_config
 from tests.checkpoint.folders import (
     SMALL,
     in_memory,
@@ -48,7 +48,7 @@ def assert_equal(found: Weights, expected: dict[str, np.ndarray]) -> None:
 
 
 def shapes_of(weights: Weights) -> Transformer:
-    return jax.eval_shape(model_maker(weights.architecture.config(), "cpu"))
+    return jax.eval_shape(cpu_model_maker(weights.architecture.config()))
 
 
 def test_the_golden_folders_of_both_programs_hold_the_same_model():
@@ -192,10 +192,8 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         RunCheckpoints(folder / "checkpoints", 2) as checkpoints,
     ):
         for step in (2, 10):
-            make_model = model_maker(
-                dataclasses.replace(config, train=dataclasses.replace(config.train, seed=step)),
-                "cpu",
-            )
+            train = dataclasses.replace(config.train, seed=step)
+            make_model = cpu_model_maker(dataclasses.replace(config, train=train))
             checkpoints.save(
                 step,
                 init_state(make_model, make_optimizer(config.optimizer, lambda _: 1e-3)),
@@ -214,7 +212,7 @@ def test_a_run_opens_at_its_newest_step_or_the_one_that_is_named(workdir):
         assert found.architecture.router.num_experts_per_token == 3
         with jax.set_mesh(mesh_of()):
             train = dataclasses.replace(config.train, seed=step)
-            expected = jax.jit(model_maker(dataclasses.replace(config, train=train), "cpu"))()
+            expected = jax.jit(cpu_model_maker(dataclasses.replace(config, train=train)))()
         np.testing.assert_array_equal(read_all(found)["embedding_VD"], expected.embedding_VD[...])
 
 

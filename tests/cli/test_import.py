@@ -32,6 +32,7 @@ import numpy as np
 from mixtral_jax.checkpoint.on_devices import load_model
 from mixtral_jax.checkpoint.weights import open_weights
 from mixtral_jax.cli.import_weights import import_weights
+from mixtral_jax.kernels.choose import choose_kernels
 from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.parallel.coordinator import Launch
 from mixtral_jax.parallel.mesh import MESH_AXES
@@ -45,7 +46,8 @@ with join_processes(Launch(address, 2, int(index))) as processes:
     processes.share("imported", "")
     weights = open_weights(to)
     with jax.set_mesh(jax.make_mesh((1, 2, 4, 1, 1), MESH_AXES)):
-        shapes = jax.eval_shape(model_maker(weights.architecture.config(8), "cpu"))
+        config = weights.architecture.config(8)
+        shapes = jax.eval_shape(model_maker(config, choose_kernels(config, "cpu")))
         model = load_model(weights.parameters, shapes, whole_bytes=0)
     gate = model.blocks.moe.experts.gate.weight[...]
     expected = weights.parameters["blocks/moe/experts/gate/weight"]

@@ -15,13 +15,12 @@ from mixtral_jax.checkpoint.upcycled import copy_experts
 from mixtral_jax.checkpoint.weights import Weights
 from mixtral_jax.config import Config, ConfigError, PretrainConfig
 from mixtral_jax.finetune.upcycling import choose_units, redraw
-from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs.base import Base, plan_base
 from mixtral_jax.runs.console import make_console
 from mixtral_jax.runs.run import Run
 from mixtral_jax.runs.upcycle import dense_loader, find_misfits, plan_dense
-from tests.cases import RULES, mesh_of, packed_batch, small_config
+from tests.cases import RULES, cpu_model_maker, mesh_of, packed_batch, small_config
 from tests.checkpoint.folders import architecture_of, in_memory, random_parameters
 from tests.reference import mixture, rms_norm, swiglu
 
@@ -69,7 +68,7 @@ def dense_logits() -> np.ndarray:
     """Those of the dense model itself."""
     config = small_config(model__num_experts=1, router__num_experts_per_token=1)
     with jax.set_mesh(mesh_of()):
-        model = jax.jit(model_maker(config, "cpu"))()
+        model = jax.jit(cpu_model_maker(config))()
     leaves, structure = jax.tree.flatten_with_path(model)
     model = jax.tree.unflatten(
         structure, [jax.device_put(WEIGHTS[parameter_name(p)], x.sharding) for p, x in leaves]
@@ -107,7 +106,7 @@ def test_copies_compute_at_first_what_the_dense_model_does(sizes, changes, dense
 def test_all_but_the_routers_is_taken_over_to_the_bit_and_those_are_fresh():
     found = parameters_of(upcycled({"expert": 4, "fsdp": 2}, method="copy"))
     with jax.set_mesh(mesh_of()):
-        fresh = parameters_of(jax.jit(model_maker(small_config(), "cpu"))())
+        fresh = parameters_of(jax.jit(cpu_model_maker(small_config()))())
     for name, numbers in found.items():
         expected = fresh[name] if "router" in name else WEIGHTS[name]
         np.testing.assert_array_equal(

@@ -15,8 +15,7 @@ from mixtral_jax.config import ConfigError
 from mixtral_jax.generate.cache import Cache, bucket
 from mixtral_jax.generate.generator import Generator, Speed
 from mixtral_jax.generate.settings import Settings
-from mixtral_jax.model.transformer import model_maker
-from tests.cases import RULES, mesh_of, small_config
+from tests.cases import RULES, cpu_model_maker, mesh_of, small_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SPREAD = {"fsdp": 2, "expert": 2, "tensor": 2}
@@ -25,7 +24,7 @@ LONGER = list(range(3, 60))
 
 def generator_of(config, mesh, tokenizer=None, context=512):
     with jax.set_mesh(mesh):
-        return Generator(jax.jit(model_maker(config, "cpu"))(), mesh, tokenizer, context)
+        return Generator(jax.jit(cpu_model_maker(config))(), mesh, tokenizer, context)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +93,7 @@ def test_cached_logits_are_those_of_a_run_over_everything():
 
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         place = lambda x: jax.device_put(x, jax.NamedSharding(mesh, RULES.spec("batch", None)))  # noqa: E731
-        model = jax.jit(model_maker(config, "cpu"))()
+        model = jax.jit(cpu_model_maker(config))()
         cut = lambda begins, ends: (place(x[:, begins:ends]) for x in (tokens, positions, segments))  # noqa: E731
         expected = jax.jit(model)(*cut(0, 23)).logits_BTV
         logits, cache = begin(model, *cut(0, 16))

@@ -17,13 +17,13 @@ import optax
 from mixtral_jax.checkpoint.on_devices import load_model
 from mixtral_jax.checkpoint.weights import open_weights
 from mixtral_jax.config import RouterConfig
-from mixtral_jax.finetune.surgery import enter_training
-from mixtral_jax.model.transformer import ModelOutput, Transformer, model_maker
+from mixtral_jax.model.training_mode import enter_training
+from mixtral_jax.model.transformer import ModelOutput, Transformer
 from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.training.loss import StepTotals, sum_losses
 from mixtral_jax.training.state import TrainState
 from mixtral_jax.training.step import make_train_step
-from tests.cases import on_mesh
+from tests.cases import cpu_model_maker, on_mesh
 
 IGNORED = -100
 
@@ -32,7 +32,7 @@ def load(folder: Path) -> tuple[Transformer, RouterConfig]:
     """The model of a folder on the mesh in force, and the losses it was trained with."""
     weights = open_weights(folder)
     config = weights.architecture.config(batch_size=8)
-    return load_model(weights.parameters, jax.eval_shape(model_maker(config, "cpu"))), config.router
+    return load_model(weights.parameters, jax.eval_shape(cpu_model_maker(config))), config.router
 
 
 def make_batch(input_ids: np.ndarray, attention_mask: np.ndarray, labels: np.ndarray) -> Batch:

@@ -6,12 +6,12 @@ import jax
 import pytest
 
 from mixtral_jax.config import ConfigError
-from mixtral_jax.model.transformer import count_parameters, model_maker
+from mixtral_jax.model.transformer import count_parameters
 from mixtral_jax.plan.compile import StepMemory
 from mixtral_jax.plan.estimate import Plan, advise, make_plan
 from mixtral_jax.plan.sweep import sweep
 from mixtral_jax.plan.topology import Target, parse_topology
-from tests.cases import mesh_of, small_config
+from tests.cases import cpu_model_maker, mesh_of, small_config
 
 TARGET = Target(parse_topology("h100:8"), jax.devices(), "cpu")
 # Of tests.cases.small_config: rows of a device, bytes of a row.
@@ -80,7 +80,7 @@ def test_hardware_flops_do_not_depend_on_accumulation_or_mesh() -> None:
 def test_model_flops_are_six_a_token_and_parameter_and_attention() -> None:
     config = small_config()
     with jax.set_mesh(mesh_of()):
-        active = count_parameters(jax.eval_shape(model_maker(config, "cpu"))).active
+        active = count_parameters(jax.eval_shape(cpu_model_maker(config))).active
     multiplied, attention = (
         active - 96 * 32,
         2 * 4 * 12 * 24,

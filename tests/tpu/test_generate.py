@@ -10,6 +10,7 @@ import pytest
 
 from mixtral_jax.generate.programs import Rule, decode, prefill
 from mixtral_jax.generate.sampler import Sampling
+from mixtral_jax.kernels.choose import choose_kernels
 from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.parallel.mesh import make_mesh, resolve_mesh
 from mixtral_jax.plan.topology import open_target, parse_topology
@@ -51,7 +52,8 @@ def compiled() -> dict[str, Any]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
 
     with jax.set_mesh(mesh):
-        model = jax.tree.map(on_mesh, jax.eval_shape(model_maker(config, "tpu")))
+        make_model = model_maker(config, choose_kernels(config, "tpu"))
+        model = jax.tree.map(on_mesh, jax.eval_shape(make_model))
         draws = Sampling(
             *(row((B,), dtype) for dtype in (jnp.float32, jnp.float32, jnp.int32, jnp.uint32))
         )

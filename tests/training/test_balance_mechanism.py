@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.training.assemble import make_training
 from mixtral_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from mixtral_jax.training.state import init_state
 from mixtral_jax.training.step import make_train_step
-from tests.cases import mesh_of, on_mesh, packed_batch, small_config
+from tests.cases import cpu_model_maker, mesh_of, on_mesh, packed_batch, small_config
 
 STEPS = 200
 
@@ -35,7 +34,7 @@ class OffsetGate(nnx.Module):
 
 
 def offset_model(config):
-    model = model_maker(config, "cpu")()
+    model = cpu_model_maker(config)()
 
     def offset(block):
         block.moe.router.gate = OffsetGate(block.moe.router.gate, 3.0)

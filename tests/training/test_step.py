@@ -9,12 +9,11 @@ import optax
 import pytest
 
 from mixtral_jax.config import OptimizerConfig
-from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.training.assemble import make_training
 from mixtral_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from mixtral_jax.training.state import init_state
 from mixtral_jax.training.step import make_train_step
-from tests.cases import mesh_of, on_mesh, packed_batch, relative_norm, small_config
+from tests.cases import cpu_model_maker, mesh_of, on_mesh, packed_batch, relative_norm, small_config
 from tests.training.test_mesh_invariance import remember_gradients
 
 
@@ -116,7 +115,7 @@ def test_decay_falls_on_matrices_only():
     config = small_config()
     with jax.set_mesh(mesh_of()):
         optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5), lambda step: 1.0)
-        state = init_state(model_maker(config, "cpu"), optimizer)
+        state = init_state(cpu_model_maker(config), optimizer)
         zeros = jax.tree.map(jnp.zeros_like, state.trained)
         updates, _ = optimizer.update(zeros, state.opt_state, state.trained)
     for name, update in leaves(updates).items():
