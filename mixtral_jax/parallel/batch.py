@@ -12,7 +12,7 @@ from mixtral_jax.parallel.rules import AxisRules
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Packed rows; every array is int32 [micro-batches, sequences, tokens].
+    """Packed rows, int32 arrays [micro-batches, sequences, tokens]; or one row, [tokens].
 
     `segment_ids` numbers the documents of a row from 1 and is 0 at padding; `positions` restart at
     0 in each; `targets` is the next token of the same document; `loss_mask` is 1 where it counts.

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from mixtral_jax.data.chat.chats import Question
+from mixtral_jax.data.chat.prepare import Question
 from mixtral_jax.generate.generator import UNSEEN
 from mixtral_jax.generate.settings import Settings
 from mixtral_jax.pretrained import load_pretrained

@@ -1,12 +1,12 @@
 """A folder that appears when it is complete, and not at all if something goes wrong."""
 
 import contextlib
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from mixtral_jax.config import ConfigError, require
+from mixtral_jax.whole_files import whole_folder
 
 
 def require_room(path: Path, num_bytes: int) -> None:
@@ -31,31 +31,13 @@ def require_room(path: Path, num_bytes: int) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path, mark: str | None = None, *, is_writer: bool = True) -> Iterator[Path]:
-    """A temporary folder beside `path`, which takes its place at the end; deleted if the block
-    raises.
-
-    Args:
-        mark: makes its name; several processes that fill it, on storage which all of them see, give
-            the same.
-        is_writer: whether this process is the one that moves it, at the end of its block.
+    """`whole_folder` for a command: an error ends it with one line.
 
     Raises:
-        SystemExit: code 1, with a line; a file cannot be written.
+        SystemExit: code 1; a file or the folder cannot be written.
     """
-    path = path.absolute()
-    temporary = path.with_name(f".{path.name}.{mark or make_mark()}.partial")
     try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if is_writer:
-            temporary.replace(path)
+        with whole_folder(path, mark, is_writer=is_writer) as temporary:
+            yield temporary
     except OSError as error:
-        raise SystemExit(f"error: {path} cannot be written: {error}") from error
-    finally:
-        if is_writer:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def make_mark() -> str:
-    """A mark for a temporary folder that no other has."""
-    return secrets.token_hex(4)
+        raise SystemExit(f"error: {path.absolute()} cannot be written: {error}") from error

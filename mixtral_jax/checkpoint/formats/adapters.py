@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from mixtral_jax.config import ConfigError, LoRAConfig, build, require
+from mixtral_jax.whole_files import whole_file, write_json
 
 Model = TypeVar("Model", bound=nnx.Module)
 Program = Literal["peft", "mistral"]
@@ -105,7 +106,7 @@ def write_peft(folder: Path, model: nnx.Module, lora: LoRAConfig, *, base: str) 
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         _save("peft", folder, arrays)
-        (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_json(folder / PEFT_CONFIG, config)
 
 
 def write_mistral(folder: Path, model: nnx.Module, lora: LoRAConfig, *, dtype: str) -> None:
@@ -201,9 +202,8 @@ def _save(program: Program, folder: Path, arrays: Mapping[_Key, np.ndarray]) -> 
         for key, array in arrays.items()
         for name, index in _tensors(program, key, array.shape)
     }
-    temporary = folder / f"{FILES[program]}.partial"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.replace(folder / FILES[program])
+    with whole_file(folder / FILES[program]) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def _load(
