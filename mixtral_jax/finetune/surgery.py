@@ -1,10 +1,9 @@
-"""Operations on whole models: adapters added to every block, dropped inputs, and adapters merged.
+"""Operations on whole models: adds adapters to every block, and drops part of their inputs.
 
-Each returns another model and leaves the one it is given as it was.
+Each function returns a new model and does not change its argument.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 from flax import nnx
@@ -13,7 +12,6 @@ from mixtral_jax.config import Config
 from mixtral_jax.finetune.lora import Adapted, Plain, adapt
 from mixtral_jax.finetune.targets import match_targets
 from mixtral_jax.model.surgery import (
-    copy_module,
     drop_inputs_of,
     find_modules,
     replace_blocks,
@@ -23,9 +21,10 @@ from mixtral_jax.model.transformer import Block, Transformer
 
 
 def add_adapters(model: Transformer, config: Config, rngs: nnx.Rngs) -> Transformer:
-    """The model with an adapter on each projection that the config's targets name.
+    """The model with an adapter on each projection that `finetune.lora.targets` names.
 
-    What it computes stays the same. Adapters are stored in `model.param_dtype`, the rest as it was.
+    It computes the same as before. Adapters are stored in `model.param_dtype`; the other parameters
+    keep their dtypes.
 
     Raises:
         ConfigError: a pattern of the targets matches no projection.
@@ -42,27 +41,14 @@ def add_adapters(model: Transformer, config: Config, rngs: nnx.Rngs) -> Transfor
     return replace_blocks(model, jax.vmap(adapt_block)(model.blocks, rngs_L))
 
 
-def merge_adapters(model: Transformer) -> Transformer:
-    """The plain model that computes the same: W + scaling * A B in float32, then in the dtype of W.
-
-    One layer at a time, so that no more than one is there in float32. Call it under `jax.jit`.
-    """
-    names = list(find_modules(model.blocks, Adapted))
-
-    def merge_block(block: Block) -> Block:
-        return replace_modules(block, names, _merge)
-
-    return replace_blocks(model, jax.lax.map(merge_block, model.blocks))
-
-
 def drop_inputs(model: Transformer, rate: float, key: jax.Array) -> Transformer:
-    """The model whose adapters lose a share `rate` of their input features.
+    """The model with a share `rate` of each adapter's input features dropped, the rest scaled up.
 
-    The other features grow to make up for them. Rows of A become zero for all tokens alike, drawn
-    anew for each layer, expert and adapter (LoRA Dropout, arXiv 2404.09610, without its columns of
-    B). A mask per token would cost more than the adapters: R x F random numbers per layer, drawn
-    again where the layer is recomputed. Experts would also need to know which token a row is. So
-    the mask is the same on every mesh and with every transport.
+    Sets random rows of A to zero, drawn separately for each layer, expert and adapter, but the same
+    for all tokens (LoRA Dropout, arXiv 2404.09610, without dropping columns of B). A mask per token
+    would cost more than the adapters: R x F random numbers per layer, drawn again when the layer is
+    recomputed. Experts would also need to know which token a row belongs to. Since it depends on
+    neither, the mask is the same on every mesh and with every transport.
     """
     names = list(find_modules(model.blocks, Adapted))
 
@@ -77,9 +63,3 @@ def drop_inputs(model: Transformer, rate: float, key: jax.Array) -> Transformer:
 
     keys_L = jax.random.split(key, model.config.num_layers)
     return replace_blocks(model, jax.vmap(drop_in_block)(model.blocks, keys_L))
-
-
-def _merge(adapted: Adapted) -> Plain:
-    base: Any = copy_module(adapted.base)
-    base.weight = nnx.Param(adapted.merged_weight().astype(base.weight.dtype))
-    return base

@@ -52,7 +52,7 @@ def import_weights(weights: Weights, to: Path, processes: "Processes | None" = N
         chunks = folder / "chunks"
         with _copy_in_background(write_chunks(chunks, arrays, index, count), report) as copying:
             # Starts jax and Orbax meanwhile.
-            from mixtral_jax.checkpoint.files.run_writer import adopt_chunks
+            from mixtral_jax.checkpoint.run_from_chunks import adopt_chunks
 
             def wait() -> None:
                 copying.result()

@@ -20,7 +20,7 @@ import numpy as np
 from mixtral_jax.config import Config, ConfigError, DataConfig, require
 from mixtral_jax.data.cache import Tokenizing, open_or_write
 from mixtral_jax.data.corpus import Corpus
-from mixtral_jax.data.domains import UNSAID, Category
+from mixtral_jax.data.domains import UNKNOWN, Category
 from mixtral_jax.data.text import PreparedText
 from mixtral_jax.data.tokenized import Tokenized
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -135,7 +135,7 @@ class _IdDocument:
 
     @property
     def category(self) -> Category:
-        return UNSAID
+        return UNKNOWN
 
 
 def _open_tokens(

@@ -3,11 +3,11 @@
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tests.data.text_files import texts, write_file
 
 from mixtral_jax.config import ConfigError
 from mixtral_jax.data.documents import Document, read_documents
 from mixtral_jax.data.readers import BadRow
+from tests.data.text_files import texts, write_file
 
 SAVE = "save the text as UTF-8, or leave the row out"
 

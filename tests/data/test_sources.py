@@ -5,12 +5,12 @@ import sys
 
 import datasets
 import pytest
-from tests.data.text_files import texts, write_file
 
 from mixtral_jax.config import ConfigError
 from mixtral_jax.data.documents import Document, read_documents
 from mixtral_jax.data.readers import BadRow
 from mixtral_jax.data.sources import Source, find_weights, fingerprint_source, split_sources
+from tests.data.text_files import texts, write_file
 
 
 def test_a_folder_is_read_recursively_in_sorted_order(tmp_path):

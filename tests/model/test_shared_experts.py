@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mixtral_jax.checkpoint.formats.architecture import require_mixtral
+from mixtral_jax.checkpoint.formats.parameters import parameter_shape, parameters_of
 from mixtral_jax.checkpoint.on_devices import parameter_name
-from mixtral_jax.checkpoint.parameters import parameter_shape, parameters_of
 from mixtral_jax.config import Config, ConfigError, build, changed_keys
 from mixtral_jax.finetune.targets import PRESETS
 from mixtral_jax.finetune.trained import list_parts
@@ -147,10 +147,11 @@ def test_shared_parameters_are_all_active_and_counted_everywhere():
 
 @pytest.mark.parametrize("changes", [{}, SHARED, FINE])
 def test_the_table_of_parameters_is_that_of_the_model(changes):
-    model = small_config(**changes).model
-    leaves = jax.tree.flatten_with_path(shapes_of(small_config(**changes)))[0]
+    config = small_config(**changes)
+    leaves = jax.tree.flatten_with_path(shapes_of(config))[0]
     assert {parameter_name(path): leaf.shape for path, leaf in leaves} == {
-        name: parameter_shape(name, model) for name in parameters_of(model)
+        name: parameter_shape(name, config.model)
+        for name in parameters_of(config.model, config.router)
     }
 
 

@@ -1,4 +1,4 @@
-"""A folder that appears when it is complete, and not at all if something goes wrong."""
+"""Writes a folder whole or not at all: it appears under its name when it is complete."""
 
 import contextlib
 import shutil
@@ -10,22 +10,28 @@ from mixtral_jax.whole_files import whole_folder
 
 
 def require_room(path: Path, num_bytes: int) -> None:
-    """Makes sure that a folder of `num_bytes` can be made at `path`.
+    """Checks that a folder of `num_bytes` can be created at `path`.
 
     Raises:
-        ConfigError: something lies there already, or the disk is too full.
+        ConfigError: something is there already, or the disk has too little space.
     """
     above = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         is_free = not path.is_symlink() and (not path.exists() or not any(path.iterdir()))
         free = shutil.disk_usage(above).free
     except OSError as error:
-        raise ConfigError(f"{path} cannot be made: {error}") from None
-    require(above.is_dir(), f"{path} cannot be made: {above} is no folder")
-    require(is_free, f"{path} exists: name a new folder, or delete that one")
+        raise ConfigError(
+            f"{path} cannot be created: {error}; name a folder that can be written"
+        ) from None
+    require(
+        above.is_dir(),
+        f"{path} cannot be created: {above} is not a folder; name a folder that can be written",
+    )
+    require(is_free, f"{path} exists already: name a new folder, or delete that one")
     require(
         free > num_bytes,
-        f"{path} needs {num_bytes / 1e9:,.1f} GB, and its disk has {free / 1e9:,.1f} GB free",
+        f"{path} needs {num_bytes / 1e9:,.1f} GB, and its disk has {free / 1e9:,.1f} GB free: free "
+        "some space, or name a folder on another disk",
     )
 
 
