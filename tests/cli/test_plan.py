@@ -100,4 +100,4 @@ def test_a_mesh_that_does_not_fill_it_exits_2_with_one_line() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.strip().count("\n") == 0
-    assert "meshes that would: " in done.stderr
+    assert "meshes that fit: " in done.stderr

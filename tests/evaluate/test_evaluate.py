@@ -1,4 +1,4 @@
-"""Held-out figures against direct computation."""
+"""Held-out metrics equal a direct computation."""
 
 import math
 
