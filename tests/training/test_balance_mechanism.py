@@ -5,42 +5,24 @@ does.
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from mixtral_jax.training.assemble import make_training
 from mixtral_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from mixtral_jax.training.state import init_state
 from mixtral_jax.training.step import make_train_step
 from tests.cases import cpu_model_maker, mesh_of, on_mesh, packed_batch, small_config
+from tests.skew import prefer_experts
 
 STEPS = 200
 
 
-class OffsetGate(nnx.Module):
-    """A gate whose first two experts start ahead by a fixed amount, which no gradient reaches."""
-
-    def __init__(self, gate, offset):
-        self.gate, self.offset = gate, offset
-
-    def __call__(self, x_BTD, out_sharding):
-        logits_BTE = self.gate(x_BTD, out_sharding)
-        return (
-            logits_BTE
-            + jnp.where(jnp.arange(logits_BTE.shape[-1]) < 2, self.offset, 0.0)[None, None]
-        )
-
-
-def offset_model(config):
+def skewed_model(config):
+    """A model whose router sends nearly every token to the first two experts."""
     model = cpu_model_maker(config)()
-
-    def offset(block):
-        block.moe.router.gate = OffsetGate(block.moe.router.gate, 3.0)
-        return block
-
-    model.blocks = jax.vmap(offset)(model.blocks)
+    offsets_E = 0.6 * (np.arange(config.model.num_experts) < 2)
+    prefer_experts(model.blocks.moe.router.gate.weight, offsets_E, model.embedding_VD)
     return model
 
 
@@ -58,7 +40,7 @@ def max_violations(weight):
     step = make_train_step(optimizer, config.router, schedule, make_training(config, "cpu").perturb)
     history = []
     with jax.set_mesh(mesh):
-        state = init_state(functools.partial(offset_model, config), optimizer)
+        state = init_state(functools.partial(skewed_model, config), optimizer)
         for number in range(STEPS):
             state, metrics = step(state, on_mesh(packed_batch(config, seed=number), mesh))
             history.append(float(metrics["router/max_violation"]))

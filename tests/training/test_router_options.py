@@ -25,6 +25,7 @@ from mixtral_jax.training.optimizer import (
 from mixtral_jax.training.state import TrainState, init_state
 from mixtral_jax.training.step import TrainStep, make_train_step
 from tests.cases import mesh_of, on_mesh, packed_batch, relative_norm, small_config
+from tests.skew import prefer_experts
 from tests.training.test_mesh_invariance import remember_gradients
 
 SPREAD = {"expert": 4, "fsdp": 2}
@@ -138,12 +139,8 @@ def test_the_rate_of_a_bias_falls_to_zero_over_the_last_fraction() -> None:
 
 def test_a_bias_evens_the_load_without_a_loss() -> None:
     def prefer_some(state: TrainState) -> TrainState:
-        embedding, gate = state.trained.embedding_VD, state.trained.blocks.moe.router.gate.weight
-        is_first_D = jnp.arange(32) == 0  # A direction that every token shares.
-        embedding[...] = jnp.where(is_first_D[None], 1.0, embedding[...])
-        gate[...] = jnp.where(
-            is_first_D[None, :, None], jnp.linspace(-0.5, 0.5, 8)[None, None], gate[...]
-        )
+        gate = state.trained.blocks.moe.router.gate.weight
+        prefer_experts(gate, np.linspace(-0.5, 0.5, 8), state.trained.embedding_VD)
         return state
 
     def violation(**overrides: Any) -> float:

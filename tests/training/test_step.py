@@ -14,6 +14,7 @@ from mixtral_jax.training.optimizer import learning_rate_schedule, make_optimize
 from mixtral_jax.training.state import init_state
 from mixtral_jax.training.step import make_train_step
 from tests.cases import cpu_model_maker, mesh_of, on_mesh, packed_batch, relative_norm, small_config
+from tests.skew import prefer_experts
 from tests.training.test_mesh_invariance import remember_gradients
 
 
@@ -65,29 +66,17 @@ def test_the_balance_gradient_keeps_its_weight_under_accumulation(sizes):
         assert relative_norm(leaves(got)[name], gradient) < 1e-5, name
 
 
-def send_all_to(expert):
-    """Makes the router's logit of one expert the largest for every token."""
-
-    def change(state):
-        embedding = state.trained.embedding_VD
-        gate = state.trained.blocks.moe.router.gate.weight
-        is_first_VD = (
-            jnp.arange(embedding.shape[1])[None] == 0
-        )  # A direction that every token shares.
-        embedding[...] = jnp.where(is_first_VD, 30.0, embedding[...])
-        is_first_LDE = jnp.arange(gate.shape[1])[None, :, None] == 0
-        to_expert_E = jnp.where(jnp.arange(gate.shape[2]) == expert, 30.0, 0.0)[None, None]
-        gate[...] = jnp.where(is_first_LDE, to_expert_E, gate[...])
-        return state
-
-    return change
+def prefer_expert_3(state):
+    gate = state.trained.blocks.moe.router.gate.weight
+    prefer_experts(gate, 30.0 * (np.arange(8) == 3), state.trained.embedding_VD)
+    return state
 
 
 @pytest.mark.parametrize("sizes", [{}, {"expert": 8}])
 def test_experts_without_a_token_get_exactly_zero_gradient_and_one_may_get_all(sizes):
     config = small_config(router__num_experts_per_token=1)
     gradients, metrics = gradients_of(
-        config, packed_batch(config), mesh_of(**sizes), send_all_to(3)
+        config, packed_batch(config), mesh_of(**sizes), prefer_expert_3
     )
     assert metrics["router/dead_experts"] == 7
     assert np.isfinite(metrics["grad_norm"])
