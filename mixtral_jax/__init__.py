@@ -1,4 +1,4 @@
-"""Mixtral in JAX: a sparse mixture of experts, trained with its experts sharded over a mesh of devices.
+"""Mixtral in JAX: a sparse mixture of experts, its experts sharded over a mesh of devices.
 
 From Python: `load_config`, `train`, `tune` and `load_pretrained`; see docs/python.md.
 """

@@ -25,7 +25,7 @@ Run = Callable[[], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Tokens and weights of a layer, float32: x [M, D], what y is multiplied by, and the matrices."""
+    """Input, cotangent of the output and weights of a layer, all float32."""
 
     x_MD: np.ndarray
     cotangent_MD: np.ndarray

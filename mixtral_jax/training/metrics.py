@@ -60,7 +60,7 @@ class MetricLog:
             self._wandb.finish()
 
     def write(self, record: Record) -> None:
-        """One JSON object on a line of its own; numbers also to the other sinks, at record["step"]."""
+        """Writes a record as a line of JSON, and its numbers to the other sinks."""
         if not self._file:
             return
         self._file.write(json.dumps(record) + "\n")
