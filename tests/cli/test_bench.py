@@ -4,7 +4,6 @@ import itertools
 import json
 import types
 
-import jax
 import pytest
 
 from mixtral_jax.bench import step
@@ -22,14 +21,6 @@ def clock_of(*seconds):
         itertools.chain.from_iterable((1000.0, taken) for taken in seconds)
     )
     return types.SimpleNamespace(perf_counter=lambda: next(ticks))
-
-
-@pytest.fixture(autouse=True)
-def precision_stays():
-    """Undoes what a float32 model sets for the whole process: the precision of matmuls."""
-    before = jax.config.jax_default_matmul_precision
-    yield
-    jax.config.update("jax_default_matmul_precision", before)
 
 
 def test_bench_prints_one_json_line_whose_figures_are_those_of_the_clock(monkeypatch, capsys):

@@ -40,14 +40,6 @@ def doctor(*flags):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
 
 
-@pytest.fixture(autouse=True)
-def precision_stays():
-    """Undoes what a float32 model sets for the whole process: the precision of matmuls."""
-    before = jax.config.jax_default_matmul_precision
-    yield
-    jax.config.update("jax_default_matmul_precision", before)
-
-
 def test_doctor_finds_nothing_wrong_with_the_default_run(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(checkup, "time_sum", lambda mesh: 0.0125)
