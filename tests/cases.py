@@ -49,7 +49,7 @@ def mesh_of(**sizes: int) -> jax.sharding.Mesh:
 
 
 def packed_batch(config: Config, seed: int = 0) -> Batch:
-    """Random tokens on the host: rows of one, two and three documents, one with padding behind it."""
+    """Random tokens on the host, in rows of one, two and three documents, some with padding."""
     rng = np.random.default_rng(seed)
     shape = (
         config.train.gradient_accumulation,

@@ -5,6 +5,7 @@ pyproject.toml).
 import gc
 import importlib.metadata
 import os
+import shutil
 import tempfile
 
 # Most of a test's time is tracing and compiling. XLA does a third of the work with these flags, and
@@ -17,8 +18,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 
 # Programs that one worker has compiled, it and the processes that it starts load from here. Each
 # worker has a folder of its own, since jax does not write these files in one go.
-_compiled = tempfile.TemporaryDirectory(prefix="mixtral_jax-compiled-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mixtral_jax-compiled-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
@@ -52,3 +52,7 @@ LONG_FILES = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {name: rank for rank, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
