@@ -1,11 +1,12 @@
-"""The sizes of the models: the only place that has them."""
+"""The sizes of the models. No other file has them."""
 
 from ml_collections import ConfigDict
 
 
 def mixtral_8x7b() -> ConfigDict:
-    """Mixtral 8x7B v0.1: 46,702,792,704 parameters, 12,879,925,248 active (arXiv 2401.04088, Table
-    1).
+    """Mixtral 8x7B v0.1: 46,702,792,704 parameters, 12,879,925,248 active.
+
+    Source: arXiv 2401.04088, Table 1.
     """
     return ConfigDict(
         {
@@ -34,7 +35,7 @@ def mixtral_8x22b() -> ConfigDict:
 
 
 def tiny() -> ConfigDict:
-    """The same architecture at the size of a laptop; float32, since a CPU has no fast bfloat16."""
+    """The same architecture for a laptop. float32, because a CPU has no fast bfloat16."""
     model = mixtral_8x7b()
     model.vocab_size = 2048
     model.hidden_size = 128

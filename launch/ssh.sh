@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
-# Starts one process of a run on each host by plain ssh, waits for all, and starts them again when they end with 75.
+# Starts one process of a run on each host by ssh, and restarts all if they end with 75.
 #
-#   launch/ssh.sh HOSTS COMMAND...      as in: launch/ssh.sh hosts.txt .venv/bin/python train.py --workdir=/shared/run
+#   launch/ssh.sh HOSTS COMMAND...
+#   launch/ssh.sh hosts.txt .venv/bin/python train.py --workdir=/shared/run
 #
-# HOSTS is a file with a host a line; process 0 runs on the first, which the others must reach by that name.
-# The clone lies in the folder of the same path on every host as here. SIGTERM or Ctrl-C here stops all processes,
-# which save and end; so does a lost connection. Settings: PORT of the coordinator, RESTART_SECONDS between starts,
-# GRACE_SECONDS for the others once one has failed.
-# Ends with 0 (done), 2 (wrong command or config), 75 (stopped by a signal, and saved), or the code of what failed.
+# HOSTS is a file with one host per line. Process 0 runs on the first host, which the others must
+# reach by that name. The clone must have the same path on every host as here. SIGTERM or Ctrl-C here
+# stops all processes, which save and end. So does a lost connection.
+# Variables: PORT of the coordinator, RESTART_SECONDS between starts, GRACE_SECONDS for the other
+# processes to end after one has failed.
+# Exit codes: 0 (done), 2 (wrong command or config), 75 (stopped by a signal, and saved), or the
+# code of the process that failed.
 set -u
 
 if [ $# -lt 2 ] || [ ! -r "$1" ]; then
-    echo "usage: launch/ssh.sh HOSTS COMMAND...   (HOSTS: a file with a host a line)" >&2
+    echo "usage: launch/ssh.sh HOSTS COMMAND...   (HOSTS: a file with one host per line)" >&2
     exit 2
 fi
 mapfile -t hosts < <(grep -v '^[[:space:]]*\(#\|$\)' "$1")
 shift
 if [ ${#hosts[@]} -eq 0 ]; then
-    echo "error: the file of hosts names none" >&2
+    echo "error: the file of hosts is empty: write one host per line" >&2
     exit 2
 fi
 first=${hosts[0]#*@}
@@ -27,7 +30,7 @@ is_stopping=
 trap 'is_stopping=1; stop_all' TERM INT
 trap 'stop_all; rm -rf "$scratch"' EXIT
 
-# The remote shell ends its process when its standard input does: ssh hands no signals on.
+# ssh forwards no signals. So the remote shell stops its process when its standard input ends.
 remote_script() {
     printf 'cd %q || exit 2\n' "$folder"
     printf 'exec 3<&0\n'
@@ -41,7 +44,7 @@ start_all() {
     rm -rf "$scratch/input" "$scratch/ended"
     mkdir "$scratch/ended"
     mkfifo "$scratch/input"
-    # While this lives, the input of every ssh stays open.
+    # While this process lives, the input of every ssh stays open.
     sleep infinity >"$scratch/input" &
     holder=$!
     for index in "${!hosts[@]}"; do
@@ -52,7 +55,7 @@ start_all() {
 
 start_one() {
     ssh -o BatchMode=yes -o ServerAliveInterval=15 "${hosts[$1]}" "$2" <"$scratch/input"
-    # The code of a process, in a file that appears whole.
+    # The exit code appears as a complete file, because mv is atomic.
     echo $? >"$scratch/code-$1"
     mv "$scratch/code-$1" "$scratch/ended/"
 }
@@ -62,7 +65,7 @@ stop_all() {
     holder=
 }
 
-# Sets `code` to what all ended with, or to the first that is neither 0 nor 75.
+# Sets `code` to the exit code of all processes, or to the first one that is neither 0 nor 75.
 wait_for_all() {
     code=0
     patience=${GRACE_SECONDS:-30}
@@ -78,7 +81,7 @@ wait_for_all() {
             esac
         done
         [ "$ended" -eq ${#hosts[@]} ] && return
-        # The others end by themselves, unless they wait for one that never started.
+        # The others end by themselves, unless they wait for a process that never started.
         case $code in
             0 | 75) ;;
             *) patience=$((patience - 1)) ;;
@@ -95,6 +98,6 @@ while :; do
     if [ "$code" -ne 75 ] || [ -n "$is_stopping" ]; then
         exit "$code"
     fi
-    echo "all processes stopped and saved (75): starting again" >&2
+    echo "all processes stopped and saved (75): starting them again" >&2
     sleep "${RESTART_SECONDS:-10}"
 done

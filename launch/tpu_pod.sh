@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Runs a command on every host of a Cloud TPU pod slice, and again when it ends with 75.
+# Runs a command on every host of a Cloud TPU pod slice, and runs it again if it ends with 75.
 #
 #   TPU=NAME ZONE=ZONE launch/tpu_pod.sh setup GIT_URL
 #   TPU=NAME ZONE=ZONE launch/tpu_pod.sh run train.py --config=configs/pretrain/mixtral_8x7b_v5p.py --workdir=DIR
 #   TPU=NAME ZONE=ZONE launch/tpu_pod.sh stop
 #
-# jax finds the other hosts by the metadata of the slice. DIR must be on storage that all hosts mount. `stop`, from
-# another terminal, sends SIGTERM to every process: they save, and `run` ends with 75. Settings: FOLDER of the clone on
-# the hosts, PYTHON in it, RESTART_SECONDS between starts.
-# Ends with 0 (done), 2 (wrong command or config), 75 (stopped), or the code of what failed.
+# jax finds the other hosts by the metadata of the slice. All hosts must mount the storage of DIR.
+# `stop`, from another terminal, sends SIGTERM to every process: they save, and `run` ends with 75.
+# Variables: FOLDER of the clone on the hosts, PYTHON in it, RESTART_SECONDS between starts.
+# Exit codes: 0 (done), 2 (wrong command or config), 75 (stopped), or the code of a failed process.
 set -u
 folder=${FOLDER:-mixtral_jax}
 python=${PYTHON:-.venv/bin/python}
@@ -27,7 +27,8 @@ setup() {
         "$folder" "$1" "$folder" "$folder"); make install; $python -m pip install --quiet -e '.[tpu]'"
 }
 
-# What each host does: one process, its number noted for `stop`, its code printed at the end: gcloud tells none apart.
+# The script of each host: it starts one process, writes its id for `stop`, and prints its exit
+# code, because gcloud does not return the codes of single hosts.
 remote_script() {
     printf 'cd %q && rm -f .stopped || exit 2; ' "$folder"
     printf '%q ' "$python" "$@"
@@ -45,13 +46,14 @@ run() {
         codes=$(sed -n 's/.*host ended with code \([0-9]*\).*/\1/p' "$log" | sort -nu)
         case $codes in
             '')
-                echo "error: no host said how it ended: is $TPU there and ready? (a preempted slice must be made anew)" >&2
+                echo "error: no host reported an exit code: check that $TPU exists and is ready" \
+                    "(a preempted slice must be created again)" >&2
                 exit 1
                 ;;
             0) exit 0 ;;
             75)
                 if grep -q 'host stopped on request' "$log"; then exit 75; fi
-                echo "all hosts stopped and saved (75): starting again" >&2
+                echo "all hosts stopped and saved (75): starting them again" >&2
                 sleep "${RESTART_SECONDS:-10}"
                 ;;
             *) exit "$(printf '%s\n' "$codes" | grep -vx -e 0 -e 75 | head -n 1 | grep . || echo 1)" ;;

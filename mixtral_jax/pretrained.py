@@ -1,7 +1,7 @@
-"""A model from a folder, ready to be asked: `load_pretrained` and what it returns.
+"""Loads a model from a folder: `load_pretrained`, and the `Pretrained` that it returns.
 
-Composes rooms below it: `checkpoint` reads the weights, `parallel` lays them out, `data` has the
-tokenizer and the chat template, `generate` writes.
+It composes the rooms below it: `checkpoint` reads the weights, `parallel` lays them out, `data` has
+the tokenizer and the chat template, and `generate` continues prompts.
 """
 
 import dataclasses
@@ -21,39 +21,42 @@ from mixtral_jax.data.chat.template import SAFE_PROMPT, ChatTemplate
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.generate.generator import Generator, Speed
 from mixtral_jax.generate.settings import Settings
+from mixtral_jax.kernels.choose import Kernels, choose_kernels
 from mixtral_jax.model.balance import load_balance_loss
-from mixtral_jax.model.transformer import ModelOutput, Transformer, model_maker, resolve_dispatch
+from mixtral_jax.model.transformer import ModelOutput, Transformer, model_maker
 from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, matmul_precision, resolve_mesh
 from mixtral_jax.parallel.rules import AxisRules
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Prompt = str | Sequence[int]
 
-# Mixtral's own. Rotary positions have no end: what a model was trained on is no bound, but memory
-# is.
-_SHORTEST_CONTEXT = 32_768
+# The context of Mixtral. Rotary positions have no limit, so a model may read more tokens than the
+# sequences it was trained on, as far as memory allows.
+_MIN_CONTEXT_TOKENS = 32_768
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A model on its mesh, with what it needs to be asked something.
+    """A model on its mesh, with all that it needs to answer.
 
     Attributes:
-        config: what the model was built with, nothing left to `auto`; its mesh is that of `mesh`.
-        tokenizer: None where the folder has none.
+        config: the config that the model was built with; its mesh has the sizes of `mesh`.
+        tokenizer: the tokenizer of the folder; None if it has none.
+        kernels: the implementations that the model runs, chosen for the devices of `mesh`.
     """
 
     config: Config
     model: Transformer
     tokenizer: Tokenizer | None
     mesh: jax.sharding.Mesh
+    kernels: Kernels
 
     def logits(self, tokens_BT: np.ndarray, mask_BT: np.ndarray | None = None) -> np.ndarray:
-        """Next-token logits of int [B, T] tokens, float32 [B, T, V]; meaningless where the mask is
-        0.
+        """Next-token logits of int [B, T] tokens: float32 [B, T, V].
 
-        Rows of padding are added where B does not divide over the mesh. In a run of several
-        processes, all of them call this with the same tokens.
+        Logits where the mask is 0 have no meaning. If B does not divide over the mesh, rows of
+        padding are added. In a run of several processes, all of them must call this with the same
+        tokens.
         """
         output = self._run(tokens_BT, mask_BT)
         with jax.set_mesh(self.mesh):
@@ -62,8 +65,8 @@ class Pretrained:
 
     @functools.cached_property
     def generator(self) -> Generator:
-        """What `generate` and `chat` ask; it keeps the programs that are compiled."""
-        context = max(self.config.train.sequence_length, _SHORTEST_CONTEXT)
+        """The generator behind `generate` and `chat`, which keeps compiled programs."""
+        context = max(self.config.train.sequence_length, _MIN_CONTEXT_TOKENS)
         return Generator(self.model, self.mesh, self.tokenizer, context)
 
     def generate(
@@ -72,17 +75,17 @@ class Pretrained:
         """Continues a prompt, or a list of prompts in one batch.
 
         Args:
-            prompt: text, which BOS is put before; a list of ids, which nothing is; or a list of
-                texts or of lists.
+            prompt: a text, before which BOS is put; a list of ids, which is used as it is; or a
+                list of texts or of such lists.
             settings: fields of `generate.settings.Settings`, such as max_new_tokens, temperature
                 and stop.
 
         Returns:
-            The new text of a text, the new ids of ids; a list of them for a list of prompts.
+            The new text for a text, the new ids for ids; a list of these for a list of prompts.
 
         Raises:
-            ConfigError: a setting is out of range, a prompt is empty or too long, or is text
-                without a tokenizer.
+            ConfigError: a setting is out of range; a prompt is empty or too long; or a prompt is a
+                text, and the model has no tokenizer.
         """
         is_one = isinstance(prompt, str) or (
             len(prompt) > 0 and isinstance(prompt[0], int | np.integer)
@@ -119,19 +122,20 @@ class Pretrained:
         speed: Speed | None = None,
         **settings: Any,
     ) -> Iterator[str]:
-        """The model's answer, a piece at a time.
+        """The model's answer, piece by piece.
 
         Args:
-            messages: such as `[{"role": "user", "content": "Hi"}]`; the last is to be answered, or
-                has `prefix` true.
+            messages: the conversation, such as `[{"role": "user", "content": "Hi"}]`. The model
+                answers the last message, or continues it if its `prefix` is true.
             safe_mode: puts Mistral's guardrail before the conversation, as system text.
-            literal_inst: what becomes of a written `[INST]`: see `data.chat.ChatTemplate`.
-            speed: where to count tokens and seconds.
-            settings: as of `generate`.
+            literal_inst: how to treat a literal `[INST]` in a message: see
+                `data.chat.template.ChatTemplate`.
+            speed: counts tokens and seconds if given.
+            settings: as in `generate`.
 
         Raises:
-            ConfigError: there is no tokenizer, or a setting or the conversation is wrong; says
-                where.
+            ConfigError: there is no tokenizer, or a setting or the conversation is wrong. The
+                message names the place.
         """
         if self.tokenizer is None:
             raise ConfigError("a chat needs a tokenizer, and this model came without one")
@@ -147,17 +151,16 @@ class Pretrained:
             shown = len(answer.text)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Ids of a prompt: those of text follow BOS.
+        """Ids of a prompt. Those of a text begin with BOS.
 
         Raises:
-            ConfigError: it is text, and there is no tokenizer.
+            ConfigError: the prompt is a text, and there is no tokenizer.
         """
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
         if self.tokenizer is None:
             raise ConfigError(
-                "a prompt of text needs a tokenizer, and this model came without one: give token "
-                "ids"
+                "a prompt of text needs a tokenizer, and this model came without one: give ids"
             )
         return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
 
@@ -167,8 +170,9 @@ class Pretrained:
         mask_BT: np.ndarray | None = None,
         normalization: Literal["switch", "hf"] = "hf",
     ) -> float:
-        """The auxiliary loss over all layers and real tokens, before its weight: see
-        `model.balance`.
+        """The auxiliary loss over all layers and real tokens, before its weight.
+
+        See `model.balance.load_balance_loss`.
         """
         output = self._run(tokens_BT, mask_BT)
         with jax.set_mesh(self.mesh):
@@ -208,22 +212,22 @@ def load_pretrained(
     dtype: Dtype | None = None,
     mesh: jax.sharding.Mesh | MeshConfig | None = None,
 ) -> Pretrained:
-    """The model in `folder`, sharded over `mesh`; each process reads the parts that its devices
-    hold.
+    """Loads the model in `folder`, sharded over `mesh`.
 
-    No route is dropped, whatever capacity the model was trained with.
+    Each process reads only the parts that its devices hold. The model drops no routes, whatever
+    capacity it was trained with.
 
     Args:
-        folder: a run's workdir (its newest checkpoint), one step of it, or a folder of Hugging Face
-            or of Mistral.
-        dtype: what the weights are held in, and computed in, except that float16 is computed in
-            float32; None keeps that of the folder.
-        mesh: one, or the sizes of one over all devices; by default with as many on `expert` as
-            divide the experts, and the rest on `data`.
+        folder: the workdir of a run (its newest checkpoint), one step of it, or a folder in the
+            format of Hugging Face or Mistral.
+        dtype: the dtype that weights are held in and computed in, except that float16 is computed
+            in float32. None keeps the dtype of the folder.
+        mesh: a mesh, or the sizes of one over all devices. By default `expert` takes as many
+            devices as divide the experts, and `data` takes the rest.
 
     Raises:
-        ConfigError: the folder holds no Mixtral, or a damaged one, or the mesh does not fit; says
-            what and where.
+        ConfigError: the folder holds no Mixtral or a damaged one, or the mesh does not fit. The
+            message names the place.
     """
     weights = open_weights(Path(folder))
     if dtype is not None:
@@ -233,17 +237,16 @@ def load_pretrained(
     else:
         sizes, num_devices = mesh or MeshConfig(), jax.device_count()
     config = weights.architecture.config(batch_size=num_devices)
-    # Whatever it was trained with, elsewhere perhaps.
-    model = dataclasses.replace(config.model, attention="auto")
-    config = resolve_mesh(dataclasses.replace(config, model=model, mesh=sizes), num_devices)
+    # It may have been trained on other devices, with another attention.
+    model_config = dataclasses.replace(config.model, attention="auto")
+    config = dataclasses.replace(config, model=model_config, mesh=sizes)
+    config = resolve_mesh(config, num_devices)
     mesh = mesh if isinstance(mesh, jax.sharding.Mesh) else make_mesh(config.mesh)
-    platform = mesh.devices.flat[0].platform
-    config = dataclasses.replace(config, dispatch=resolve_dispatch(config, platform))
-    # Not cut over `expert`, as in training: dense weights would be gathered anew for each token
-    # that is written.
+    kernels = choose_kernels(config, mesh.devices.flat[0].platform)
+    # Unlike in training, dense weights are not sharded over `expert`: they would be gathered again
+    # for each generated token.
     rules = AxisRules(dense_embed="fsdp")
     with jax.set_mesh(mesh):
-        loaded = load_model(
-            weights.parameters, jax.eval_shape(model_maker(config, platform, rules))
-        )
-    return Pretrained(config, loaded, weights.tokenizer, mesh)
+        shapes = jax.eval_shape(model_maker(config, kernels, rules))
+        model = load_model(weights.parameters, shapes)
+    return Pretrained(config, model, weights.tokenizer, mesh, kernels)

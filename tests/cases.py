@@ -1,14 +1,17 @@
-"""What many tests start from: a small model, a mesh by its sizes, a packed batch."""
+"""What many tests start from: a small model, its kernels, a mesh by its sizes, a packed batch."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixtral_jax.config import Config, build
+from mixtral_jax.config import Config, GroupedMatmulName, TransportName, build
+from mixtral_jax.kernels.choose import Choice, Kernels, choose_kernels
 from mixtral_jax.model.tokens import Tokens
+from mixtral_jax.model.transformer import Transformer, model_maker
 from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.mesh import MESH_AXES
 from mixtral_jax.parallel.rules import AxisRules
@@ -42,6 +45,17 @@ def small_config(**overrides: Any) -> Config:
     return build(Config, mapping)
 
 
+def cpu_model_maker(config: Config) -> Callable[[], Transformer]:
+    """A function that initialises the config's model, with the kernels it has on CPUs."""
+    return model_maker(config, choose_kernels(config, "cpu"))
+
+
+def kernels_of(transport: TransportName, grouped_matmul: GroupedMatmulName) -> Kernels:
+    """The kernels with these names, whatever a config would choose."""
+    why = "for a test"
+    return Kernels(Choice("xla", why), Choice(grouped_matmul, why), Choice(transport, why))
+
+
 def mesh_of(**sizes: int) -> jax.sharding.Mesh:
     """A mesh of the axes named, all others 1, on the first devices."""
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
@@ -71,7 +85,7 @@ def packed_batch(config: Config, seed: int = 0) -> Batch:
 
 
 def only_masked(is_real_BT: Any) -> Tokens:
-    """Tokens of which nothing is known but which are real."""
+    """Tokens of which only is known which are real."""
     zeros_BT = jnp.zeros_like(is_real_BT, jnp.int32)
     return Tokens(zeros_BT, zeros_BT, jnp.asarray(is_real_BT, jnp.int32))
 

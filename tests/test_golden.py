@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.model.balance import load_balance_loss, sum_routing
+from mixtral_jax.model.router import Routes
 from mixtral_jax.model.transformer import ModelOutput
 from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.training.loss import cross_entropy
@@ -129,7 +130,9 @@ def test_hf_balance_loss_pools_layers_as_transformers_does(expected, is_real, ma
         is_real if mask == "with" else np.ones_like(is_real), (2, *is_real.shape)
     )
     chosen = np.repeat(counted[..., None], 2, axis=-1)
-    sums = jax.vmap(sum_routing)(logits, jax.nn.softmax(logits), experts, chosen, chosen, counted)
+    scores, weights = jax.nn.softmax(logits), np.zeros(experts.shape)
+    routes = Routes(logits, scores, experts, weights, chosen, chosen)
+    sums = jax.vmap(sum_routing)(routes, counted, np.zeros(len(logits)))
     loss = load_balance_loss(sums, "hf")
     np.testing.assert_allclose(
         loss, expected[f"aux_loss_{mask}_attention_mask"], rtol=RELATIVE_TOLERANCE

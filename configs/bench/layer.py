@@ -1,7 +1,8 @@
-"""The MoE layer that `bench --layer` sets beside transformers': 2,048 tokens, 8 experts, top-2,
-float32, one device.
+"""The MoE layer with which `bench --layer` compares ours with that of transformers.
 
-python -m mixtral_jax bench --layer --config=configs/bench/layer.py
+2,048 tokens, 8 experts, top-2, float32, one device.
+
+    python -m mixtral_jax bench --layer --config=configs/bench/layer.py
 """
 
 from ml_collections import ConfigDict

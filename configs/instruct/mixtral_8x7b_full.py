@@ -1,15 +1,14 @@
-"""Every weight of Mixtral 8x7B, on 8 GPUs with the memory of an H200, 16 with that of an H100, or
-16 chips of TPU v5p.
+r"""Tunes every weight of Mixtral 8x7B, on 8 H200 GPUs, 16 H100 GPUs, or 16 chips of TPU v5p.
 
-Weights and AdamW's moments in float32, cut over all devices: 523 GiB. 16 rows of 8,192 tokens a
-step. Planned, never run on that hardware: `mixtral-jax plan` finds a peak of 49 GiB a chip on
-v5p:2x2x4 (95 GiB), and at most 3,900 tokens/s; it estimates 112 GiB a GPU on h200:8 (131 GiB) and
-58 GiB on h100:16 (75 GiB), of a program for CPUs, whose arrays are wider. The learning rate is not
-tried. Name the base, your conversations, and a workdir that every host sees; run on every host:
+The weights and the moments of AdamW are float32 and sharded over all devices: 523 GiB. A step has
+16 rows of 8,192 tokens. This config was planned, but has never run on that hardware. `mixtral-jax
+plan` finds a peak of 49 GiB per chip on v5p:2x2x4 (of 95 GiB), and a bound of 3,900 tokens/s per
+chip. It estimates 112 GiB per GPU on h200:8 (of 131 GiB) and 58 GiB on h100:16 (of 75 GiB), from a
+program for CPUs, whose arrays are wider. The learning rate was not tried. Run this on every host,
+with your base model, your conversations, and a workdir that all hosts see:
 
-    python finetune_instruct.py --config=configs/instruct/mixtral_8x7b_full.py
-    --config.finetune.base=BASE \
-        --config.data.path=CHATS --workdir=DIR
+    python finetune_instruct.py --config=configs/instruct/mixtral_8x7b_full.py \
+        --config.finetune.base=BASE --config.data.path=CHATS --workdir=DIR
 """
 
 from ml_collections import ConfigDict

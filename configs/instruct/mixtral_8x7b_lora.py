@@ -1,16 +1,16 @@
-"""Adapters on the attention and the experts of Mixtral 8x7B, on 8 chips: one host of TPU v6e, or
-two of v5p.
+r"""Tunes adapters of Mixtral 8x7B on 8 chips: one host of TPU v6e, or two hosts of v5p.
 
-The base stays in bfloat16; 240,123,904 parameters learn. 8 rows of 8,192 tokens a step, one a chip,
-which holds one expert of each layer, and room for every row that may come to it: none is ever lost.
-Planned, never run on that hardware: `mixtral-jax plan` finds a peak of 17.0 GiB a chip on v6e:2x4
-(29.8 GiB) and on v5p:2x2x2 (95 GiB), and at most 7,200 and 4,900 tokens/s a chip. The learning rate
-is mistral-finetune's. Name the base, your conversations, and a workdir that every host sees; run on
-every host:
+The attention and the experts have adapters: 240,123,904 parameters learn, and the base stays in
+bfloat16. A step has 8 rows of 8,192 tokens, one row per chip. Each chip holds one expert of each
+layer, with room for all rows that may be routed to it, so no row is ever dropped.
 
-    python finetune_instruct.py --config=configs/instruct/mixtral_8x7b_lora.py
-    --config.finetune.base=BASE \
-        --config.data.path=CHATS --workdir=DIR
+This config was planned, but has never run on that hardware. `mixtral-jax plan` finds a peak of 17.0
+GiB per chip on v6e:2x4 (of 29.8 GiB) and on v5p:2x2x2 (of 95 GiB), and bounds of 7,200 and 4,900
+tokens/s per chip. The learning rate is that of mistral-finetune. Run this on every host, with your
+base model, your conversations, and a workdir that all hosts see:
+
+    python finetune_instruct.py --config=configs/instruct/mixtral_8x7b_lora.py \
+        --config.finetune.base=BASE --config.data.path=CHATS --workdir=DIR
 """
 
 from ml_collections import ConfigDict

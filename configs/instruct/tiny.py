@@ -1,9 +1,8 @@
-"""The first tuning: a tiny Mixtral, pretrained on the Python library for the occasion, learns to
-answer about it.
+"""The first tuning: a tiny Mixtral learns to answer questions about the Python standard library.
 
-Minutes on two CPU cores, most of them for the base. All weights are trained: a tiny base knows too
-little for small adapters to bring out, which --config.finetune.lora.rank=16 shows;
---config.finetune.base=DIR tunes another model.
+It pretrains its own base on that library first, and takes minutes on two CPU cores.
+--config.finetune.base=DIR tunes another model instead. All weights are trained, because a tiny base
+knows too little for small adapters to work with; --config.finetune.lora.rank=16 shows this.
 
     python finetune_instruct.py
 """

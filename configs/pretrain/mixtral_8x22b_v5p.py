@@ -1,11 +1,11 @@
-"""Mixtral 8x22B from scratch on 128 chips of TPU v5p (4x4x8, a v5p-256).
+r"""Mixtral 8x22B from scratch on 128 chips of TPU v5p (4x4x8, a v5p-256).
 
-128 rows of 4,096 tokens a step, one a chip. Never run on that hardware: the sizes and the mesh are
-checked, the learning rate and the speed are not. Name your text, and a workdir that every host
-sees; run on every host:
+A step has 128 rows of 4,096 tokens, one row per chip. This config has never run on that hardware:
+its sizes and mesh were checked by compiling, its learning rate and its speed were not. Run this on
+every host, with the path of your text and a workdir that all hosts see:
 
-    python train.py --config=configs/pretrain/mixtral_8x22b_v5p.py --config.data.path=TEXT
-    --workdir=DIR
+    python train.py --config=configs/pretrain/mixtral_8x22b_v5p.py \
+        --config.data.path=TEXT --workdir=DIR
 """
 
 from ml_collections import ConfigDict

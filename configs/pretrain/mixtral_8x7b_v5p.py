@@ -1,13 +1,13 @@
-"""Mixtral 8x7B from scratch on 64 chips of TPU v5p (4x4x4), experts over 8 of them and every weight
-over the others.
+r"""Mixtral 8x7B from scratch on 64 chips of TPU v5p (4x4x4).
 
-64 rows of 4,096 tokens a step, one a chip; 32,000-piece tokenizer (`pip install
-'mixtral_jax[mistral]'`). Never run on that hardware: the sizes and the mesh are checked, the
-learning rate and the speed are not. Name your text, and a workdir that every host sees; run on
-every host:
+The experts are sharded over 8 chips, and every weight over the 8 chips of the other axis. A step
+has 64 rows of 4,096 tokens, one row per chip. The tokenizer is Mixtral's, with 32,000 pieces (`pip
+install 'mixtral_jax[mistral]'`). This config has never run on that hardware: its sizes and mesh
+were checked by compiling, its learning rate and its speed were not. Run this on every host, with
+the path of your text and a workdir that all hosts see:
 
-    python train.py --config=configs/pretrain/mixtral_8x7b_v5p.py --config.data.path=TEXT
-    --workdir=DIR
+    python train.py --config=configs/pretrain/mixtral_8x7b_v5p.py \
+        --config.data.path=TEXT --workdir=DIR
 """
 
 from ml_collections import ConfigDict

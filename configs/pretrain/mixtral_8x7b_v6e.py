@@ -1,12 +1,12 @@
-"""Mixtral 8x7B from scratch on 256 chips of TPU v6e (16x16): a smaller memory a chip, so weights
-are cut finer.
+r"""Mixtral 8x7B from scratch on 256 chips of TPU v6e (16x16).
 
-256 rows of 4,096 tokens a step, one a chip. Never run on that hardware: the sizes and the mesh are
-checked, the learning rate and the speed are not. Name your text, and a workdir that every host
-sees; run on every host:
+A v6e chip has less memory than a v5p chip, so the weights are sharded over more of them. A step has
+256 rows of 4,096 tokens, one row per chip. This config has never run on that hardware: its sizes
+and mesh were checked by compiling, its learning rate and its speed were not. Run this on every
+host, with the path of your text and a workdir that all hosts see:
 
-    python train.py --config=configs/pretrain/mixtral_8x7b_v6e.py --config.data.path=TEXT
-    --workdir=DIR
+    python train.py --config=configs/pretrain/mixtral_8x7b_v6e.py \
+        --config.data.path=TEXT --workdir=DIR
 """
 
 from ml_collections import ConfigDict

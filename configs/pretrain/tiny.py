@@ -1,6 +1,7 @@
-"""The first run: a tiny Mixtral, eight experts over eight devices, on the Python standard library.
+"""The first run: a tiny Mixtral trains on the Python standard library.
 
-On a CPU the devices are virtual. Takes about five minutes on two cores.
+Its eight experts are sharded over eight devices, which are virtual on a CPU. The run takes about
+five minutes on two cores.
 
     python train.py
 """

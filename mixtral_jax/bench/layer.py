@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 
 from mixtral_jax.config import Config, ConfigError
+from mixtral_jax.kernels.choose import choose_kernels
 from mixtral_jax.model.moe import MoE
 from mixtral_jax.model.tokens import Tokens
-from mixtral_jax.model.transformer import resolve_dispatch
 from mixtral_jax.parallel.rules import AxisRules
 
 ALTERNATIONS = 10
@@ -110,7 +110,8 @@ def make_ours(config: Config, case: Case) -> Run:
         lambda: MoE(
             config.model,
             config.router,
-            resolve_dispatch(config, platform),
+            config.dispatch,
+            choose_kernels(config, platform),
             AxisRules(),
             nnx.Rngs(0),
         )
@@ -127,7 +128,7 @@ def make_ours(config: Config, case: Case) -> Run:
     @jax.jit
     def step(layer, x_1MD):
         def loss(layer, x_1MD):
-            y_1MD, _ = layer(x_1MD, tokens)
+            y_1MD = layer(x_1MD, tokens).y_BTD
             return jnp.sum(y_1MD * cotangent_1MD), y_1MD
 
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(layer, x_1MD)

@@ -1,8 +1,8 @@
-"""Weights into a folder that other programs load: of Hugging Face (transformers, vLLM, SGLang), or
-of Mistral.
+"""Writes weights into a folder that other programs load.
 
-Tensors go from file to file, a few at a time. What can go wrong with the model is found before
-anything is written.
+The formats are Hugging Face (transformers, vLLM, SGLang) and Mistral (mistral-inference). Tensors
+are copied from file to file, a few at a time. A model that the format cannot express is refused
+before anything is written.
 """
 
 import contextlib
@@ -13,31 +13,31 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from mixtral_jax.checkpoint.files.safetensors_files import FileWriter
+from mixtral_jax.checkpoint.files.safetensors import FileWriter
 from mixtral_jax.checkpoint.files.stored import StoredArray, run_jobs, scratch
 from mixtral_jax.checkpoint.formats import huggingface, mistral
 from mixtral_jax.checkpoint.formats.architecture import require_mixtral
 from mixtral_jax.checkpoint.formats.chat_templates import CHAT_TEMPLATES, find_version
 from mixtral_jax.checkpoint.formats.layouts import HUGGING_FACE, MISTRAL
-from mixtral_jax.checkpoint.formats.model_card import make_model_card
 from mixtral_jax.checkpoint.formats.relayout import as_tensors
 from mixtral_jax.checkpoint.formats.tokenizer_json import make_tokenizer_config, make_tokenizer_json
+from mixtral_jax.checkpoint.model_card import make_model_card
 from mixtral_jax.checkpoint.weights import Weights
 from mixtral_jax.data.tokenizer import Tokenizer
 
 Format = Literal["hf", "mistral"]
 FORMATS = typing.get_args(Format)
 
-# Of Mixtral's tokenizer, for a model that has none.
+# Ids in Mixtral's tokenizer, used for a model that has no tokenizer.
 _BOS_ID, _EOS_ID = 1, 2
-SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 5_000_000_000
 
 
 def make_small_files(weights: Weights, format_: Format) -> dict[str, str]:
-    """All files but those of the weights and tokenizer.model, by name.
+    """The contents of all files except the weights and tokenizer.model, by file name.
 
     Raises:
-        ConfigError: the format has no words for the model or its tokenizer.
+        ConfigError: the format cannot express the model or its tokenizer.
     """
     require_mixtral(weights.architecture)
     if format_ == "mistral":
@@ -61,24 +61,20 @@ def make_small_files(weights: Weights, format_: Format) -> dict[str, str]:
 
 
 def write_folder(
-    weights: Weights,
-    folder: Path,
-    format_: Format,
-    report: Callable[[int], None],
-    shard_bytes: int = SHARD_BYTES,
+    weights: Weights, folder: Path, format_: Format, report: Callable[[int], None]
 ) -> None:
-    """Writes the model into an existing folder; `report` is told of bytes as they are written.
+    """Writes the model into an existing folder; calls `report` with the size of each tensor.
 
     Raises:
-        ConfigError: as `make_small_files`, before anything is written; or a file that is read is
-            damaged.
+        ConfigError: the format cannot express the model, in which case nothing is written; or a
+            file of the source is damaged.
         OSError: a file cannot be written.
     """
     small_files = make_small_files(weights, format_)
     layout = MISTRAL if format_ == "mistral" else HUGGING_FACE
     tensors = as_tensors(layout, weights.parameters, weights.architecture.model)
     # mistral-inference reads exactly one file.
-    shards = [tensors] if format_ == "mistral" else _cut_into_shards(tensors, shard_bytes)
+    shards = [tensors] if format_ == "mistral" else _cut_into_shards(tensors)
     stem = "consolidated" if format_ == "mistral" else "model"
     names = [
         f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
@@ -97,15 +93,11 @@ def write_folder(
         _write_shard(folder / name, shard, report)
 
 
-def _cut_into_shards(
-    tensors: Mapping[str, StoredArray], shard_bytes: int
-) -> list[dict[str, StoredArray]]:
+def _cut_into_shards(tensors: Mapping[str, StoredArray]) -> list[dict[str, StoredArray]]:
     shards: list[dict[str, StoredArray]] = [{}]
     for name, tensor in tensors.items():
-        if (
-            shards[-1]
-            and sum(stored.nbytes for stored in shards[-1].values()) + tensor.nbytes > shard_bytes
-        ):
+        num_bytes = sum(stored.nbytes for stored in shards[-1].values())
+        if shards[-1] and num_bytes + tensor.nbytes > MAX_SHARD_BYTES:
             shards.append({})
         shards[-1][name] = tensor
     return shards
@@ -138,14 +130,12 @@ def _copy(writer: FileWriter, name: str, tensor: StoredArray) -> int:
 
 
 def _tokenizer_name(tokenizer: Tokenizer, format_: Format) -> str:
-    """mistral-inference tells the versions apart by the name of the file, and takes one without a
-    version for v1.
+    """The file name of the tokenizer.
+
+    mistral-inference reads the version from the file name, and assumes v1 if there is none.
     """
-    return (
-        "tokenizer.model.v3"
-        if format_ == "mistral" and find_version(tokenizer) == "v3"
-        else "tokenizer.model"
-    )
+    is_v3 = format_ == "mistral" and find_version(tokenizer) == "v3"
+    return "tokenizer.model.v3" if is_v3 else "tokenizer.model"
 
 
 def _to_json(value: Mapping[str, Any]) -> str:

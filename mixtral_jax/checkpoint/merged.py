@@ -1,7 +1,4 @@
-"""Weights with their adapters merged into them as they are read:
-
-W + scaling * A B, a block at a time.
-"""
+"""Merges adapters into a weight as it is read, a block at a time: W + scaling * A B."""
 
 import dataclasses
 
@@ -11,10 +8,12 @@ from mixtral_jax.checkpoint.files.stored import Block, StoredArray, shape_of
 
 
 def merge(base: StoredArray, a: StoredArray, b: StoredArray, scaling: float) -> StoredArray:
-    """The sum in float32, then in the dtype of the base (arXiv 2106.09685, section 4.1).
+    """The weight `base` with an adapter merged into it (arXiv 2106.09685, section 4.1).
+
+    The sum is computed in float32 and rounded once, to the dtype of `base`.
 
     Args:
-        base: [stacked, inputs, outputs], of one or more dimensions each.
+        base: [stacked, inputs, outputs], where each stands for one or more dimensions.
         a: [stacked, inputs, r].
         b: [stacked, r, outputs].
     """

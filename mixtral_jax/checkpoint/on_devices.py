@@ -1,8 +1,8 @@
-"""Stored arrays onto the devices of a mesh: each process reads what its own devices hold, a block
-at a time.
+"""Loads stored arrays onto the devices of a mesh.
 
-Beside the model itself, host memory holds a block for each device. Where a device's part of a
-parameter is large, it is made once, on the device, and the blocks are written into it there.
+Each process reads only what its own devices hold, a block at a time, so that host memory holds one
+block per device. If a device's part of a parameter is large, it is allocated on the device, and the
+blocks are written into it there.
 """
 
 import collections
@@ -22,21 +22,20 @@ from mixtral_jax.config import require
 
 Model = TypeVar("Model")
 
-# A device's part of a parameter that is at most so large is read in one go.
-WHOLE_BYTES = 2**26
+# A device's part of a parameter is read at once if it is no larger than this, else in blocks.
+MAX_BYTES_AT_ONCE = 2**26
 
 
-def load_model(
-    parameters: Mapping[str, StoredArray], shapes: Model, whole_bytes: int = WHOLE_BYTES
-) -> Model:
-    """The model of `shapes` (`jax.eval_shape` of its maker, on the mesh in force), with the
-    parameters stored.
+def load_model(parameters: Mapping[str, StoredArray], shapes: Model) -> Model:
+    """Loads a model onto the current mesh, with the shapes, dtypes and shardings of `shapes`.
 
-    They are cast to the dtypes of `shapes`.
+    Args:
+        parameters: by name; cast to the dtypes of `shapes`.
+        shapes: `jax.eval_shape` of the function that makes the model, called on the same mesh.
 
     Raises:
-        ConfigError: the parameters are not those of the model, of its shapes (nothing is allocated
-            then); or a file turns out to be damaged.
+        ConfigError: the names or shapes are not those of the model, in which case nothing is
+            allocated; or a file turns out to be damaged.
     """
     leaves, structure = jax.tree.flatten_with_path(shapes)
     wanted = {parameter_name(path): leaf for path, leaf in leaves}
@@ -45,36 +44,35 @@ def load_model(
     for name in wanted.keys() & parameters.keys():
         if parameters[name].shape != wanted[name].shape:
             wrong.append(f"{name} has shape {parameters[name].shape}, not {wanted[name].shape}")
-    require(not wrong, f"the weights do not fit the model: {'; '.join(sorted(wrong))}")
+    require(
+        not wrong,
+        f"the weights do not fit the model: {'; '.join(sorted(wrong))}; use the config that "
+        "belongs to the weights",
+    )
     mesh = jax.sharding.get_mesh()
     with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
         arrays = []
         for name, leaf in wanted.items():
             stored = parameters[name].astype(leaf.dtype)
-            arrays.append(
-                _load(stored, jax.NamedSharding(mesh, leaf.sharding.spec), pool, whole_bytes)
-            )
+            arrays.append(_load(stored, jax.NamedSharding(mesh, leaf.sharding.spec), pool))
     return jax.tree.unflatten(structure, arrays)
 
 
 def parameter_name(path: tuple[Any, ...]) -> str:
-    """The name of a parameter from the path of its leaf in the model."""
-    # The last key is the array within its variable.
+    """The name of a parameter, from the path of its leaf in the model."""
+    # The last key of a path is the array in its variable.
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
 def _load(
-    stored: StoredArray,
-    sharding: jax.NamedSharding,
-    pool: concurrent.futures.Executor,
-    whole_bytes: int,
+    stored: StoredArray, sharding: jax.NamedSharding, pool: concurrent.futures.Executor
 ) -> jax.Array:
     parts = sharding.addressable_devices_indices_map(stored.shape)
     devices = list(parts)
     # Where a device's part begins in each dimension.
     starts = [tuple(part.start or 0 for part in index or ()) for index in parts.values()]
     local = sharding.shard_shape(stored.shape)
-    is_small = math.prod(local) * stored.dtype.itemsize <= whole_bytes
+    is_small = math.prod(local) * stored.dtype.itemsize <= MAX_BYTES_AT_ONCE
     unit = local if is_small else tuple(map(math.gcd, local, stored.chunk))
     steps = list(blocks_of(local, unit))
     read = _read_ahead(stored, starts, steps, pool)
@@ -93,8 +91,9 @@ def _read_ahead(
     steps: Sequence[Block],
     pool: concurrent.futures.Executor,
 ) -> Iterator[list[np.ndarray]]:
-    """For each step, its block of every device's part; a block that several devices hold is read
-    once.
+    """Yields, for each step, the block of every device's part.
+
+    A block that several devices hold is read once.
     """
     distinct = sorted(set(starts))
     depth = -(-NUM_THREADS // len(distinct))
@@ -125,16 +124,16 @@ def _assemble(
     dtype: np.dtype,
     blocks: Iterable[tuple[Block, list[np.ndarray]]],
 ) -> list[jax.Array]:
-    """An array of `shape` on each device, of blocks that all have the same place in theirs.
+    """Builds an array of `shape` on each device, from blocks at the same place on all devices.
 
-    One program does it for all devices, as if their arrays were one, end to end.
+    One program writes to all devices at once: it treats their arrays as one, concatenated.
     """
     mesh = jax.sharding.Mesh(
         np.array(devices), ("device",), axis_types=(jax.sharding.AxisType.Auto,)
     )
     sharding = jax.NamedSharding(mesh, P("device"))
 
-    def end_to_end(shards: Sequence[Any]) -> jax.Array:
+    def concatenate(shards: Sequence[Any]) -> jax.Array:
         on_devices = [
             jax.device_put(shard, device) for shard, device in zip(shards, devices, strict=True)
         ]
@@ -148,8 +147,8 @@ def _assemble(
         whole = jax.jit(functools.partial(jnp.zeros, all_shape, dtype), out_shardings=sharding)()
         for block, parts in blocks:
             start = np.array([part.start for part in block], np.int32)
-            whole = _write(whole, end_to_end(parts), start, mesh=mesh)
-            whole.block_until_ready()  # Else blocks pile up.
+            whole = _write(whole, concatenate(parts), start, mesh=mesh)
+            whole.block_until_ready()  # Keeps blocks from piling up in memory.
     shards = {shard.device: shard.data for shard in whole.addressable_shards}
     return [shards[device] for device in devices]
 

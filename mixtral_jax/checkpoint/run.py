@@ -1,7 +1,8 @@
-"""Checkpoints of a run: a pytree and a small JSON record per step, saved while training goes on.
+"""The checkpoints of a run: saves a step in the background, finds the newest, and restores it.
 
-Knows pytrees and steps only. A checkpoint is a flat dictionary from the path of a leaf to its
-array, so that what is on disk can be read without the classes that made it.
+Everything that decides whether a saved step can be trusted belongs here. This module knows only
+pytrees and steps. A checkpoint has a small JSON record and a flat dictionary from the path of each
+leaf to its array, so that it can be read without the classes that made it.
 """
 
 from pathlib import Path
@@ -14,9 +15,9 @@ Tree = TypeVar("Tree")
 
 
 class RunCheckpoints:
-    """The checkpoints under one folder, the newest `keep` of them.
+    """The checkpoints in one folder; keeps the newest `keep` and deletes older ones.
 
-    Use as a context: leaving it waits.
+    Use it as a context manager: leaving it waits until everything is saved.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -39,9 +40,9 @@ class RunCheckpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, tree: Any, record: dict[str, Any]) -> None:
-        """Copies the arrays off the devices, then writes in the background."""
+        """Saves a tree and its record. Returns once the arrays are copied off the devices."""
         leaves = _flatten(tree)
-        # Stacks of matrices are cut into them, so that one can be read without the others.
+        # Stacks of matrices are cut into chunks, so that one can be read without the others.
         cuts = {
             name: ocp.SaveArgs(shard_axes=(0,) if leaf.ndim > 2 else ())
             for name, leaf in leaves.items()
@@ -52,7 +53,7 @@ class RunCheckpoints:
         assert is_saving, step
 
     def wait(self) -> None:
-        """Returns once everything saved is on disk; raises what went wrong on the way."""
+        """Waits until every save is on disk, and raises the error if one failed."""
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
 
@@ -63,20 +64,21 @@ class RunCheckpoints:
         ]
 
     def restore(self, step: int, abstract: Tree) -> Tree:
-        """The tree of a step, each leaf straight into the sharding that `abstract` asks for.
+        """The tree of a step, with each leaf read directly into its sharding in `abstract`.
 
         Raises:
             ValueError: a leaf is missing, unexpected, or of another shape or dtype.
         """
         wanted = _flatten(abstract)
         saved = self._manager.item_metadata(step).state
-        # Orbax casts a wrong dtype without a word.
+        # Orbax would cast a leaf of another dtype without a warning.
         wrong = [
             name for name in wanted if name in saved and saved[name].dtype != wanted[name].dtype
         ]
         if wrong:
             raise ValueError(
-                f"checkpoint of step {step}: {', '.join(wrong)} was saved with another dtype"
+                f"checkpoint of step {step}: {', '.join(wrong)} was saved with another dtype; "
+                "resume with the config that it was saved with"
             )
         items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
         restored = self._manager.restore(step, args=items)["state"]

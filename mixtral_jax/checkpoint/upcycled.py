@@ -1,5 +1,6 @@
-"""A dense model's weights seen as those of a mixture of experts, its copies; nothing is read for
-it.
+"""Presents a dense model's weights as those of a mixture whose experts are copies of its layer.
+
+Creating the result reads nothing; reading a block of it reads the dense weights.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from mixtral_jax.checkpoint.files.stored import Block, StoredArray
-from mixtral_jax.checkpoint.parameters import PARAMETERS
+from mixtral_jax.checkpoint.formats.parameters import PARAMETERS
 
 _EXPERTS, _ROUTER = "blocks/moe/experts/", "blocks/moe/router/"
 
@@ -18,22 +19,21 @@ _EXPERTS, _ROUTER = "blocks/moe/experts/", "blocks/moe/router/"
 def copy_experts(
     parameters: Mapping[str, StoredArray], num_experts: int, num_slices: int
 ) -> dict[str, StoredArray]:
-    """The parameters of a model of one expert, with `num_experts` in its place and without a
-    router.
+    """The parameters of a dense model, with its one expert copied to `num_experts`.
 
-    Expert e has slice e % num_slices of the hidden units, so that experts 0 to num_slices - 1 are a
-    whole copy.
+    Expert e has slice e % num_slices of the hidden units, so that experts 0 to num_slices - 1
+    together are one whole copy. The result has no router.
     """
-    taken = {name: stored for name, stored in parameters.items() if not name.startswith(_ROUTER)}
-    experts = {name for name in taken if name.startswith(_EXPERTS)}
-    return taken | {
-        name: _copies(taken[name], PARAMETERS[name].index("F"), num_experts, num_slices)
+    kept = {name: stored for name, stored in parameters.items() if not name.startswith(_ROUTER)}
+    experts = {name for name in kept if name.startswith(_EXPERTS)}
+    return kept | {
+        name: _copies(kept[name], PARAMETERS[name].index("F"), num_experts, num_slices)
         for name in experts
     }
 
 
 def _copies(dense: StoredArray, hidden: int, num_experts: int, num_slices: int) -> StoredArray:
-    """`dense`, of one expert in dimension 1; slices are cut from dimension `hidden`."""
+    """Copies `dense` along dimension 1, of size 1; slices are cut from dimension `hidden`."""
     size = dense.shape[hidden] // num_slices
     shape, chunk = list(dense.shape), list(dense.chunk)
     shape[1], shape[hidden] = num_experts, size
@@ -45,7 +45,7 @@ def _copies(dense: StoredArray, hidden: int, num_experts: int, num_slices: int) 
 def _read_copies(
     dense: StoredArray, hidden: int, num_slices: int, size: int, block: Block, target: np.ndarray
 ) -> None:
-    """Each slice is read once, for all experts of the block that have it."""
+    """Reads each slice once, for all experts of the block that have it."""
     experts, units = block[1], block[hidden]
     for expert in range(experts.start, min(experts.start + num_slices, experts.stop)):
         start = expert % num_slices * size

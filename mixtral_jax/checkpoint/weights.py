@@ -1,5 +1,6 @@
-"""Weights in a folder, whoever wrote it, opened and checked but not read: what all that takes
-weights starts from.
+"""`open_weights`: opens the model in a folder, whoever wrote it, and checks it without reading it.
+
+Everything that needs weights starts from here: training, generation, import and export.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mixtral_jax.checkpoint import run_parameters
-from mixtral_jax.checkpoint.files import safetensors_files, torch_pickle
+from mixtral_jax.checkpoint.files import safetensors, torch_pickle
 from mixtral_jax.checkpoint.files.file_tensor import FileTensor
 from mixtral_jax.checkpoint.files.foreign_folder import find_file, read_bytes, read_object
 from mixtral_jax.checkpoint.files.stored import DTYPES, StoredArray
@@ -36,7 +37,7 @@ _HUGGING_FACE_FILE, _MISTRAL_FILE = "model.safetensors", "consolidated.safetenso
 _INDEX_SUFFIX = ".index.json"
 _OTHER_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _PICKLE = re.compile(r"consolidated\.(\d\d)\.(pt|pth)")
-# Of one who made up a config: no more tensors are named than this.
+# A hostile config can ask for any number of layers and experts; Mixtral 8x22B has 1,739 tensors.
 _MAX_TENSORS = 200_000
 
 
@@ -45,10 +46,10 @@ class Weights:
     """A model that is still on disk.
 
     Attributes:
-        parameters: by the names of `checkpoint.parameters`; each in the dtype that it is stored in.
-        tokenizer: None where the folder has none.
-        source: what wrote them, for people.
-        record: what a run saved beside them.
+        parameters: by our names (`formats.parameters`), each in the dtype in which it is stored.
+        tokenizer: None if the folder has none.
+        source: which program or run wrote the weights; shown to people.
+        record: the JSON record that a run saved beside them; empty for other folders.
     """
 
     architecture: Architecture
@@ -59,16 +60,16 @@ class Weights:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers they are."""
+        """The number of all parameters, counted as single numbers."""
         return sum(math.prod(stored.shape) for stored in self.parameters.values())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of them."""
+        """Size of all parameters in bytes."""
         return sum(stored.nbytes for stored in self.parameters.values())
 
     def astype(self, dtype: str) -> "Weights":
-        """The same, all parameters in one dtype."""
+        """The same weights with all parameters in one dtype."""
         cast = {name: stored.astype(DTYPES[dtype]) for name, stored in self.parameters.items()}
         return dataclasses.replace(
             self, architecture=_with_dtype(self.architecture, dtype), parameters=cast
@@ -76,17 +77,20 @@ class Weights:
 
 
 def open_weights(folder: Path) -> Weights:
-    """Opens a run's workdir (its newest checkpoint), one step of it, or a folder of Hugging Face or
-    Mistral.
+    """Opens a run's workdir (its newest checkpoint), one of its steps, or another program's folder.
 
     Raises:
-        ConfigError: there are no weights of a Mixtral, or they are damaged, or not all there; says
-            what and where.
+        ConfigError: the folder has no weights of a Mixtral, or they are damaged or incomplete; says
+            what is wrong and where.
     """
-    require(folder.is_dir(), f"{folder}: there is no such folder")
+    require(folder.is_dir(), f"{folder} is not a folder: name a folder with weights")
     if (folder / "checkpoints").is_dir():
         steps = run_parameters.find_steps(folder / "checkpoints")
-        require(steps, f"{folder} is a run that has not saved a checkpoint yet")
+        require(
+            steps,
+            f"{folder} is a run that has not saved a checkpoint yet: wait for its first one, or "
+            "name another folder",
+        )
         return _open_step(folder, folder / "checkpoints" / str(steps[-1]))
     if (folder / "state" / "_METADATA").is_file():
         return _open_step(folder.absolute().parents[1], folder)
@@ -98,7 +102,7 @@ def _open_step(workdir: Path, step: Path) -> Weights:
     try:
         sections = [saved["model"], saved["router"], saved["train"], saved.get("finetune") or {}]
         are_sections = all(isinstance(section, dict) for section in sections)
-        require(are_sections, "model, router, train and finetune must be sections")
+        require(are_sections, "model, router, train and finetune must be objects")
         model = build(ModelConfig, saved["model"], "model.")
         router = build(RouterConfig, saved["router"], "router.")
         architecture = Architecture(
@@ -106,19 +110,17 @@ def _open_step(workdir: Path, step: Path) -> Weights:
         )
         finetune = build(FinetuneConfig, sections[-1], "finetune.")
     except (ConfigError, KeyError, TypeError) as error:
-        raise ConfigError(f"{workdir / 'config.json'} is no config of a run: {error}") from None
+        raise ConfigError(
+            f"{workdir / 'config.json'} is not the config of a run: {error}; put back the file "
+            "that the run wrote"
+        ) from None
     parameters = run_parameters.open_parameters(step, model, router, finetune.lora)
     if finetune.frozen_dtype:
         model = dataclasses.replace(model, param_dtype=finetune.frozen_dtype)
         architecture = dataclasses.replace(architecture, model=model)
     record = read_object(step / "record" / "metadata")
-    return Weights(
-        architecture,
-        parameters,
-        _read_tokenizer(workdir, model),
-        f"step {step.name} of a run",
-        record,
-    )
+    tokenizer = _read_tokenizer(workdir, model)
+    return Weights(architecture, parameters, tokenizer, f"step {step.name} of a run", record)
 
 
 def _open_foreign(folder: Path) -> Weights:
@@ -132,7 +134,10 @@ def _open_foreign(folder: Path) -> Weights:
             architecture = read(path)
             break
     else:
-        raise ConfigError(f"{folder} has weights, but no {' or '.join(configs)}")
+        raise ConfigError(
+            f"{folder} has weights, but no {' or '.join(configs)}: copy the one that belongs to "
+            "the weights"
+        )
     layout = _require_all_tensors(folder, tensors, architecture.model)
     parameters = as_parameters(layout, tensors, architecture.model)
     widest = functools.reduce(np.promote_types, (stored.dtype for stored in parameters.values()))
@@ -151,63 +156,66 @@ def _open_mistral(folder: Path) -> dict[str, FileTensor]:
     pickles = sorted(path.name for path in folder.iterdir() if _PICKLE.fullmatch(path.name))
     if tensors is None and not pickles:
         others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_PICKLES)
-        hint = (
-            f"; {', '.join(others)} may run code when read: save the weights as safetensors"
-            if others
-            else ""
-        )
+        fix = "name another folder, or copy the weights there"
+        if others:
+            fix = f"{', '.join(others)} may run code when read, so save the weights as safetensors"
         raise ConfigError(
-            f"{folder} has no weights: no {_HUGGING_FACE_FILE}, no consolidated.* and no "
-            f"index{hint}"
+            f"{folder} has no weights: no {_HUGGING_FACE_FILE}, no consolidated.* and no index; "
+            f"{fix}"
         )
     require(
         tensors is None or not pickles,
-        f"{folder} has both {_MISTRAL_FILE} and {', '.join(pickles)}: remove one",
+        f"{folder} has both {_MISTRAL_FILE} and {', '.join(pickles)}: remove the one that you do "
+        "not need",
     )
     if tensors is not None:
         return tensors
     numbers = [int(name.split(".")[1]) for name in pickles]
     require(
         numbers == list(range(len(numbers))),
-        f"{folder} has {', '.join(pickles)}: one is missing, or there twice",
+        f"{folder} has {', '.join(pickles)}, which must be numbered from 00 without gaps: one is "
+        "missing, or there is both a .pt and a .pth",
     )
     tensors = {}
     for name in pickles:
         path = find_file(folder, name)
         assert path is not None
-        here = torch_pickle.open_file(path)
-        twice = sorted(tensors.keys() & here.keys())
-        require(not twice, f"{path}: {', '.join(twice)} is in another file too")
-        tensors |= here
+        found = torch_pickle.open_file(path)
+        repeated = sorted(tensors.keys() & found.keys())
+        require(
+            not repeated,
+            f"{path}: {', '.join(repeated)} is in another file too: keep the files of one model",
+        )
+        tensors |= found
     return tensors
 
 
 def _open_safetensors(folder: Path, name: str) -> dict[str, FileTensor] | None:
-    """The tensors of one file, or of those of an index; the file goes first, as in transformers."""
+    """The tensors of one file or, if it does not exist, of the files in an index."""
     if path := find_file(folder, name):
-        return safetensors_files.open_file(path)
+        return safetensors.open_file(path)
     if index := find_file(folder, name + _INDEX_SUFFIX):
-        return safetensors_files.open_shards(folder, index)
+        return safetensors.open_shards(folder, index)
     return None
 
 
 def _require_all_tensors(
     folder: Path, tensors: Mapping[str, FileTensor], model: ModelConfig
 ) -> Layout:
-    """The layout of the tensors, if all that it wants is there and nothing else."""
+    """The layout of the tensors, after a check that they are complete and nothing is left over."""
     layout = find_layout(tensors)
     if layout is None:
         named = ", ".join(sorted(tensors)[:3])
         raise ConfigError(
-            f"{folder}: its tensors ({named}, ...) are named as in no layout of a Mixtral that is "
-            "known"
+            f"{folder}: its tensors ({named}, ...) have names that no known layout of a Mixtral "
+            "has: convert the weights to the names of transformers or Mistral"
         )
     num_wanted = layout.count_tensors(model)
     require(
         num_wanted <= _MAX_TENSORS,
-        f"{folder}: {model.num_layers:,} layers of {model.num_experts:,} experts, as its config "
-        "says, would have "
-        f"{num_wanted:,} tensors, but there are {len(tensors):,}",
+        f"{folder}: its config has {model.num_layers:,} layers of {model.num_experts:,} experts, "
+        f"which would be {num_wanted:,} tensors, but there are {len(tensors):,}: use the config "
+        "that belongs to the weights",
     )
     wanted = layout.tensors(model)
     wrong = [f"{name} is missing" for name in wanted if name not in tensors]
@@ -221,7 +229,9 @@ def _require_all_tensors(
         if found.shape != shape:
             wrong.append(f"{name} in {found.path.name} has shape {found.shape}, not {shape}")
     require(
-        not wrong, f"{folder} does not fit its config ({layout.name}): {'; '.join(sorted(wrong))}"
+        not wrong,
+        f"{folder} does not fit its config ({layout.name}): {'; '.join(sorted(wrong))}; use the "
+        "config and the weights of one model",
     )
     return layout
 
@@ -233,14 +243,15 @@ def _read_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer | None:
                 tokenizer = Tokenizer(read_bytes(path))
                 check_vocabulary(tokenizer, model.vocab_size)
             except ValueError as error:
-                raise ConfigError(f"{path}: {error}") from None
+                raise ConfigError(f"{path}: {error}; remove or replace it") from None
             return tokenizer
     return None
 
 
 def _with_dtype(architecture: Architecture, dtype: str) -> Architecture:
-    """Held in `dtype`, and computed in it, or where float16 has too few exponents for that, in
-    float32.
+    """Sets the dtype of the parameters, and of the arithmetic.
+
+    Parameters in float16 are computed in float32, since the exponents of float16 are too small.
     """
     computed = "float32" if dtype == "float16" else dtype
     model = dataclasses.replace(architecture.model, dtype=computed, param_dtype=dtype)

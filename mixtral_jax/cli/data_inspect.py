@@ -38,7 +38,7 @@ def _as_json(index: int, row: EncodedRow | BadRow) -> dict[str, object]:
     return {
         "index": index,
         "tokens": row.chat.tokens.tolist(),
-        "loss_mask": row.chat.loss_mask.tolist(),
+        "loss_mask": row.chat.require_mask().tolist(),
     }
 
 
@@ -47,7 +47,7 @@ def _as_text(row: EncodedRow | BadRow, tokenizer: Tokenizer) -> Text:
     text = Text(row.origin, "bold")
     if isinstance(row, BadRow):
         return text.append(f"\n! {row.reason}", "not bold red")
-    tokens, mask = row.chat.tokens, row.chat.loss_mask
+    tokens, mask = row.chat.tokens, row.chat.require_mask()
     text.append(f"  {len(tokens):,} tokens, {mask.sum():,} to be learnt", "not bold")
     bounds = [0, *(np.flatnonzero(np.diff(mask)) + 1), len(tokens)]
     for first, end in itertools.pairwise(bounds):

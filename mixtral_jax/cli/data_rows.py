@@ -13,9 +13,10 @@ from mixtral_jax.cli.flags import FlagParser
 from mixtral_jax.config import ChatFormat, LiteralInst, require
 from mixtral_jax.data.chat.conversations import Chat, drop_unsupervised, read_chats
 from mixtral_jax.data.chat.messages import Mode
-from mixtral_jax.data.chat.template import ChatTemplate, EncodedChat
+from mixtral_jax.data.chat.template import ChatTemplate
 from mixtral_jax.data.readers import BadRow
 from mixtral_jax.data.sources import split_sources
+from mixtral_jax.data.tokenized import Tokenized
 from mixtral_jax.data.tokenizer import Tokenizer, read_tokenizer
 
 _ROWS_AT_ONCE = 256
@@ -25,7 +26,7 @@ _ROWS_AT_ONCE = 256
 class EncodedRow:
     """A conversation as ids, and where it was read."""
 
-    chat: EncodedChat
+    chat: Tokenized
     origin: str
 
 

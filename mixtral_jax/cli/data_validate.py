@@ -58,7 +58,7 @@ class Tally:
             return f"{row.origin}: {row.reason}"
         num_tokens = len(row.chat.tokens)
         self.num_tokens += num_tokens
-        self.num_supervised += int(row.chat.loss_mask.sum())
+        self.num_supervised += int(row.chat.require_mask().sum())
         self.longest = max(self.longest, num_tokens)
         if self.sequence_length is None or num_tokens - 1 <= self.sequence_length:
             return ""

@@ -6,20 +6,20 @@ Knows no jax, so that reading or checking a config starts no back end. What depe
 """
 
 from mixtral_jax.config.data import ChatConfig, ChatFormat, DataConfig, LiteralInst, TemplateName
-from mixtral_jax.config.dispatch import DispatchConfig
+from mixtral_jax.config.dispatch import DispatchConfig, GroupedMatmulName, TransportName
 from mixtral_jax.config.errors import ConfigError, require
 from mixtral_jax.config.files import SHIPPED, load_config, load_config_file, run_config_file
 from mixtral_jax.config.finetune import FinetuneConfig, LoRAConfig, PretrainConfig
 from mixtral_jax.config.mapping import build, changed_keys, set_key
 from mixtral_jax.config.mesh import MeshConfig
-from mixtral_jax.config.model import ModelConfig
+from mixtral_jax.config.model import AttentionName, ModelConfig
 from mixtral_jax.config.router import (
     BLIND_CHOICES,
-    CHOICES,
     EVEN_CHOICES,
     BalanceBiasConfig,
     LoadBalanceConfig,
     NoiseConfig,
+    RouterChoice,
     RouterConfig,
 )
 from mixtral_jax.config.run import Config
@@ -28,9 +28,9 @@ from mixtral_jax.config.upcycle import UpcycleConfig
 
 __all__ = [
     "BLIND_CHOICES",
-    "CHOICES",
     "EVEN_CHOICES",
     "SHIPPED",
+    "AttentionName",
     "BalanceBiasConfig",
     "ChatConfig",
     "ChatFormat",
@@ -40,6 +40,7 @@ __all__ = [
     "DataConfig",
     "DispatchConfig",
     "FinetuneConfig",
+    "GroupedMatmulName",
     "LiteralInst",
     "LoRAConfig",
     "LoadBalanceConfig",
@@ -49,9 +50,11 @@ __all__ = [
     "NoiseConfig",
     "OptimizerConfig",
     "PretrainConfig",
+    "RouterChoice",
     "RouterConfig",
     "TemplateName",
     "TrainConfig",
+    "TransportName",
     "UpcycleConfig",
     "build",
     "changed_keys",

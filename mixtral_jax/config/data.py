@@ -1,4 +1,4 @@
-"""What a run reads: the section `data` of a config."""
+"""The section `data` of a config: what a run reads."""
 
 import dataclasses
 import re
@@ -15,13 +15,15 @@ ChatFormat = Literal[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatConfig:
-    """How rows become conversations, and those become ids (docs/chat_data.md); instruct tuning
-    reads it.
+    """How instruct tuning reads conversations and tokenizes them (docs/chat_data.md).
 
-    `template="auto"` is v3 where the tokenizer has its control tokens, else v1. `literal_inst`:
-    what v1 does with a text that contains its own `[INST]`. `format="auto"` looks at each row.
-    `long_rows`: what becomes of a conversation longer than `train.sequence_length`: its end is cut
-    off, it is left out, or the run ends.
+    Attributes:
+        template: `auto` is v3 if the tokenizer has its control tokens, else v1.
+        literal_inst: what v1 does with a text that contains `[INST]` or `[/INST]`: reject the
+            conversation, keep the text, or strip these words from it.
+        format: the format of all rows; `auto` finds it row by row.
+        long_rows: what happens to a conversation longer than `train.sequence_length`: `cut` keeps
+            its beginning, `drop` leaves it out, `error` ends the run.
     """
 
     template: TemplateName = "auto"
@@ -32,16 +34,18 @@ class ChatConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What to train on. `path` and `tokenizer` take the forms listed in docs/data.md.
+    """What to train on.
 
-    `suffixes`, as `.py,.md`, are those of the files that are read of a folder or glob; files whose
-    suffix is that of no form of rows are one text each. None: `.txt` and all forms of rows.
-
-    `domain_field` of a row says what kind of text it is, for `analyze`; None: the place of its file
-    does.
-
-    `held_out_fraction` of the documents is never trained on; a run ends when more than
-    `max_bad_fraction` of the rows cannot be read.
+    Attributes:
+        path: files, datasets or several weighted sources, in the forms listed in docs/data.md.
+        tokenizer: a `.model` file, `mixtral`, `mixtral-v3`, or `train:N` (docs/data.md).
+        text_field: the field or column of a row that holds its text.
+        suffixes: which files of a folder or glob to read, such as `.py,.md`. A file whose suffix
+            names no format of rows is one document. None: `.txt` and all formats of rows.
+        domain_field: the field of a row that names its domain, for `analyze`; None: the folder of
+            its file does.
+        held_out_fraction: the fraction of documents that is never trained on.
+        max_bad_fraction: the run ends if more than this fraction of the rows is bad.
     """
 
     path: str = "python-stdlib"
@@ -55,18 +59,19 @@ class DataConfig:
 
     def __post_init__(self):
         require(
-            self.path, "data.path must name a file, a folder, a glob, hub:NAME, or python-stdlib"
+            self.path,
+            "data.path is empty: name a file, a folder, a glob, hub:NAME, or python-stdlib",
         )
         require(
             self.suffixes is None
             or all(re.fullmatch(r"\.\w+", suffix) for suffix in self.suffixes.split(",")),
-            f"data.suffixes={self.suffixes} must be suffixes with their dots, as .py,.md",
+            f"data.suffixes={self.suffixes} must be suffixes with their dots, such as .py,.md",
         )
         require(
             0 < self.held_out_fraction < 1,
-            f"data.held_out_fraction={self.held_out_fraction} must lie between 0 and 1",
+            f"data.held_out_fraction={self.held_out_fraction} must be between 0 and 1",
         )
         require(
             0 <= self.max_bad_fraction <= 1,
-            f"data.max_bad_fraction={self.max_bad_fraction} must lie between 0 and 1",
+            f"data.max_bad_fraction={self.max_bad_fraction} must be between 0 and 1",
         )

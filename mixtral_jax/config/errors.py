@@ -1,8 +1,8 @@
-"""How a wrong setting is reported: the ground under every config."""
+"""The error for wrong settings, and the check that raises it. Every config uses them."""
 
 
 class ConfigError(ValueError):
-    """The command, the config or the data it names is wrong: one clear line, exit code 2."""
+    """The command, the config or the data that it names is wrong: one clear line, exit code 2."""
 
 
 def require(condition: object, message: str) -> None:

@@ -1,6 +1,6 @@
-"""What a tuning run trains, and of which model: the section `finetune` of a config.
+"""The section `finetune` of a config: which model a tuning run tunes, and what it trains.
 
-Leaves to `finetune.targets` which projections a pattern names.
+`finetune.targets` translates patterns to names of projections.
 """
 
 import dataclasses
@@ -13,11 +13,13 @@ from mixtral_jax.config.errors import require
 class LoRAConfig:
     """Low-rank adapters (arXiv 2106.09685): W x + alpha / rank * B A x with W frozen.
 
-    `rank=0` has none, and trains the whole model. `alpha=None` is 2 * rank, mistral-finetune's
-    scaling of 2. `targets` is a preset (`attention`, `attention+experts`,
-    `attention+experts+router`) or patterns with commas between, as in
-    `attention.*,moe.experts.down`. `dropout` is the share of an adapter's inputs that a micro-batch
-    goes without: the same features for each of its tokens, as in LoRA Dropout (arXiv 2404.09610).
+    Attributes:
+        rank: 0 trains the whole model, without adapters.
+        alpha: None means 2 * rank, which gives mistral-finetune's scaling of 2.
+        dropout: the share of an adapter's input features that is dropped in a micro-batch; the
+            same features for all its tokens, as in LoRA Dropout (arXiv 2404.09610).
+        targets: a preset (`attention`, `attention+experts`, `attention+experts+router`) or
+            patterns separated by commas, as in `attention.*,moe.experts.down`.
     """
 
     rank: int = 16
@@ -37,24 +39,27 @@ class LoRAConfig:
         require(0 <= self.dropout < 1, f"finetune.lora.dropout={self.dropout} must lie in [0, 1)")
         require(
             self.rank or not self.dropout,
-            f"finetune.lora.dropout={self.dropout} needs adapters to drop from: set "
-            "finetune.lora.rank",
+            f"finetune.lora.dropout={self.dropout} needs adapters: set finetune.lora.rank to at "
+            "least 1",
         )
 
     @property
     def scaling(self) -> float:
-        """What an adapter's product counts."""
+        """The factor of an adapter's output."""
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """The base that a run pretrains for itself where none is named: on which text, how long, how
-    fast.
+    """How a run pretrains its own base model if the config names none.
 
-    Shape, tokenizer, mesh, length of rows and seed are those of the run; all else is by default.
-    `batch_size` is in sequences a step. `path=None` is the text of the run, or in tuning, which has
-    conversations instead, python-stdlib.
+    Shape, tokenizer, mesh, sequence length and seed are those of the run; everything else has its
+    default.
+
+    Attributes:
+        path: the text. None means that of the run; in tuning, whose data are conversations, it
+            means python-stdlib.
+        batch_size: sequences per step.
     """
 
     path: str | None = None
@@ -63,10 +68,10 @@ class PretrainConfig:
     learning_rate: float = 4e-3
 
     def check(self, section: str) -> None:
-        """Raises ConfigError where a setting of `section` is out of range."""
+        """Raises ConfigError if a setting is out of range; `section` is its place in the config."""
         require(
             self.path != "",
-            f"{section}.path must name a file, a folder, a glob, hub:NAME, or python-stdlib",
+            f"{section}.path='' must name a file, a folder, a glob, hub:NAME, or python-stdlib",
         )
         for name in ("num_steps", "batch_size", "learning_rate"):
             require(
@@ -78,10 +83,15 @@ class PretrainConfig:
 class FinetuneConfig:
     """Which model is tuned, and how much of it.
 
-    `base` takes what `--checkpoint` takes; without one, a small one is made as `pretrain` says.
-    `frozen_dtype` is how the frozen weights under adapters are kept (None: in `model.param_dtype`,
-    as what is trained). The router is trained in full tuning, or with `+router`, as fast as
-    router.learning_rate_factor says.
+    The router is trained in full tuning, or if the targets contain it; its learning rate is
+    multiplied by `router.learning_rate_factor`.
+
+    Attributes:
+        base: anything that `--checkpoint` takes. Without it a small model is pretrained.
+        pretrain: how it is pretrained.
+        lora: the adapters.
+        frozen_dtype: the dtype of the frozen weights under adapters; None means
+            `model.param_dtype`, as for the trained ones.
     """
 
     base: str | None = None
@@ -90,11 +100,10 @@ class FinetuneConfig:
     frozen_dtype: Literal["bfloat16", "float32"] | None = None
 
     def __post_init__(self):
-        require(self.base != "", "finetune.base must name a checkpoint, or be None")
+        require(self.base != "", "finetune.base='' must name a checkpoint, or be None")
         self.pretrain.check("finetune.pretrain")
         require(
             self.lora.rank or self.frozen_dtype is None,
-            f"finetune.frozen_dtype={self.frozen_dtype} is for adapters: with finetune.lora.rank=0 "
-            "all weights learn, "
-            "in model.param_dtype",
+            f"finetune.frozen_dtype={self.frozen_dtype} is for adapters, and with "
+            "finetune.lora.rank=0 all weights are trained: set model.param_dtype instead",
         )

@@ -1,7 +1,7 @@
-"""Between configs and mappings: from a config file and a command line to dataclasses, and what
-changed since.
+"""Builds config dataclasses from nested mappings, and compares the configs of two starts of a run.
 
-Leaves to `config` what the values mean, and to `cli.flags` where they come from.
+The mappings come from a config file and the command line (`config.files`, `cli.flags`). The config
+classes know what the values mean.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from mixtral_jax.config.run import Config
 Built = TypeVar("Built")
 _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
 
-# What may change between the starts of one run: none of it alters the batches or the parameters'
-# shapes.
+# These keys may change between two starts of one run: none of them changes the batches or the
+# shapes of the parameters.
 RESUMABLE_KEYS = (
     "train.num_steps",
     "train.eval_every",
@@ -39,9 +39,11 @@ def changed_keys(
     prefix: str = "",
     also_fixed: Collection[str] = (),
 ) -> list[str]:
-    """Dotted names, with both values, of what differs between two configs and may not on resume.
+    """Lists the keys that differ between two configs and must not, each with both values.
 
-    `also_fixed` are keys of `RESUMABLE_KEYS` that may not either.
+    Args:
+        prefix: the dotted path of the sections compared, with a dot at its end.
+        also_fixed: keys of `RESUMABLE_KEYS` that must not differ either.
     """
     changed = []
     for name in sorted(old.keys() | new.keys()):
@@ -56,10 +58,10 @@ def changed_keys(
 
 
 def set_key(mapping: dict[str, Any], dotted_key: str, value: Any) -> None:
-    """Sets `SECTION.KEY` in nested mappings; sections that are not there yet are made.
+    """Sets `SECTION.KEY` in nested mappings, and adds sections that are missing.
 
     Raises:
-        ConfigError: the key goes through a value, or names a section.
+        ConfigError: a part of the key before its last one is a value, or the key is a section.
     """
     *sections, last = keys = dotted_key.split(".")
     for depth, section in enumerate(sections):
@@ -76,13 +78,17 @@ def set_key(mapping: dict[str, Any], dotted_key: str, value: Any) -> None:
 
 
 def build(cls: type[Built], mapping: Mapping[str, Any], prefix: str = "") -> Built:
-    """Makes the dataclass `cls` from nested mappings; values may be text, as on a command line.
+    """Makes the dataclass `cls` from nested mappings. Values may be text, as on a command line.
 
-    A whole `Config` has `model.granularity` written out into the keys that it stands for, and then
-    1: what is made of that config again is the same.
+    For a whole `Config`, the shorthand `model.granularity` is replaced by the keys that it stands
+    for, and set to 1. So a config that is saved and built again stays the same.
+
+    Args:
+        prefix: the dotted path of `mapping` in the whole config, for error messages.
 
     Raises:
-        ConfigError: names the unknown, missing or mistyped key, its value, and what would be valid.
+        ConfigError: a key is unknown, missing or of the wrong type. The message names the key, its
+            value, and what would be valid.
     """
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls))}
@@ -105,8 +111,9 @@ def build(cls: type[Built], mapping: Mapping[str, Any], prefix: str = "") -> Bui
 
 
 def _write_out_granularity(sections: dict[str, Any]) -> dict[str, Any]:
-    """m times as many experts of 1/m the size, of which a token chooses m times as many (arXiv
-    2401.06066, 3.1).
+    """Replaces `granularity` m by m times as many experts, each 1/m as large.
+
+    A token then chooses m times as many experts (DeepSeekMoE, arXiv 2401.06066, section 3.1).
     """
     model: ModelConfig = sections["model"]
     m, hidden = model.granularity, model.intermediate_size
@@ -114,7 +121,7 @@ def _write_out_granularity(sections: dict[str, Any]) -> dict[str, Any]:
         return sections
     require(
         hidden % m == 0,
-        f"model.granularity={m} cuts experts into so many, and must divide "
+        f"model.granularity={m} splits each expert into {m}, so it must divide "
         f"model.intermediate_size={hidden}",
     )
     router: RouterConfig = sections.get("router", RouterConfig())
@@ -131,9 +138,7 @@ def _write_out_granularity(sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the type `hint`; text is read as that type, so that the command line needs no
-    quotes.
-    """
+    """Converts `value` to the type `hint`. Text is parsed, so a command line needs no quotes."""
     if dataclasses.is_dataclass(hint):
         require(
             isinstance(value, Mapping),

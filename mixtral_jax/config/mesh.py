@@ -1,4 +1,4 @@
-"""The sizes of the mesh axes: the section `mesh` of a config."""
+"""The section `mesh` of a config: the sizes of the mesh axes."""
 
 import dataclasses
 
@@ -7,10 +7,10 @@ from mixtral_jax.config.errors import require
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Sizes of the mesh axes. One may be -1: the devices that are left.
+    """Sizes of the mesh axes. One of them may be -1: it then takes all remaining devices.
 
-    Left at None, `expert` is gcd(num_experts, devices left) and `data` takes the rest.
-    `cpu_devices`: how many virtual devices each process pretends to have where there is only a CPU.
+    `expert=None`: gcd(num_experts, remaining devices). `data=None`: all devices that then remain.
+    `cpu_devices`: the number of virtual devices of each process on a CPU.
     """
 
     data: int | None = None
@@ -27,12 +27,12 @@ class MeshConfig:
         for name, size in sizes.items():
             require(
                 size is None or size == -1 or size >= 1,
-                f"mesh.{name}={size} must be at least 1, or -1 (the rest)",
+                f"mesh.{name}={size} must be at least 1, or -1 (all remaining devices)",
             )
         rest = [name for name, size in sizes.items() if size == -1]
         require(
             len(rest) <= 1,
-            f"only one mesh axis may be -1 (the rest of the devices), not {' and '.join(rest)}",
+            f"only one mesh axis may be -1 (all remaining devices), not {' and '.join(rest)}",
         )
         require(
             self.context == 1,

@@ -1,23 +1,30 @@
-"""The shape of the model: the section `model` of a config."""
+"""The section `model` of a config: the shape of the model."""
 
 import dataclasses
 from typing import Literal
 
 from mixtral_jax.config.errors import require
 
+# Each name is an implementation in kernels/attention.py.
+AttentionName = Literal["xla", "splash"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a Mixtral decoder and the dtypes it computes in.
+    """The shape of a Mixtral decoder, and the dtypes that it computes and stores in.
 
-    `head_dim` is free: it need not be hidden_size / num_heads. `remat` names what the backward pass
-    recomputes in each layer: `full` keeps the layer's input alone, `dots` also keeps the results of
-    the dense projections and the rows that arrived at the experts, `none` keeps everything.
-    `attention`: see kernels/attention.py. `context_length` is the longest sequence that it is meant
-    for (None: that of its training). `num_shared_experts`: how many experts every token visits
-    besides those that it is routed to (DeepSeekMoE, arXiv 2401.06066). `granularity` m makes m
-    times as many experts of 1/m the size, of which a token chooses m times as many: a shorthand,
-    which `config_mapping.build` writes out into the other keys.
+    - `head_dim` may differ from hidden_size / num_heads.
+    - `param_dtype` is the dtype of the stored parameters, `dtype` that of the computation.
+    - `remat` says what each layer keeps for the backward pass; the rest is recomputed. `full` keeps
+      only the layer's input. `dots` also keeps the results of the dense projections and the rows
+      that arrived at the experts. `none` keeps everything.
+    - `attention` chooses the kernel: see kernels/attention.py.
+    - `context_length` is the longest sequence that the model is meant for. None: the sequence
+      length of its training.
+    - `num_shared_experts` is the number of experts that process every token, in addition to the
+      routed ones (DeepSeekMoE, arXiv 2401.06066).
+    - `granularity` m is a shorthand for m times as many experts, each 1/m as large, of which a
+      token chooses m times as many. `config.build` replaces it by the other keys.
     """
 
     vocab_size: int
@@ -34,7 +41,7 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     remat: Literal["full", "dots", "none"] = "full"
-    attention: Literal["auto", "xla", "splash"] = "auto"
+    attention: Literal["auto", AttentionName] = "auto"
     context_length: int | None = None
     num_shared_experts: int = 0
     granularity: int = 1
@@ -64,9 +71,10 @@ class ModelConfig:
         )
         require(
             self.head_dim >= 2 and self.head_dim % 2 == 0,
-            f"model.head_dim={self.head_dim} must be even: rotary embeddings turn pairs of numbers",
+            f"model.head_dim={self.head_dim} must be even: rotary embeddings rotate pairs",
         )
         require(
-            self.rope_theta > 1, f"model.rope_theta={self.rope_theta} must be over 1 (Mixtral: 1e6)"
+            self.rope_theta > 1,
+            f"model.rope_theta={self.rope_theta} must be over 1 (Mixtral: 1e6)",
         )
         require(self.norm_eps > 0, f"model.norm_eps={self.norm_eps} must be positive")

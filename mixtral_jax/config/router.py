@@ -8,35 +8,37 @@ from typing import Literal
 
 from mixtral_jax.config.errors import require
 
-# Name of a choice -> the function in model/choices.py that makes it. A line here registers a new
-# one.
-CHOICES = {
-    "top_k": "choose_top_k",
-    "group_limited": "choose_within_groups",
-    "sinkhorn": "choose_by_sinkhorn",
-    "expert_choice": "choose_tokens",
-    "hash": "choose_by_hash",
-    "random": "choose_at_random",
-    "uniform": "choose_in_turn",
-    "dense": "choose_all",
-}
-# Those that do not ask the router: nothing learns which expert is good for what.
-BLIND_CHOICES = ("hash", "random", "uniform", "dense")
-# Those whose load is nearly even whatever the router says. E sum_e f_e P_e with f_e = 1 / E is 1,
-# without a gradient.
-EVEN_CHOICES = ("sinkhorn", "expert_choice")
+# Each name is a function of model/selection.py.
+RouterChoice = Literal[
+    "top_k",
+    "group_limited",
+    "sinkhorn",
+    "expert_choice",
+    "hash",
+    "random",
+    "uniform",
+    "dense",
+]
+# Choices that do not ask the router, which therefore learns nothing.
+BLIND_CHOICES: tuple[RouterChoice, ...] = ("hash", "random", "uniform", "dense")
+# Choices whose load is nearly even whatever the router computes. The balance loss E sum_e f_e P_e
+# with f_e = 1 / E is then 1, and has no gradient.
+EVEN_CHOICES: tuple[RouterChoice, ...] = ("sinkhorn", "expert_choice")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadBalanceConfig:
     """The auxiliary loss that keeps routing even.
 
-    `normalization="switch"` is the loss of each layer, averaged, 1 at perfect balance (Switch
-    Transformer eq. 4 with the load divided by k); `"hf"` is transformers' value, pooled over the
-    layers, k at perfect balance. `scope` is the set of tokens that should be balanced: those of
-    each sequence (a row of the batch), of a micro-batch over every device, or of all micro-batches
-    of a step (`global`; with more than one, costs a forward pass that counts before the one that
-    learns; arXiv 2501.11873).
+    Attributes:
+        weight: what the loss is multiplied by; 0 turns it off.
+        normalization: `switch` averages the loss over layers and is 1 at perfect balance (Switch
+            Transformer, arXiv 2101.03961, eq. 4, with the load divided by k). `hf` is the value of
+            transformers, which pools all layers and is k at perfect balance.
+        scope: the tokens that should be balanced together: those of each `sequence` (a row of the
+            batch), of a `micro` batch over all devices, or of all micro-batches of a step
+            (`global`, arXiv 2501.11873). With several micro-batches, `global` costs one more
+            forward pass, which counts.
     """
 
     weight: float = 0.01
@@ -47,24 +49,24 @@ class LoadBalanceConfig:
         require(self.weight >= 0, f"router.load_balance.weight={self.weight} must not be negative")
         require(
             self.scope != "sequence" or self.normalization == "switch",
-            "router.load_balance.scope=sequence goes with normalization=switch: hf pools all "
-            "tokens by definition",
+            "router.load_balance.scope=sequence needs normalization=switch: hf pools all tokens by "
+            "definition",
         )
         require(
             self.scope != "global" or self.weight,
-            "router.load_balance.scope=global counts in a forward pass, for nothing with weight=0: "
-            "use micro",
+            "router.load_balance.scope=global counts routes in a forward pass of its own, which is "
+            "wasted with weight=0: use micro",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BalanceBiasConfig:
-    """Balance without a loss (arXiv 2408.15664): a bias for each expert, added to the scores that
-    choose.
+    """Balance without a loss (arXiv 2408.15664): a bias per expert that is added to the scores.
 
-    After each step it moves by `update_rate` towards the mean load; 0 has no bias. `is_zero_mean`
-    takes the mean over experts off it; over the last `decay_fraction` of the run the rate falls to
-    0, in a straight line.
+    Attributes:
+        update_rate: how far a bias moves after each step, towards even load; 0 turns it off.
+        is_zero_mean: subtracts the mean over experts from the biases after each step.
+        decay_fraction: the last share of the run, over which the rate falls to 0 linearly.
     """
 
     update_rate: float = 0.0
@@ -89,12 +91,14 @@ class BalanceBiasConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoiseConfig:
-    """Noise on what the router sees or says, in training alone; 0 is none.
+    """Noise in training on what the router reads or computes; 0 turns each kind off.
 
-    `jitter`: its input times U(1 - jitter, 1 + jitter) (Switch Transformer, 0.01). `noisy_top_k`:
-    that times N(0, 1) / E on the logits (V-MoE, arXiv 2106.05974, 1.0). `gumbel`: that times
-    Gumbel(0, 1) on the logits: with 1, the chosen are a sample without replacement from the
-    softmax.
+    Attributes:
+        jitter: multiplies the router's input by U(1 - jitter, 1 + jitter) (Switch Transformer,
+            arXiv 2101.03961, section 2.2: 0.01).
+        noisy_top_k: adds noisy_top_k * N(0, 1) / E to the logits (V-MoE, arXiv 2106.05974: 1.0).
+        gumbel: adds gumbel * Gumbel(0, 1) to the logits. With 1, the chosen experts are a sample
+            without replacement from the softmax.
     """
 
     jitter: float = 0.0
@@ -114,18 +118,30 @@ class NoiseConfig:
 class RouterConfig:
     """How tokens choose experts, and the losses on that choice.
 
-    `choice`: see model/choices.py. `score` makes weights of logits: `softmax_chosen`, softmax over
-    the chosen (Mixtral); `softmax`, over all experts; `sigmoid`, each expert by itself.
-    `renormalize` divides the weights of the last two by their sum; `scale` multiplies all. Groups
-    are for `group_limited`. `sequence_loss_weight` is of DeepSeek-V3's loss within each sequence,
-    beside whatever else balances. `dtype` is that of the logits' matmul; `init_scale` is times
-    model.initializer_range; the router learns at `learning_rate_factor` times the learning rate (0:
-    it is frozen); `expert_dropout` is the share of each expert's hidden units that a micro-batch
-    goes without.
+    Attributes:
+        num_experts_per_token: how many experts a token visits, the k of top-k.
+        choice: how tokens and experts are matched: a function of model/selection.py.
+        score: how logits become weights. `softmax_chosen` is the softmax over the chosen experts
+            (Mixtral), `softmax` that over all experts, and `sigmoid` scores each expert alone.
+        renormalize: divides the weights of `softmax` and `sigmoid` by their sum over the chosen.
+        scale: multiplies all weights.
+        num_groups: equal groups of experts, for the choice `group_limited`.
+        groups_per_token: how many of these groups a token may visit.
+        load_balance: the auxiliary balance loss.
+        sequence_loss_weight: weight of DeepSeek-V3's balance loss within each sequence (arXiv
+            2412.19437, eq. 17), in addition to the other means of balance.
+        z_loss_weight: weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5).
+        bias: balance by a bias per expert.
+        noise: noise in training.
+        dtype: the dtype of the matmul that computes the logits.
+        init_scale: the router's first weights have init_scale * model.initializer_range as their
+            standard deviation.
+        learning_rate_factor: multiplies the router's learning rate; 0 freezes the router.
+        expert_dropout: share of each expert's hidden units that a micro-batch goes without.
     """
 
     num_experts_per_token: int = 2
-    choice: str = "top_k"
+    choice: RouterChoice = "top_k"
     score: Literal["softmax_chosen", "softmax", "sigmoid"] = "softmax_chosen"
     renormalize: bool = True
     scale: float = 1.0
@@ -142,10 +158,6 @@ class RouterConfig:
     expert_dropout: float = 0.0
 
     def __post_init__(self):
-        require(
-            self.choice in CHOICES,
-            f"router.choice={self.choice!r} must be one of {', '.join(map(repr, CHOICES))}",
-        )
         for name in ("num_experts_per_token", "num_groups", "groups_per_token"):
             require(
                 getattr(self, name) >= 1, f"router.{name}={getattr(self, name)} must be at least 1"
@@ -176,14 +188,13 @@ class RouterConfig:
     def _check_weights(self) -> None:
         require(
             self.renormalize or self.score != "softmax_chosen",
-            "router.renormalize=False changes nothing with score=softmax_chosen, which sums to 1: "
-            "use score=softmax",
+            "router.renormalize=False changes nothing with score=softmax_chosen, whose weights sum "
+            "to 1: use score=softmax",
         )
         require(
             self.choice != "expert_choice" or not self.renormalize,
             "router.choice=expert_choice may leave a token without an expert, whose weights have "
-            "no sum to divide by: "
-            "set router.renormalize=False and router.score=softmax",
+            "no sum to divide by: set router.renormalize=False and router.score=softmax",
         )
 
     def _check_groups(self) -> None:
@@ -191,45 +202,20 @@ class RouterConfig:
         require(
             is_grouped == (self.num_groups > 1),
             f"router.num_groups={self.num_groups} and router.choice={self.choice} do not go "
-            "together: "
-            "group_limited, and it alone, has several groups, as with router.num_groups=4, "
+            "together: only group_limited has several groups, as with router.num_groups=4, "
             "router.groups_per_token=2",
         )
         require(
             self.groups_per_token < self.num_groups or not is_grouped,
             f"router.groups_per_token={self.groups_per_token} must be under "
-            f"router.num_groups={self.num_groups}: "
-            "tokens that may visit all groups choose as with router.choice=top_k",
+            f"router.num_groups={self.num_groups}: tokens that may visit all groups choose as with "
+            "router.choice=top_k",
         )
 
     def _check_balance(self) -> None:
-        """Refuses what would do nothing, or undo something."""
-        weights = {
-            "load_balance.weight": self.load_balance.weight,
-            "sequence_loss_weight": self.sequence_loss_weight,
-            "z_loss_weight": self.z_loss_weight,
-            **{
-                f"noise.{field.name}": getattr(self.noise, field.name)
-                for field in dataclasses.fields(self.noise)
-            },
-        }
-        useless = [f"router.{name}={value}" for name, value in weights.items() if value]
-        require(
-            self.choice not in BLIND_CHOICES or not useless,
-            f"router.choice={self.choice} does not ask the router, so these have nothing to act "
-            "on: set "
-            f"{', '.join(useless)} to 0",
-        )
-        require(
-            self.choice not in BLIND_CHOICES or self.score == "softmax_chosen",
-            f"router.choice={self.choice} weighs all experts alike, so leave out "
-            f"router.score={self.score}",
-        )
-        require(
-            self.choice not in BLIND_CHOICES or self.learning_rate_factor == 1,
-            f"router.choice={self.choice} does not ask the router, which learns nothing: leave out "
-            f"router.learning_rate_factor={self.learning_rate_factor}",
-        )
+        """Refuses settings that would have no effect or would undo each other."""
+        if self.choice in BLIND_CHOICES:
+            self._check_blind_choice()
         require(
             self.load_balance.scope != "sequence" or not self.sequence_loss_weight,
             "router.load_balance.scope=sequence and router.sequence_loss_weight are one loss: add "
@@ -239,12 +225,35 @@ class RouterConfig:
             self.choice not in EVEN_CHOICES
             or not (self.load_balance.weight or self.sequence_loss_weight),
             f"router.choice={self.choice} evens the load by itself, and leaves a balance loss "
-            "nothing to act on: set "
-            "router.load_balance.weight and router.sequence_loss_weight to 0",
+            "nothing to act on: set router.load_balance.weight and router.sequence_loss_weight to "
+            "0",
         )
         require(
             not self.bias.update_rate or self.choice in ("top_k", "group_limited"),
             "router.bias moves the choices top_k and group_limited, and "
-            f"router.choice={self.choice} does not add it: "
-            "set router.bias.update_rate to 0",
+            f"router.choice={self.choice} does not add it: set router.bias.update_rate to 0",
+        )
+
+    def _check_blind_choice(self) -> None:
+        settings = {
+            "load_balance.weight": self.load_balance.weight,
+            "sequence_loss_weight": self.sequence_loss_weight,
+            "z_loss_weight": self.z_loss_weight,
+            **{f"noise.{name}": value for name, value in dataclasses.asdict(self.noise).items()},
+        }
+        useless = [f"router.{name}={value}" for name, value in settings.items() if value]
+        require(
+            not useless,
+            f"router.choice={self.choice} does not ask the router, so these have nothing to act "
+            f"on: set {', '.join(useless)} to 0",
+        )
+        require(
+            self.score == "softmax_chosen",
+            f"router.choice={self.choice} weighs all experts alike, so leave out "
+            f"router.score={self.score}",
+        )
+        require(
+            self.learning_rate_factor == 1,
+            f"router.choice={self.choice} does not ask the router, which learns nothing: leave out "
+            f"router.learning_rate_factor={self.learning_rate_factor}",
         )

@@ -1,4 +1,4 @@
-"""A whole run: all sections of a config, and what must hold between them."""
+"""The config of a whole run: all sections, and the rules that hold between them."""
 
 import dataclasses
 
@@ -15,7 +15,11 @@ from mixtral_jax.config.upcycle import UpcycleConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run: of pretraining, from a dense model with `upcycle`; or with `finetune` of tuning."""
+    """The config of a whole run.
+
+    It is a pretraining run by default, a pretraining run that starts from a dense model with
+    `upcycle`, and a tuning run with `finetune`.
+    """
 
     model: ModelConfig
     router: RouterConfig = RouterConfig()
@@ -32,30 +36,27 @@ class Config:
     def __post_init__(self):
         require(
             self.model.granularity == 1,
-            f"model.granularity={self.model.granularity} is a shorthand, which "
-            "config_mapping.build writes out: "
-            "build the Config with it, or set num_experts, intermediate_size and "
-            "num_experts_per_token themselves",
+            f"model.granularity={self.model.granularity} is a shorthand for config.build: "
+            "make the Config with config.build, or set num_experts, intermediate_size and "
+            "num_experts_per_token instead",
         )
         require(
             self.finetune is None or self.upcycle is None,
-            "finetune and upcycle are two runs: train.py upcycles, and finetune_instruct.py tunes "
-            "what comes of it",
+            "finetune and upcycle are two runs: upcycle with train.py, then tune its result "
+            "with finetune_instruct.py",
         )
         if self.upcycle:
             self.upcycle.check(self.model, self.router)
         if self.finetune:
             require(
                 not self.router.bias.update_rate,
-                "finetune takes its base from a Mixtral, which has no balance bias: set "
+                "the base of finetune is a Mixtral, which has no balance bias: set "
                 "router.bias.update_rate to 0",
             )
         self._check_choice()
 
     def _check_choice(self) -> None:
-        """Raises ConfigError where what the router may choose does not fit the experts that there
-        are.
-        """
+        """Checks that the number of experts fits what the router chooses."""
         router, experts = self.router, self.model.num_experts
         chosen, choice = router.num_experts_per_token, router.choice
         require(
@@ -65,21 +66,19 @@ class Config:
         require(
             choice != "dense" or chosen == experts,
             f"router.choice=dense sends each token to all of model.num_experts={experts}: with "
-            f"router.num_experts_per_token={chosen}, set model.num_experts={chosen} for as much "
-            "work a token",
+            f"router.num_experts_per_token={chosen}, set model.num_experts={chosen} for the same "
+            "work per token",
         )
         in_reach = router.groups_per_token * experts // router.num_groups
         require(
             experts % router.num_groups == 0 and chosen <= in_reach,
             f"router.num_groups={router.num_groups} must divide model.num_experts={experts}, and "
-            "leave a token, in "
-            f"router.groups_per_token={router.groups_per_token} of them, at least {chosen} experts "
-            "to choose",
+            f"router.groups_per_token={router.groups_per_token} of the groups must have at least "
+            f"{chosen} experts to choose from",
         )
         factors = (self.dispatch.capacity_factor, self.dispatch.eval_capacity_factor)
         require(
             factors == (None, None) or choice not in ("expert_choice", "uniform", "dense"),
-            f"router.choice={choice} decides by itself how much each expert gets: set "
-            "dispatch.capacity_factor and "
-            "dispatch.eval_capacity_factor to None",
+            f"router.choice={choice} decides by itself how many tokens each expert gets: set "
+            "dispatch.capacity_factor and dispatch.eval_capacity_factor to None",
         )

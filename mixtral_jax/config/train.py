@@ -1,4 +1,4 @@
-"""Optimizer, length, checkpoints and log of a run: four sections of a config."""
+"""The sections `optimizer`, `train`, `checkpoint` and `log` of a config."""
 
 import dataclasses
 
@@ -7,9 +7,9 @@ from mixtral_jax.config.errors import require
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay; weight decay falls on matrices only.
+    """AdamW with linear warm-up and cosine decay. Weight decay applies to matrices only.
 
-    The schedule is in fractions of the run, so that `train.num_steps` alone shortens it.
+    The schedule is given in fractions of the run, so it follows `train.num_steps`.
     """
 
     learning_rate: float = 3e-4
@@ -47,10 +47,11 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The length and the shape of a run.
+    """The length of a run, the shape of its batches, and how often it evaluates and logs.
 
-    `batch_size`: sequences of `sequence_length` tokens per optimizer step over all devices,
-    computed in `gradient_accumulation` equal micro-batches. `eval_every=None`: ten times a run.
+    `batch_size`: sequences of `sequence_length` tokens per optimizer step, over all devices. They
+    are computed in `gradient_accumulation` equal micro-batches. `eval_every` and `log_every` are in
+    steps; `eval_every=None` evaluates ten times per run.
     """
 
     num_steps: int
@@ -80,7 +81,7 @@ class TrainConfig:
         require(0 <= self.seed < 2**32, f"train.seed={self.seed} must lie in [0, 2**32)")
         require(
             self.eval_every is None or self.eval_every >= 1,
-            f"train.eval_every={self.eval_every} must be at least 1, or None for ten times a run",
+            f"train.eval_every={self.eval_every} must be at least 1, or None (ten times per run)",
         )
         require(
             self.batch_size % self.gradient_accumulation == 0,
@@ -90,13 +91,16 @@ class TrainConfig:
 
     @property
     def micro_batch_size(self) -> int:
-        """Sequences in one micro-batch, over all devices."""
+        """The number of sequences of one micro-batch, over all devices."""
         return self.batch_size // self.gradient_accumulation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save (`every=None`: four times a run; the end is always saved) and how many to keep."""
+    """When to save checkpoints, and how many to keep.
+
+    `every` is in steps; None saves four times per run. The last step is always saved.
+    """
 
     every: int | None = None
     keep: int = 2
@@ -104,14 +108,14 @@ class CheckpointConfig:
     def __post_init__(self):
         require(
             self.every is None or self.every >= 1,
-            f"checkpoint.every={self.every} must be at least 1, or None",
+            f"checkpoint.every={self.every} must be at least 1, or None (four times per run)",
         )
         require(self.keep >= 1, f"checkpoint.keep={self.keep} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """Where figures go besides the console and metrics.jsonl."""
+    """Where metrics go, in addition to the console and metrics.jsonl."""
 
     tensorboard: bool = True
     wandb_project: str | None = None

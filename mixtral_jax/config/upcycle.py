@@ -1,7 +1,6 @@
-"""A run that starts from a dense model instead of random weights: the section `upcycle` of a
-config.
+"""The section `upcycle` of a config: a run that starts from a dense model, not random weights.
 
-Leaves to `finetune.upcycling` how experts are made of a dense layer.
+`finetune.upcycling` makes the experts from the dense layer.
 """
 
 import dataclasses
@@ -15,15 +14,20 @@ from mixtral_jax.config.router import BLIND_CHOICES, RouterConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UpcycleConfig:
-    """Experts that start as the dense layer of a trained model with num_experts=1 (Sparse
-    Upcycling, arXiv 2212.05055).
+    """Initialises experts from the dense layers of a trained model with num_experts=1.
 
-    `base` takes what `--checkpoint` takes; with a `method` and no base, a dense model of the run's
-    other sizes is pretrained as `pretrain` says. `method`: `copy` (that of a base without one),
-    every expert is that layer; `noise`, plus normal noise of `noise_std` times the standard
-    deviation of its weights; `drop`, a share `drop_fraction` of each expert's hidden units is drawn
-    anew (Drop-Upcycling, arXiv 2502.19261). `granularity` cuts each copy into so many experts
-    (arXiv 2410.07524); `model.granularity` multiplies it, so that it need not be set.
+    The source is Sparse Upcycling, arXiv 2212.05055.
+
+    Attributes:
+        base: anything that `--checkpoint` takes. With a `method` and no base, a dense model with
+            the run's other sizes is pretrained.
+        pretrain: how it is pretrained.
+        method: `copy`: every expert is a copy of the dense layer; the default if there is a base.
+            `noise`: adds normal noise of `noise_std` times the standard deviation of the weights.
+            `drop`: draws a share `drop_fraction` of each expert's hidden units anew
+            (Drop-Upcycling, arXiv 2502.19261).
+        granularity: the number of experts that each copy is cut into (arXiv 2410.07524).
+            `model.granularity` multiplies it, so usually only that one is set.
     """
 
     base: str | None = None
@@ -34,7 +38,7 @@ class UpcycleConfig:
     granularity: int = 1
 
     def __post_init__(self):
-        require(self.base != "", "upcycle.base must name a checkpoint, or be None")
+        require(self.base != "", "upcycle.base='' must name a checkpoint, or be None")
         self.pretrain.check("upcycle.pretrain")
         require(self.noise_std >= 0, f"upcycle.noise_std={self.noise_std} must not be negative")
         require(
@@ -44,21 +48,19 @@ class UpcycleConfig:
         require(self.granularity >= 1, f"upcycle.granularity={self.granularity} must be at least 1")
         require(
             self.base or self.method,
-            "upcycle needs upcycle.base, a dense model, or upcycle.method (copy, noise, drop), and "
-            "pretrains one",
+            "upcycle needs upcycle.base: name a dense model, or set upcycle.method (copy, noise, "
+            "drop) to pretrain one",
         )
         if self.method is None:
-            object.__setattr__(
-                self, "method", "copy"
-            )  # As it is written into the run's config.json.
+            # Set here, so that the run's config.json shows the method that is used.
+            object.__setattr__(self, "method", "copy")
 
     def check(self, model: ModelConfig, router: RouterConfig) -> None:
-        """Raises ConfigError where the dense layer cannot be made experts of."""
+        """Raises ConfigError if the dense layer cannot be turned into the experts of this model."""
         require(
             model.num_shared_experts == 0,
-            "upcycle makes routed experts that add up to the dense layer, and "
-            "model.num_shared_experts="
-            f"{model.num_shared_experts} would add to that: set it to 0",
+            "upcycle makes routed experts that add up to the dense layer, to which "
+            f"model.num_shared_experts={model.num_shared_experts} would add more: set it to 0",
         )
         m, chosen = self.granularity, router.num_experts_per_token
         if m == 1:
@@ -66,25 +68,22 @@ class UpcycleConfig:
         require(
             model.num_experts % m == 0 and chosen % m == 0,
             f"upcycle.granularity={m} must divide model.num_experts={model.num_experts} and "
-            f"router.num_experts_per_token={chosen}: only the slices of whole copies add up to the "
-            "dense layer",
+            f"router.num_experts_per_token={chosen}, since only the slices of whole copies add up "
+            "to the dense layer: set it to a common divisor",
         )
         require(
             router.choice == "top_k" and self.scale(router) is not None,
-            f"upcycle.granularity={m} needs router.choice=top_k, which takes whole copies, and "
-            "weights whose sum is "
-            "known, router.score=softmax_chosen or router.renormalize=True: with "
-            f"router.choice={router.choice}, "
-            f"score={router.score} and renormalize={router.renormalize} the slices do not add up "
-            "to the dense layer",
+            f"upcycle.granularity={m} needs router.choice=top_k, which chooses whole copies, and "
+            "weights with a known sum: set router.score=softmax_chosen or router.renormalize=True; "
+            f"with router.choice={router.choice}, score={router.score} and "
+            f"renormalize={router.renormalize} the slices do not add up to the dense layer",
         )
 
     def scale(self, router: RouterConfig) -> float | None:
-        """What outputs of experts are multiplied by, so that those of a token add up to the dense
-        layer's.
+        """The factor of the experts' outputs that makes them add up to the dense layer's output.
 
-        A copy's slices share its weight, and weights sum to `router.scale`. None where no number
-        does it, since the sum of the weights depends on what the router says.
+        The slices of a copy share its weight, and the weights of a token sum to `router.scale`.
+        None if there is no such factor, because the sum depends on the router's scores.
         """
         is_fixed = (
             router.choice in BLIND_CHOICES or router.score == "softmax_chosen" or router.renormalize

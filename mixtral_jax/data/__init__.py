@@ -2,5 +2,5 @@
 mesh.
 
 Everything here is a pure function of the files, the config and the seed, so a run resumes from its
-step number alone. Knows nothing of models or training.
+step number alone. This room knows nothing of models or training.
 """

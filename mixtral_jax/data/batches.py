@@ -1,7 +1,7 @@
-"""Rows in training order, as batches on the mesh; and a fixed sample of held-out rows.
+"""Batches on the mesh: rows in training order, and a fixed sample of held-out rows.
 
-Batch b is a pure function of (plan, seed, b), so the place of a run in its data is one integer and
-the number of processes may change. What lies in a row is for `packing`.
+Batch b is a pure function of (plan, seed, b). So a run resumes in its data from one integer, on any
+number of processes. `packing` defines what is in a row.
 """
 
 import collections
@@ -24,25 +24,25 @@ from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.rules import AxisRules
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Batch))
-_PREFETCHED = 2
+_NUM_PREFETCHED = 2
 _NO_ROW = -1
 
 
 class TrainBatches:
-    """The batches of a run, without end: epoch after epoch, each in an order of its own.
+    """The endless batches of a run: epoch after epoch, each in its own order.
 
-    Global row i is row `permutation(seed, epoch)[i % num_rows]` of the plan, epoch = i // num_rows;
-    batch b is the global rows from b * batch_size. A plan smaller than a batch is read several
-    times in it. With weights, sources are dealt out evenly in that proportion, each in epochs of
-    its own.
+    Global row i is row `permutation(seed, epoch)[i % num_rows]` of the plan, with epoch =
+    i // num_rows; batch b holds the global rows from b * batch_size. A batch larger than the plan
+    repeats rows. With weights, rows are drawn evenly from the sources in that proportion, and each
+    source has its own epochs.
 
     Args:
-        batch_size: sequences in a batch, over all processes.
-        gradient_accumulation: micro-batches they are dealt into; changes the shape, not the rows.
-        weights: the parts of the sources; None: each row of the plan once an epoch.
+        batch_size: sequences per batch, over all processes.
+        gradient_accumulation: number of micro-batches per batch; changes the shape, not the rows.
+        weights: the weight of each source; None: each row of the plan once per epoch.
 
     Raises:
-        ConfigError: the plan has no row, or none of a source that has a weight.
+        ConfigError: the plan has no row, or no row of a source that has a weight.
     """
 
     def __init__(
@@ -64,27 +64,27 @@ class TrainBatches:
         self._place = functools.partial(_place_rows, store, plan, mesh=mesh, rules=rules)
 
     def iterate(self, start: int) -> Generator[tuple[Batch, str], None, None]:
-        """Batch `start` and all that follow, made ahead in a thread that ends with the iterator.
+        """Yields batch `start` and all that follow; a thread, which ends with the iterator, makes
+        them ahead of time.
 
         Yields:
             The batch, its arrays [gradient_accumulation, batch_size / gradient_accumulation, T];
-            and a hash of 16 hex digits of the plan and the batch's rows, which is all that the
-            batch depends on: equal on every process, and for any number of processes and
-            micro-batches.
+            and a hash, 16 hex digits, of the plan and the batch's row numbers, which determine the
+            batch. It is equal on every process, and for any number of processes and micro-batches.
         """
         maker = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         try:
             made = collections.deque(
-                maker.submit(self._make, start + ahead) for ahead in range(_PREFETCHED)
+                maker.submit(self._make, start + ahead) for ahead in range(_NUM_PREFETCHED)
             )
-            for number in itertools.count(start + _PREFETCHED):
+            for number in itertools.count(start + _NUM_PREFETCHED):
                 made.append(maker.submit(self._make, number))
                 yield made.popleft().result()
         finally:
             maker.shutdown(cancel_futures=True)
 
     def row_ids(self, number: int) -> np.ndarray:
-        """The rows of the plan that batch `number` holds, int64 [batch_size]."""
+        """The rows of the plan in batch `number`, int64 [batch_size]."""
         size = self._shape[0] * self._shape[1]
         return np.array(
             [self._order[i] for i in range(number * size, (number + 1) * size)], np.int64
@@ -94,8 +94,8 @@ class TrainBatches:
         row_ids = self.row_ids(number)
         require(
             self._plan.num_supervised[row_ids].any(),
-            f"batch {number} has no token to learn: its mean loss would be 0 / 0. Leave such rows "
-            "out of data.path",
+            f"batch {number} has no token to learn, so its mean loss would be 0 / 0: leave rows "
+            "without an answer that is trained on out of data.path, or raise train.batch_size",
         )
         digest = hashlib.sha256(self._plan.fingerprint.encode() + row_ids.tobytes())
         return self._place(row_ids.reshape(self._shape)), digest.hexdigest()[:16]
@@ -110,7 +110,7 @@ def held_out_batches(
     mesh: jax.sharding.Mesh,
     rules: AxisRules,
 ) -> list[Batch]:
-    """`spread_batches` of a plan that must have rows, all at once.
+    """Makes all of `spread_batches` at once, for a plan that must have rows.
 
     Raises:
         ConfigError: the plan has no row.
@@ -131,9 +131,9 @@ def spread_batches(
     mesh: jax.sharding.Mesh,
     rules: AxisRules,
 ) -> Iterator[Batch]:
-    """Always the same rows, at most `num_sequences`, spread evenly over the plan.
+    """Makes batches of at most `num_sequences` rows spread evenly over the plan, always the same.
 
-    Arrays are [1, batch_size, T]; the last batch is filled up with rows that are masked throughout.
+    Arrays are [1, batch_size, T]; the last batch is padded with rows whose mask is all 0.
     """
     for ids in _spread_row_ids(plan, num_sequences, batch_size):
         yield _place_rows(store, plan, ids[None], mesh=mesh, rules=rules)
@@ -148,21 +148,20 @@ def spread_labels(
     mesh: jax.sharding.Mesh,
     rules: AxisRules,
 ) -> Iterator[jax.Array]:
-    """Beside each of `spread_batches`: what `labels` say of its inputs, int32 [len(labels),
-    batch_size, T].
+    """Labels the inputs in each of `spread_batches`, int32 [len(labels), batch_size, T].
 
     Args:
-        labels: each a number for every token of a document, of which 0 is also that of padding.
+        labels: each gives a number for every token of a document; padding has label 0.
     """
     sharding = jax.sharding.NamedSharding(mesh, batch_spec(rules))
-    # Pieces of one document are often in rows that are made together.
-    remembered = [functools.lru_cache(maxsize=64)(label) for label in labels]
+    # Rows that are made together often hold pieces of the same document.
+    cached = [functools.lru_cache(maxsize=64)(label) for label in labels]
 
     def build(ids: np.ndarray, index: Any) -> np.ndarray:
         block = np.zeros((len(labels), *ids[index[1]].shape, plan.sequence_length), np.int32)
         for (number, place), _ in np.ndenumerate(block[..., 0]):
             if (row_id := int(ids[index[1]][place])) != _NO_ROW:
-                block[number, place] = label_row(remembered[number], plan, row_id)
+                block[number, place] = label_row(cached[number], plan, row_id)
         return block
 
     for ids in _spread_row_ids(plan, num_sequences, batch_size):
@@ -171,28 +170,27 @@ def spread_labels(
 
 
 def _spread_row_ids(plan: PackPlan, num_sequences: int, batch_size: int) -> Iterator[np.ndarray]:
-    """The rows of each batch, int64 [batch_size]; the last are filled up with `_NO_ROW`."""
+    """The rows of each batch, int64 [batch_size]; the last batch is padded with `_NO_ROW`."""
     count = min(num_sequences, plan.num_rows)
     padding = [_NO_ROW] * (-count % batch_size)
-    row_ids = np.concatenate([np.arange(count) * plan.num_rows // max(count, 1), padding]).astype(
-        np.int64
-    )
-    yield from row_ids.reshape(-1, batch_size)
+    spread = np.arange(count) * plan.num_rows // max(count, 1)
+    yield from np.concatenate([spread, padding]).astype(np.int64).reshape(-1, batch_size)
 
 
 def _shuffle(first: int, end: int, seed: int) -> grain.MapDataset:
-    """Row ids without end, in another order every epoch."""
+    """Endless row ids, in a new order every epoch."""
     return grain.MapDataset.range(first, end).seed(seed).shuffle().repeat()
 
 
 def _mix(plan: PackPlan, seed: int, weights: Sequence[float]) -> grain.MapDataset:
-    """Row ids of all sources, dealt out by their weights."""
+    """Row ids of all sources, mixed in proportion to their weights."""
     ends = list(itertools.accumulate(plan.rows_by_source))
     ends += [plan.num_rows] * (len(weights) - len(ends))
     for source, (first, end) in enumerate(itertools.pairwise([0, *ends])):
         require(
             end > first,
-            f"data.path: source {source + 1} has a weight, and no row to train on: leave it out",
+            f"data.path: source {source + 1} has a weight, and no row to train on: give it more "
+            "text, or leave it out",
         )
     parts = [_shuffle(first, end, seed) for first, end in itertools.pairwise([0, *ends])]
     return grain.MapDataset.mix(parts, list(weights))
@@ -213,11 +211,14 @@ def _place_rows(
     mesh: jax.sharding.Mesh,
     rules: AxisRules,
 ) -> Batch:
-    """The rows `row_ids` [micro-batches, sequences] on the mesh; each process makes those it holds."""
+    """Places the rows `row_ids` [micro-batches, sequences] on the mesh.
+
+    Each process makes only the rows that its devices hold.
+    """
     shape = (*row_ids.shape, plan.sequence_length)
     sharding = jax.sharding.NamedSharding(mesh, batch_spec(rules))
 
-    @functools.cache  # Five arrays, and every device that holds a copy, ask for the same rows.
+    @functools.cache  # Called with equal arguments for each field and for each copy on a device.
     def build(first: int, end: int) -> np.ndarray:
         return _build_rows(store, plan, row_ids[:, first:end])
 
@@ -232,7 +233,7 @@ def _place_rows(
 
 
 def _build_rows(store: TokenStore, plan: PackPlan, row_ids: np.ndarray) -> np.ndarray:
-    """int32 [fields of Batch, *row_ids.shape, T]; zeros, masked throughout, where there is no row."""
+    """Makes int32 [fields of Batch, *row_ids.shape, T]; all zeros where there is no row."""
     block = np.zeros((len(_FIELDS), *row_ids.shape, plan.sequence_length), np.int32)
     for place, row_id in np.ndenumerate(row_ids):
         if row_id != _NO_ROW:

@@ -1,6 +1,6 @@
-"""The cache: a folder for each corpus and tokenizer, with two token stores, train and held-out.
+"""The cache: for each corpus and tokenizer a folder with two token stores, train and held-out.
 
-What goes into the stores, and how a folder is named, is for `text` and `chats` to say.
+`text` and `chat.prepare` define what goes into the stores and name the folder.
 """
 
 import dataclasses
@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Generic
@@ -17,16 +16,18 @@ import numpy as np
 
 from mixtral_jax.config import DataConfig
 from mixtral_jax.data.corpus import ItemT, Placed, RowCount
-from mixtral_jax.data.store import StoreWriter, Tokenized, TokenStore, flush_to_disk, open_store
+from mixtral_jax.data.store import StoreWriter, TokenStore, open_store
+from mixtral_jax.data.tokenized import Tokenized
+from mixtral_jax.whole_files import whole_folder
 
 log = logging.getLogger(__name__)
 
-_CHARACTERS_AT_ONCE = 4_000_000
+_MAX_GROUP_CHARACTERS = 4_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class CachedCorpus:
-    """Two stores without a common item, and how many rows were read for them."""
+    """Two stores without a common item, and the number of rows that were read for them."""
 
     train: TokenStore
     held_out: TokenStore
@@ -35,13 +36,13 @@ class CachedCorpus:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizing(Generic[ItemT]):
-    """How a corpus becomes stores: its items, where they lie, and their ids.
+    """How to turn a corpus into stores.
 
     Attributes:
-        items: gives the same at every call.
-        count: what reading them gave.
-        encode: ids of many items at once.
-        vocab_size: every id is below.
+        items: reads all items, each with its side; gives the same at every call.
+        count: the numbers of rows and bad rows among them.
+        encode: tokenizes many items at once.
+        vocab_size: every id is below this.
     """
 
     items: Callable[[], Iterator[Placed[ItemT]]]
@@ -56,13 +57,13 @@ def default_cache_dir() -> Path:
 
 
 def open_or_write(folder: Path, tokenizing: Tokenizing, config: DataConfig) -> CachedCorpus:
-    """What lies in `folder`; tokenised into it first, if nothing does or what does is damaged.
+    """Opens the stores in `folder`; first tokenizes into it if it is missing or damaged.
 
     Raises:
         ConfigError: the items cannot be read, or too many rows are bad.
     """
     cached = _open_or_write(folder, tokenizing)
-    cached.count.check(config)  # The limit may be another than when it was written.
+    cached.count.check(config)  # The limit may have changed since it was written.
     if cached.count.num_bad:
         log.warning("data.path=%s: %d bad rows are left out", config.path, cached.count.num_bad)
     return cached
@@ -73,7 +74,7 @@ def _open_or_write(folder: Path, tokenizing: Tokenizing) -> CachedCorpus:
         try:
             return _open(folder)
         except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
-            log.warning("%s is damaged (%s): the text is tokenised again", folder, error)
+            log.warning("%s is damaged (%s): the text is tokenized again", folder, error)
             shutil.rmtree(folder)
     _write(folder, tokenizing)
     return _open(folder)
@@ -85,19 +86,14 @@ def _open(folder: Path) -> CachedCorpus:
 
 
 def _write(folder: Path, tokenizing: Tokenizing) -> None:
-    """Writes elsewhere and renames, so that `folder` is whole whenever it exists."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        _write_stores(temporary, tokenizing)
-        (temporary / "summary.json").write_text(json.dumps(dataclasses.asdict(tokenizing.count())))
-        flush_to_disk(temporary)
-        temporary.rename(folder)
+        with whole_folder(folder) as temporary:
+            _write_stores(temporary, tokenizing)
+            summary = json.dumps(dataclasses.asdict(tokenizing.count()))
+            (temporary / "summary.json").write_text(summary)
     except OSError:
-        if not folder.exists():  # If it does, another process wrote the same first.
+        if not folder.exists():  # Otherwise another process wrote the same first.
             raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_stores(folder: Path, tokenizing: Tokenizing) -> None:
@@ -114,12 +110,12 @@ def _write_stores(folder: Path, tokenizing: Tokenizing) -> None:
 
 
 def _group(items: Iterator[Placed[ItemT]]) -> Iterator[list[Placed[ItemT]]]:
-    """Enough items at once to keep every core at work, few enough to hold in memory."""
+    """Groups items: enough to use every core, but few enough to hold in memory."""
     group, characters = [], 0
     for placed in items:
         group.append(placed)
         characters += placed.item.num_characters
-        if characters >= _CHARACTERS_AT_ONCE:
+        if characters >= _MAX_GROUP_CHARACTERS:
             yield group
             group, characters = [], 0
     yield group

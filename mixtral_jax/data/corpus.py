@@ -1,8 +1,7 @@
-"""All that `data.path` names, read twice: once to see what is bad and what to hold out, once to be
-tokenised.
+"""The items that `data.path` names, and the side of each in the held-out split.
 
-What an item is (a document, a conversation) and how it becomes ids is for `text` and `chats` to
-say.
+Files are read twice: first to count bad rows and choose what to hold out, then to be tokenized.
+`text` and `chat.prepare` define what an item is (a document, a conversation) and tokenize it.
 """
 
 import array
@@ -22,25 +21,25 @@ from mixtral_jax.data.sources import Source, split_sources
 
 log = logging.getLogger(__name__)
 
-_NAMED_BAD_ROWS = 20
+_MAX_NAMED_BAD_ROWS = 20
 
 
 class Item(Protocol):
-    """What a corpus consists of."""
+    """What a corpus consists of: a document or a conversation."""
 
     @property
     def key(self) -> str:
-        """Items of one key are on one side of the held-out split."""
+        """Items with equal keys are on the same side of the held-out split."""
         ...
 
     @property
     def num_characters(self) -> int:
-        """How much there is to encode."""
+        """Number of characters to encode."""
         ...
 
     @property
     def category(self) -> Category:
-        """What its file says of it."""
+        """The kind of text, judged by its file."""
         ...
 
 
@@ -58,14 +57,14 @@ class Placed(Generic[ItemT]):
 
 @dataclasses.dataclass(frozen=True)
 class RowCount:
-    """How many rows there were, and how many of them bad."""
+    """Numbers of rows and of bad rows, and what is wrong with the first of those."""
 
     num_rows: int
     num_bad: int
     first_bad: str
 
     def check(self, config: DataConfig) -> None:
-        """Makes sure that there is something to train on.
+        """Makes sure that there is something to train on and that few rows are bad.
 
         Raises:
             ConfigError: too many rows are bad, or all of them.
@@ -75,7 +74,8 @@ class RowCount:
             num_bad <= config.max_bad_fraction * num_rows,
             f"data.path={config.path}: {num_bad} of {num_rows} rows are bad "
             f"({num_bad / max(num_rows, 1):.1%}), over "
-            f"data.max_bad_fraction={config.max_bad_fraction}; first: {self.first_bad}",
+            f"data.max_bad_fraction={config.max_bad_fraction}: mend them or raise that fraction; "
+            f"first: {self.first_bad}",
         )
         require(
             num_rows > num_bad,
@@ -84,14 +84,24 @@ class RowCount:
         )
 
 
-class Corpus(Generic[ItemT]):
-    """The items of a config and the side of each; every pass streams the files anew.
+@dataclasses.dataclass(frozen=True)
+class _Survey:
+    """What the first pass finds; `is_held_out` is bool [num_items]."""
 
-    The side of an item follows from its key alone, so that new files move no old item and copies
-    lie on one side. One exception: a side left empty gets the item nearest to it, with its copies.
+    is_held_out: np.ndarray
+    count: RowCount
+    is_single: bool
+
+
+class Corpus(Generic[ItemT]):
+    """The items that a config names, each with its side; every pass reads the files again.
+
+    The side of an item depends on its key alone, so adding files moves no old item, and copies are
+    on the same side. One exception: a side that would be empty gets the item nearest to it, with
+    its copies.
 
     Args:
-        read: the items of a source, always in the same order.
+        read: reads the items of a source, always in the same order.
     """
 
     def __init__(self, config: DataConfig, read: Callable[[Source], Iterator[ItemT | BadRow]]):
@@ -100,12 +110,12 @@ class Corpus(Generic[ItemT]):
         self._sources = split_sources(config.path)
 
     def items(self) -> Iterator[Placed[ItemT]]:
-        """Every item, source after source.
+        """Reads every item, source after source.
 
         Raises:
             ConfigError: too many rows are bad, or all of them.
         """
-        held_out = iter(self._survey[0].tolist())
+        held_out = iter(self._survey.is_held_out.tolist())
         for number, source in enumerate(self._sources):
             for row in self._read(source):
                 if not isinstance(row, BadRow):
@@ -113,16 +123,20 @@ class Corpus(Generic[ItemT]):
 
     @property
     def is_single(self) -> bool:
-        """Whether all items have one key: then there is no way to hold some of them out."""
-        return self._survey[2]
+        """Whether all items have the same key, so that none of them can be held out."""
+        return self._survey.is_single
 
     @property
     def count(self) -> RowCount:
-        """What there is; raises as `items` does."""
-        return self._survey[1]
+        """Numbers of rows and of bad rows.
+
+        Raises:
+            ConfigError: too many rows are bad, or all of them.
+        """
+        return self._survey.count
 
     @functools.cached_property
-    def _survey(self) -> tuple[np.ndarray, RowCount, bool]:
+    def _survey(self) -> _Survey:
         places = array.array("d")
         first_bad, num_bad = "", 0
         for row in (row for source in self._sources for row in self._read(source)):
@@ -131,27 +145,27 @@ class Corpus(Generic[ItemT]):
                 continue
             first_bad = first_bad or f"{row.origin}: {row.reason}"
             num_bad += 1
-            if num_bad <= _NAMED_BAD_ROWS:
+            if num_bad <= _MAX_NAMED_BAD_ROWS:
                 log.warning("bad row %s: %s", row.origin, row.reason)
-        if num_bad > _NAMED_BAD_ROWS:
-            log.warning("... and %d more bad rows", num_bad - _NAMED_BAD_ROWS)
+        if num_bad > _MAX_NAMED_BAD_ROWS:
+            log.warning("... and %d more bad rows", num_bad - _MAX_NAMED_BAD_ROWS)
         count = RowCount(len(places) + num_bad, num_bad, first_bad)
         count.check(self._config)
         where = np.array(places)
-        return (
-            _choose_held_out(where, self._config.held_out_fraction),
-            count,
-            bool(where.min() == where.max()),
+        return _Survey(
+            is_held_out=_choose_held_out(where, self._config.held_out_fraction),
+            count=count,
+            is_single=bool(where.min() == where.max()),
         )
 
 
 def _place(key: str) -> float:
-    """Where in [0, 1) a key lies: even over keys, and the same on every machine."""
+    """Maps a key to [0, 1): uniform over keys, and the same on every machine."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 2**48
 
 
 def _choose_held_out(places: np.ndarray, fraction: float) -> np.ndarray:
-    """Whether each item is held out; equal keys have equal places."""
+    """Decides which items to hold out, bool [num_items]; equal keys have equal places."""
     held_out = places < fraction
     if not held_out.any():
         return places == places.min()

@@ -1,27 +1,28 @@
-"""What kind of text a document is, as far as the file says it that it was found in: for those who
-compare kinds.
+"""What kind of text a document is, judged by the file that it was read from.
+
+`analyze` compares the routing of these kinds.
 """
 
 import glob
 from pathlib import Path
 from typing import NamedTuple
 
-# Of files that are one document each and lie in no folder: their names say nothing of a domain.
+# The domain of files that hold one document each and are in no folder below the root.
 TOP_LEVEL = "top level"
 
 
 class Category(NamedTuple):
-    """Two ways of telling texts apart; either is empty where nobody says it."""
+    """Two ways to tell texts apart; each is empty if it is not known."""
 
     domain: str = ""
     file_type: str = ""
 
 
-UNSAID = Category()
+UNKNOWN = Category()
 
 
 def find_root(path: str) -> Path:
-    """The folder below which all lies that `path`, a file, folder or glob, names."""
+    """Finds the folder that contains everything that `path`, a file, folder or glob, names."""
     place = Path(path).expanduser()
     if place.is_dir():
         return place
@@ -30,8 +31,10 @@ def find_root(path: str) -> Path:
 
 
 def find_category(file: Path, root: Path, *, holds_rows: bool) -> Category:
-    """By its place and its suffix: the domain is the first folder below `root` on the way to
-    `file`; of a file of rows in `root` itself, its name.
+    """Judges the kind of text in a file by its place and suffix.
+
+    The domain is the first folder below `root` on the way to `file`. For a file of rows directly in
+    `root`, it is the name of the file.
     """
     first, *rest = file.relative_to(root).parts
     return Category(first if rest or holds_rows else TOP_LEVEL, file.suffix)

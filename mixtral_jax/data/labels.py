@@ -1,7 +1,6 @@
-"""What can be told of each token of a corpus besides its id: where it comes from, and what part of
-its document it is.
+"""Labels for the tokens of a corpus: where a token comes from, and what part of a document it is.
 
-Every labelling gives a token one of a few names, or none.
+Each labelling gives every token one of a few names, or none.
 """
 
 import collections
@@ -11,25 +10,25 @@ from typing import Literal
 
 import numpy as np
 
-from mixtral_jax.data.domains import UNSAID, Category
+from mixtral_jax.data.domains import UNKNOWN, Category
 from mixtral_jax.data.python_parts import PARTS, find_parts
 from mixtral_jax.data.sources import split_sources
 from mixtral_jax.data.store import TokenStore
 from mixtral_jax.data.tokenizer import Tokenizer
 
 OTHER = "other"
-_MOST_NAMES = 8
+_MAX_NAMES = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Labelling:
-    """One way of telling tokens apart.
+    """One way to group tokens.
 
     Attributes:
-        title: what the names are names of, such as "part of the source".
-        names: the same for all stores of a corpus.
-        label: of each token of a document of a store, int [num_tokens]: 1 + a place in `names`, or
-            0 for none.
+        title: what the names name, such as "part of the conversation".
+        names: the names of the groups; the same for all stores of a corpus.
+        label: labels the tokens of a document of a store, int [num_tokens]: 1 + an index into
+            `names`, or 0 for none.
     """
 
     title: str
@@ -40,8 +39,10 @@ class Labelling:
 def find_labellings(
     stores: Sequence[TokenStore], path: str, tokenizer: Tokenizer
 ) -> list[Labelling]:
-    """All that say something of the corpus that `path`, a value of `data.path`, names: at least two
-    names each.
+    """Finds the labellings that have at least two names in a corpus.
+
+    Args:
+        path: the value of `data.path` that names the corpus.
     """
     sources = [source.path for source in split_sources(path)]
     by_category = [
@@ -62,7 +63,7 @@ def _by_source(sources: list[str]) -> Labelling:
 def _by_category(
     stores: Sequence[TokenStore], field: Literal["domain", "file_type"], title: str
 ) -> Labelling:
-    """The largest by their tokens, and the others in one."""
+    """Names the categories with the most tokens; the others share one name."""
     tokens: collections.Counter[str] = collections.Counter()
     for store in stores:
         if store.categories is not None:
@@ -73,23 +74,22 @@ def _by_category(
                 store.category_names, sizes.astype(int).tolist(), strict=True
             ):
                 tokens[getattr(category, field)] += size
-    there = [name for name, size in tokens.most_common() if name and size]
-    is_all = len(there) <= _MOST_NAMES and not tokens[""]
-    names = tuple(there) if is_all or not there else (*there[: _MOST_NAMES - 1], OTHER)
-    number = {name: place for place, name in enumerate(names, start=1)}
+    found = [name for name, size in tokens.most_common() if name and size]
+    is_all = len(found) <= _MAX_NAMES and not tokens[""]
+    names = tuple(found) if is_all or not found else (*found[: _MAX_NAMES - 1], OTHER)
+    number = {name: index for index, name in enumerate(names, start=1)}
 
     def label(store: TokenStore, document: int) -> np.ndarray:
         name = getattr(_category_of(store, document), field)
         return np.full(_length(store, document), number.get(name, len(names)))
 
-    # Names of files need be no UTF-8, and what shows them may take nothing else.
-    return Labelling(
-        title, tuple(name.encode(errors="backslashreplace").decode() for name in names), label
-    )
+    # File names may not be UTF-8, but pictures and reports need UTF-8.
+    printable = (name.encode(errors="backslashreplace").decode() for name in names)
+    return Labelling(title, tuple(printable), label)
 
 
 def _by_python(stores: Sequence[TokenStore], tokenizer: Tokenizer) -> Labelling:
-    """Code and text, in the documents that are Python."""
+    """Labels code and text in documents that are Python source files."""
 
     def label(store: TokenStore, document: int) -> np.ndarray:
         ids = store.read(document).tokens
@@ -100,8 +100,7 @@ def _by_python(stores: Sequence[TokenStore], tokenizer: Tokenizer) -> Labelling:
         parts = find_parts(tokenizer.decode(ids))
         if parts is None or sizes.sum() != len(parts) + tokenizer.prefix_bytes:
             return labels
-        # A piece is what its last byte is: the spaces before a word belong to what comes after
-        # them.
+        # The last byte of a piece decides: the spaces before a word belong to the word.
         last = np.cumsum(sizes) - tokenizer.prefix_bytes - 1
         has_text = (sizes > 0) & (last >= 0)
         labels[has_text] = 1 + parts[last[has_text]]
@@ -114,15 +113,13 @@ def _by_python(stores: Sequence[TokenStore], tokenizer: Tokenizer) -> Labelling:
 
 
 def _by_turn(stores: Sequence[TokenStore]) -> Labelling:
-    """What is to be learnt, and what it answers."""
+    """Labels tokens that are trained on, and those that they answer."""
 
     def label(store: TokenStore, document: int) -> np.ndarray:
         mask = store.read(document).loss_mask
-        return (
-            np.zeros(_length(store, document), np.int64)
-            if mask is None
-            else 1 + mask.astype(np.int64)
-        )
+        if mask is None:
+            return np.zeros(_length(store, document), np.int64)
+        return 1 + mask.astype(np.int64)
 
     has_masks = any(store.loss_mask is not None for store in stores)
     return Labelling("part of the conversation", ("prompt", "answer") if has_masks else (), label)
@@ -133,7 +130,7 @@ def _source_of(store: TokenStore, document: int) -> int:
 
 
 def _category_of(store: TokenStore, document: int) -> Category:
-    return UNSAID if store.categories is None else store.category_names[store.categories[document]]
+    return UNKNOWN if store.categories is None else store.category_names[store.categories[document]]
 
 
 def _length(store: TokenStore, document: int) -> int:

@@ -1,7 +1,7 @@
 """Packs documents of any length into rows of one length, by a plan made once.
 
-A plan says which pieces of which documents lie in each row; `make_row` reads them. The order in
-which rows are trained on, and their place on the devices, are for `batches`.
+A plan lists the pieces of documents in each row; `make_row` reads them. `batches` decides in which
+order rows are trained on, and places them on the devices.
 """
 
 import bisect
@@ -14,6 +14,7 @@ import numpy as np
 
 from mixtral_jax.config import require
 from mixtral_jax.data.store import TokenStore
+from mixtral_jax.parallel.batch import Batch
 
 LongDocuments = Literal["split", "cut", "drop", "error"]
 
@@ -23,16 +24,17 @@ class PackPlan:
     """The pieces of every row; row r has pieces `row_offsets[r]` to `row_offsets[r + 1]`.
 
     Attributes:
-        sequence_length: tokens in a row.
-        documents: int64 [num_pieces], the document a piece is cut from.
+        sequence_length: tokens per row.
+        documents: int64 [num_pieces], the document that a piece is cut from.
         starts: int64 [num_pieces], its first token in that document.
-        lengths: int64 [num_pieces], its (input, target) pairs: it reads one token more.
+        lengths: int64 [num_pieces], its number of (input, target) pairs; it reads one token more.
         row_offsets: int64 [num_rows + 1].
-        num_supervised: int64 [num_rows], the targets of a row that are to be learnt.
-        rows_by_source: how many rows come from each source, in order; no row holds two sources.
-        num_long: documents longer than a row.
-        num_unsupervised: documents left out because no target to be learnt was left of them.
-        fingerprint: hex; equal if and only if every row is.
+        num_supervised: int64 [num_rows], the number of targets in a row that are trained on.
+        rows_by_source: number of rows from each source, in order; no row mixes sources.
+        num_long: number of documents longer than a row.
+        num_unsupervised: number of documents left out because none of their targets that fit is
+            trained on.
+        fingerprint: hex; two plans have equal fingerprints if and only if all rows are equal.
     """
 
     sequence_length: int
@@ -48,24 +50,13 @@ class PackPlan:
 
     @property
     def num_rows(self) -> int:
-        """Rows in an epoch."""
+        """Number of rows per epoch."""
         return len(self.row_offsets) - 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """A packed row, every array int32 [sequence_length]; the fields mean what they do in `Batch`."""
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    loss_mask: np.ndarray
-    segment_ids: np.ndarray
-    positions: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
 class _Pieces:
-    """Pieces of documents, as in `PackPlan`; `supervised` are their targets to be learnt."""
+    """Pieces of documents, as in `PackPlan`; `supervised` counts the targets trained on."""
 
     documents: np.ndarray
     starts: np.ndarray
@@ -73,36 +64,34 @@ class _Pieces:
     supervised: np.ndarray
 
     def select(self, which: np.ndarray) -> "_Pieces":
-        """Some of them, by a mask or in an order."""
+        """Selects pieces by a mask, or orders them by indices."""
         return _Pieces(*(getattr(self, field.name)[which] for field in dataclasses.fields(self)))
 
 
 def plan_rows(
     store: TokenStore, sequence_length: int, *, long_documents: LongDocuments = "split"
 ) -> PackPlan:
-    """Packs documents, or pieces of them, into rows of `sequence_length` pairs of a token and the
-    next.
+    """Packs documents into rows of `sequence_length` (input, target) pairs.
 
-    A document of n tokens is n - 1 pairs. Pieces without a target to be learnt are left out.
+    A document of n tokens has n - 1 pairs. Pieces without a target to train on are left out.
 
     Args:
-        long_documents: what becomes of those of more pairs than a row has. `split`: pieces, of
-            which neighbours share a token, the last target of one and the first input of the other,
-            so that each token after BOS is a target exactly once. `cut`: the first piece alone.
-            `drop`: nothing. `error`: there must be none.
+        long_documents: what to do with documents longer than a row. `split` cuts them into pieces;
+            neighbouring pieces share a token, the last target of one and the first input of the
+            next, so that each token after BOS is a target exactly once. `cut` keeps the first
+            piece. `drop` leaves them out. `error` raises if there are any.
 
     Raises:
-        ConfigError: a document is too long where none may be.
+        ConfigError: a document is too long and `long_documents` is `error`.
     """
     num_pairs = np.diff(store.offsets) - 1
     num_long = int((num_pairs > sequence_length).sum())
     require(
         not num_long or long_documents != "error",
         f"{num_long} of {len(num_pairs)} conversations are longer than "
-        f"train.sequence_length={sequence_length}, the "
-        f"longest of {num_pairs.max(initial=0) + 1} tokens: lengthen it, or set "
-        "data.chat.long_rows to cut or drop "
-        f"(mixtral-jax data validate --sequence_length={sequence_length} names them)",
+        f"train.sequence_length={sequence_length}, the longest of {num_pairs.max(initial=0) + 1} "
+        "tokens: raise it, or set data.chat.long_rows to cut or drop (mixtral-jax data validate "
+        f"--sequence_length={sequence_length} names them)",
     )
     all_pieces = _cut_pieces(store, num_pairs, sequence_length, long_documents)
     pieces = all_pieces.select(all_pieces.supervised > 0)
@@ -128,28 +117,30 @@ def plan_rows(
     )
 
 
-def make_row(store: TokenStore, plan: PackPlan, i: int) -> Row:
-    """Row `i` of the plan: a pure function of its arguments."""
-    row = Row(*np.zeros((5, plan.sequence_length), np.int32))
+def make_row(store: TokenStore, plan: PackPlan, i: int) -> Batch:
+    """Makes row `i` of the plan, in arrays [sequence_length]: a pure function of its arguments."""
+    tokens, targets, loss_mask, segment_ids, positions = np.zeros(
+        (5, plan.sequence_length), np.int32
+    )
     end = 0
     for segment, piece in enumerate(range(plan.row_offsets[i], plan.row_offsets[i + 1]), start=1):
         length = plan.lengths[piece]
         document = store.read(plan.documents[piece], plan.starts[piece], length + 1)
         span = slice(end, end + length)
-        row.tokens[span] = document.tokens[:-1]
-        row.targets[span] = document.tokens[1:]
-        row.loss_mask[span] = 1 if document.loss_mask is None else document.loss_mask[1:]
-        row.segment_ids[span] = segment
-        row.positions[span] = np.arange(length)
+        tokens[span] = document.tokens[:-1]
+        targets[span] = document.tokens[1:]
+        loss_mask[span] = 1 if document.loss_mask is None else document.loss_mask[1:]
+        segment_ids[span] = segment
+        positions[span] = np.arange(length)
         end += length
-    return row
+    return Batch(tokens, targets, loss_mask, segment_ids, positions)
 
 
 def label_row(label: Callable[[int], np.ndarray], plan: PackPlan, i: int) -> np.ndarray:
-    """What `label` says of each input of row `i`, int32 [sequence_length]; 0 at padding.
+    """Labels each input of row `i`, int32 [sequence_length]; padding has label 0.
 
     Args:
-        label: a number for each token of a document.
+        label: gives a number for each token of a document.
     """
     row, end = np.zeros(plan.sequence_length, np.int32), 0
     for piece in range(plan.row_offsets[i], plan.row_offsets[i + 1]):
@@ -162,7 +153,7 @@ def label_row(label: Callable[[int], np.ndarray], plan: PackPlan, i: int) -> np.
 def _cut_pieces(
     store: TokenStore, num_pairs: np.ndarray, sequence_length: int, long_documents: LongDocuments
 ) -> _Pieces:
-    """All pieces, in the order of the text; `num_pairs` are those of each document."""
+    """Cuts all pieces, in the order of the text; `num_pairs`: number of pairs per document."""
     num_pieces = -(-num_pairs // sequence_length)
     if long_documents != "split":
         num_pieces = np.minimum(num_pieces, 1)
@@ -178,20 +169,20 @@ def _cut_pieces(
 def _count_supervised(
     store: TokenStore, documents: np.ndarray, starts: np.ndarray, lengths: np.ndarray
 ) -> np.ndarray:
-    """The targets to be learnt of every piece, int64."""
+    """Counts the targets of every piece that are trained on, int64."""
     if store.loss_mask is None or not len(documents):
         return lengths
     first = store.offsets[documents] + starts + 1
     bounds = np.stack([first, first + lengths], axis=1).reshape(-1)
-    # A sum for every two neighbouring bounds, of which every other is of a piece; the last bound
-    # may be the very end.
+    # reduceat sums between neighbouring bounds; every other sum is that of a piece. The appended 0
+    # lets the last bound be the end of the store.
     return np.add.reduceat(np.append(store.loss_mask, np.uint8(0)), bounds, dtype=np.int64)[::2]
 
 
 def _assign_by_source(
     pieces: _Pieces, documents_by_source: tuple[int, ...], sequence_length: int
 ) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The row of every piece, and how many rows each source has: each is packed by itself."""
+    """Packs each source by itself: gives the row of every piece, and the rows of each source."""
     first_documents = np.cumsum((0, *documents_by_source[:-1]))
     sources = np.searchsorted(first_documents, pieces.documents, side="right") - 1
     rows = np.empty(len(sources), np.int64)
@@ -205,16 +196,16 @@ def _assign_by_source(
 
 
 def _assign_rows(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-    """The row of every piece, int64: best fit, from the longest piece down.
+    """Assigns a row to every piece, int64: best fit, longest piece first.
 
-    A piece goes to the row with the least space that still holds it; equal ones, in order.
+    A piece goes into the row with the least free space that still holds it; equal pieces in order.
     """
     rows = np.empty(len(lengths), np.int64)
     full = lengths == sequence_length
     num_rows = int(full.sum())
     rows[full] = np.arange(num_rows)
     rows_by_space: dict[int, list[int]] = {}
-    spaces: list[int] = []  # The keys of rows_by_space, ascending.
+    spaces: list[int] = []  # The keys of rows_by_space in ascending order.
     rest = np.flatnonzero(~full)
     for piece in rest[np.argsort(-lengths[rest], kind="stable")]:
         length = int(lengths[piece])

@@ -9,26 +9,25 @@ import numpy as np
 PARTS = ("code", "comments", "docstrings", "other strings")
 _CODE, _COMMENT, _DOCSTRING, _STRING = range(len(PARTS))
 
-# What stands before a statement; from Python 3.12 on, the pieces of an f-string are tokens of their
-# own.
+# Tokens after which a statement may begin.
 _BEFORE_STATEMENT = {"ENCODING", "NEWLINE", "NL", "INDENT", "DEDENT", "COMMENT"}
+# From Python 3.12 on, an f-string consists of several tokens.
 _STRINGS = {"STRING", "FSTRING_START", "FSTRING_MIDDLE", "FSTRING_END"}
 
 
 def find_parts(source: str) -> np.ndarray | None:
-    """A place in `PARTS` for each UTF-8 byte of a source, uint8;
+    """Finds the part of each UTF-8 byte of a source, as uint8 indices into `PARTS`.
 
-    None where Python cannot read it to its end.
+    Returns None if Python cannot tokenize the source to its end.
     """
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     except (tokenize.TokenError, SyntaxError):
         return None
     sizes = _count_bytes(source)
-    starts = np.concatenate([[0], np.cumsum(sizes)])  # Of characters, in bytes.
-    lines = np.cumsum(
-        [0, *(len(line) + 1 for line in source.split("\n"))]
-    )  # Of lines, in characters.
+    # The first byte of each character, and the first character of each line.
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    lines = np.cumsum([0, *(len(line) + 1 for line in source.split("\n"))])
     parts = np.full(starts[-1], _CODE, np.uint8)
     for token, part in _find_texts(tokens):
         (first_line, first), (last_line, last) = token.start, token.end
@@ -38,7 +37,7 @@ def find_parts(source: str) -> np.ndarray | None:
 
 
 def _find_texts(tokens: list[tokenize.TokenInfo]) -> Iterator[tuple[tokenize.TokenInfo, int]]:
-    """The tokens that are no code; a docstring is a string that is a statement."""
+    """Finds the tokens that are not code. A docstring is a string that is a whole statement."""
     kinds = [tokenize.tok_name[token.type] for token in tokens]
     for before, kind, after, token in zip(
         ["NEWLINE", *kinds], kinds, [*kinds[1:], ""], tokens, strict=False
@@ -53,6 +52,6 @@ def _find_texts(tokens: list[tokenize.TokenInfo]) -> Iterator[tuple[tokenize.Tok
 
 
 def _count_bytes(text: str) -> np.ndarray:
-    """UTF-8 bytes of each character."""
+    """Number of UTF-8 bytes of each character."""
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     return 1 + np.sum([codes >= limit for limit in (0x80, 0x800, 0x10000)], axis=0)

@@ -1,63 +1,82 @@
-"""Reads the rows of one file, by the form that its suffix names.
+"""Reads the rows of one file, in the format that its suffix names.
 
-A line that is no row becomes a `BadRow` that says where it is and what is wrong with it; a file
-that gives no rows is an error, since what it should have held is lost. Which files to read, and
-what a row must hold, is for others to say.
+A line that cannot be read becomes a `BadRow`, which says where it is and what is wrong with it. A
+file that cannot be read is an error, because nobody knows how many rows are lost. `sources` decides
+which files to read; `documents` and `conversations` decide what a row must hold.
 """
 
 import csv
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mixtral_jax.config import ConfigError
-from mixtral_jax.data.domains import UNSAID, Category
+from mixtral_jax.data.domains import UNKNOWN, Category
 
 INVALID_JSON = "invalid JSON"
 INVALID_UTF8 = "invalid UTF-8"
 
+# A boolean is also an int in Python, so it comes first.
+_TYPE_NAMES: tuple[tuple[type, str], ...] = (
+    (type(None), "null"),
+    (bool, "a boolean"),
+    (int, "a number"),
+    (float, "a number"),
+    (str, "text"),
+    (Mapping, "an object"),
+    (Sequence, "a list"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class RawRow:
-    """What was read of a row, whatever it holds; `origin` is where, such as `file.jsonl:17`, and
-    `category` what its file says of it.
+    """The content of a row, not yet checked.
+
+    Attributes:
+        origin: where it was read, such as `file.jsonl:17`.
+        category: the kind of text, judged by its file (`domains`).
     """
 
     value: object
     origin: str
-    category: Category = UNSAID
+    category: Category = UNKNOWN
 
 
 @dataclasses.dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used, and why; `kind` is the same for all rows with the same mistake."""
+    """A row that cannot be used, and why; `kind` groups rows with the same kind of mistake."""
 
     origin: str
     reason: str
     kind: str
 
 
+def describe_invalid_utf8(place: str) -> str:
+    """The reason of a bad row whose text is not UTF-8 at `place`, such as `byte 10`."""
+    return f"{INVALID_UTF8} at {place}: save the text as UTF-8, or leave the row out"
+
+
+def name_type(value: object) -> str:
+    """The type of a value in the words of JSON, with an article."""
+    return next((name for kind, name in _TYPE_NAMES if isinstance(value, kind)), "another type")
+
+
 def read_file(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
-    """The rows of a file; one whose suffix is not in `READERS` is one text.
+    """Reads the rows of a file. A file whose suffix is not in `READERS` is read as one text.
 
     Args:
-        fields: what will be asked for: columns of other names are not read, and a text is filed
-            under the first.
+        fields: the fields that are needed. Columns of other names are not loaded, and a text
+            becomes the value of the first.
 
     Raises:
-        ConfigError: the file, or what is left of it, cannot be read; names it and the reason.
+        ConfigError: the file, or the rest of it, cannot be read; names it and the reason.
     """
     try:
         yield from READERS.get(file.suffix, _read_text)(file, fields)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        csv.Error,
-    ) as error:  # pyarrow's own errors are among these.
+    except (OSError, ValueError, RuntimeError, csv.Error) as error:  # As pyarrow's own errors are.
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"{file}: unreadable {file.suffix} file ({reason}): mend it, or move it out of "
@@ -69,9 +88,10 @@ def _read_json_line(line: bytes, origin: str) -> RawRow | BadRow:
     try:
         return RawRow(json.loads(line.decode("utf-8-sig")), origin)
     except UnicodeDecodeError as error:
-        return BadRow(origin, f"{INVALID_UTF8} at byte {error.start}", INVALID_UTF8)
+        return BadRow(origin, describe_invalid_utf8(f"byte {error.start}"), INVALID_UTF8)
     except (ValueError, RecursionError) as error:
-        return BadRow(origin, f"{INVALID_JSON}: {error}", INVALID_JSON)
+        reason = f"{INVALID_JSON}: {error}: a line must hold one whole JSON object"
+        return BadRow(origin, reason, INVALID_JSON)
 
 
 def _read_text(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
@@ -80,7 +100,7 @@ def _read_text(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
 
 
 def _read_json_lines(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
-    # Binary, so that a line of invalid UTF-8 is bad alone.
+    # Read as bytes, so that invalid UTF-8 makes only its own line bad.
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -94,7 +114,7 @@ def _read_json(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     except ValueError:
         if not _begins_with_json_line(content):
             raise
-        yield from _read_json_lines(file, fields)  # Many a JSON Lines file is named `.json`.
+        yield from _read_json_lines(file, fields)  # Some JSON Lines files are named `.json`.
         return
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
         yield RawRow(row, f"{file}:{number}")
@@ -109,7 +129,7 @@ def _begins_with_json_line(content: bytes) -> bool:
 
 
 def _read_csv(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
-    csv.field_size_limit(sys.maxsize)  # The default, 128 KB, is less than many a document.
+    csv.field_size_limit(sys.maxsize)  # Documents may exceed the default of 128 KB.
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         reader = csv.DictReader(lines)
         last_line = reader.line_num if reader.fieldnames else 0
@@ -133,15 +153,16 @@ def _read_arrow(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
         if source.read(6) == b"ARROW1":
             reader = pyarrow.ipc.open_file(source)
             batches = map(reader.get_batch, range(reader.num_record_batches))
-        else:  # The streaming form, which `datasets` writes.
+        else:  # The streaming format, which `datasets` writes.
             source.seek(0)
             batches = pyarrow.ipc.open_stream(source)
         yield from _read_columns(batches, fields, file)
 
 
 def _read_columns(batches: Any, fields: Sequence[str], file: Path) -> Iterator[RawRow | BadRow]:
-    """The rows of record batches, counted from 1; all names and no values where none of `fields` is
-    among them.
+    """Reads rows of record batches, numbered from 1.
+
+    If none of `fields` is a column, a row has all names with None, so that an error can list them.
     """
     number = 0
     for batch in batches:
@@ -151,16 +172,15 @@ def _read_columns(batches: Any, fields: Sequence[str], file: Path) -> Iterator[R
             number += 1
             origin = f"{file}:{number}"
             try:
-                row = {
-                    name: column[place].as_py() for name, column in columns.items()
-                } or dict.fromkeys(names)
+                row = {name: column[place].as_py() for name, column in columns.items()}
             except UnicodeDecodeError as error:
-                yield BadRow(origin, f"{INVALID_UTF8} at byte {error.start}", INVALID_UTF8)
+                reason = describe_invalid_utf8(f"byte {error.start}")
+                yield BadRow(origin, reason, INVALID_UTF8)
             else:
-                yield RawRow(row, origin)
+                yield RawRow(row or dict.fromkeys(names), origin)
 
 
-# Of files of rows, by their suffix.
+# Suffix -> the reader of such a file's rows.
 READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[RawRow | BadRow]]] = {
     ".jsonl": _read_json_lines,
     ".json": _read_json,

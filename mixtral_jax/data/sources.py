@@ -1,7 +1,7 @@
-"""Finds what `data.path` names and reads its rows, whatever files they lie in.
+"""Finds what `data.path` names and reads its rows, from files of any format.
 
-How a file is read is for `readers`; what a row becomes, for `documents` and `conversations`; how
-many bad ones are too many, for `corpus`.
+`readers` reads one file, `documents` and `conversations` interpret rows, and `corpus` limits the
+number of bad ones.
 """
 
 import dataclasses
@@ -23,14 +23,16 @@ STDLIB = "python-stdlib"
 STDLIB_CHAT = "python-stdlib-chat"
 HUB = "hub:"
 
-# What `datasets` notes about a folder of Arrow files; not rows.
-_BOOKKEEPING = {"dataset_info.json", "dataset_dict.json", "state.json"}
+# Files of metadata that `datasets` writes beside its Arrow files.
+_METADATA_FILES = {"dataset_info.json", "dataset_dict.json", "state.json"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One of the places that `data.path` names; `weight` is its part of the rows of a batch, before
-    all are divided by their sum, or None: as much as it holds.
+    """One of the sources that `data.path` names.
+
+    `weight`: its share of the rows of a batch, relative to the other weights. None: in proportion
+    to its size.
     """
 
     path: str
@@ -38,10 +40,10 @@ class Source:
 
 
 def split_sources(path: str) -> list[Source]:
-    """The sources in a value of `data.path`: one, or several as `PATH[:WEIGHT],PATH[:WEIGHT]`.
+    """Splits a value of `data.path` into its sources: one, or `PATH[:WEIGHT],PATH[:WEIGHT],...`.
 
-    Where one has a weight, the others have 1 unless they say otherwise. A name that exists as it is
-    written is one source, whatever commas and colons are in it.
+    If one source has a weight, the default weight of the others is 1. The path of an existing file
+    or folder is one source, even if it contains commas or colons.
 
     Raises:
         ConfigError: a source is empty or named twice, or a weight is not positive.
@@ -53,7 +55,7 @@ def split_sources(path: str) -> list[Source]:
         require(name, f"data.path={path} has an empty source: write PATH:WEIGHT,PATH:WEIGHT")
         require(
             paths.count(name) == 1,
-            f"data.path={path} names {name} twice: give it one weight instead",
+            f"data.path={path} names {name} twice: name it once, with a weight",
         )
     if any(source.weight is not None for source in sources):
         sources = [dataclasses.replace(source, weight=source.weight or 1.0) for source in sources]
@@ -61,7 +63,7 @@ def split_sources(path: str) -> list[Source]:
 
 
 def find_weights(path: str) -> list[float] | None:
-    """The weights of the sources in a value of `data.path`; None if they have none."""
+    """Finds the weights of the sources in a value of `data.path`; None if they have none."""
     weights = [source.weight for source in split_sources(path)]
     return None if None in weights else [weight for weight in weights if weight is not None]
 
@@ -75,7 +77,8 @@ def _split_weight(part: str) -> Source:
     except ValueError:
         return Source(part)
     require(
-        0 < number < math.inf, f"data.path: the weight of {name}:{weight} must be a positive number"
+        0 < number < math.inf,
+        f"data.path: {weight} is not a positive number: give {name} a weight such as 1 or 0.5",
     )
     return Source(name, number)
 
@@ -83,15 +86,16 @@ def _split_weight(part: str) -> Source:
 def read_rows(
     path: str, fields: Sequence[str], suffixes: str | None = None
 ) -> Iterator[RawRow | BadRow]:
-    """The rows of one source, always in the same order.
+    """Reads the rows of one source, always in the same order.
 
     Args:
-        path: of a `Source` (docs/data.md lists its forms).
-        fields: those that will be asked for (see `read_file`).
-        suffixes: those of the files that are read, as in `DataConfig`.
+        path: the path of a `Source`; docs/data.md lists its forms.
+        fields: the fields that are needed, as in `read_file`.
+        suffixes: which files to read, as in `DataConfig`.
 
     Raises:
-        ConfigError: at once, when there is nothing to read; at a file that cannot be read.
+        ConfigError: there is nothing to read (raised at once), or a file cannot be read (raised
+            when its turn comes).
     """
     if path.startswith(HUB):
         rows = enumerate(_load_hub(path), start=1)
@@ -104,8 +108,10 @@ def read_rows(
 
 
 def fingerprint_source(path: str, suffixes: str | None = None) -> str:
-    """A hex hash of the names, sizes and times of the files that `path`, of any form, names:
-    changes when they do.
+    """Hashes, in hex, the names, sizes and modification times of all files that `path` names.
+
+    Raises:
+        ConfigError: there is nothing to read.
     """
     digest = hashlib.sha256(path.encode(errors="surrogateescape"))
     for source in split_sources(path):
@@ -113,11 +119,8 @@ def fingerprint_source(path: str, suffixes: str | None = None) -> str:
             digest.update(platform.python_version().encode())
         for file in _list_source(source.path, suffixes):
             stat = file.stat()
-            digest.update(
-                f"\n{file.absolute()} {stat.st_size} {stat.st_mtime_ns}".encode(
-                    errors="surrogateescape"
-                )
-            )
+            described = f"\n{file.absolute()} {stat.st_size} {stat.st_mtime_ns}"
+            digest.update(described.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -137,13 +140,13 @@ def _list_files(path: str, suffixes: str | None) -> list[Path]:
     if path == STDLIB:
         return list_stdlib()
     place = Path(path).expanduser()
-    read = suffixes.split(",") if suffixes else (".txt", *READERS)
-    forms = ", ".join(read)
+    readable = suffixes.split(",") if suffixes else (".txt", *READERS)
+    names = ", ".join(readable)
     if place.is_file():
         require(
-            place.suffix in read,
-            f"data.path={path} is none of {forms}: convert it, or if it is text, name its suffix "
-            "in data.suffixes",
+            place.suffix in readable,
+            f"data.path={path} is none of {names}: convert it, or if it is text, add its suffix to "
+            "data.suffixes",
         )
         return [place]
     if place.is_dir():
@@ -154,14 +157,18 @@ def _list_files(path: str, suffixes: str | None) -> list[Path]:
             glob.has_magic(path),
             f"data.path={path} does not exist: name a file, folder, glob, hub:NAME or {STDLIB}",
         )
-    files = sorted(file for file in found if file.suffix in read and file.is_file())
-    files = [file for file in files if file.name not in _BOOKKEEPING]
-    require(files, f"data.path={path} holds no readable file: it must hold at least one of {forms}")
+    files = sorted(file for file in found if file.suffix in readable and file.is_file())
+    files = [file for file in files if file.name not in _METADATA_FILES]
+    require(
+        files,
+        f"data.path={path} holds no readable file: it must hold at least one of {names}; "
+        "data.suffixes can name others",
+    )
     return files
 
 
 def _load_hub(path: str) -> Any:
-    """The Hugging Face dataset that `hub:NAME[:SPLIT]` names."""
+    """Loads the Hugging Face dataset that `hub:NAME[:SPLIT]` names."""
     import datasets  # Slow to import, and most runs read files.
 
     name, _, split = path.removeprefix(HUB).partition(":")
@@ -171,7 +178,6 @@ def _load_hub(path: str) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"data.path={path} cannot be had ({reason}): check NAME and SPLIT of hub:NAME[:SPLIT] "
-            "and the network, "
-            "or name local files"
+            f"data.path={path} cannot be loaded ({reason}): check NAME and SPLIT of "
+            "hub:NAME[:SPLIT] and the network, or name local files"
         ) from error

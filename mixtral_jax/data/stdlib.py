@@ -1,4 +1,4 @@
-"""The sources of this Python's standard library: text that every machine has."""
+"""The source files of this Python's standard library: text that is on every machine."""
 
 import os
 import sysconfig
@@ -7,9 +7,8 @@ from pathlib import Path
 
 from mixtral_jax.config import require
 
-# Beside code worth learning from, it holds installed packages, its own tests, and modules that are
-# tables written out by a program.
-_SKIPPED = {
+# Installed packages, tests, and modules that are generated tables.
+_SKIPPED_FOLDERS = {
     "site-packages",
     "dist-packages",
     "test",
@@ -21,31 +20,32 @@ _SKIPPED = {
 
 
 def stdlib_root() -> Path:
-    """The folder whose files and packages are its modules."""
+    """Finds the folder of the standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
 
 def list_stdlib() -> list[Path]:
-    """Its files, sorted.
+    """Lists its source files, sorted.
 
     Raises:
-        ConfigError: this Python was installed without them.
+        ConfigError: this Python was installed without source files.
     """
     root = stdlib_root()
-    # Some `__init__.py` are empty on purpose: nothing to learn, and nothing to warn about.
-    found = walk(root, _SKIPPED.__contains__)
+    # Some `__init__.py` are empty on purpose; they would only be reported as bad rows.
+    found = walk(root, _SKIPPED_FOLDERS.__contains__)
     files = sorted(file for file in found if file.suffix == ".py" and file.stat().st_size > 1)
     require(
         files,
-        f"data.path: this Python has no .py sources under {root}; name a file or a folder instead "
-        "of its library",
+        f"data.path=python-stdlib: this Python has no .py files in {root}: name a file or folder "
+        "instead",
     )
     return files
 
 
 def walk(root: Path, is_skipped: Callable[[str], bool]) -> Iterator[Path]:
-    """The files in and below `root`, without entering folders of a skipped name: they may hold
-    millions.
+    """Finds the files in and below `root`.
+
+    It does not enter folders whose names are skipped, which may hold millions of files.
     """
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not is_skipped(name)]

@@ -1,52 +1,37 @@
-"""Token stores: tokenised documents in files, written once from end to end and read from anywhere.
+"""Token stores: tokenized documents in files, written once in order and read at any place.
 
-Which documents go into which store, and where stores lie, is for `cache` and its callers to say.
+`cache` and its callers decide which documents go into which store, and where stores are kept.
 """
 
 import array
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
-from mixtral_jax.data.domains import UNSAID, Category
+from mixtral_jax.data.domains import UNKNOWN, Category
+from mixtral_jax.data.tokenized import Tokenized
 
-# A field that is different in every row tells no texts apart: what comes after so many has no
-# category.
-_MOST_CATEGORIES = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokenized:
-    """A document as ids, BOS and EOS included.
-
-    Attributes:
-        tokens: int [num_tokens].
-        loss_mask: int [num_tokens], 1 on what is to be learnt; None: all of it.
-    """
-
-    tokens: np.ndarray
-    loss_mask: np.ndarray | None = None
+# Documents of further categories are stored without one: a field that differs in every row does not
+# group texts.
+_MAX_CATEGORIES = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenStore:
-    """Tokenised documents, end to end: each begins with BOS, and most end with EOS.
+    """Tokenized documents, one after the other: each begins with BOS, and most end with EOS.
 
     Attributes:
         tokens: uint16 or uint32 [num_tokens], read from disk as needed.
         offsets: int64 [num_documents + 1]; document d is `tokens[offsets[d]:offsets[d + 1]]`.
         fingerprint: sha256, in hex, of the tokens, the lengths and the mask.
-        loss_mask: uint8 [num_tokens], 1 on what is to be learnt; None: all of it.
-        documents_by_source: how many documents came from each source, in order; empty: all from
-            one.
-        categories: uint16 [num_documents], what each document is, as a place in `category_names`;
-            None: nobody said.
-        category_names: all there are; the first is that of documents that have none, or one too
-            many.
+        loss_mask: uint8 [num_tokens], 1 on the tokens that are trained on; None: all of them.
+        documents_by_source: number of documents from each source, in order; empty: one source.
+        categories: uint16 [num_documents], the category of each document as an index into
+            `category_names`; None: unknown.
+        category_names: all categories; the first is that of documents without one.
     """
 
     tokens: np.ndarray
@@ -59,11 +44,11 @@ class TokenStore:
 
     @property
     def num_documents(self) -> int:
-        """How many documents there are."""
+        """Number of documents."""
         return len(self.offsets) - 1
 
     def read(self, document: int, start: int = 0, length: int | None = None) -> Tokenized:
-        """`length` tokens of a document from its token `start`; all that follow, if None."""
+        """Reads `length` tokens of a document from its token `start`; None reads to its end."""
         first, end = self.offsets[document] + start, self.offsets[document + 1]
         span = slice(first, end if length is None else min(end, first + length))
         return Tokenized(
@@ -74,7 +59,7 @@ class TokenStore:
 class StoreWriter:
     """Writes a token store, document by document; leaving the context completes it.
 
-    All have a mask, or none has.
+    Either all documents have a mask, or none has.
     """
 
     def __init__(self, folder: Path, dtype: np.dtype):
@@ -87,14 +72,14 @@ class StoreWriter:
         self._lengths = array.array("q")
         self._by_source: list[int] = []
         self._categories = array.array("H")
-        self._category_names = {UNSAID: 0}
+        self._category_names = {UNKNOWN: 0}
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> "StoreWriter":
         return self
 
-    def add(self, document: Tokenized, source: int = 0, category: Category = UNSAID) -> None:
-        """Appends a document of a source and a category; sources come in order."""
+    def add(self, document: Tokenized, source: int = 0, category: Category = UNKNOWN) -> None:
+        """Appends a document; sources must come in order."""
         tokens = document.tokens.astype(self._dtype).tobytes()
         self._tokens.write(tokens)
         self._digest.update(tokens)
@@ -106,7 +91,7 @@ class StoreWriter:
         self._lengths.append(len(document.tokens))
         self._by_source += [0] * (source + 1 - len(self._by_source))
         self._by_source[source] += 1
-        if len(self._category_names) < _MOST_CATEGORIES:
+        if len(self._category_names) < _MAX_CATEGORIES:
             self._category_names.setdefault(category, len(self._category_names))
         self._categories.append(self._category_names.get(category, 0))
 
@@ -128,10 +113,10 @@ class StoreWriter:
 
 
 def open_store(folder: Path) -> TokenStore:
-    """The store that lies in `folder`.
+    """Opens the store in `folder`.
 
     Raises:
-        ValueError, EOFError, OSError: a file is missing, or not whole.
+        ValueError, EOFError, OSError: a file is missing or incomplete.
     """
     summary = json.loads((folder / "summary.json").read_text())
     offsets = np.load(folder / "offsets.npy")
@@ -152,20 +137,8 @@ def open_store(folder: Path) -> TokenStore:
 
 
 def _map(file: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    """The file as an array that is read from disk as needed."""
+    """Maps the file as an array that is read from disk as needed."""
     size, expected = file.stat().st_size, count * dtype.itemsize
     if size != expected:
         raise ValueError(f"{file} holds {size} bytes instead of {expected}")
     return np.memmap(file, dtype, mode="r")
-
-
-def flush_to_disk(folder: Path) -> None:
-    """Returns when all files in and below `folder` are on the disk: a rename may get there before
-    what it names.
-    """
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

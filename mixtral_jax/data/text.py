@@ -1,6 +1,6 @@
-"""Documents as two token stores, train and held-out, tokenised once and cached on disk.
+"""Documents as two token stores, train and held-out, tokenized once and cached on disk.
 
-How rows are cut from the stores is for `packing`; how the documents are read, for `documents`.
+`documents` reads the documents; `packing` cuts rows from the stores.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ from mixtral_jax.data.cache import Tokenizing, default_cache_dir, open_or_write
 from mixtral_jax.data.corpus import Corpus, Placed
 from mixtral_jax.data.documents import Document, read_documents
 from mixtral_jax.data.sources import fingerprint_source
-from mixtral_jax.data.store import Tokenized, TokenStore
+from mixtral_jax.data.store import TokenStore
+from mixtral_jax.data.tokenized import Tokenized
 from mixtral_jax.data.tokenizer import (
     Tokenizer,
     check_planned_vocabulary,
@@ -24,52 +25,48 @@ from mixtral_jax.data.tokenizer import (
     load_tokenizer,
 )
 
-_CACHE_FORMAT = 5  # Raise it when the same files and config would give other stores.
+# Increase this when the same files and config would give different stores.
+_CACHE_FORMAT = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedText:
-    """What a run reads: two stores without a common document, their tokenizer, the number of bad
-    rows.
-    """
+    """The text of a run: two stores without a common document, and their tokenizer."""
 
     train: TokenStore
     held_out: TokenStore
     tokenizer: Tokenizer
-    num_bad: int
 
 
 def prepare_text(
     config: DataConfig,
     vocab_size: int,
     tokenizer_path: Path,
-    cache_dir: Path | None = None,
     *,
     is_writer: bool = True,
 ) -> PreparedText:
-    """Reads, splits and tokenises the text of a run, or opens the cache of an earlier one.
+    """Reads, splits and tokenizes the text of a run, or opens the cache of an earlier run.
 
-    The side of a document follows from its text, as `Corpus` says, so that copies lie on one side.
-    Where all documents are copies of one, there is but that one, and its tail is held out, from the
-    start of a line.
+    The side of a document depends on its text (see `Corpus`), so copies are on the same side. If
+    all documents are copies of one, that one is split: its tail, from the start of a line, is held
+    out.
 
     Args:
-        vocab_size: of the model; the tokenizer must fit in it.
+        vocab_size: the model's; the tokenizer may not have more pieces.
         tokenizer_path: where the run keeps its tokenizer.
-        cache_dir: by default `default_cache_dir()`.
-        is_writer: whether to write `tokenizer_path`; one process of a run does, each may write its
-            cache.
+        is_writer: whether to write `tokenizer_path`, as one process of a run does. Every process
+            may write its cache.
 
     Raises:
-        ConfigError: nothing to read, too many bad rows, or no fitting tokenizer.
+        ConfigError: nothing to read, too many bad rows, or no suitable tokenizer.
     """
-    cache_dir = cache_dir or default_cache_dir()
+    cache_dir = default_cache_dir()
     check_planned_vocabulary(config.tokenizer, vocab_size)
     key = _fingerprint_data(config)
     corpus = _open_corpus(config)
     saved = tokenizer_path
     if config.tokenizer.startswith("train:") and not saved.exists():
-        saved = cache_dir / f"{key}.model"  # Runs on the same text share the training.
+        saved = cache_dir / f"{key}.model"  # Runs on the same text share the trained tokenizer.
     may_save = is_writer or saved != tokenizer_path
     tokenizer = load_tokenizer(
         config.tokenizer, lambda: _train_texts(config, corpus), saved, may_save=may_save
@@ -83,22 +80,14 @@ def prepare_text(
     return prepared
 
 
-def tokenize_text(
-    config: DataConfig, tokenizer: Tokenizer, cache_dir: Path | None = None
-) -> PreparedText:
-    """`prepare_text` with a tokenizer that there is already; `config.tokenizer` may say anything.
+def tokenize_text(config: DataConfig, tokenizer: Tokenizer) -> PreparedText:
+    """Does what `prepare_text` does, with a given tokenizer instead of `config.tokenizer`.
 
     Raises:
         ConfigError: nothing to read, or too many bad rows.
     """
-    cache_dir = cache_dir or default_cache_dir()
-    corpus = _open_corpus(config)
-    return _tokenize(
-        config,
-        corpus,
-        tokenizer,
-        cache_dir / f"{_fingerprint_data(config)}-{tokenizer.fingerprint[:16]}",
-    )
+    name = f"{_fingerprint_data(config)}-{tokenizer.fingerprint[:16]}"
+    return _tokenize(config, _open_corpus(config), tokenizer, default_cache_dir() / name)
 
 
 def _tokenize(
@@ -111,7 +100,7 @@ def _tokenize(
         vocab_size=tokenizer.vocab_size,
     )
     cached = open_or_write(folder, tokenizing, config)
-    return PreparedText(cached.train, cached.held_out, tokenizer, cached.count.num_bad)
+    return PreparedText(cached.train, cached.held_out, tokenizer)
 
 
 def _open_corpus(config: DataConfig) -> Corpus[Document]:
@@ -125,7 +114,7 @@ def _split(config: DataConfig, corpus: Corpus[Document]) -> Iterator[Placed[Docu
         return
     document = next(corpus.items()).item
     text = document.text
-    require(len(text) > 1, f"data.path={config.path} holds a single character: give more text")
+    require(len(text) > 1, f"data.path={config.path} holds a single character: add more text")
     wanted = round(len(text) * (1 - config.held_out_fraction))
     wanted = min(max(wanted, 1), len(text) - 1)
     cut = text.rfind("\n", 0, wanted) + 1 or wanted
@@ -143,13 +132,13 @@ def _encode(tokenizer: Tokenizer, documents: list[Document]) -> Iterator[Tokeniz
 
 
 def _fingerprint_data(config: DataConfig) -> str:
-    """Of what changes the tokens, and nothing else: the limit on bad rows does not."""
-    chosen = [
+    """Hashes all settings and files that change the tokens; the limit on bad rows does not."""
+    settings = [
         config.path,
         config.text_field,
         config.domain_field,
         config.held_out_fraction,
         config.tokenizer,
     ]
-    described = [_CACHE_FORMAT, *chosen, fingerprint_source(config.path, config.suffixes)]
+    described = [_CACHE_FORMAT, *settings, fingerprint_source(config.path, config.suffixes)]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]

@@ -1,15 +1,12 @@
-"""Text to ids and back, through a SentencePiece model: one given, Mixtral's own, or one trained
-here.
+"""Text to ids and back, with a SentencePiece model: a given one, Mixtral's own, or a trained one.
 
-Which text to train on, and where documents begin and end, is for `text` to say.
+`text` chooses the text to train on, and adds BOS and EOS to documents.
 """
 
 import functools
 import hashlib
 import importlib.util
-import io
 import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -17,33 +14,32 @@ import numpy as np
 import sentencepiece
 
 from mixtral_jax.config import ConfigError, require
+from mixtral_jax.data.tokenizer_training import train_model
+from mixtral_jax.whole_files import write_whole
 
 _MISTRAL_FILES = {
     "mixtral": "tokenizer.model.v1",
     "mixtral-v3": "mistral_instruct_tokenizer_240323.model.v3",
 }
 
-# Training leaves out what is longer than 4192 bytes: 1000 characters are at most 4000.
-_CHUNK_CHARACTERS = 1000
-_SAMPLE_CHARACTERS = 10_000_000
-# Encoding takes about 50 bytes of memory a character: of text in a chunk, and chunks in a call.
-_ENCODED_CHARACTERS = 100_000
-_ENCODED_CHUNKS = 64
-_SPACE = "\u2581"  # Stands for a space in pieces.
+# Encoding takes about 50 bytes of memory per character: these two limit it.
+_ENCODING_CHUNK_CHARACTERS = 100_000
+_MAX_CHUNKS_PER_CALL = 64
+_SPACE = "\u2581"  # How pieces spell a space.
 
 
 class Tokenizer:
     """A SentencePiece model.
 
     Attributes:
-        model: its bytes, as in its file.
-        fingerprint: sha256, in hex, of the model's bytes.
-        bytes_per_token: int64 [vocab_size], the bytes of UTF-8 text each piece stands for.
-        prefix_bytes: those of the pieces of a text beyond the text's own: the space that Mixtral's
-            puts before it.
+        model: the bytes of its file.
+        fingerprint: sha256, in hex, of these bytes.
+        bytes_per_token: int64 [vocab_size], the number of bytes of UTF-8 text per piece.
+        prefix_bytes: how many bytes the pieces of a text have beyond the text itself: 1 if the
+            model, like Mixtral's, adds a space before a text, else 0.
 
     Raises:
-        ValueError: the bytes are no SentencePiece model with a beginning and an end of text.
+        ValueError: the bytes are not a SentencePiece model with BOS and EOS pieces.
     """
 
     def __init__(self, model: bytes):
@@ -59,7 +55,7 @@ class Tokenizer:
         self.eos_id: int = self._processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(
-                "the SentencePiece model lacks a beginning (bos) or an end (eos) of text"
+                "the SentencePiece model lacks a piece for the beginning (BOS) or end (EOS) of text"
             )
         self.bytes_per_token = np.array(
             [self._count_bytes(token) for token in range(self.vocab_size)], np.int64
@@ -67,12 +63,13 @@ class Tokenizer:
         self.prefix_bytes = int(self._processor.normalize("a").startswith(_SPACE))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, without BOS and EOS; `<s>` written in it stays text."""
+        """Encodes a text, without BOS and EOS; `<s>` in the text stays text."""
         return self.encode_all([text])[0].tolist()
 
     def encode_all(self, texts: list[str]) -> list[np.ndarray]:
-        """`encode` of each, int32, on every core; needs no more memory for a long text than for
-        many short ones.
+        """Encodes each text, as int32 arrays, on all cores.
+
+        The memory it needs does not grow with the length of a text.
         """
         chunks = [list(self._cut(text)) for text in texts]
         heads = self._encode([first for first, *_ in chunks])
@@ -82,31 +79,24 @@ class Tokenizer:
         ]
 
     def control_id(self, piece: str) -> int | None:
-        """The id of a control piece such as `[INST]`, which no text encodes to;
-
-        None if there is no such piece.
+        """The id of a control piece such as `[INST]`, which no text encodes to; None if the model
+        has no such piece.
         """
         token = self._processor.piece_to_id(piece)
         return token if self._processor.is_control(token) else None
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """The piece of each id, as the model spells it:
-
-        `\u2581` for a space, `<0x0A>` for a byte.
-        """
+        """The pieces of ids in the model's spelling: `\u2581` for a space, `<0x0A>` for a byte."""
         return [self._processor.id_to_piece(int(token)) for token in ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids below `vocab_size`; control ids stand for none."""
+        """Decodes ids below `vocab_size`; control ids give no text."""
         return self._processor.decode([int(token) for token in ids])
 
     def save(self, path: Path) -> None:
-        """Writes the model; whoever reads `path` meanwhile sees the old file or the new, whole."""
+        """Writes the model to a file, making the folders above it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Not the process id: in containers on one storage it is often the same.
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        temporary.write_bytes(self.model)
-        temporary.replace(path)
+        write_whole(path, self.model)
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         num_threads = min(len(texts), os.cpu_count() or 1)
@@ -116,24 +106,24 @@ class Tokenizer:
         ]
 
     def _encode_rest(self, chunks: list[str]) -> Iterator[np.ndarray]:
-        """Ids of chunks that begin with a character of the one before, without those of that
-        character.
+        """Encodes chunks that begin with the last character of the chunk before, and drops the ids
+        of that character.
         """
-        for start in range(0, len(chunks), _ENCODED_CHUNKS):
-            group = chunks[start : start + _ENCODED_CHUNKS]
+        for start in range(0, len(chunks), _MAX_CHUNKS_PER_CALL):
+            group = chunks[start : start + _MAX_CHUNKS_PER_CALL]
             for chunk, ids in zip(group, self._encode(group), strict=True):
                 yield ids[len(self._processor.encode(chunk[0])) :]
 
     def _cut(self, text: str) -> Iterator[str]:
-        """Chunks whose ids, end to end, are those of the text: cut where no piece can span the cut.
+        """Cuts a text into chunks whose ids, concatenated, are those of the text.
 
-        All but the first begin with the character before the cut, which takes up the space that
-        SentencePiece puts before a text. Nothing merges across a cut, so what that character
-        encodes to is known.
+        It cuts where no piece can span the cut. Each chunk but the first begins with the character
+        before the cut, because SentencePiece adds a space before every text it encodes. Nothing
+        merges across a cut, so the ids of that character are known and can be dropped.
         """
         start = 0
-        while len(text) - start > _ENCODED_CHARACTERS and self._keeps_text:
-            end = start + _ENCODED_CHARACTERS
+        while len(text) - start > _ENCODING_CHUNK_CHARACTERS and self._keeps_text:
+            end = start + _ENCODING_CHUNK_CHARACTERS
             while end < len(text) and text[end - 1 : end + 1].replace(" ", _SPACE) in self._pairs:
                 end += 1
             yield text[max(start - 1, 0) : end]
@@ -142,13 +132,13 @@ class Tokenizer:
 
     @functools.cached_property
     def _pairs(self) -> set[str]:
-        """Neighbouring characters of all pieces."""
+        """All pairs of neighbouring characters in pieces."""
         pieces = map(self._processor.id_to_piece, range(self.vocab_size))
         return {piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1)}
 
     @functools.cached_property
     def _keeps_text(self) -> bool:
-        """Whether the model encodes text as it is, as Mixtral's do; others rewrite characters or
+        """Whether the model encodes text unchanged, as Mixtral's do; others rewrite characters or
         strip spaces.
         """
         probe = " \ufb01\n\t\uff21  x"
@@ -166,24 +156,24 @@ class Tokenizer:
 def load_tokenizer(
     spec: str, texts: Callable[[], Iterable[str]], saved: Path, *, may_save: bool = True
 ) -> Tokenizer:
-    """The tokenizer that `spec`, a value of `data.tokenizer`, names; a copy goes to `saved`.
+    """Loads or trains the tokenizer that `data.tokenizer` names, and saves a copy.
 
     Args:
-        spec: a `.model` file, `mixtral`, `mixtral-v3`, or `train:N` for one of N pieces made from
-            `texts`.
-        texts: gives the same texts at every call; called for `train:N` only, unless `saved` exists:
-            a run that goes on keeps the tokenizer it began with.
-        saved: where a run keeps its tokenizer.
-        may_save: False where another process writes `saved`.
+        spec: the value of `data.tokenizer`: a `.model` file, `mixtral`, `mixtral-v3`, or `train:N`
+            to train one with N pieces on `texts`.
+        texts: gives the same texts at every call. Called only for `train:N`, and only if `saved`
+            does not exist: a resumed run keeps its tokenizer.
+        saved: where the run keeps its tokenizer.
+        may_save: False if another process writes `saved`.
 
     Raises:
-        ConfigError: it cannot be had or trained, or `saved` is another one.
+        ConfigError: it cannot be loaded or trained, or `saved` is a different one.
     """
     old = _read_model(saved, f"{saved}") if saved.exists() else None
     kind, _, size = spec.partition(":")
     if kind == "train":
         num_pieces = _parse_num_pieces(spec, size)
-        tokenizer = old or _train(num_pieces, texts)
+        tokenizer = old or Tokenizer(train_model(num_pieces, texts))
         same = tokenizer.vocab_size == num_pieces
     else:
         tokenizer = read_tokenizer(spec)
@@ -199,17 +189,17 @@ def load_tokenizer(
 
 
 def read_tokenizer(spec: str) -> Tokenizer:
-    """A tokenizer that there is already: a `.model` file, `mixtral` or `mixtral-v3`.
+    """Reads an existing tokenizer: a `.model` file, `mixtral` or `mixtral-v3`.
 
     Raises:
-        ConfigError: it cannot be had.
+        ConfigError: it cannot be found or read.
     """
     file = _find_mistral(spec) if spec in _MISTRAL_FILES else Path(spec).expanduser()
     return _read_model(file, f"data.tokenizer={spec}")
 
 
 def check_planned_vocabulary(spec: str, vocab_size: int) -> None:
-    """`check_vocabulary` of a tokenizer that is still to be trained.
+    """Does what `check_vocabulary` does, before the tokenizer is trained.
 
     Raises:
         ConfigError: names both sizes and the fix.
@@ -217,13 +207,13 @@ def check_planned_vocabulary(spec: str, vocab_size: int) -> None:
     kind, _, pieces = spec.partition(":")
     require(
         kind != "train" or not pieces.isdecimal() or int(pieces) <= vocab_size,
-        f"data.tokenizer={spec} makes more pieces than model.vocab_size={vocab_size} has rows: "
+        f"data.tokenizer={spec} makes more pieces than model.vocab_size={vocab_size} allows: "
         f"set --config.model.vocab_size={pieces}, or train fewer pieces",
     )
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Makes sure the model has a row for every piece; more rows than pieces are fine.
+    """Makes sure that the model has an embedding for every piece; it may have more.
 
     Raises:
         ConfigError: names both sizes and the fix.
@@ -257,8 +247,7 @@ def _find_mistral(spec: str) -> Path:
     require(
         any(file.is_file() for file in files),
         f"data.tokenizer={spec} needs the package mistral-common: pip install "
-        "'mixtral_jax[mistral]', "
-        "or name a .model file",
+        "'mixtral_jax[mistral]', or name a .model file",
     )
     return next(file for file in files if file.is_file())
 
@@ -270,55 +259,3 @@ def _parse_num_pieces(spec: str, size: str) -> int:
         "train:4096",
     )
     return int(size)
-
-
-def _train(num_pieces: int, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sample_chunks(texts),
-            model_writer=model,
-            vocab_size=num_pieces,
-            model_type="bpe",
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=True,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        reason = str(error).rpartition("] ")[2].partition(" Increase")[0]
-        raise ConfigError(
-            f"data.tokenizer=train:{num_pieces}: {num_pieces} pieces are too few or too many for "
-            "this text "
-            f"({reason}): choose another N, or give more text"
-        ) from error
-    return Tokenizer(model.getvalue())
-
-
-def _sample_chunks(texts: Callable[[], Iterable[str]]) -> Iterator[str]:
-    """Chunks of the text, newlines included so that pieces may hold them, spread evenly if there
-    are many.
-    """
-    share = min(1.0, _SAMPLE_CHARACTERS / max(1, sum(map(len, texts()))))
-    chunks = (chunk for text in texts() for chunk in _cut_chunks(text))
-    for number, chunk in enumerate(chunks):
-        if int((number + 1) * share) > int(number * share):
-            yield chunk
-
-
-def _cut_chunks(text: str) -> Iterator[str]:
-    """Cuts at the ends of lines where it can."""
-    start = 0
-    while start < len(text):
-        end = start + _CHUNK_CHARACTERS
-        if end < len(text):
-            end = text.rfind("\n", start, end) + 1 or end
-        yield text[start:end]
-        start = end

@@ -1,1 +1,1 @@
-"""How good a model is on text it has not seen, and how good far simpler models are."""
+"""Evaluation on held-out text: a model's loss and scores, and those of n-gram baselines."""

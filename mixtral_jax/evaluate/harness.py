@@ -1,9 +1,9 @@
-"""EleutherAI's lm-evaluation-harness, asking a model of ours: `pip install 'mixtral_jax[eval]'`.
+"""Runs the tasks of EleutherAI's lm-evaluation-harness: `pip install 'mixtral_jax[eval]'`.
 
     results = lm_eval.simple_evaluate(HarnessModel(load_pretrained(DIR)), tasks=["hellaswag"])
 
-Every prompt begins with BOS, as Mixtral was trained. Chat templates of the harness are strings,
-which could not tell a written `</s>` from an end of text: there are none here.
+Every prompt begins with BOS, as in Mixtral's training. The chat templates of the harness are not
+supported: they are strings, in which a `</s>` that a user wrote looks like the end of text.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,16 +21,18 @@ from mixtral_jax.evaluate.scoring import Pair, score_pairs
 from mixtral_jax.generate.settings import Settings
 from mixtral_jax.pretrained import Pretrained
 
-_NEW_TOKENS = 256  # Where a task does not say how many.
+# The limit of a continuation if the task does not set one.
+_DEFAULT_MAX_NEW_TOKENS = 256
 
 
 class HarnessModel(TemplateLM):
-    """A loaded model, as the harness asks for it.
+    """Adapts a loaded model to the interface of the harness.
 
     Args:
-        max_length: the most tokens that the model sees at once; by default what it was made for.
-            Contexts lose their beginning, and texts are scored in windows, where they are longer.
-        batch_size: prompts that are continued together.
+        max_length: the maximum number of tokens that the model sees at once. By default the
+            sequence length in its config. Of longer contexts the beginning is dropped, and longer
+            texts are scored in windows.
+        batch_size: the number of prompts that are continued together.
 
     Raises:
         ConfigError: the model came without a tokenizer.
@@ -40,7 +42,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         require(
             loaded.tokenizer,
-            "tasks are text: they need a tokenizer, and this model came without one",
+            "tasks are text, so they need a tokenizer, and this model came without one",
         )
         assert loaded.tokenizer is not None
         self._loaded = loaded
@@ -50,18 +52,18 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end of text."""
+        """The id of the end of text (EOS)."""
         return self._pieces.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """The beginning of text, which stands before a text without a context."""
+        """The id of the beginning of text (BOS), which precedes a text without a context."""
         return self._pieces.bos_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Ids of a text, after BOS unless told otherwise."""
+        """The ids of a text, with BOS before them unless `add_special_tokens` is False."""
         ids = self._pieces.encode(string)
         return ids if add_special_tokens is False else [self._pieces.bos_id, *ids]
 
@@ -76,13 +78,13 @@ class HarnessModel(TemplateLM):
         scores = score_pairs(self._loaded, pairs)
         for number, score in tqdm(scores, "scoring", len(pairs), disable=disable_tqdm):
             answers[number] = (score.loglikelihood, score.is_greedy)
-            if (asked := requests[number][0]) is not None:
-                self.cache_hook.add_partial("loglikelihood", asked, answers[number])
+            if (request := requests[number][0]) is not None:
+                self.cache_hook.add_partial("loglikelihood", request, answers[number])
         return answers
 
     def _fit(self, context: list[int], continuation: list[int]) -> Pair:
-        """All of a continuation, and as much of the end of its context as the model sees besides."""
-        # The last token is never read, only predicted.
+        """Shortens the context at its beginning, so that it fits with the whole continuation."""
+        # The last token is predicted, but the model never reads it.
         room = self._max_length + 1 - len(continuation)
         require(
             room >= 1,
@@ -94,9 +96,7 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-probability of each whole text, in windows where it is longer than the model sees at
-        once.
-        """
+        """The log-probability of each whole text. Texts over `max_length` are split in windows."""
         windows = [
             (number, None, *make_disjoint_window(window))
             for number, request in enumerate(requests)
@@ -116,13 +116,13 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The text after each context, up to the first of the strings that the task names."""
+        """The generated text after each context, up to the first stop string of the task."""
         settings = [
             _read_settings(request.args[1], number) for number, request in enumerate(requests)
         ]
         prompts = [
-            self.tok_encode(request.args[0])[-max(1, self._max_length - asked.max_new_tokens) :]
-            for request, asked in zip(requests, settings, strict=True)
+            self.tok_encode(request.args[0])[-max(1, self._max_length - one.max_new_tokens) :]
+            for request, one in zip(requests, settings, strict=True)
         ]
         answers = [""] * len(requests)
         for numbers in tqdm(list(self._batches(prompts)), "writing", disable=disable_tqdm):
@@ -135,26 +135,23 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _batches(self, prompts: Sequence[list[int]]) -> Iterator[list[int]]:
-        """Numbers of prompts of like length, the longest first."""
+        """Batches of indices of prompts with similar lengths, the longest first."""
         order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
         for first in range(0, len(order), self._batch_size):
             yield order[first : first + self._batch_size]
 
 
-def _read_settings(asked: Mapping[str, Any], number: int) -> Settings:
-    """From the harness's `generation_kwargs`; those without a meaning here are refused, not
-    overlooked.
+def _read_settings(kwargs: Mapping[str, Any], number: int) -> Settings:
+    """Settings from the harness's `generation_kwargs`. Unknown keys raise an error.
 
-    Each request has a seed of its own, for a task may ask the same several times.
+    Each request has its own seed, because a task may repeat a request to get several samples.
     """
-    given: dict[str, Any] = dict(normalize_gen_kwargs(dict(asked), _NEW_TOKENS))
-    given.pop("do_sample")  # The temperature says it.
+    given: dict[str, Any] = dict(normalize_gen_kwargs(dict(kwargs), _DEFAULT_MAX_NEW_TOKENS))
+    given.pop("do_sample")  # The temperature decides this.
     renamed = {"until": "stop", "max_gen_toks": "max_new_tokens"}
     known = {"temperature", "top_p", "top_k", *renamed}
-    require(
-        given.keys() <= known,
-        f"generation_kwargs {', '.join(sorted(given.keys() - known))} have no meaning here",
-    )
+    unknown = ", ".join(sorted(given.keys() - known))
+    require(not unknown, f"generation_kwargs {unknown} are not supported: leave them out")
     return Settings.of(
         seed=number, **{renamed.get(name, name): value for name, value in given.items()}
     )

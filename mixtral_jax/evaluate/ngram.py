@@ -1,4 +1,4 @@
-"""Unigram and bigram models of the training tokens: what a neural model has to beat."""
+"""Baselines that a neural model has to beat: unigram and bigram models of the training tokens."""
 
 import math
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from mixtral_jax.parallel.batch import Batch
 def measure_ngrams(
     train_tokens: np.ndarray, batches: Sequence[Batch], token_bytes: TokenBytes
 ) -> dict[str, float]:
-    """Bits per byte of `unigram` and `bigram`, fitted on `train_tokens`, on the tokens that
-    `make_evaluator` scores.
+    """Bits per byte of a `unigram` and a `bigram` model, fitted on `train_tokens`.
 
-    The unigram is smoothed with one count a token; the bigram backs off to it with Witten-Bell
-    weights (a history seen with many successors trusts them less). Needs every row on this host.
+    They are scored on the same tokens as `make_evaluator` scores. The unigram model has one added
+    count per token. The bigram model backs off to it with Witten-Bell weights: a token that had
+    many different successors trusts its counts less. Every row must be on this host.
     """
     V = len(token_bytes.per_token)
     history, target = _supervised_pairs(batches)
@@ -31,10 +31,10 @@ def measure_ngrams(
     successors = np.bincount(pairs // V, minlength=V)
     wanted = history.astype(np.int64) * V + target
     at = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
-    seen = np.where(pairs[at] == wanted, pair_counts[at], 0)
+    pair_count = np.where(pairs[at] == wanted, pair_counts[at], 0)
     backoff = successors[history] * unigram[target]
     total = history_counts[history] + successors[history]
-    bigram = np.where(total > 0, (seen + backoff) / np.maximum(total, 1), unigram[target])
+    bigram = np.where(total > 0, (pair_count + backoff) / np.maximum(total, 1), unigram[target])
 
     def bits_per_byte(probability: np.ndarray) -> float:
         return float(-np.log(probability).sum() / math.log(2) / max(num_bytes, 1))

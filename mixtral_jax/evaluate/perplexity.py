@@ -1,4 +1,4 @@
-"""Held-out loss, perplexity and bits per byte of a model."""
+"""The held-out loss, perplexity and bits per byte of a model."""
 
 import dataclasses
 import functools
@@ -36,10 +36,10 @@ class _EvalSums:
 
 @dataclasses.dataclass(frozen=True)
 class TokenBytes:
-    """How many UTF-8 bytes of text a predicted token stands for.
+    """The number of UTF-8 bytes of text behind each predicted token.
 
-    `per_token` [V] counts those of its piece; the first of a document, after `bos_id`, has `prefix`
-    more than the text: what the tokenizer puts before it.
+    `per_token` [V] has the bytes of each piece. The first piece of a document (the one after
+    `bos_id`) has `prefix` more bytes than its text, which the tokenizer adds.
     """
 
     per_token: np.ndarray
@@ -48,21 +48,23 @@ class TokenBytes:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "TokenBytes":
-        """Those of a tokenizer's pieces."""
+        """The counts for the pieces of a tokenizer."""
         return cls(tokenizer.bytes_per_token, tokenizer.bos_id, tokenizer.prefix_bytes)
 
     def in_text(self, piece_bytes: Any, previous: Any) -> Any:
-        """Bytes of text from bytes of pieces, given the token before each: arrays of one shape."""
+        """Bytes of text, given the bytes of pieces and the token before each, in the same shape."""
         return piece_bytes - self.prefix * (previous == self.bos_id)
 
 
 def make_evaluator(
     batches: Iterable[Batch], token_bytes: TokenBytes, baselines: Mapping[str, float] | None = None
 ) -> Evaluator:
-    """A function from a model, as `Transformer` is one, to `eval/` figures over all of `batches`.
+    """Returns a function that computes the `eval/` metrics of a model over all of `batches`.
 
-    Bits per byte divides by the bytes of text that the predicted tokens stand for. `baselines`
-    (bits per byte by name, on the same tokens) are given back beside them.
+    Args:
+        token_bytes: gives the bytes of text by which bits per byte divides.
+        baselines: bits per byte of other models by name, on the same tokens. They are returned as
+            `eval/bits_per_byte_NAME`.
     """
     per_token_V = token_bytes.per_token.astype(np.int32)
 

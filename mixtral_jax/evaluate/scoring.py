@@ -1,4 +1,4 @@
-"""How likely a model finds given continuations of given contexts: what multiple-choice tasks ask."""
+"""Scores given continuations of given contexts, as multiple-choice tasks need."""
 
 import dataclasses
 import functools
@@ -16,13 +16,14 @@ from mixtral_jax.parallel.mesh import matmul_precision
 from mixtral_jax.pretrained import Pretrained
 from mixtral_jax.training.loss import cross_entropy
 
-# Of a device at once; and of a row, whose logits are held at once.
-_TOKENS_AT_ONCE, _LOGITS_AT_ONCE = 2048, 512
+_MAX_TOKENS_PER_DEVICE = 2048
+# The logits of a row are computed in parts of this many tokens, to bound their memory.
+_MAX_LOGITS_PER_ROW = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Ids of a context, and of what is to follow it."""
+    """The ids of a context and of its continuation."""
 
     context: Sequence[int]
     continuation: Sequence[int]
@@ -30,17 +31,16 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The log-probability of a continuation, in nats, and whether each of its tokens is the
-    likeliest.
-    """
+    """The log-probability of a continuation in nats, and whether greedy decoding would give it."""
 
     loglikelihood: float
     is_greedy: bool
 
 
 def score_pairs(loaded: Pretrained, pairs: Sequence[Pair]) -> Iterator[tuple[int, Score]]:
-    """The number of a pair, and its score, as they come: long ones first, so that a batch has rows
-    of like length.
+    """Yields the index and the score of each pair, the longest pairs first.
+
+    With this order, the rows of a batch have similar lengths.
 
     Raises:
         ConfigError: a context is empty.
@@ -54,7 +54,7 @@ def score_pairs(loaded: Pretrained, pairs: Sequence[Pair]) -> Iterator[tuple[int
     devices = loaded.model.rules.count_row_devices(loaded.mesh)
     while len(left):
         T = bucket(int(lengths[left[0]]))
-        chosen, left = np.split(left, [devices * max(1, _TOKENS_AT_ONCE // T)])
+        chosen, left = np.split(left, [devices * max(1, _MAX_TOKENS_PER_DEVICE // T)])
         yield from zip(
             chosen.tolist(), _score_rows(loaded, [pairs[i] for i in chosen], T), strict=True
         )
@@ -88,24 +88,21 @@ def _sum_rows(
     mask_BT: jax.Array,
     segment_ids_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Of each row's masked targets, their loss in nats, and how many are not the likeliest; the
-    same everywhere.
+    """Sums over the masked targets of each row: their loss in nats, and the number of misses.
+
+    A target is a miss if it is not the most likely token. The results are replicated.
     """
     x_BTD = model.run_blocks(tokens_BT, segment_ids_BT=segment_ids_BT).x_BTD
-    size = min(tokens_BT.shape[1], _LOGITS_AT_ONCE)
+    size = min(tokens_BT.shape[1], _MAX_LOGITS_PER_ROW)
 
     def add_part(sums, start):
         part = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1
         )
-        logits_BtV, targets_Bt, mask_Bt = (
-            model.to_logits(part(x_BTD)),
-            part(targets_BT),
-            part(mask_BT),
-        )
-        nats_B = jnp.sum(
-            cross_entropy(logits_BtV, targets_Bt) * mask_Bt.astype(jnp.float32), axis=1
-        )
+        logits_BtV, targets_Bt = model.to_logits(part(x_BTD)), part(targets_BT)
+        mask_Bt = part(mask_BT)
+        nats_Bt = cross_entropy(logits_BtV, targets_Bt) * mask_Bt.astype(jnp.float32)
+        nats_B = jnp.sum(nats_Bt, axis=1)
         misses_B = jnp.sum((jnp.argmax(logits_BtV, axis=-1) != targets_Bt) & (mask_Bt > 0), axis=1)
         return jax.tree.map(jnp.add, sums, (nats_B, misses_B)), None
 

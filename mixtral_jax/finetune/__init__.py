@@ -1,5 +1,5 @@
-"""Tuning a model that is there already: what is trained of it, and adapters beside what is not.
+"""Tuning an existing model: which of its parameters are trained, and adapters for the others.
 
-All of it is surgery from outside: `model/` knows nothing of adapters, nor `train/` of what it is
-that learns.
+Everything here changes a model from outside: `model/` does not know adapters, and `train/` does not
+know which parameters are trained.
 """

@@ -1,14 +1,13 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): projections with a trainable pair of thin ones beside
-them.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): a projection with two thin trainable ones beside it.
 
-The pair is A of [inputs, r] and B of [r, outputs], projections of the same kind as the one they
-adapt. So those of experts are an A and a B for each, which live where the expert does, are gathered
-like its weights, and multiply its rows by the same grouped kernel.
+The two are A [inputs, r] and B [r, outputs], projections of the same type as the one they adapt.
+Each expert has its own A and B. They are on the same device as the expert, are gathered like its
+weights, and multiply its rows with the same grouped kernel.
 
-B starts at zero: at step 0 an adapter adds 0 to what the plain projection gives, which changes no
-bit of it. That adapted experts run their three projections one by one, where plain ones take the
-fused kernel, changes none either: both cut rows into the same blocks and multiply each in the same
-way (tests/kernels/test_grouped_matmul.py).
+B starts at zero. At step 0 an adapter therefore adds 0 to the output of the plain projection, which
+changes no bit of it. Adapted experts run three projections one after the other, where plain experts
+run one fused kernel. This changes no bit either, since both cut the rows into the same blocks and
+multiply each block in the same way (tests/kernels/test_grouped_matmul.py).
 """
 
 import re
@@ -16,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import P
 
@@ -27,9 +25,9 @@ from mixtral_jax.model.moe import ExpertProjection
 
 
 class LoRAProjection(nnx.Module):
-    """A dense projection and its adapter: x W + scaling * (x A)
+    """A dense projection and its adapter: x W + scaling * (x A) B.
 
-    B. `config` says in which dtype these are stored.
+    `config.param_dtype` is the dtype in which A and B are stored.
     """
 
     def __init__(self, base: Projection, lora: LoRAConfig, config: ModelConfig, rngs: nnx.Rngs):
@@ -41,8 +39,8 @@ class LoRAProjection(nnx.Module):
             "rules": base.rules,
             "rngs": rngs,
             "dtype": base.dtype,
+            "variable": nnx.LoRAParam,
         }
-        shared["variable"] = nnx.LoRAParam
         self.base = base
         self.scaling = lora.scaling
         self.lora_a = Projection(
@@ -64,14 +62,13 @@ class LoRAProjection(nnx.Module):
         low_BTr = self.lora_a(x, P(*out_sharding[:2], None))
         return self.base(x, out_sharding) + self.lora_b(self.scaling * low_BTr, out_sharding)
 
-    def merged_weight(self) -> jax.Array:
-        """W + scaling * A B in float32, sharded as W."""
-        _, inputs, outputs, _ = _spell(self.base)
-        return _merge(self, f"{inputs}r,r{outputs}->{inputs}{outputs}")
+    def input_weights(self) -> tuple[nnx.Variable, ...]:
+        """The variables that multiply this projection's input: those of the base and of A."""
+        return (*self.base.input_weights(), *self.lora_a.input_weights())
 
 
 class LoRAExpertProjection(nnx.Module):
-    """One matrix and one adapter per expert, on rows that are sorted by expert."""
+    """One matrix and one adapter per expert, applied to rows that are sorted by expert."""
 
     def __init__(
         self, base: ExpertProjection, lora: LoRAConfig, config: ModelConfig, rngs: nnx.Rngs
@@ -105,9 +102,9 @@ class LoRAExpertProjection(nnx.Module):
         low_Rr = self.lora_a(x_RD, groups)
         return self.base(x_RD, groups) + self.lora_b(self.scaling * low_Rr, groups)
 
-    def merged_weight(self) -> jax.Array:
-        """W + scaling * A B of each expert in float32, sharded as W."""
-        return _merge(self, "EDr,ErF->EDF")
+    def input_weights(self) -> tuple[nnx.Variable, ...]:
+        """The variables that multiply this projection's input: those of the base and of A."""
+        return (*self.base.input_weights(), *self.lora_a.input_weights())
 
 
 Plain = Projection | ExpertProjection
@@ -115,35 +112,22 @@ Adapted = LoRAProjection | LoRAExpertProjection
 
 
 def adapt(base: Plain, lora: LoRAConfig, config: ModelConfig, rngs: nnx.Rngs) -> Adapted:
-    """A projection with a fresh adapter, which adds 0 to it."""
+    """The projection with a new adapter, which adds 0 to its output."""
     if isinstance(base, ExpertProjection):
         return LoRAExpertProjection(base, lora, config, rngs)
     return LoRAProjection(base, lora, config, rngs)
 
 
 def _spell(base: Projection) -> tuple[str, str, str, str]:
-    """The letters of x, of the weight's inputs and of its outputs, and of y: BTNH, NH, D, BTD."""
+    """The letters of x, the weight's inputs, its outputs, and y, such as BTNH, NH, D, BTD."""
     x, weight, y = re.split(",|->", base.equation)
     inputs = "".join(letter for letter in weight if letter not in y)
     assert weight.startswith(inputs), base.equation
     return x, inputs, weight.removeprefix(inputs), y
 
 
-def _merge(adapted: Adapted, equation: str) -> jax.Array:
-    base = adapted.base
-    a, b, weight = (
-        module.weight[...].astype(jnp.float32) for module in (adapted.lora_a, adapted.lora_b, base)
-    )
-    layout = base.rules.spec(*base.axes)
-    return weight + adapted.scaling * jnp.einsum(
-        equation, a, b, precision="highest", out_sharding=layout
-    )
-
-
 def _kaiming_uniform(inputs: Sequence[int], *, experts: int | tuple[()] = ()) -> nnx.Initializer:
-    """U(-1/sqrt(n), 1/sqrt(n)) over n inputs, those of torch's linear layers, PEFT and
-    mistral-finetune.
-    """
+    """U(-1/sqrt(n), 1/sqrt(n)) for n inputs, as torch, PEFT and mistral-finetune have it."""
     return nnx.initializers.variance_scaling(
         1 / 3, "fan_in", "uniform", in_axis=tuple(inputs), out_axis=-1, batch_axis=experts
     )

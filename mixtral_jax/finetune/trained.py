@@ -1,4 +1,4 @@
-"""What of a model is trained, part by part, for people to check before a run."""
+"""Lists how many parameters of each part of a model are trained, for people to check."""
 
 import dataclasses
 from typing import Any
@@ -7,14 +7,15 @@ import jax
 from flax import nnx
 from flax.nnx.filterlib import Filter
 
-# Last names on the path of a variable, which do not tell one part of a model from another.
+# Names at the end of a variable's path that do not identify a part of the model.
 _ENDINGS = ("weight", "scale", "base", "lora_a", "lora_b")
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of a model, of every layer where it is in blocks, as in `moe.experts.gate`; and its
-    parameters.
+    """A part of a model, such as `moe.experts.gate`, and the number of its parameters.
+
+    A part of a block counts all layers.
     """
 
     name: str
@@ -23,9 +24,7 @@ class Part:
 
 
 def list_parts(model: nnx.Module, trainable: Filter) -> list[Part]:
-    """The parts of a model, or of the shapes of one: the embedding, then all in the order of their
-    names.
-    """
+    """The parts of a model, or of its shapes: the embedding first, then the rest sorted by name."""
     trained, everything = _count(model, trainable), _count(model, nnx.Param)
     in_order = sorted(everything, key=lambda name: (not name.startswith("embedding"), name))
     return [
@@ -35,7 +34,7 @@ def list_parts(model: nnx.Module, trainable: Filter) -> list[Part]:
 
 
 def describe_trained(model: nnx.Module, trainable: Filter) -> str:
-    """A table for people: a line for each part, and their sum."""
+    """A table with one line per part and a line for the total."""
     parts = list_parts(model, trainable)
     total = Part("in all", sum(part.trained for part in parts), sum(part.frozen for part in parts))
     rows = [("part", "trained", "frozen")]
@@ -60,9 +59,8 @@ def _count(model: nnx.Module, kind: Filter) -> dict[str, int]:
 
 
 def _part_of(path: tuple[Any, ...]) -> str:
-    names = jax.tree_util.keystr(path[:-1], simple=True, separator="/").split(
-        "/"
-    )  # Last is the array in the variable.
+    # The last key of a path is the array in its variable.
+    names = jax.tree_util.keystr(path[:-1], simple=True, separator="/").split("/")
     while len(names) > 1 and names[-1] in _ENDINGS:
         names.pop()
     return ".".join(names).removeprefix("blocks.")

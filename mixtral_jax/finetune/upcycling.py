@@ -1,8 +1,7 @@
-"""Experts made of a dense layer: copies of it, or of its slices, that are noisy, in part drawn
-anew, or neither.
+"""Makes experts from a dense layer: copies of it or of its slices, plain, noisy or partly redrawn.
 
-Works on a model that is on its mesh, a layer at a time, each device on what it holds; the random
-numbers do not depend on the mesh. Leaves to `checkpoint.upcycled` how copies get there.
+`checkpoint.upcycled` provides the copies. This module changes them on the mesh, one layer at a
+time, on the devices that hold them. The random numbers do not depend on the mesh.
 """
 
 from typing import Any
@@ -17,36 +16,36 @@ from mixtral_jax.model.moe import Experts
 from mixtral_jax.model.router import Router
 from mixtral_jax.model.transformer import Transformer
 
-# Apart from those of `finetune.tunable`.
-_PURPOSE = 3
+# Differs from the streams in `finetune.adapters` and `training`, so the random numbers differ too.
+_UPCYCLE_STREAM = 3
 
-_OF_ROUTERS = nnx.PathContains("router")
+_ROUTER_VARIABLES = nnx.PathContains("router")
 
 
 def without_routers(model: Transformer) -> nnx.State:
-    """All variables of a model that are taken over from a dense one."""
-    return nnx.state(model, nnx.Not(_OF_ROUTERS))
+    """All variables of a model except those of its routers, which a dense model does not have."""
+    return nnx.state(model, nnx.Not(_ROUTER_VARIABLES))
 
 
 def upcycle(copies: nnx.State, fresh: Transformer, config: Config) -> Transformer:
     """The model that an upcycled run starts from. Call it under `jax.jit`.
 
     Args:
-        copies: `without_routers` of the model, every expert a copy of the dense layer, or of one
+        copies: `without_routers` of the model; each expert is a copy of the dense layer, or of one
             slice of it.
-        fresh: a newly initialised model, whose routers are taken.
-        config: of the run.
+        fresh: a newly initialised model; only its routers are used.
+        config: the run's config.
     """
     settings = config.upcycle
     assert settings is not None
-    graphdef, routers, _ = nnx.split(fresh, _OF_ROUTERS, ...)
+    graphdef, routers, _ = nnx.split(fresh, _ROUTER_VARIABLES, ...)
     model = nnx.merge(graphdef, routers, copies)
     moe = model.blocks.moe
     tie_slices(moe.router, settings.granularity)
     scale = settings.scale(config.router) or 1.0
     if settings.method == "copy" and scale == 1:
-        return model  # To the bit.
-    key = jax.random.fold_in(jax.random.key(config.train.seed), _PURPOSE)
+        return model  # The copies stay equal to the dense layer, bit for bit.
+    key = jax.random.fold_in(jax.random.key(config.train.seed), _UPCYCLE_STREAM)
     keys_L = jax.random.split(key, config.model.num_layers)
     moe.experts = jax.lax.map(
         lambda layer: _change(layer[0], layer[1], settings, scale), (moe.experts, keys_L)
@@ -55,11 +54,10 @@ def upcycle(copies: nnx.State, fresh: Transformer, config: Config) -> Transforme
 
 
 def tie_slices(router: Router, num_slices: int) -> None:
-    """Gives the slices of a copy one column of the gate, that of the first, so that a token takes
-    all or none of them.
+    """Gives all slices of a copy the gate column of the first, so that a token uses all or none.
 
-    The virtual groups of arXiv 2410.07524: their gradients differ, so they part from the first step
-    on.
+    These are the virtual groups of arXiv 2410.07524. The gradients of the slices differ, so the
+    columns become different from the first step on.
     """
     gate_LDE = router.gate.weight[...]
     first_LDC1 = gate_LDE.reshape(*gate_LDE.shape[:2], -1, num_slices)[..., :1]
@@ -68,11 +66,11 @@ def tie_slices(router: Router, num_slices: int) -> None:
 
 
 def _change(experts: Experts, key: jax.Array, settings: UpcycleConfig, scale: float) -> Experts:
-    """The experts of one layer, as the method says, their outputs `scale` times as large."""
-    of_units, *keys = jax.random.split(key, 4)
+    """Applies the method to the experts of one layer, and multiplies their outputs by `scale`."""
+    key_of_units, *keys = jax.random.split(key, 4)
     projections = (experts.gate, experts.up, experts.down)
     E, _, F = experts.gate.weight.shape
-    is_new_EF = choose_units(of_units, E, F, settings.drop_fraction)
+    is_new_EF = choose_units(key_of_units, E, F, settings.drop_fraction)
     for projection, key_of_weight in zip(projections, keys, strict=True):
         weight = projection.weight[...]
         changed = weight.astype(jnp.float32)
@@ -89,20 +87,20 @@ def _change(experts: Experts, key: jax.Array, settings: UpcycleConfig, scale: fl
 
 
 def choose_units(key: jax.Array, E: int, F: int, fraction: float) -> jax.Array:
-    """Exactly floor(fraction * F) of the hidden units of each expert, by chance; [E, F] bool."""
+    """Chooses floor(fraction * F) hidden units of each expert at random; [E, F] bool."""
     shuffled_EF = jnp.argsort(jax.random.uniform(key, (E, F)), axis=-1)
     return shuffled_EF < int(fraction * F)
 
 
 def redraw(weight: jax.Array, is_new: jax.Array, key: jax.Array) -> jax.Array:
-    """What belongs to new units is drawn from a normal distribution of the mean and standard
-    deviation that it had.
+    """Draws the weights of new units from a normal distribution.
 
-    Each expert has its own (Drop-Upcycling, arXiv 2502.19261, section 3).
+    Its mean and standard deviation are those of the weights that it replaces, per expert
+    (Drop-Upcycling, arXiv 2502.19261, section 3).
 
     Args:
         weight: [E, D, F] or [E, F, D], float32.
-        is_new: [E, 1, F] or [E, F, 1].
+        is_new: [E, 1, F] or [E, F, 1], true for new units.
     """
 
     def mean(values: Any) -> jax.Array:

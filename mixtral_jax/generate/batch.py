@@ -1,4 +1,4 @@
-"""Prompts as rows of one size, for the bucket that their programs are compiled for."""
+"""Lays prompts out as padded rows, in the few sizes that programs are compiled for."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,8 +15,9 @@ from mixtral_jax.parallel.rules import AxisRules
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Prompts padded on the left, and rows without one that fill the batch up; and how many slots
-    all will need.
+    """Prompts padded on the left, with empty rows that fill the batch up (length 0).
+
+    `num_slots` is the size of the cache that these prompts and their continuations need.
     """
 
     tokens_BT: jax.Array
@@ -25,25 +26,24 @@ class Rows:
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context: int) -> None:
-    """Makes sure that the model can read the prompts, and that there is room to continue them.
+    """Checks that the model can read the prompts, and that the context has room to continue them.
 
     Raises:
-        ConfigError: names the rule, the sizes and the fix.
+        ConfigError: there is no prompt, or one is empty, too long, or has unknown ids.
     """
     require(prompts, "there must be at least one prompt")
     for ids in prompts:
-        require(
-            len(ids), "a prompt must have at least one token, such as the beginning of text (BOS)"
-        )
+        require(len(ids), "a prompt must have at least one token, such as beginning of text (BOS)")
         low, high = min(ids), max(ids)
         require(
             low >= 0 and high < vocab_size,
-            f"a prompt has the id {low if low < 0 else high}, but ids of this model run from 0 to "
+            f"a prompt has the id {low if low < 0 else high}, but the ids of this model are 0 to "
             f"{vocab_size - 1}",
         )
         require(
             len(ids) < context,
-            f"a prompt of {len(ids)} tokens leaves no room in a context of {context}: shorten it",
+            f"a prompt has {len(ids)} tokens, which leaves no room in the context of {context}: "
+            "shorten it",
         )
 
 
@@ -53,31 +53,32 @@ def lay_out(
     mesh: jax.sharding.Mesh,
     rules: AxisRules,
 ) -> Rows:
-    """The prompts on the mesh; each process places the rows that its devices hold."""
+    """Places the prompts on the mesh. Each process places the rows that its devices hold."""
     T = bucket(max(map(len, prompts)))
-    # To a power of two on each device, so that few sizes of batch are ever compiled.
+    # Each device has a power of two of rows, so that programs for few batch sizes are compiled.
     B = num_rows(len(prompts), mesh, rules)
     tokens_BT, lengths_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
     for row, ids in enumerate(prompts):
         tokens_BT[row, T - len(ids) :] = ids
         lengths_B[row] = len(ids)
-    num_slots = bucket(T + max(asked.max_new_tokens for asked in settings))
+    num_slots = bucket(T + max(one.max_new_tokens for one in settings))
     return Rows(place(tokens_BT, mesh, rules), place(lengths_B, mesh, rules), num_slots)
 
 
 def lay_out_sampling(
     settings: Sequence[Settings], mesh: jax.sharding.Mesh, rules: AxisRules
 ) -> Sampling | None:
-    """How each row draws, or None where all take the likeliest token, for which there is a program
-    of its own.
+    """The sampling settings per row, or None if all rows are greedy (temperature 0).
+
+    Greedy decoding has its own compiled program.
     """
-    if all(asked.temperature == 0 for asked in settings):
+    if all(one.temperature == 0 for one in settings):
         return None
     B = num_rows(len(settings), mesh, rules)
 
     def column(name: str, dtype: type) -> jax.Array:
         values_B = np.zeros(B, dtype)
-        values_B[: len(settings)] = [getattr(asked, name) for asked in settings]
+        values_B[: len(settings)] = [getattr(one, name) for one in settings]
         return place(values_B, mesh, rules)
 
     return Sampling(
@@ -89,12 +90,15 @@ def lay_out_sampling(
 
 
 def num_rows(num_prompts: int, mesh: jax.sharding.Mesh, rules: AxisRules) -> int:
-    """The least power of two times the devices that hold rows that has room for the prompts."""
+    """The batch size for some prompts: a power of two per device that holds rows."""
     devices = rules.count_row_devices(mesh)
     return devices << (-(-num_prompts // devices) - 1).bit_length()
 
 
 def place(array: np.ndarray, mesh: jax.sharding.Mesh, rules: AxisRules) -> jax.Array:
-    """An array that every process has whole, its leading dimension spread as rows are."""
+    """Shards the leading dimension of a host array over the devices that hold rows.
+
+    Every process has the whole array, and places the parts of its own devices.
+    """
     sharding = jax.NamedSharding(mesh, rules.spec("batch", *(None,) * (array.ndim - 1)))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

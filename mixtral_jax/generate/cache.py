@@ -1,8 +1,8 @@
-"""The key-value cache: what attention keeps of all tokens so far, in slots of one array a kind.
+"""The key-value cache: the keys and values of all tokens so far, one slot per token.
 
-Rows are padded on the left, so that the last token of every prompt is in the last column and all
-rows write their next one into the same slot: an update in place of one slice. Padding at the right
-would make it a scatter, each row to a slot of its own, over devices too.
+Rows are padded on the left, so the last token of every prompt is in the last column, and all rows
+write their next token into the same slot. That is an in-place update of one slice. With padding on
+the right, each row would write to its own slot: a scatter, also across devices.
 """
 
 import dataclasses
@@ -12,32 +12,30 @@ import jax.numpy as jnp
 
 from mixtral_jax.kernels.attention import KeyValues, Past
 
-_SMALLEST = 16
-# Beyond it sizes are a quarter of a power of two apart: multiples of the blocks that attention
-# works on.
-_LAST_POWER = 1024
+_MIN_BUCKET = 16
+# Larger buckets are a quarter of a power of two apart: multiples of the block size of attention.
+_MAX_POWER_OF_TWO_BUCKET = 1024
 
 
 def bucket(length: int) -> int:
-    """The next size, from `length` up, that programs are compiled for: 16, 32, ... 1024, 1536,
-    2048, 2560, ...
+    """Rounds a length up to a size that programs are compiled for.
+
+    The sizes are 16, 32, ... 1024, 1536, 2048, 2560, ...
     """
-    power = (
-        1 << max(length - 1, 1).bit_length()
-    )  # The least power of two that is at least `length`.
-    if power <= _LAST_POWER:
-        return max(power, _SMALLEST)
-    step = max(power // 8, _LAST_POWER // 2)
+    next_power = 1 << max(length - 1, 1).bit_length()
+    if next_power <= _MAX_POWER_OF_TWO_BUCKET:
+        return max(next_power, _MIN_BUCKET)
+    step = max(next_power // 8, _MAX_POWER_OF_TWO_BUCKET // 2)
     return -(-length // step) * step
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of all layers, [L, B, S, K, H], sharded as activations: rows over devices,
-    heads over `tensor`.
+    """Keys and values of all layers, [L, B, S, K, H].
 
-    Slots from `length` on are free; their segment is 0.
+    They are sharded like activations: rows over devices, heads over `tensor`. Slots from `length`
+    on are free, and their segment id is 0.
     """
 
     past: Past
@@ -56,7 +54,7 @@ class Cache:
         return cls(Past(grown, lengthen(segment_ids_BT, 1)), jnp.int32(T))
 
     def append(self, key_values: KeyValues, segment_ids_BT: jax.Array) -> "Cache":
-        """The cache with T more tokens; in place where the old one is given up."""
+        """The cache with T more tokens. The update is in place if the old cache is donated."""
 
         def write(old: jax.Array, new: jax.Array, dimension: int) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(old, new, self.length, dimension)

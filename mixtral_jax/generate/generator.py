@@ -1,6 +1,4 @@
-"""Continues prompts: compiles what is needed, runs it a few tokens at a time, and ends rows that
-are over.
-"""
+"""Continues prompts: compiles the programs, runs them a few tokens at a time, and ends rows."""
 
 import contextlib
 import dataclasses
@@ -20,22 +18,24 @@ from mixtral_jax.generate.text import TextStream
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.parallel.mesh import matmul_precision
 
-# Tokens between two looks at what was written: when it is shown as it comes, and when only stop
-# strings are sought.
-STREAMED, UNSEEN = 4, 32
+# The number of tokens that `decode` writes before Python looks at them. A stream is to be shown
+# soon; otherwise Python only looks for stop strings.
+STREAMED_TOKENS_AT_ONCE = 4
+MAX_TOKENS_AT_ONCE = 32
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclasses.dataclass
 class Speed:
-    """What reading and writing took, in seconds, without compiling; and how many tokens that was,
-    of all prompts.
+    """Tokens of all prompts, and the seconds that they took. Compiling is counted apart.
+
+    `new_tokens` does not count the first new token of each row, which prefill writes.
     """
 
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0
-    new_tokens: int = 0  # after the first of each row, which prefill writes
+    new_tokens: int = 0
     decode_seconds: float = 0.0
     compile_seconds: float = 0.0
 
@@ -48,7 +48,8 @@ class Speed:
 
     def __str__(self) -> str:
         def rate(tokens: int, seconds: float) -> str:
-            return f"{tokens:,} tokens in {seconds:.2f} s ({tokens / max(seconds, 1e-9):,.1f} tokens/s)"
+            tokens_per_second = tokens / max(seconds, 1e-9)
+            return f"{tokens:,} tokens in {seconds:.2f} s ({tokens_per_second:,.1f} tokens/s)"
 
         return (
             f"prefill {rate(self.prompt_tokens, self.prefill_seconds)}, "
@@ -58,11 +59,11 @@ class Speed:
 
 
 class Continuation:
-    """What has been written after one prompt.
+    """The new tokens after one prompt.
 
     Attributes:
-        finish_reason: None while it goes on; `stop` at the model's own end or a stop string,
-            `length` at the limit.
+        finish_reason: None while the continuation goes on, `stop` after the model's end of text or
+            a stop string, `length` at the maximum number of tokens.
     """
 
     def __init__(self, settings: Settings, eos_id: int | None, stream: TextStream | None):
@@ -74,22 +75,22 @@ class Continuation:
 
     @property
     def ids(self) -> list[int]:
-        """The new ids, without the end of text and what follows a stop string."""
+        """The new ids, without the end of text and without what follows a stop string."""
         return self._ids[: self._stream.num_ids] if self._stream else self._ids
 
     @property
     def text(self) -> str:
-        """The new text, as far as it is settled; needs a tokenizer."""
+        """The new text that may be shown so far. It needs a tokenizer."""
         assert self._stream is not None
         return self._stream.text
 
     @property
     def num_left(self) -> int:
-        """How many tokens it may still get."""
+        """The number of tokens that it may still get."""
         return 0 if self.finish_reason else self._settings.max_new_tokens - len(self._ids)
 
     def take(self, ids: Sequence[int]) -> None:
-        """Goes on with the next ids, unless it is over."""
+        """Adds the next ids, up to the end of the continuation."""
         for token in ids:
             if self.finish_reason is not None:
                 return
@@ -109,18 +110,18 @@ class Continuation:
         self.finish_reason = reason
         if self._stream is not None:
             self._stream.finish()
-            if self._stream.is_stopped:  # By what had been held back.
+            # The text that was held back may complete a stop string.
+            if self._stream.is_stopped:
                 self.finish_reason = "stop"
 
 
 class Generator:
-    """A model that continues prompts, on the mesh that it lies on.
+    """Continues prompts with a model, on the mesh that holds its parameters.
 
     Args:
-        tokenizer: for text; without one, prompts are ids, there are no stop strings, and no end of
-            text.
-        context: the most tokens that a prompt and its continuation have together; there, a
-            continuation ends.
+        tokenizer: turns new ids into text. Without one, there are no stop strings and no end of
+            text, and continuations have only ids.
+        context: the maximum number of tokens of a prompt and its continuation together.
     """
 
     def __init__(
@@ -130,8 +131,8 @@ class Generator:
         self.mesh = mesh
         self.tokenizer = tokenizer
         self.context = context
-        self._prefill = _Program(prefill, static="num_slots")
-        self._decode = _Program(decode, static="room", donated="state")
+        self._prefill_program = _Program(prefill, static="num_slots")
+        self._decode_program = _Program(decode, static="room", donated="state")
 
     def generate(
         self,
@@ -142,14 +143,14 @@ class Generator:
         """Continues all prompts to their ends, in one batch.
 
         Args:
-            prompts: ids, BOS included.
-            settings: for all, or one for each.
-            speed: where to count tokens and seconds.
+            prompts: the ids of each prompt, BOS included.
+            settings: one for all prompts, or one per prompt.
+            speed: adds tokens and seconds to this record.
 
         Raises:
             ConfigError: a prompt is empty, too long, or has ids that the model does not know.
         """
-        *_, continuations = self.stream(prompts, settings, speed, tokens_at_once=UNSEEN)
+        *_, continuations = self.stream(prompts, settings, speed, tokens_at_once=MAX_TOKENS_AT_ONCE)
         return continuations
 
     def stream(
@@ -158,22 +159,24 @@ class Generator:
         settings: Settings | Sequence[Settings],
         speed: Speed | None = None,
         *,
-        tokens_at_once: int = STREAMED,
+        tokens_at_once: int = STREAMED_TOKENS_AT_ONCE,
         is_answer: bool = False,
     ) -> Iterator[list[Continuation]]:
-        """As `generate`, but gives the continuations each time that they have grown.
+        """As `generate`, but yields the continuations each time that they have grown.
 
         Args:
-            is_answer: the text begins with its first word, not with the space that parts this from
-                the prompt's last.
+            tokens_at_once: how many tokens to write between two yields, at most
+                `MAX_TOKENS_AT_ONCE`.
+            is_answer: True for an answer in a chat, whose text begins with its first word. Other
+                continuations may begin with the space after the last word of the prompt.
         """
-        asked = [settings] * len(prompts) if isinstance(settings, Settings) else list(settings)
+        each = [settings] * len(prompts) if isinstance(settings, Settings) else list(settings)
         check_prompts(prompts, self.model.config.vocab_size, self.context)
-        asked = [s.within(self.context - len(ids)) for ids, s in zip(prompts, asked, strict=True)]
+        each = [s.within(self.context - len(ids)) for ids, s in zip(prompts, each, strict=True)]
         continuations = [
-            self._begin(() if is_answer else ids, s) for ids, s in zip(prompts, asked, strict=True)
+            self._begin(() if is_answer else ids, s) for ids, s in zip(prompts, each, strict=True)
         ]
-        return self._run(prompts, asked, continuations, speed or Speed(), tokens_at_once)
+        return self._run(prompts, each, continuations, speed or Speed(), tokens_at_once)
 
     def _begin(self, context: Sequence[int], settings: Settings) -> Continuation:
         if self.tokenizer is None:
@@ -188,30 +191,30 @@ class Generator:
     def _run(
         self,
         prompts: Sequence[Sequence[int]],
-        asked: Sequence[Settings],
+        settings: Sequence[Settings],
         continuations: list[Continuation],
         speed: Speed,
         tokens_at_once: int,
     ) -> Iterator[list[Continuation]]:
-        rule = self._make_rule(asked)
-        state = self._read(prompts, asked, rule, continuations, speed)
+        rule = self._make_rule(settings)
+        state = self._prefill(prompts, settings, rule, continuations, speed)
         yield continuations
         while any(continuation.finish_reason is None for continuation in continuations):
-            state = self._write(state, rule, continuations, speed, tokens_at_once)
+            state = self._decode(state, rule, continuations, speed, tokens_at_once)
             yield continuations
 
-    def _make_rule(self, asked: Sequence[Settings]) -> Rule:
+    def _make_rule(self, settings: Sequence[Settings]) -> Rule:
         num_choices, eos_id = self.model.config.vocab_size, -1
         if self.tokenizer is not None:
             num_choices, eos_id = min(num_choices, self.tokenizer.vocab_size), self.tokenizer.eos_id
         return Rule(
-            lay_out_sampling(asked, self.mesh, self.model.rules), np.int32(eos_id), num_choices
+            lay_out_sampling(settings, self.mesh, self.model.rules), np.int32(eos_id), num_choices
         )
 
-    def _read(self, prompts, asked, rule, continuations, speed) -> State:
-        rows = lay_out(prompts, asked, self.mesh, self.model.rules)
+    def _prefill(self, prompts, settings, rule, continuations, speed) -> State:
+        rows = lay_out(prompts, settings, self.mesh, self.model.rules)
         with self._on_mesh(), speed.compiling():
-            run = self._prefill.compile(
+            run = self._prefill_program.compile(
                 self.model, rows.tokens_BT, rows.lengths_B, rule, num_slots=rows.num_slots
             )
         with self._on_mesh():
@@ -222,7 +225,7 @@ class Generator:
         speed.prefill_seconds += time.perf_counter() - start
         return written.state
 
-    def _write(self, state: State, rule: Rule, continuations, speed, tokens_at_once) -> State:
+    def _decode(self, state: State, rule: Rule, continuations, speed, tokens_at_once) -> State:
         wanted_B = np.zeros(len(state.token_B), bool)
         wanted_B[: len(continuations)] = [
             continuation.finish_reason is None for continuation in continuations
@@ -238,7 +241,7 @@ class Generator:
             np.int32(num_tokens),
         )
         with self._on_mesh(), speed.compiling():
-            run = self._decode.compile(*arguments, room=UNSEEN)
+            run = self._decode_program.compile(*arguments, room=MAX_TOKENS_AT_ONCE)
         with self._on_mesh():
             start = time.perf_counter()
             written = run(*arguments)
@@ -256,14 +259,14 @@ class Generator:
 
 
 class _Program:
-    """A function for devices, compiled once for each set of shapes."""
+    """A function for devices, compiled once per set of shapes."""
 
     def __init__(self, function: Callable, *, static: str, donated: str | None = None):
         self._jitted = jax.jit(function, static_argnames=static, donate_argnames=donated)
         self._compiled: dict[Any, Any] = {}
 
     def compile(self, *arguments: Any, **static: int) -> Callable:
-        """What to call with `arguments`, or others of their shapes."""
+        """The compiled function for `arguments` and all others of the same shapes."""
         leaves, structure = jax.tree.flatten(arguments)
         key = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves), *static.items())
         if key not in self._compiled:
@@ -272,11 +275,10 @@ class _Program:
 
 
 def _hand_out(tokens_BC: jax.Array, continuations: Sequence[Continuation]) -> int:
-    """Waits for the tokens, gives each row its own, and counts them."""
+    """Waits for the tokens, gives each continuation its own, and returns their number."""
     count = 0
-    for row, continuation in zip(
-        np.asarray(tokens_BC), continuations, strict=False
-    ):  # Other rows only fill up.
+    # The batch may have more rows than prompts, to fill it up.
+    for row, continuation in zip(np.asarray(tokens_BC), continuations, strict=False):
         ids = row[row != NO_TOKEN].tolist()
         continuation.take(ids)
         count += len(ids)

@@ -1,7 +1,8 @@
-"""The two programs that run on devices: `prefill` reads prompts, `decode` writes some tokens more.
+"""The two programs that run on devices: `prefill` reads prompts, `decode` writes more tokens.
 
-A program is compiled for a bucket of sizes and serves all prompts in it. Rows that are over, or
-that only fill up the batch, are padding to the model: neither attended to nor routed.
+A program is compiled per bucket of sizes, and serves all prompts of that size. Rows that have
+ended, and rows that only fill up the batch, are padding for the model: it neither attends to them
+nor routes them.
 """
 
 import dataclasses
@@ -16,38 +17,42 @@ from mixtral_jax.generate.cache import Cache
 from mixtral_jax.generate.sampler import Sampling, choose_tokens
 from mixtral_jax.model.transformer import Transformer
 
-# What `Written` has where a row got no token.
+# Stands in `Written.tokens_BC` where a row got no token.
 NO_TOKEN = -1
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What decides on tokens: how to draw (None: the likeliest), where to end, and how many ids
-    have a meaning.
+    """How tokens are chosen.
+
+    Attributes:
+        sampling: the sampling settings per row; None is greedy.
+        eos_id: the id that ends a row; -1 for none.
+        num_choices: ids from this number on are never chosen, because they have no meaning.
     """
 
     sampling: Sampling | None
-    eos_id: jax.Array | np.int32  # -1 for none
+    eos_id: jax.Array | np.int32
     num_choices: int = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Between two tokens: the last one is chosen, and not yet in the cache."""
+    """The state between two tokens. The last token is chosen, but not yet in the cache."""
 
     cache: Cache
     token_B: jax.Array
-    position_B: jax.Array  # of that token in its row
+    position_B: jax.Array  # the position of that token in its row
     is_live_B: jax.Array
-    number: jax.Array  # of tokens chosen, in rows that are live
+    num_chosen: jax.Array  # tokens chosen so far, the same for all live rows
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """The state after some tokens, and those, [B, C], the same on every device."""
+    """The state after some new tokens, and the tokens [B, C], replicated on all devices."""
 
     state: State
     tokens_BC: jax.Array
@@ -56,8 +61,9 @@ class Written:
 def prefill(
     model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array, rule: Rule, *, num_slots: int
 ) -> Written:
-    """Reads prompts, padded on the left, of which row b has `lengths_B[b]` tokens (0: no prompt);
-    one token each.
+    """Reads prompts, and chooses the first new token of each.
+
+    Prompts are padded on the left. Row b has `lengths_B[b]` tokens; 0 means that it has no prompt.
     """
     T = tokens_BT.shape[1]
     positions_BT = jnp.arange(T)[None] - (T - lengths_B)[:, None]
@@ -81,8 +87,9 @@ def decode(
     *,
     room: int,
 ) -> Written:
-    """Up to `num_tokens` more (at most `room`) for each row that is live and wanted; ends early
-    when none is.
+    """Writes up to `num_tokens` more tokens (at most `room`) to each live row in `wanted_B`.
+
+    Ends early if no row is left.
     """
     state = dataclasses.replace(state, is_live_B=state.is_live_B & wanted_B)
     out_sharding = model.rules.spec("batch", None)
@@ -112,19 +119,19 @@ def _advance(model: Transformer, state: State, rule: Rule) -> tuple[jax.Array, S
         gives_key_values=True,
     )
     assert output.key_values is not None
-    token_B = _choose(model, output.x_BTD, rule, state.number)
+    token_B = _choose(model, output.x_BTD, rule, state.num_chosen)
     cache = state.cache.append(output.key_values, segment_ids_B1)
     is_live_B = state.is_live_B & (token_B != rule.eos_id)
     written_B = jnp.where(state.is_live_B, token_B, NO_TOKEN)
-    return written_B, State(cache, token_B, state.position_B + 1, is_live_B, state.number + 1)
+    return written_B, State(cache, token_B, state.position_B + 1, is_live_B, state.num_chosen + 1)
 
 
-def _choose(model: Transformer, x_BTD: jax.Array, rule: Rule, number: jax.Array) -> jax.Array:
+def _choose(model: Transformer, x_BTD: jax.Array, rule: Rule, num_chosen: jax.Array) -> jax.Array:
     """The token that follows the last column."""
     logits_BV = model.to_logits(x_BTD[:, -1:])[:, 0]
-    return choose_tokens(logits_BV, rule.sampling, number, rule.num_choices, model.rules)
+    return choose_tokens(logits_BV, rule.sampling, num_chosen, rule.num_choices, model.rules)
 
 
 def _replicate(x_BC: jax.Array) -> jax.Array:
-    """For every process to read."""
+    """Replicates the tokens, so that every process can read them."""
     return jax.reshard(x_BC, P(None, None))

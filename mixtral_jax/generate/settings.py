@@ -1,4 +1,4 @@
-"""What a caller may ask of a continuation, and the checks of it."""
+"""The settings of a continuation, with their checks."""
 
 import dataclasses
 import math
@@ -12,10 +12,10 @@ from mixtral_jax.config import require
 class Settings:
     """How to continue one prompt.
 
-    `temperature=0` takes the likeliest token each time. Otherwise tokens are drawn with the noise
-    of `seed`, from the `top_k` likeliest (0: all) and, of these, the fewest that have a probability
-    of `top_p` together. The text ends before the first of the `stop` strings, at the end that the
-    model sets, or after `max_new_tokens`.
+    `temperature=0` always takes the most likely token. Otherwise tokens are sampled with the random
+    numbers of `seed`, from the `top_k` most likely tokens (0: all), and of these from the fewest
+    whose probabilities sum to `top_p`. The text ends before the first of the `stop` strings, at the
+    model's end of text, or after `max_new_tokens`.
     """
 
     max_new_tokens: int = 256
@@ -31,19 +31,20 @@ class Settings:
         )
         require(
             0 <= self.temperature < math.inf,
-            f"temperature={self.temperature} must be 0, for the likeliest token, or a positive "
-            "number",
+            f"temperature={self.temperature} must be 0 (the most likely token) or positive",
         )
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1]; 1 keeps all tokens")
         require(self.top_k >= 0, f"top_k={self.top_k} must be at least 1, or 0 to keep all tokens")
         require(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2**32)")
-        require(all(self.stop), "stop strings must not be empty: everything would stop at once")
+        require(
+            all(self.stop), "stop strings must not be empty: an empty one ends every text at once"
+        )
 
     @classmethod
     def of(cls, *, stop: str | Iterable[str] = (), **others: Any) -> "Settings":
-        """Settings by their names; `stop` may also be a single string, or a list."""
+        """Makes settings from keywords. `stop` may also be a single string or a list."""
         return cls(stop=(stop,) if isinstance(stop, str) else tuple(stop), **others)
 
     def within(self, room: int) -> "Settings":
-        """The same, for where there is room for so many tokens."""
+        """The same settings with at most `room` new tokens."""
         return dataclasses.replace(self, max_new_tokens=min(self.max_new_tokens, room))

@@ -1,11 +1,10 @@
-"""Grouped matmuls without a kernel: a batched matmul over the head of every group, loops over its
-tail.
+"""Grouped matmuls without a kernel: a batched matmul for the heads of groups, loops for the tails.
 
-The head of a group, its first rows up to half of what a balanced routing gives, is padded and goes
-through one batched matmul with the heads of the others. Its tail is cut into blocks, large ones and
-then small ones for the rest, whose number is known only at run time: so the cost is that of the
-rows that are there, however skewed the routing. On a CPU the first part saves copies of weights and
-of their gradients, an expert at a time; the second saves the padding.
+The head of a group is its first rows, up to half the rows that balanced routing gives an expert.
+All heads are padded to this length and go through one batched matmul. The tail of a group is cut
+into large blocks and then small blocks, whose number is known only at run time, so the cost is that
+of the rows that exist, however skewed the routing. On a CPU the batched matmul saves copying the
+weights and gradients of each expert, and the loops save padding.
 """
 
 import dataclasses
@@ -18,22 +17,23 @@ import jax.numpy as jnp
 
 from mixtral_jax.kernels.groups import RowGroups
 
-# Rows of the blocks of a tail. Below 64, a matmul on a CPU costs as much as one of 64.
-LARGE, SMALL = 256, 64
+LARGE_BLOCK_ROWS = 256
+# On a CPU, a matmul of fewer rows costs as much as one of 64.
+SMALL_BLOCK_ROWS = 64
 
-# (rows of a group [b, X], the weights of its expert) -> results [b, Y].
+# (rows of a group [b, X], the weights of its expert) -> results [b, Y]
 Apply = Callable[[jax.Array, Any], jax.Array]
 
 
 def grouped_matmul(x_RD: jax.Array, weight_EDF: jax.Array, groups: RowGroups) -> jax.Array:
-    """y[r] = x[r] @ weight[expert of r]; see `kernels.grouped_matmul`."""
+    """y[r] = x[r] @ weight[expert of r], as in `kernels.grouped_matmul`."""
     return _apply_to_groups(jnp.matmul, x_RD, weight_EDF, groups)
 
 
 def grouped_swiglu(
     x_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, groups: RowGroups
 ) -> jax.Array:
-    """y[r] = down(silu(gate(x[r])) * up(x[r])) of the expert of r; see `kernels.grouped_matmul`."""
+    """y[r] = down(silu(gate(x[r])) * up(x[r])) with the matrices of the expert of r."""
     return _apply_to_groups(_swiglu, x_RD, (gate_EDF, up_EDF, down_EFD), groups)
 
 
@@ -42,15 +42,16 @@ def _swiglu(x_bD: jax.Array, weights: tuple[jax.Array, jax.Array, jax.Array]) ->
     return _activate(x_bD @ gate_DF, x_bD @ up_DF) @ down_FD
 
 
-@jax.checkpoint  # The backward pass keeps what the matmuls gave, and nothing in between.
+@jax.checkpoint  # The backward pass keeps only the results of the matmuls.
 def _activate(gated_bF: jax.Array, upped_bF: jax.Array) -> jax.Array:
     return jax.nn.silu(gated_bF) * upped_bF
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _apply_to_groups(apply: Apply, x_RX: jax.Array, weights: Any, groups: RowGroups) -> jax.Array:
-    """`apply` to the rows of each group with its own weights, of which each leaf is [E, ...]; zero
-    elsewhere.
+    """Applies `apply` to the rows of each group with the weights of its expert; zero elsewhere.
+
+    Each leaf of `weights` is [E, ...].
     """
     return _forward(apply, x_RX, weights, groups)[0]
 
@@ -85,7 +86,7 @@ def _backward(apply: Apply, residuals: Any, dy_RY: jax.Array) -> tuple[jax.Array
             dx_bX, own_part = pull_back(block.mask(block.read(dy_PY)))
             return block.add(dx_PX, dx_bX), jax.tree.map(jnp.add, own_sum, own_part)
 
-        # Many small parts would vanish in bfloat16.
+        # In bfloat16, a sum of many small parts would lose them.
         zeros = jax.tree.map(lambda weight: jnp.zeros_like(weight, dtype=jnp.float32), own_weights)
         dx_PX, own_sum = tail.fold(add_block, (dx_PX, zeros))
         return dx_PX, jax.tree.map(
@@ -110,12 +111,10 @@ _apply_to_groups.defvjp(_forward, _backward)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Heads:
-    """The first C rows of each group: where they are among all rows, and where each row is among
-    them.
-    """
+    """The first C rows of each group, as an index from heads to rows and one from rows to heads."""
 
-    row_EC: jax.Array  # R where the group has fewer
-    place_R: jax.Array  # E * C for a row of no head
+    row_EC: jax.Array  # R if the group has fewer than C rows
+    place_R: jax.Array  # E * C if the row is in no head
 
     @classmethod
     def of(cls, groups: RowGroups, num_rows: int) -> "_Heads":
@@ -139,17 +138,17 @@ class _Heads:
         return self.row_EC.shape[1]
 
     def take(self, x_RX: jax.Array) -> jax.Array:
-        """[E, C, X], zero where there is no row. Transpose: `put_back`."""
+        """The rows of the heads, [E, C, X]; zero where there is no row. Transpose of `put_back`."""
         return x_RX.at[self.row_EC].get(mode="fill", fill_value=0)
 
     def put_back(self, y_ECY: jax.Array) -> jax.Array:
-        """[R, Y], zero in rows of no head. Transpose: `take`."""
+        """Heads at their rows, [R, Y]; zero in rows that are in no head. Transpose of `take`."""
         return y_ECY.reshape(-1, y_ECY.shape[-1]).at[self.place_R].get(mode="fill", fill_value=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """`size` rows from `start` on, of which those before `end` are the group's own."""
+    """`size` rows from `start` on. The rows before `end` belong to the group."""
 
     start: jax.Array
     end: jax.Array
@@ -159,28 +158,31 @@ class _Block:
         return jax.lax.dynamic_slice_in_dim(array_PX, self.start, self.size)
 
     def mask(self, block_bX: jax.Array) -> jax.Array:
-        """Zero in the rows of others."""
+        """Sets the rows of other groups to zero."""
         return jnp.where((self.start + jnp.arange(self.size) < self.end)[:, None], block_bX, 0)
 
     def add(self, array_PX: jax.Array, block_bX: jax.Array) -> jax.Array:
-        """Into the group's own rows."""
+        """Adds the block to the rows of the group."""
         summed_bX = self.read(array_PX) + self.mask(block_bX)
         return jax.lax.dynamic_update_slice_in_dim(array_PX, summed_bX, self.start, axis=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tail:
-    """The rows of a group from `start` to `end`."""
+    """The rows of a group that are after its head, from `start` to `end`."""
 
     start: jax.Array
     end: jax.Array
 
     def fold(self, body: Callable[[_Block, Any], Any], carry: Any) -> Any:
-        """Folds `body(block, carry)` over large blocks, while they are full, and then small ones."""
-        num_large = (self.end - self.start) // LARGE
-        rest = self.start + num_large * LARGE
-        num_small = (self.end - rest + SMALL - 1) // SMALL
-        for start, num_blocks, size in ((self.start, num_large, LARGE), (rest, num_small, SMALL)):
+        """Folds `body(block, carry)` over as many full large blocks as fit, then small blocks."""
+        num_large = (self.end - self.start) // LARGE_BLOCK_ROWS
+        rest = self.start + num_large * LARGE_BLOCK_ROWS
+        num_small = (self.end - rest + SMALL_BLOCK_ROWS - 1) // SMALL_BLOCK_ROWS
+        for start, num_blocks, size in (
+            (self.start, num_large, LARGE_BLOCK_ROWS),
+            (rest, num_small, SMALL_BLOCK_ROWS),
+        ):
 
             def step(i, carry, start=start, size=size):
                 return body(_Block(start + i * size, self.end, size), carry)
@@ -196,9 +198,7 @@ def _fold_tails(
     body: Callable[[jax.Array, Any, _Tail, Any], Any],
     carry: Any,
 ) -> Any:
-    """Folds `body(expert, its weights, tail, carry)` over the groups that are longer than their
-    head.
-    """
+    """Folds `body(expert, own_weights, tail, carry)` over all groups that have a tail."""
     ends_E = jnp.cumsum(groups.rows_per_expert_E)
     lengths_E = jnp.maximum(groups.rows_per_expert_E - head_length, 0)
     longest_first_E = jnp.argsort(-lengths_E)
@@ -214,11 +214,11 @@ def _fold_tails(
 
 
 def _add_at(whole_EXY: jax.Array, e: jax.Array, own_XY: jax.Array) -> jax.Array:
-    """Not `.at[e].add`, a scatter."""
+    """Adds to one expert; `.at[e].add` would be a scatter."""
     sum_XY = jax.lax.dynamic_index_in_dim(whole_EXY, e, keepdims=False) + own_XY
     return jax.lax.dynamic_update_index_in_dim(whole_EXY, sum_XY, e, axis=0)
 
 
 def _lengthen(x_RX: jax.Array) -> jax.Array:
-    """P = R + LARGE rows: the last block of the last group may reach beyond."""
-    return jnp.concatenate([x_RX, jnp.zeros_like(x_RX, shape=(LARGE, x_RX.shape[1]))])
+    """Adds LARGE_BLOCK_ROWS zero rows, because the last block may reach past the last row."""
+    return jnp.concatenate([x_RX, jnp.zeros_like(x_RX, shape=(LARGE_BLOCK_ROWS, x_RX.shape[1]))])

@@ -1,9 +1,9 @@
-"""Rows that are sorted by expert, a chunk at a time, for as long as there are any.
+"""Processes rows that are sorted by expert in chunks, and stops after the last chunk with rows.
 
-A buffer with room for the worst routing is mostly empty: of Mixtral's, three rows in four. Grouped
-kernels skip the rows that are not there, but what lies between two matmuls is as long as the
-buffer, and XLA:TPU computes the gradient of a weight from all of it. Here memory is that of a
-chunk, and work that of the chunks with rows.
+A buffer with room for the worst routing is mostly empty: with Mixtral, three rows out of four.
+Grouped kernels skip missing rows, but the arrays between two matmuls are as long as the buffer, and
+XLA:TPU computes the gradient of a weight from the whole buffer. In chunks, memory is that of one
+chunk, and work is that of the chunks with rows.
 """
 
 import dataclasses
@@ -17,27 +17,27 @@ import jax.numpy as jnp
 
 from mixtral_jax.kernels.groups import RowGroups
 
-# Of a balanced routing. More chunks leave less of the last one empty, and read the weights more
-# often.
-_CHUNKS = 4
-# In the names of these loops, before the rows of a chunk.
+# With more chunks, less of the last chunk is empty, but the weights are read more often.
+_CHUNKS_OF_BALANCED_ROUTING = 4
+# The names of these loops contain this and then the number of rows per chunk.
 _SCOPE = "rows_in_chunks_of_"
 
-# (weights, arrays of rows [C, ...], their groups) -> results [C, Y].
+# (weights, arrays of rows [C, ...], their groups) -> results [C, Y]
 Apply = Callable[[Any, Any, RowGroups], jax.Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def apply_in_chunks(apply: Apply, weights: Any, rows: Any, groups: RowGroups) -> jax.Array:
-    """`apply` to `rows`, arrays of [R, ...], a chunk after the other: [R, Y], zero in chunks
-    without rows.
+    """Applies `apply` to `rows`, arrays of [R, ...], in chunks.
 
-    `apply` computes each row by itself. The backward pass keeps what came in and computes the rest
-    again, a chunk at a time, and adds up the gradients of weights in float32. Gradients of rows of
-    no expert may be anything.
+    Returns [R, Y], zero in chunks without rows.
+
+    `apply` must compute each row independently. The backward pass keeps only the inputs, computes
+    the rest again chunk by chunk, and sums the gradients of weights in float32. Gradients of rows
+    that belong to no expert may be anything.
     """
     chunks = _Chunks.of(rows, groups)
-    rows = chunks.fill_up(rows)
+    rows = chunks.pad(rows)
 
     def apply_to_chunk(i: jax.typing.ArrayLike) -> jax.Array:
         return apply(weights, chunks.read(rows, i), chunks.groups(i))
@@ -56,7 +56,7 @@ def _forward(apply: Apply, weights: Any, rows: Any, groups: RowGroups) -> tuple[
 def _backward(apply: Apply, residuals: Any, dy_RY: jax.Array) -> tuple[Any, Any, None]:
     weights, rows, groups = residuals
     chunks = _Chunks.of(rows, groups)
-    rows, dy_PY = chunks.fill_up((rows, dy_RY))
+    rows, dy_PY = chunks.pad((rows, dy_RY))
 
     def add_chunk(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         dweights, rows = carry
@@ -68,7 +68,7 @@ def _backward(apply: Apply, residuals: Any, dy_RY: jax.Array) -> tuple[Any, Any,
         return jax.tree.map(jnp.add, dweights, own_dweights), chunks.write(rows, i, own_drows)
 
     zeros = jax.tree.map(lambda weight: jnp.zeros_like(weight, dtype=jnp.float32), weights)
-    # Where a chunk was, its gradient goes: a buffer less.
+    # The gradient of a chunk overwrites the chunk, which saves a buffer.
     dweights, drows = chunks.fold(add_chunk, (zeros, rows))
     dweights = jax.tree.map(lambda dweight, weight: dweight.astype(weight.dtype), dweights, weights)
     return dweights, jax.tree.map(lambda dx_PX: dx_PX[: chunks.num_rows], drows), None
@@ -78,9 +78,9 @@ apply_in_chunks.defvjp(_forward, _backward)
 
 
 def count_balanced_chunks(loop_name: str, balanced_rows: int) -> int | None:
-    """How often a loop of `apply_in_chunks` runs if the routing is balanced;
+    """How often a loop of `apply_in_chunks` runs if the routing is balanced.
 
-    None if that is not its name.
+    Returns None if `loop_name` is not the name of such a loop.
     """
     found = re.search(rf"{_SCOPE}(\d+)", loop_name)
     return -(-balanced_rows // int(found.group(1))) if found else None
@@ -88,7 +88,7 @@ def count_balanced_chunks(loop_name: str, balanced_rows: int) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Chunks:
-    """`num_rows` rows in chunks of `size`, the last of them filled up with zeros."""
+    """`num_rows` rows in chunks of `size`; the last chunk is padded with zeros."""
 
     size: int
     num_rows: int
@@ -97,17 +97,17 @@ class _Chunks:
     @classmethod
     def of(cls, rows: Any, groups: RowGroups) -> "_Chunks":
         num_rows = len(jax.tree.leaves(rows)[0])
-        size = min(num_rows, -(-groups.balanced_rows // _CHUNKS))
+        size = min(num_rows, -(-groups.balanced_rows // _CHUNKS_OF_BALANCED_ROUTING))
         start_N1 = jnp.arange(0, num_rows, size)[:, None]
         ends_NE = jnp.clip(jnp.cumsum(groups.rows_per_expert_E)[None] - start_N1, 0, size)
         return cls(size, num_rows, jnp.diff(ends_NE, axis=1, prepend=0))
 
     def groups(self, i: jax.typing.ArrayLike) -> RowGroups:
-        """Those of the rows of one chunk."""
+        """The groups of the rows of one chunk."""
         rows_per_expert_E = jax.lax.dynamic_index_in_dim(self.rows_per_expert_NE, i, keepdims=False)
         return RowGroups(rows_per_expert_E, self.size)
 
-    def fill_up(self, rows: Any) -> Any:
+    def pad(self, rows: Any) -> Any:
         missing = -self.num_rows % self.size
         return jax.tree.map(lambda x_RX: jnp.pad(x_RX, ((0, missing), (0, 0))), rows)
 

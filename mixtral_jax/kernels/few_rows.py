@@ -1,16 +1,15 @@
-"""The grouped SwiGLU of a few rows: one visited expert after the other, its matrices read where
-they lie.
+"""The grouped SwiGLU of a few rows, which reads only the matrices of visited experts.
 
-A step that writes text has a row or two for each sequence, so its time is that of reading weights.
-Cutting a layer out of the stack of all would copy all its experts, of which most are not visited.
-Has no gradient.
+A step of text generation has one or two rows per sequence, so its time is that of reading weights.
+Slicing a layer out of the stack of all layers would copy all its experts, most of which are not
+visited. Has no gradient.
 """
 
 import jax
 import jax.numpy as jnp
 
-# As many rows cost little more than one: less than reading the matrices does.
-_LARGEST_BLOCK = 32
+# Up to about this many rows, a matmul takes less time than reading its matrices.
+_MAX_BLOCK_ROWS = 32
 
 
 def grouped_swiglu(
@@ -21,16 +20,14 @@ def grouped_swiglu(
     rows_per_expert_E: jax.Array,
     layer: jax.Array,
 ) -> jax.Array:
-    """y[r] = down(silu(gate(x[r])) * up(x[r])) of the expert of r in a layer; see
-    `kernels.grouped_matmul`.
-    """
-    block = min(len(x_RD), _LARGEST_BLOCK)
-    # A block longer than the rows: what the last one reaches beyond an expert's, the next expert
-    # writes again.
+    """y[r] = down(silu(gate(x[r])) * up(x[r])) with the matrices of the expert of r in `layer`."""
+    block = min(len(x_RD), _MAX_BLOCK_ROWS)
+    # The last block of an expert may reach past its rows. The next expert overwrites those rows,
+    # and after the last row there is one block to spare.
     x_PD = jnp.concatenate([x_RD, jnp.zeros_like(x_RD, shape=(block, x_RD.shape[1]))])
     ends_E = jnp.cumsum(rows_per_expert_E)
 
-    def goes_on(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def has_rows_left(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
         return carry[0] < ends_E[-1]
 
     def apply_expert(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -45,4 +42,6 @@ def grouped_swiglu(
         return jnp.minimum(start + block, ends_E[expert]), y_PD
 
     start = jnp.zeros_like(ends_E[0])
-    return jax.lax.while_loop(goes_on, apply_expert, (start, jnp.zeros_like(x_PD)))[1][: len(x_RD)]
+    return jax.lax.while_loop(has_rows_left, apply_expert, (start, jnp.zeros_like(x_PD)))[1][
+        : len(x_RD)
+    ]

@@ -1,57 +1,44 @@
-"""Rows sorted by expert, through that expert's matrices: one signature, a kernel for each back end.
+"""Grouped matmul: rows sorted by expert times their expert's matrix, for all back ends.
 
-`blocks` is a batched matmul and loops over blocks of rows with a trip count known only at run time,
-so that it does next to no work for rows that are not there, however skewed the routing.
-`ragged_dot` is XLA's own: a real grouped kernel on TPU, but on CPU, and on GPU in many releases, it
-multiplies every row by every expert. `tokamax` has kernels for TPU and NVIDIA GPUs. Instead of
-`blocks`, few rows of a layer go through `few_rows`.
+`blocks` is a batched matmul and loops over blocks of rows whose trip count is known only at run
+time, so that it does next to no work for missing rows, however skewed the routing. `ragged_dot` is
+XLA's own: a real grouped kernel on TPU, but on CPU, and on GPU in many releases, it multiplies
+every row by every expert. `tokamax` has kernels for TPU and NVIDIA GPUs. Where a step has few rows,
+`few_rows` replaces `blocks`.
 
-Rows past the last expert's may hold anything; what comes out for them is unspecified, and their
-gradients are ignored.
+Rows after those of the last expert may hold anything. Their results are unspecified, and their
+gradients are ignored. All knowledge of which kernel needs what is in this file.
 """
 
 import dataclasses
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from mixtral_jax.config import DispatchConfig, require
+from mixtral_jax.config import GroupedMatmulName
 from mixtral_jax.kernels import blocks, few_rows, tokamax
-from mixtral_jax.kernels.choice import Choice
 from mixtral_jax.kernels.groups import RowGroups
 
-Kernel = Literal["blocks", "ragged_dot", "tokamax"]
 
+def skips_missing_rows(kernel: GroupedMatmulName) -> bool:
+    """True for a kernel that may get a whole buffer, because it does no work for missing rows.
 
-def choose_kernel(config: DispatchConfig, platform: str) -> Choice:
-    """The kernel for a device of `platform` (`cpu`, `gpu`, `tpu`).
-
-    Raises:
-        ConfigError: the one asked for does not work here.
+    The other kernels get the rows in chunks (`kernels.chunks`).
     """
-    asked, obstacle = config.grouped_matmul, tokamax.find_obstacle(platform)
-    if asked != "auto":
-        require(
-            asked != "tokamax" or not obstacle,
-            f"dispatch.grouped_matmul=tokamax needs {obstacle}; use auto",
-        )
-        is_dense = asked == "ragged_dot" and platform != "tpu"
-        return Choice(
-            asked,
-            "as asked; XLA may multiply every row by every expert here" if is_dense else "as asked",
-        )
-    if platform == "tpu":
-        return Choice("ragged_dot", "XLA:TPU has a grouped kernel for it")
-    if platform == "gpu" and not obstacle:
-        return Choice("tokamax", "grouped kernels for NVIDIA GPUs")
-    missing = f"; tokamax would need {obstacle}" if platform == "gpu" else ""
-    return Choice("blocks", f"no work for rows that are not there{missing}")
+    return kernel == "blocks"
+
+
+def supports_vma_check(kernel: GroupedMatmulName) -> bool:
+    """False for a kernel that does not tell jax over which mesh axes its results vary.
+
+    `jax.shard_map` then needs `check_vma=False`.
+    """
+    return kernel != "tokamax"
 
 
 def grouped_matmul(
-    x_RD: jax.Array, weight_EDF: jax.Array, groups: RowGroups, kernel: Kernel
+    x_RD: jax.Array, weight_EDF: jax.Array, groups: RowGroups, kernel: GroupedMatmulName
 ) -> jax.Array:
     """y[r] = x[r] @ weight[expert of r], [R, F]."""
     if kernel == "blocks":
@@ -66,7 +53,7 @@ def grouped_swiglu(
     up_EDF: jax.Array,
     down_EFD: jax.Array,
     groups: RowGroups,
-    kernel: Kernel,
+    kernel: GroupedMatmulName,
 ) -> jax.Array:
     """y[r] = down(silu(gate(x[r])) * up(x[r])) with the matrices of the expert of r, [R, D]."""
     if kernel == "blocks":
@@ -81,13 +68,13 @@ def swiglu_of_layer(
     up_LEDF: jax.Array,
     down_LEFD: jax.Array,
     groups: RowGroups,
-    kernel: Kernel,
+    kernel: GroupedMatmulName,
     layer: jax.Array,
 ) -> jax.Array:
-    """`grouped_swiglu` with the matrices of one layer of a stack, where there is no gradient to be
-    had.
+    """`grouped_swiglu` with the matrices of one layer of a stack; has no gradient.
 
-    To cut the layer out is to copy all its experts: kernels that can, read them where they lie.
+    Slicing the layer out of the stack would copy all its experts, so kernels that can read the
+    matrices in place.
     """
     if kernel == "blocks":
         return few_rows.grouped_swiglu(
@@ -95,11 +82,11 @@ def swiglu_of_layer(
         )
     arrays = (x_RD, gate_LEDF, up_LEDF, down_LEFD, groups, layer)
     if kernel == "ragged_dot":
-        # A group without rows costs nothing on TPU alone.
+        # Only on TPU does a group without rows cost nothing.
         return jax.lax.platform_dependent(
-            *arrays, tpu=swiglu_in_stack, default=functools.partial(_cut_out, kernel)
+            *arrays, tpu=swiglu_in_stack, default=functools.partial(_slice_layer, kernel)
         )
-    return _cut_out(kernel, *arrays)
+    return _slice_layer(kernel, *arrays)
 
 
 def swiglu_in_stack(
@@ -110,9 +97,7 @@ def swiglu_in_stack(
     groups: RowGroups,
     layer: jax.Array,
 ) -> jax.Array:
-    """`swiglu_of_layer` by `ragged_dot`: the stack is one layer of L * E experts, of which all but
-    E get no row.
-    """
+    """`swiglu_of_layer` by `ragged_dot`: L * E experts in one layer, most of them without rows."""
     L, E = gate_LEDF.shape[:2]
     none_LE = jnp.zeros_like(groups.rows_per_expert_E, shape=(L * E,))
     rows_LE = jax.lax.dynamic_update_slice_in_dim(
@@ -125,8 +110,8 @@ def swiglu_in_stack(
     return grouped_swiglu(x_RD, gate_XDF, up_XDF, down_XFD, in_stack, "ragged_dot")
 
 
-def _cut_out(
-    kernel: Kernel, x_RD, gate_LEDF, up_LEDF, down_LEFD, groups: RowGroups, layer
+def _slice_layer(
+    kernel: GroupedMatmulName, x_RD, gate_LEDF, up_LEDF, down_LEFD, groups: RowGroups, layer
 ) -> jax.Array:
     gate_EDF, up_EDF, down_EFD = gate_LEDF[layer], up_LEDF[layer], down_LEFD[layer]
     return grouped_swiglu(x_RD, gate_EDF, up_EDF, down_EFD, groups, kernel)

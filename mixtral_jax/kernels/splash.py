@@ -1,4 +1,4 @@
-"""Flash attention on TPU: the splash kernel that jax ships, on each device's own rows and heads."""
+"""Flash attention on TPU: the splash kernel of jax, run on each device's own rows and heads."""
 
 from typing import Any
 
@@ -8,25 +8,25 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask,
 )
 
-# The kernel works on tiles of so many positions and head dimensions.
-_LANES = 128
-_LARGEST_BLOCK = 512
+# Positions and head dimensions per tile of the kernel.
+_TILE_SIZE = 128
+_MAX_BLOCK_SIZE = 512
 
 
 def find_obstacle(head_dim: int, sequence_length: int, platform: str) -> str:
-    """What the kernel needs and does not have, or an empty string."""
+    """What the kernel needs and does not get here; an empty string if it works."""
     if platform != "tpu":
         return "a TPU"
-    if head_dim % _LANES:
-        return f"model.head_dim={head_dim} to be a multiple of {_LANES}"
+    if head_dim % _TILE_SIZE:
+        return f"model.head_dim={head_dim} to be a multiple of {_TILE_SIZE}"
     if not fits(sequence_length):
-        return f"train.sequence_length={sequence_length} to be a multiple of {_LANES}"
+        return f"train.sequence_length={sequence_length} to be a multiple of {_TILE_SIZE}"
     return ""
 
 
 def fits(num_tokens: int) -> bool:
-    """Whether rows of so many tokens are whole tiles."""
-    return num_tokens % _LANES == 0
+    """True if rows of `num_tokens` tokens are whole tiles."""
+    return num_tokens % _TILE_SIZE == 0
 
 
 def attend(
@@ -37,9 +37,11 @@ def attend(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `kernels.attention.attend`, of queries that are scaled already; T a multiple of 128."""
+    """As `kernels.attention.attend`, but queries are already scaled, and T is a multiple of 128."""
     T = q_BTNH.shape[1]
-    block = max(size for size in (_LARGEST_BLOCK, _LARGEST_BLOCK // 2, _LANES) if T % size == 0)
+    block = max(
+        size for size in (_MAX_BLOCK_SIZE, _MAX_BLOCK_SIZE // 2, _TILE_SIZE) if T % size == 0
+    )
     sizes = splash_attention_kernel.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -63,8 +65,8 @@ def attend(
 
         return jax.vmap(attend_row)(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
 
-    # Every mesh axis that the inputs do not name holds copies, of which each device makes the same
-    # result: but no check can see that through a kernel.
+    # Along mesh axes that the inputs do not name, all devices compute the same result. jax cannot
+    # check that through a kernel.
     out_specs = jax.typeof(q_BTNH).sharding.spec
     return jax.shard_map(per_device, out_specs=out_specs, check_vma=False)(
         q_BTNH, k_BSKH, v_BSKH, segment_ids_BT

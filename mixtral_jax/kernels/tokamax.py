@@ -1,6 +1,4 @@
-"""Grouped matmul by tokamax's kernels for TPU and for NVIDIA GPUs from Ampere on (package
-`tokamax`).
-"""
+"""Grouped matmul by the kernels of the package `tokamax`, for TPU and NVIDIA GPUs since Ampere."""
 
 import functools
 import importlib
@@ -10,12 +8,13 @@ from types import ModuleType
 
 import jax
 
-# Never "xla", which tokamax would fall back to: on GPUs that multiplies every row by every expert.
+# Without "xla", which on GPUs multiplies every row by every expert, and to which tokamax would
+# otherwise fall back.
 IMPLEMENTATIONS = ("mosaic", "triton")
 
 
 def find_obstacle(platform: str) -> str:
-    """What the kernels need and do not have, or an empty string."""
+    """What the kernels need and do not get here; an empty string if they work."""
     if platform == "cpu":
         return "a TPU or an NVIDIA GPU"
     if importlib.util.find_spec("tokamax") is None:
@@ -27,7 +26,7 @@ def find_obstacle(platform: str) -> str:
 def ragged_dot(x_RD: jax.Array, weight_EDF: jax.Array, rows_per_expert_E: jax.Array) -> jax.Array:
     """y[r] = x[r] @ weight[expert of r], [R, F], with tokamax's own gradient.
 
-    Traced on the device that it will run on: tokamax looks at that to choose its kernel.
+    It must be traced on the device that it will run on, from which tokamax chooses its kernel.
     """
     return _import_package().ragged_dot(
         x_RD, weight_EDF, rows_per_expert_E, implementation=IMPLEMENTATIONS
@@ -36,16 +35,14 @@ def ragged_dot(x_RD: jax.Array, weight_EDF: jax.Array, rows_per_expert_E: jax.Ar
 
 @functools.cache
 def _import_package() -> ModuleType:
-    """tokamax, an extra and slow to import, told to leave our command line and standard error
-    alone.
-    """
+    """Imports tokamax, which is optional and slow, and keeps it off command line and stderr."""
     package = importlib.import_module("tokamax")
     flags = importlib.import_module("absl.flags").FLAGS
     if not flags.is_parsed():
-        # Or tokamax looks for its flags on our command line, and ends the run at one of ours.
+        # Otherwise tokamax parses our command line and ends the run at a flag it does not know.
         flags.mark_as_parsed()
-    # For every matrix it says at length that nobody has timed this shape; a heuristic chooses then,
-    # as it should.
+    # It warns at length about every shape that has not been timed, and then rightly uses a
+    # heuristic.
     logging.getLogger("absl").addFilter(
         lambda record: not record.getMessage().startswith("Autotuning cache miss")
     )

@@ -1,4 +1,7 @@
-"""The Mixtral decoder: pure functions of parameters and tokens, which know nothing of training.
+"""The Mixtral decoder: pure functions of parameters and tokens.
+
+This room knows no loss weights, optimizer, step, adapter or checkpoint. A model in training mode
+(`training_mode`) holds a key from which all noise is drawn; without it, a model is deterministic.
 
 Arrays end in their dimensions, and einsum strings repeat them:
 

@@ -1,13 +1,12 @@
 """Grouped-query attention with rotary positions."""
 
 import dataclasses
-from typing import cast
 
 import jax
 from flax import nnx
 
-from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels.attention import AttentionKernel, KeyValues, Past, attend
+from mixtral_jax.config import AttentionName, ModelConfig
+from mixtral_jax.kernels.attention import KeyValues, Past, attend
 from mixtral_jax.model.layers import Projection, rotate
 from mixtral_jax.parallel.rules import AxisRules
 
@@ -15,7 +14,7 @@ from mixtral_jax.parallel.rules import AxisRules
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionOutput:
-    """What attention adds to each token, and what later tokens need of it."""
+    """What attention adds to each token, and the keys and values for later tokens."""
 
     y_BTD: jax.Array
     key_values: KeyValues
@@ -24,21 +23,18 @@ class AttentionOutput:
 class Attention(nnx.Module):
     """Causal grouped-query attention (arXiv 2305.13245); several documents may share a row."""
 
-    def __init__(self, config: ModelConfig, rules: AxisRules, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, kernel: AttentionName, rules: AxisRules, rngs: nnx.Rngs
+    ):
         self.rope_theta = config.rope_theta
-        self.kernel: AttentionKernel = cast(AttentionKernel, config.attention)
+        self.kernel: AttentionName = kernel
         self.rules = rules
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         shared = {"config": config, "rules": rules, "rngs": rngs}
-        self.query = Projection(
-            "BTD,DNH->BTNH", (D, N, H), ("dense_embed", "heads", None), **shared
-        )
-        self.key = Projection(
-            "BTD,DKH->BTKH", (D, K, H), ("dense_embed", "kv_heads", None), **shared
-        )
-        self.value = Projection(
-            "BTD,DKH->BTKH", (D, K, H), ("dense_embed", "kv_heads", None), **shared
-        )
+        by_head, by_kv_head = ("dense_embed", "heads", None), ("dense_embed", "kv_heads", None)
+        self.query = Projection("BTD,DNH->BTNH", (D, N, H), by_head, **shared)
+        self.key = Projection("BTD,DKH->BTKH", (D, K, H), by_kv_head, **shared)
+        self.value = Projection("BTD,DKH->BTKH", (D, K, H), by_kv_head, **shared)
         self.out = Projection("BTNH,NHD->BTD", (N, H, D), ("heads", None, "dense_embed"), **shared)
 
     def __call__(

@@ -1,6 +1,6 @@
-"""How many routes of a sequence an expert takes, and which: decided before any row moves.
+"""How many routes of a sequence an expert takes, and which ones: decided before any row moves.
 
-Decided per sequence, so that neither the mesh nor the transport changes what is dropped.
+It is decided per sequence, so neither the mesh nor the transport changes what is dropped.
 """
 
 import jax
@@ -15,34 +15,29 @@ def fits_capacity(
     num_experts: int,
     capacity_factor: float,
 ) -> jax.Array:
-    """Which routes are within their expert's capacity, [B, T, A] bool.
+    """True for routes within the capacity of their expert, [B, T, A].
 
     An expert takes at most ceil(capacity_factor * k * n / E) routes from a sequence of n real
-    tokens, those of highest weight first, ties by position. Weights are compared to 16 bits after
-    the point: the first tokens of the documents of a row are often one token, whose weights would
-    tie but for rounding.
+    tokens: those of highest weight first, ties by position. Weights are compared to 16 bits after
+    the point, because the documents of a row often begin with the same token: such weights are
+    equal except for rounding, which must not decide.
     """
     _, T, A = experts_BTA.shape
-    # A table, in float64, less what rounding may add to a product that is whole (1.1 * 2 * 200 / 8
-    # = 55).
-    capacity_of_n = np.ceil(capacity_factor * A * np.arange(T + 1) / num_experts - 1e-9).astype(
-        np.int32
-    )
-    capacity_B1 = jnp.asarray(capacity_of_n)[
-        jnp.sum(is_real_BT, axis=1, keepdims=True, dtype=jnp.int32)
-    ]
+    # A table by number of tokens, in float64. Rounding may lift a whole product such as
+    # 1.1 * 2 * 200 / 8 = 55 slightly, and ceil must not make 56 of it.
+    routes_n = capacity_factor * A * np.arange(T + 1) / num_experts
+    capacity_n = np.ceil(routes_n - 1e-9).astype(np.int32)
+    num_tokens_B1 = jnp.sum(is_real_BT, axis=1, keepdims=True, dtype=jnp.int32)
+    capacity_B1 = jnp.asarray(capacity_n)[num_tokens_B1]
     rounded_BTA = jnp.round(weights_BTA * 2**16)
-    return (
-        rank_in_expert(experts_BTA, rounded_BTA, is_real_BT, num_experts) < capacity_B1[..., None]
-    )
+    rank_BTA = rank_in_expert(experts_BTA, rounded_BTA, is_real_BT, num_experts)
+    return rank_BTA < capacity_B1[..., None]
 
 
 def rank_in_expert(
     experts_BTA: jax.Array, weights_BTA: jax.Array, is_real_BT: jax.Array, num_experts: int
 ) -> jax.Array:
-    """The place of each route among those of its expert and sequence, by weight, from 0, [B, T, A]
-    int32.
-    """
+    """The rank of each route by weight within its expert and sequence, from 0: [B, T, A] int32."""
     _, T, A = experts_BTA.shape
 
     def rank_in_sequence(

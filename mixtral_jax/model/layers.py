@@ -10,12 +10,18 @@ from mixtral_jax.parallel.rules import AxisRules
 
 
 class Projection(nnx.Module):
-    """An einsum with one weight, sharded at birth: how dense parts of the model multiply by a
-    parameter.
+    """An einsum with one weight: how dense parts of the model multiply by a parameter.
 
-    `axes` are the logical axes of the weight. Its shards are gathered, in the compute dtype, right
-    before use. `init` draws the weight, by default from the config's normal distribution;
-    `variable` is the kind of parameter.
+    The weight is sharded from the start, and its shards are gathered in the compute dtype right
+    before use.
+
+    Args:
+        equation: the einsum of input and weight, such as `BTD,DNH->BTNH`.
+        shape: the shape of the weight.
+        axes: the logical axis of each dimension of the weight.
+        dtype: the dtype of the computation; by default that of the config.
+        init: draws the weight; by default from the config's normal distribution.
+        variable: the kind of parameter that the weight is.
     """
 
     def __init__(
@@ -41,19 +47,23 @@ class Projection(nnx.Module):
 
     def __call__(self, x: jax.Array, out_sharding: P) -> jax.Array:
         weight = gather_weight(self.weight[...].astype(self.dtype), self.axes, self.rules)
-        # A float32 projection in a bfloat16 model (the router) must not be computed in bfloat16
-        # passes.
+        # A float32 projection in a bfloat16 model, such as the router, must not be computed in
+        # bfloat16 passes.
         precision = "highest" if self.dtype == "float32" else None
         return jnp.einsum(self.equation, x, weight, precision=precision, out_sharding=out_sharding)
 
+    def input_weights(self) -> tuple[nnx.Variable, ...]:
+        """The variables that multiply this projection's input."""
+        return (self.weight,)
+
 
 def gather_weight(weight: jax.Array, axes: tuple[str | None, ...], rules: AxisRules) -> jax.Array:
-    """A dense weight as `rules.gathered` lays it out, for each device to use on its own tokens.
+    """Lays out a dense weight as `rules.gathered`, for each device to use on its own tokens.
 
-    `reduced` says that other devices use it on other tokens, so that its gradient stays a sum yet
-    to be made. In two steps, since XLA scatters a sum over some of its mesh axes, but makes one
-    over all of them whole: the transpose is a reduce-scatter over `fsdp`, and then a sum of those
-    shards over the other axes.
+    `reduced` tells jax that each device uses the weight on other tokens, so that its gradient is
+    still to be summed over devices. The weight is gathered in two steps. The transpose is then a
+    reduce-scatter over `fsdp`, followed by a sum of those shards over the other axes. In one step,
+    XLA would sum over all axes first and scatter nothing.
     """
     stored, whole = rules.spec(*axes), rules.gathered(*axes)
     if stored == whole:
@@ -65,8 +75,9 @@ def gather_weight(weight: jax.Array, axes: tuple[str | None, ...], rules: AxisRu
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm: in float32, cast, and only then scaled, as Mixtral does (arXiv
-    1910.07467).
+    """Root-mean-square norm (arXiv 1910.07467).
+
+    It is computed in float32, cast, and only then scaled, as in Mixtral.
     """
 
     def __init__(self, config: ModelConfig):
@@ -82,10 +93,9 @@ class RMSNorm(nnx.Module):
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding, in float32: pairs are (h, h + H/2), as in Hugging Face
-    checkpoints.
+    """Rotary position embedding, in float32 (RoFormer, arXiv 2104.09864, eq. 34, base `theta`).
 
-    Source: RoFormer (arXiv 2104.09864), eq. 34, with base `theta`.
+    It rotates the pairs (h, h + H/2), as Hugging Face checkpoints expect.
     """
     H = x_BTNH.shape[-1]
     frequency_h = theta ** -(jnp.arange(0, H, 2, dtype=jnp.float32) / H)

@@ -1,52 +1,54 @@
-"""The router: which experts a token visits, and how much each one counts.
+"""The router: which experts a token visits, and how much each of them counts.
 
-What a token may visit is decided in `choices` and `capacity`; here logits become scores, scores
-weights, and all of it sums for `balance`.
+Logits become scores here, and scores become weights. `selection` matches tokens and experts, and
+`capacity` limits how many routes an expert takes.
 """
 
 import dataclasses
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mixtral_jax.config import BLIND_CHOICES, CHOICES, DispatchConfig, ModelConfig, RouterConfig
-from mixtral_jax.model import choices
-from mixtral_jax.model.balance import RoutingSums, sum_routing
+from mixtral_jax.config import BLIND_CHOICES, DispatchConfig, ModelConfig, RouterConfig
 from mixtral_jax.model.capacity import fits_capacity
-from mixtral_jax.model.choices import Candidates
 from mixtral_jax.model.layers import Projection
 from mixtral_jax.model.noise import add_noise, jitter
+from mixtral_jax.model.selection import SELECTORS, Candidates, Selection
 from mixtral_jax.model.tokens import Tokens
 from mixtral_jax.parallel.rules import AxisRules
 
+# Keeps a sum of weights that may all underflow from dividing by zero.
+SMALLEST_SUM = 1e-20
+
 
 class BalanceBias(nnx.Variable):
-    """What the balance of loads moves from step to step, where gradients do not reach."""
+    """A bias per expert that follows the load from step to step, without gradients."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Routing:
-    """One layer's decision.
+class Routes:
+    """Where the tokens of one layer go, and what that was decided by.
 
-    Padding is not kept, and neither are routes over capacity or those nobody chose.
+    Routes of padding are neither chosen nor kept. Routes over capacity are chosen but not kept.
     """
 
-    logits_BTE: jax.Array  # float32, raw
+    logits_BTE: jax.Array  # float32, before noise
+    scores_BTE: jax.Array  # float32, after noise
     experts_BTA: jax.Array  # int32, best first where tokens choose
     weights_BTA: jax.Array  # float32
+    is_chosen_BTA: jax.Array  # bool
     is_kept_BTA: jax.Array  # bool
-    sums: RoutingSums
 
 
 class Router(nnx.Module):
-    """From activations to a `Routing`, as the config says; Mixtral's (arXiv 2401.04088, section
-    2.1) by default.
+    """Computes `Routes` from activations; by default as Mixtral does (arXiv 2401.04088, 2.1).
 
-    `training_key` is there in training alone (`train.step` puts it there): with it come noise and
-    the capacity of training.
+    With a `training_key` (see `training_mode`), the router draws noise from it and takes the
+    capacity of training. Without one it is deterministic.
     """
 
     def __init__(
@@ -75,88 +77,80 @@ class Router(nnx.Module):
         self.bias = BalanceBias(jnp.zeros(E)) if router.bias.update_rate else None
         self.training_key = nnx.data(cast(jax.Array | None, None))
 
-    def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> Routing:
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> Routes:
         rows = self.rules.spec("batch", None, None)
         x_BTD = jitter(x_BTD.astype(self.config.dtype), self.config.noise, self.training_key, rows)
         logits_BTE = self.gate(x_BTD, rows).astype(jnp.float32)
         noisy_BTE = add_noise(logits_BTE, self.config.noise, self.training_key, rows)
-        scores_BTE = (
-            jax.nn.sigmoid(noisy_BTE)
-            if self.config.score == "sigmoid"
-            else jax.nn.softmax(noisy_BTE)
-        )
-        # Per device, since no sequence needs another: gathers and sorts would ask for their
-        # sharding.
-        decide = jax.shard_map(self._decide, out_specs=(rows, rows, rows))
-        chosen = decide(
-            *jax.lax.stop_gradient((noisy_BTE, scores_BTE)), *self._bias_and_salt(), tokens
-        )
-        experts_BTA, is_chosen_BTA, is_kept_BTA = chosen
+        is_sigmoid = self.config.score == "sigmoid"
+        scores_BTE = jax.nn.sigmoid(noisy_BTE) if is_sigmoid else jax.nn.softmax(noisy_BTE)
+        selection = self._select(noisy_BTE, scores_BTE, tokens)
+        experts_BTA = selection.experts_BTA
         weights_BTA = self._weigh(noisy_BTE, scores_BTE, experts_BTA)
-        sums = sum_routing(
-            logits_BTE, scores_BTE, experts_BTA, is_chosen_BTA, is_kept_BTA, tokens.is_real_BT
-        )
-        return Routing(logits_BTE, experts_BTA, weights_BTA, is_kept_BTA, sums)
+        is_chosen_BTA = is_kept_BTA = selection.is_chosen_by(tokens.is_real_BT)
+        if (factor := self._capacity_factor()) is not None:
+            is_kept_BTA &= self._fits(experts_BTA, weights_BTA, tokens.is_real_BT, factor)
+        return Routes(logits_BTE, scores_BTE, experts_BTA, weights_BTA, is_chosen_BTA, is_kept_BTA)
 
-    def _bias_and_salt(self) -> tuple[jax.Array, jax.Array]:
-        bias_E = jnp.zeros(self.num_experts) if self.bias is None else self.bias[...]
+    def _select(self, logits_BTE: jax.Array, scores_BTE: jax.Array, tokens: Tokens) -> Selection:
         key = self.training_key
-        return bias_E, jnp.uint32(0) if key is None else jax.random.bits(key, dtype=jnp.uint32)
+        bias_E = jnp.zeros(self.num_experts) if self.bias is None else self.bias[...]
+        salt = jnp.uint32(0) if key is None else jax.random.bits(key, dtype=jnp.uint32)
 
-    def _decide(
-        self,
-        logits_BTE: jax.Array,
-        scores_BTE: jax.Array,
-        bias_E: jax.Array,
-        salt: jax.Array,
-        tokens: Tokens,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Experts, which of them are chosen for real tokens, and which of these fit; each [B, T,
-        A].
-        """
-        biased_BTE = scores_BTE + bias_E[None, None]
-        # Scores have the order of logits, but for ties that rounding makes.
-        preference_BTE = logits_BTE if self.bias is None else biased_BTE
-        candidates = Candidates(
-            preference_BTE, biased_BTE, tokens, salt, self.training_key is not None
-        )
-        chosen = getattr(choices, CHOICES[self.config.choice])(candidates, self.config)
-        is_real_BT, experts_BTA = tokens.is_real_BT, chosen.experts_BTA
-        is_chosen_BTA = jnp.broadcast_to(is_real_BT[..., None], experts_BTA.shape)
-        if chosen.is_chosen_BTA is not None:
-            is_chosen_BTA &= chosen.is_chosen_BTA
-        if (factor := self._capacity_factor()) is None:
-            return experts_BTA, is_chosen_BTA, is_chosen_BTA
-        weights_BTA = self._weigh(logits_BTE, scores_BTE, experts_BTA)
-        first_BTA = weights_BTA if self.dispatch.drop == "weight" else jnp.zeros_like(weights_BTA)
-        fits_BTA = fits_capacity(experts_BTA, first_BTA, is_real_BT, self.num_experts, factor)
-        return experts_BTA, is_chosen_BTA, is_chosen_BTA & fits_BTA
+        def select(logits_BTE, scores_BTE, bias_E, salt, tokens):
+            biased_BTE = scores_BTE + bias_E[None, None]
+            # Scores are in the order of logits, except where rounding makes ties.
+            preference_BTE = logits_BTE if self.bias is None else biased_BTE
+            candidates = Candidates(preference_BTE, biased_BTE, tokens, salt, key is not None)
+            return SELECTORS[self.config.choice](candidates, self.config)
 
-    def _capacity_factor(self) -> float | None:
-        of_training, of_evaluation = (
-            self.dispatch.capacity_factor,
-            self.dispatch.eval_capacity_factor,
-        )
-        return of_training if self.training_key is not None else of_evaluation or of_training
+        logits_BTE, scores_BTE = jax.lax.stop_gradient((logits_BTE, scores_BTE))
+        return self._on_each_device(select)(logits_BTE, scores_BTE, bias_E, salt, tokens)
 
     def _weigh(
         self, logits_BTE: jax.Array, scores_BTE: jax.Array, experts_BTA: jax.Array
     ) -> jax.Array:
-        router, shape = self.config, experts_BTA.shape
+        router, A = self.config, experts_BTA.shape[-1]
         if router.choice in BLIND_CHOICES:
-            return jnp.full_like(experts_BTA, router.scale / shape[-1], jnp.float32)
+            return jnp.full_like(experts_BTA, router.scale / A, jnp.float32)
         if router.score == "softmax_chosen":
             return router.scale * jax.nn.softmax(_pick(logits_BTE, experts_BTA))
         weights_BTA = _pick(scores_BTE, experts_BTA)
         if router.renormalize:
-            weights_BTA /= jnp.maximum(jnp.sum(weights_BTA, axis=-1, keepdims=True), 1e-20)
+            total_BT1 = jnp.sum(weights_BTA, axis=-1, keepdims=True)
+            weights_BTA /= jnp.maximum(total_BT1, SMALLEST_SUM)
         return router.scale * weights_BTA
+
+    def _fits(
+        self, experts_BTA: jax.Array, weights_BTA: jax.Array, is_real_BT: jax.Array, factor: float
+    ) -> jax.Array:
+        """True for routes within the capacity of their expert, [B, T, A]."""
+
+        def fits(experts_BTA, priority_BTA, is_real_BT):
+            return fits_capacity(experts_BTA, priority_BTA, is_real_BT, self.num_experts, factor)
+
+        by_weight = self.dispatch.drop == "weight"
+        priority_BTA = weights_BTA if by_weight else jnp.zeros_like(weights_BTA)
+        priority_BTA = jax.lax.stop_gradient(priority_BTA)
+        return self._on_each_device(fits)(experts_BTA, priority_BTA, is_real_BT)
+
+    def _capacity_factor(self) -> float | None:
+        if self.training_key is None and self.dispatch.eval_capacity_factor is not None:
+            return self.dispatch.eval_capacity_factor
+        return self.dispatch.capacity_factor
+
+    def _on_each_device(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Makes `function` run on each device's own sequences, without communication.
+
+        No sequence depends on another. Outside, every sort and gather would need its sharding.
+        """
+        return jax.shard_map(function, out_specs=self.rules.spec("batch", None, None))
 
 
 def _pick(values_BTE: jax.Array, experts_BTA: jax.Array) -> jax.Array:
-    """The values of the experts.
+    """The values of a token's experts, [B, T, A].
 
-    Compares and sums: neither it nor its gradient looks anything up.
+    It compares and sums, so that neither it nor its gradient is a gather or a scatter.
     """
     E = values_BTE.shape[-1]
     is_picked_BTAE = experts_BTA[..., None] == jnp.arange(E)[None, None, None]

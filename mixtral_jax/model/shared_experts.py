@@ -1,6 +1,4 @@
-"""The experts that every token visits, beside the mixture: a dense layer, which needs no route and
-moves no row.
-"""
+"""The experts that every token visits: a dense layer that needs no route and moves no row."""
 
 import jax
 from flax import nnx
@@ -11,11 +9,11 @@ from mixtral_jax.parallel.rules import AxisRules
 
 
 class SharedExperts(nnx.Module):
-    """n SwiGLU experts for every token, whose outputs are added to those of the routed ones
-    (DeepSeekMoE, eq. 9).
+    """n SwiGLU experts for every token, whose outputs are added to those of the routed experts.
 
-    The sum of n experts of hidden size F is one of U = n F, so they are computed as that. Source:
-    arXiv 2401.06066, section 3.2, where they count 1 each, unlike those that are routed to.
+    The sum of n experts of hidden size F equals one expert of size U = n F, so it is computed as
+    one. Source: DeepSeekMoE, arXiv 2401.06066, section 3.2 and eq. 9, where each shared expert has
+    weight 1.
     """
 
     def __init__(self, config: ModelConfig, rules: AxisRules, rngs: nnx.Rngs):

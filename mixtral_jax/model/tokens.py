@@ -1,4 +1,4 @@
-"""What a block knows of its tokens besides their activations."""
+"""What a block knows about its tokens besides their activations."""
 
 import dataclasses
 
@@ -8,8 +8,10 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Ids, places in their documents, and documents numbered from 1 within a row, 0 at padding; all
-    int32.
+    """Ids, positions and segments of tokens, all int32.
+
+    Positions count from the start of a document. Segments number the documents of a row from 1, and
+    are 0 at padding.
     """
 
     ids_BT: jax.Array

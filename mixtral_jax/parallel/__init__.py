@@ -1,1 +1,1 @@
-"""The device mesh: its axes, which dimension is sharded over which, and the batch laid out on it."""
+"""Devices and processes: the mesh and its axes, layout rules, and how processes work together."""

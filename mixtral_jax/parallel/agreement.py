@@ -1,8 +1,8 @@
-"""What the processes of a run must have in common, compared before the first device is touched, and
-after.
+"""Checks that the processes of a run agree: on the config, the software, the devices and the data.
 
-A difference found late is a hang: each process compiles and waits for another program. So all tell
-all what they are, every one judges the same table, and all stop with the same line.
+Processes that differ compile different programs, and then wait for each other for ever. So each
+process sends what it is to all others, before it touches a device. All processes then compare the
+same table, and stop with the same line if anything differs.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ import jax
 from mixtral_jax.config import Config, ConfigError
 from mixtral_jax.parallel.processes import Processes
 
-# They meet as they join, so only a stalled host takes long; a back end may take minutes to come up
-# on a large pod.
-_TELL_SECONDS = 60.0
-_DEVICES_SECONDS = 300.0
+# The processes introduce themselves right after they join, so only a stalled host takes long. The
+# devices of a large pod may take minutes to come up.
+_INTRODUCE_TIMEOUT_SECONDS = 60.0
+_DEVICES_TIMEOUT_SECONDS = 300.0
 
-# Packages whose release changes what is computed, compiled or read.
+# Another release of one of these may change what is computed, compiled or read.
 _PACKAGES = (
     "jax",
     "jaxlib",
@@ -39,24 +39,26 @@ _PACKAGES = (
     "sentencepiece",
     "numpy",
 )
-# Where one of these is missing on one host alone, that host chooses another kernel, or the CPU.
+# A host that lacks one of these, while others have it, chooses another kernel or the CPU.
 _OPTIONAL_PACKAGES = ("tokamax", "libtpu", "jax-cuda12-plugin")
-_SHOWN_KEYS = 5
+_MAX_SHOWN_KEYS = 5
+_MAX_SHOWN_PROCESSES = 4
+_SOURCE_HASH_DIGITS = 12
 
-# What to do about a disagreement, and about unequal devices.
+# The fixes that error messages name.
 ALIKE = "start all with the same command, code and environment"
 EQUAL = "give every process the same number of devices of one kind"
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One process, before it has touched a device."""
+    """What one process is, before it touches a device."""
 
     index: int
     host: str
     pid: int
     workdir: str | None
-    config: str  # sha256, in hex, of the config as given
+    config: str  # SHA-256 of the config as given, in hex
     versions: dict[str, str]
 
 
@@ -70,7 +72,7 @@ class LocalDevices:
 
 
 def introduce(processes: Processes, config: Config, workdir: Path | None) -> list[Member]:
-    """Every process, in order; they told each other."""
+    """Exchanges what the processes are. Returns one `Member` per process, in order."""
     here = Member(
         index=processes.index,
         host=socket.gethostname(),
@@ -79,21 +81,17 @@ def introduce(processes: Processes, config: Config, workdir: Path | None) -> lis
         config=_hash(flatten(config)),
         versions=find_versions(),
     )
-    return [
-        Member(**said)
-        for said in processes.share("members", dataclasses.asdict(here), _TELL_SECONDS)
-    ]
+    shared = processes.share("members", dataclasses.asdict(here), _INTRODUCE_TIMEOUT_SECONDS)
+    return [Member(**fields) for fields in shared]
 
 
 def find_disagreements(
     processes: Processes, config: Config, members: Sequence[Member]
 ) -> list[str]:
-    """A line for each thing in which the processes differ and must not: config keys, versions, our
-    own code.
-    """
+    """One line per difference that must not be: in config keys, versions, or our own code."""
     found = []
     if len({member.config for member in members}) > 1:
-        configs = processes.share("config", flatten(config), _TELL_SECONDS)
+        configs = processes.share("config", flatten(config), _INTRODUCE_TIMEOUT_SECONDS)
         found.append(f"the processes have different configs: {_name_differences(configs)}")
     versions = [member.versions for member in members]
     if any(other != versions[0] for other in versions):
@@ -102,10 +100,10 @@ def find_disagreements(
 
 
 def require_agreement(processes: Processes, config: Config, workdir: Path | None) -> list[Member]:
-    """Every process, in order, if they agree.
+    """Returns one `Member` per process, in order, if the processes agree.
 
     Raises:
-        ConfigError: they do not; the same line on every process.
+        ConfigError: they do not agree. The line is the same on every process.
     """
     members = introduce(processes, config, workdir)
     found = find_disagreements(processes, config, members)
@@ -114,34 +112,35 @@ def require_agreement(processes: Processes, config: Config, workdir: Path | None
     return members
 
 
-def require_same(processes: Processes, name: str, said: str, fix: str) -> None:
-    """Makes sure that all processes say the same of `name`: one that differs would make the others
-    wait for ever.
+def require_same(processes: Processes, name: str, value: str, fix: str) -> None:
+    """Checks that all processes have the same value of `name`.
+
+    If one differed, the others would later wait for it for ever. There is no timeout, because one
+    process may have prepared its value for hours.
 
     Raises:
-        ConfigError: who says what else than process 0, and `fix`; the same line on every process.
+        ConfigError: names the processes whose value is not that of process 0, and `fix`. The line
+            is the same on every process.
     """
-    told = processes.share(name, said)  # What it is of may have taken one of them hours: no limit.
-    others = [index for index, there in enumerate(told) if there != told[0]]
+    values = processes.share(name, value)
+    others = [index for index, other in enumerate(values) if other != values[0]]
     if others:
         who = ", ".join(map(str, others))
         raise ConfigError(
-            f"process {who} has {told[others[0]]}, but process 0 has {told[0]}: {fix}"
+            f"process {who} has {values[others[0]]}, but process 0 has {values[0]}: {fix}"
         )
 
 
 def share_devices(processes: Processes) -> list[LocalDevices]:
-    """The devices of every process, in order. Touches the devices of this one."""
+    """Exchanges the devices of the processes, in order. Touches this process's devices."""
     local = jax.local_devices()
     here = LocalDevices(local[0].platform, local[0].device_kind, len(local))
-    return [
-        LocalDevices(**said)
-        for said in processes.share("devices", dataclasses.asdict(here), _DEVICES_SECONDS)
-    ]
+    shared = processes.share("devices", dataclasses.asdict(here), _DEVICES_TIMEOUT_SECONDS)
+    return [LocalDevices(**fields) for fields in shared]
 
 
 def find_unequal_devices(devices: Sequence[LocalDevices]) -> list[str]:
-    """At most one line: which processes have other devices than the rest."""
+    """One line that says which processes have which devices, or no line if all have the same."""
     if len(set(devices)) == 1:
         return []
     groups = _group(devices, lambda one: one)
@@ -152,8 +151,9 @@ def find_unequal_devices(devices: Sequence[LocalDevices]) -> list[str]:
 
 
 def find_versions() -> dict[str, str]:
-    """Python, the packages that matter (optional ones if they are there), and a hash of our own
-    sources, by name.
+    """Versions by name: Python, the packages that matter, and a hash of our own sources.
+
+    Optional packages are listed only if they are installed.
     """
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
     for name in _OPTIONAL_PACKAGES:
@@ -163,7 +163,7 @@ def find_versions() -> dict[str, str]:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """The settings by dotted key."""
+    """All settings of a config by dotted key, such as `train.num_steps`."""
 
     def visit(prefix: str, section: dict[str, Any]) -> dict[str, Any]:
         flat: dict[str, Any] = {}
@@ -183,7 +183,7 @@ def _hash_sources() -> str:
     root = Path(__file__).parents[1]
     return _hash(
         {str(path.relative_to(root)): path.read_text() for path in sorted(root.rglob("*.py"))}
-    )[:12]
+    )[:_SOURCE_HASH_DIGITS]
 
 
 def _hash(value: Any) -> str:
@@ -191,13 +191,13 @@ def _hash(value: Any) -> str:
 
 
 def _name_differences(tables: Sequence[dict[str, Any]]) -> str:
-    """The keys whose values differ, each with its values and who has them."""
+    """The keys whose values differ, each with its values and the processes that have them."""
     keys = sorted(set().union(*tables))
     differing = [
         key for key in keys if any(table.get(key) != tables[0].get(key) for table in tables)
     ]
     shown = []
-    for key in differing[:_SHOWN_KEYS]:
+    for key in differing[:_MAX_SHOWN_KEYS]:
         groups = _group([table.get(key) for table in tables], repr)
         shown.append(
             f"{key}={', '.join(f'{value} on {_name(ids)}' for value, ids in groups.items())}"
@@ -207,7 +207,7 @@ def _name_differences(tables: Sequence[dict[str, Any]]) -> str:
 
 
 def _group(values: Sequence[Any], key: Callable[[Any], Hashable]) -> dict[Any, list[int]]:
-    """Which processes have each value, the most common first."""
+    """The indices of the processes that have each value, the most common value first."""
     groups: dict[Any, list[int]] = {}
     for index, value in enumerate(values):
         groups.setdefault(key(value), []).append(index)
@@ -215,5 +215,7 @@ def _group(values: Sequence[Any], key: Callable[[Any], Hashable]) -> dict[Any, l
 
 
 def _name(ids: list[int]) -> str:
-    shown = ", ".join(map(str, ids[:4])) + (f", ... ({len(ids)} in all)" if len(ids) > 4 else "")
+    shown = ", ".join(map(str, ids[:_MAX_SHOWN_PROCESSES]))
+    if len(ids) > _MAX_SHOWN_PROCESSES:
+        shown += f", ... ({len(ids)} in all)"
     return f"process{'' if len(ids) == 1 else 'es'} {shown}"

@@ -1,4 +1,4 @@
-"""What one optimizer step consumes, and how it lies on the mesh."""
+"""The batch of one optimizer step, and its layout on the mesh."""
 
 import dataclasses
 
@@ -12,10 +12,11 @@ from mixtral_jax.parallel.rules import AxisRules
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Packed rows; every array is int32 [micro-batches, sequences, tokens].
+    """Packed rows, int32 arrays [micro-batches, sequences, tokens]; or one row, [tokens].
 
-    `segment_ids` numbers the documents of a row from 1 and is 0 at padding; `positions` restart at
-    0 in each; `targets` is the next token of the same document; `loss_mask` is 1 where it counts.
+    `segment_ids` numbers the documents of a row from 1, and is 0 for padding. `positions` restart
+    at 0 in each document. `targets` holds the next token of the same document, and `loss_mask` is 1
+    where that target counts in the loss.
     """
 
     tokens: jax.Array | np.ndarray
@@ -26,5 +27,5 @@ class Batch:
 
 
 def batch_spec(rules: AxisRules) -> P:
-    """Micro-batches one after the other, the sequences of each over all devices that hold tokens."""
+    """PartitionSpec of a batch: the sequences of each micro-batch are sharded, the rest is not."""
     return P(None, rules.batch, None)

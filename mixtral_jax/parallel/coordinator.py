@@ -1,37 +1,39 @@
-"""Where the processes of a run meet: the coordinator's address, and what a scheduler says about the
-processes.
+"""Where the processes of a run meet: the coordinator's address, and what a scheduler says of them.
 
-Finds, before jax tries, what jax would only wait for: jax ends a process that cannot join others
-with an abort, minutes later. Knows no jax.
+jax waits minutes for processes that can never meet, and then aborts with a stack trace. The checks
+here run before jax tries, and end the process with one clear line instead. They do not import jax.
 """
 
+import contextlib
 import dataclasses
 import ipaddress
 import os
 import re
 import socket
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from mixtral_jax.config import ConfigError, require
 
-# Hosts of a pod start minutes apart: images are pulled, nodes come up. On one machine nothing takes
-# that long.
-JOIN_SECONDS = 300.0
-LOOPBACK_JOIN_SECONDS = 60.0
-LOOPBACK_PORT_SECONDS = 20.0
-_PATIENCE_SECONDS = 10.0  # of a silent wait
+# Hosts of a pod start minutes apart, because images are pulled and nodes come up. Processes of one
+# machine (a loopback coordinator) start together.
+JOIN_TIMEOUT_SECONDS = 300.0
+LOOPBACK_JOIN_TIMEOUT_SECONDS = 60.0
+LOOPBACK_PORT_TIMEOUT_SECONDS = 20.0
+_SILENT_WAIT_SECONDS = 10.0
+_CONNECT_TIMEOUT_SECONDS = 5.0
+_CONNECT_INTERVAL_SECONDS = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """What the command line says about the processes of a run: all three, or none for jax to find
-    them itself.
+    """The process flags of the command line: all three, or none if jax is to find the processes.
 
     Raises:
-        ConfigError: one without the others, an address without host or port, an id outside the
-            processes.
+        ConfigError: some flags are missing, the address lacks a host or a port, or the id is not
+            below the number of processes.
     """
 
     coordinator: str | None = None
@@ -44,7 +46,7 @@ class Launch:
         ]
         require(
             all(given) or not any(given),
-            "--coordinator, --num_processes and --process_id are given together",
+            "--coordinator, --num_processes and --process_id must be given together",
         )
         if self.coordinator is None or self.num_processes is None or self.process_id is None:
             return
@@ -52,18 +54,14 @@ class Launch:
         require(self.num_processes >= 1, f"--num_processes={self.num_processes} must be at least 1")
         require(
             0 <= self.process_id < self.num_processes,
-            f"--process_id={self.process_id} must lie in 0 ... {self.num_processes - 1}, as "
-            "--num_processes="
-            f"{self.num_processes} says",
+            f"--process_id={self.process_id} must lie in 0 ... {self.num_processes - 1}, because "
+            f"--num_processes={self.num_processes}",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheduler:
-    """What a scheduler tells its processes;
-
-    `num_machines` and `num_processes` are None where it does not say.
-    """
+    """What a scheduler tells its processes. A number that it does not tell is None."""
 
     name: str
     num_machines: int | None
@@ -74,19 +72,19 @@ def parse_address(coordinator: str) -> tuple[str, int]:
     """Host and port of `HOST:PORT`, where HOST may be an IPv6 address in brackets.
 
     Raises:
-        ConfigError: there is no host, no port, or the port is no number from 1 to 65535.
+        ConfigError: the host or the port is missing, or the port is not a number from 1 to 65535.
     """
-    form = f"--coordinator={coordinator} must be HOST:PORT, as node0:8476 or [::1]:8476"
+    form = f"--coordinator={coordinator} must be HOST:PORT, such as node0:8476 or [::1]:8476"
     host, colon, port = coordinator.rpartition(":")
     require(colon and host, form)
     require(":" not in host or (host.startswith("[") and host.endswith("]")), form)
-    require(port.isascii() and port.isdigit(), f"{form}: the port {port!r} is no number")
+    require(port.isascii() and port.isdigit(), f"{form}: the port {port!r} is not a number")
     require(0 < int(port) < 2**16, f"{form}: the port {port} must lie in 1 ... 65535")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` names this machine on every machine: localhost, 127.*, ::1."""
+    """True if `host` means "this machine" on every machine: localhost, 127.*, ::1."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -95,45 +93,54 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def find_scheduler(environment: Mapping[str, str] = os.environ) -> Scheduler | None:
-    """The scheduler that started this process, by the variables that it sets;
-
-    None where there is none.
-    """
+def find_scheduler() -> Scheduler | None:
+    """The scheduler that started this process, found by the variables that it sets, or None."""
 
     def number(name: str) -> int | None:
-        value = environment.get(name, "")
+        value = os.environ.get(name, "")
         return int(value) if re.fullmatch("[0-9]+", value) else None
 
-    if "SLURM_JOB_ID" in environment:
+    if "SLURM_JOB_ID" in os.environ:
         nodes = number("SLURM_STEP_NUM_NODES") or number("SLURM_JOB_NUM_NODES")
         return Scheduler("Slurm", nodes, number("SLURM_NTASKS"))
-    if "OMPI_COMM_WORLD_SIZE" in environment:
+    if "OMPI_COMM_WORLD_SIZE" in os.environ:
         size, here = number("OMPI_COMM_WORLD_SIZE"), number("OMPI_COMM_WORLD_LOCAL_SIZE")
         return Scheduler("Open MPI", -(-size // here) if size and here else None, size)
-    if "TPU_WORKER_HOSTNAMES" in environment:
-        hosts = len(environment["TPU_WORKER_HOSTNAMES"].split(","))
+    if "TPU_WORKER_HOSTNAMES" in os.environ:
+        hosts = len(os.environ["TPU_WORKER_HOSTNAMES"].split(","))
         return Scheduler("Cloud TPU", hosts, hosts)
-    if (
-        "JOB_COMPLETION_INDEX" in environment
-    ):  # Of an indexed Job: a pod an index, how many it does not say.
+    if "JOB_COMPLETION_INDEX" in os.environ:
+        # An indexed Job tells each pod its index, but not how many pods there are.
         return Scheduler("Kubernetes", None, (number("JOB_COMPLETION_INDEX") or 0) + 1)
     return None
 
 
-def require_reachable(launch: Launch) -> float:
-    """Makes sure that this process can meet the others where `launch` says.
+def find_local_device_ids(environment: Mapping[str, str]) -> list[int] | None:
+    """The ids of all GPUs of a node, if this process is the node's only Slurm task.
 
-    Process 0 finds the port free; the others wait until something listens there, and say so on
-    standard error.
+    jax would give such a task the first GPU alone. None leaves the choice to jax.
+    """
+    tasks, nodes = environment.get("SLURM_NTASKS"), environment.get("SLURM_STEP_NUM_NODES")
+    gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+    is_only_task = tasks is not None and tasks == nodes
+    if "JAX_LOCAL_DEVICE_IDS" in environment or not gpus.isdigit() or not is_only_task:
+        return None
+    return list(range(int(gpus)))
+
+
+def require_reachable(launch: Launch) -> float:
+    """Checks that this process can meet the others at `launch.coordinator`.
+
+    Process 0 checks that the port is free. The others wait until something listens there; after
+    10 s they say on standard error that they are waiting.
 
     Returns:
-        How long the processes may wait for each other from here on, in seconds.
+        The timeout, in seconds, for all processes to join once the coordinator is reached.
 
     Raises:
-        ConfigError: the coordinator is this machine's loopback but the processes are not all on one
-            machine, or the port is taken. It would be waited for in vain.
-        SystemExit: code 1, with a line; nobody listened within the time that hosts may need to
+        ConfigError: the coordinator is a loopback address but the processes run on several
+            machines, or the port is taken.
+        SystemExit: code 1, with a line. Nothing listened within the time that hosts may need to
             start.
     """
     assert launch.coordinator is not None
@@ -143,78 +150,109 @@ def require_reachable(launch: Launch) -> float:
         _refuse_loopback_over_machines(launch.coordinator, find_scheduler())
     if launch.process_id == 0:
         _require_free(port)
-        return LOOPBACK_JOIN_SECONDS if loopback else JOIN_SECONDS
-    seconds = LOOPBACK_PORT_SECONDS if loopback else JOIN_SECONDS
+        return LOOPBACK_JOIN_TIMEOUT_SECONDS if loopback else JOIN_TIMEOUT_SECONDS
+    seconds = LOOPBACK_PORT_TIMEOUT_SECONDS if loopback else JOIN_TIMEOUT_SECONDS
     reason = wait_for_port(host, port, seconds)
     if reason and loopback:
         raise ConfigError(
-            f"--coordinator={launch.coordinator} is this machine's own loopback, and no process 0 "
-            "listened on "
-            f"{socket.gethostname()} within {seconds:.0f} s: give a HOST:PORT of process 0's "
-            "machine that all can "
-            "reach, or start process 0 here"
+            f"--coordinator={launch.coordinator} is this machine's own loopback, but process 0 did "
+            f"not listen on {socket.gethostname()} within {seconds:.0f} s: give a HOST:PORT of "
+            "process 0's machine that all others can reach, or start process 0 here"
         )
     if reason:
         raise SystemExit(
             f"error: process {launch.process_id} on {socket.gethostname()} did not reach "
-            "--coordinator="
-            f"{launch.coordinator} within {seconds:.0f} s ({reason}): process 0 must run on that "
-            "host, and the port "
-            "be open to this one"
+            f"--coordinator={launch.coordinator} within {seconds:.0f} s ({reason}): process 0 must "
+            "run on that host, and its port must be open to this host"
         )
-    return LOOPBACK_JOIN_SECONDS if loopback else JOIN_SECONDS
+    return LOOPBACK_JOIN_TIMEOUT_SECONDS if loopback else JOIN_TIMEOUT_SECONDS
 
 
 def wait_for_port(host: str, port: int, seconds: float) -> str | None:
-    """Returns None once something listens there, or after `seconds` the last reason why it could
-    not be reached.
+    """Waits until something listens on the port.
+
+    Returns:
+        None once a connection succeeds, or after `seconds` the reason why the last one failed.
     """
     start, has_spoken = time.monotonic(), False
     while True:
         try:
-            socket.create_connection((host, port), timeout=5).close()
+            socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_SECONDS).close()
             return None
         except OSError as error:
             reason = str(error)
         waited = time.monotonic() - start
         if waited > seconds:
             return reason
-        if waited > _PATIENCE_SECONDS and not has_spoken:
+        if waited > _SILENT_WAIT_SECONDS and not has_spoken:
             has_spoken = True
             print(
                 f"waiting up to {seconds:.0f} s for process 0 at {host}:{port} ({reason}) ...",
                 file=sys.stderr,
             )
-        time.sleep(0.25)
+        time.sleep(_CONNECT_INTERVAL_SECONDS)
 
 
-def proxy_hint(environment: Mapping[str, str] = os.environ) -> str:
-    """A remark on proxy variables, which gRPC follows and which lead the processes' connections
-    astray.
+def _proxy_hint() -> str:
+    """A hint for an error message if proxy variables are set, otherwise an empty string.
+
+    gRPC sends the connections between the processes through a proxy that these variables name.
     """
     names = sorted(
-        name for name in environment if name.lower() in ("http_proxy", "https_proxy", "grpc_proxy")
+        name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "grpc_proxy")
     )
-    return (
-        f"; {', '.join(names)} is set: unset it, or put the coordinator's host in no_proxy"
-        if names
-        else ""
-    )
+    if not names:
+        return ""
+    return f"; {', '.join(names)} is set: unset it, or put the coordinator's host in no_proxy"
+
+
+@contextlib.contextmanager
+def exit_after(seconds: float, launch: Launch, code: int) -> Iterator[None]:
+    """Ends the process with a line and `code` if the block takes longer than `seconds`.
+
+    A thread does this, so it also works if the block never returns to Python.
+    """
+
+    def give_up() -> None:
+        scheduler = find_scheduler()
+        source = scheduler.name if scheduler else "the environment, as jax reads it"
+        expected = (
+            f"{launch.num_processes} at {launch.coordinator}" if launch.coordinator else source
+        )
+        print(
+            f"error: not all processes of the run ({expected}) joined within {seconds:.0f} s: see "
+            "what each of them printed, and check that each was started with its own process id"
+            f"{_proxy_hint()}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(code)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _refuse_loopback_over_machines(coordinator: str, scheduler: Scheduler | None) -> None:
-    # Pods are machines of their own.
+    # Each pod counts as a machine: it has its own loopback.
     if scheduler and (scheduler.name == "Kubernetes" or (scheduler.num_machines or 1) > 1):
         raise ConfigError(
             f"--coordinator={coordinator} is each machine's own loopback, but {scheduler.name} "
-            "runs this job on "
-            "several: give the HOST:PORT of process 0's machine"
-            + ("" if scheduler.name == "Kubernetes" else ", or no --coordinator: jax finds it here")
+            "runs this job on several machines: give the HOST:PORT of process 0's machine"
+            + (
+                ""
+                if scheduler.name == "Kubernetes"
+                else ", or leave --coordinator out: jax finds it"
+            )
         )
 
 
 def _require_free(port: int) -> None:
-    """Two coordinators can listen on one port, and then the second run ends the first."""
+    """Refuses a used port: of two runs on one port, the second would end the first."""
     try:
         if socket.has_dualstack_ipv6():
             socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True).close()
@@ -223,6 +261,6 @@ def _require_free(port: int) -> None:
     except OSError as error:
         raise ConfigError(
             f"process 0 cannot listen on port {port} of {socket.gethostname()} "
-            f"({error.strerror or error}): is "
-            "another run using it? Give --coordinator another port on all processes"
+            f"({error.strerror or error}): another run may be using it; give --coordinator another "
+            "port on all processes"
         ) from None

@@ -1,4 +1,4 @@
-"""The mesh of devices: its axes, its sizes, and whether a config fits on it."""
+"""The device mesh: its axes, their sizes, and the check that a config fits on it."""
 
 import dataclasses
 import math
@@ -14,22 +14,24 @@ MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 def use_virtual_cpu_devices(count: int) -> None:
-    """Splits the CPU into `count` virtual devices; call before jax first touches a device."""
+    """Splits the CPU into `count` virtual devices. Call it before jax first touches a device."""
     jax.config.update("jax_num_cpu_devices", count)
 
 
 def matmul_precision(dtype: str) -> str | None:
-    """jax's default precision for a model of `dtype`: float32 means float32, no TF32 and no
-    bfloat16 passes.
+    """The default matmul precision of jax for a model of `dtype`.
+
+    A float32 model computes in true float32, without TF32 and without bfloat16 passes.
     """
     return "highest" if dtype == "float32" else None
 
 
 def resolve_mesh(config: Config, num_devices: int) -> Config:
-    """The same config with every mesh axis as a number that fits `num_devices` and the model.
+    """Returns the config with a number for every mesh axis, checked against devices and model.
 
     Raises:
-        ConfigError: the axes do not fill the devices, or a dimension does not divide over its axis.
+        ConfigError: the axes do not use all devices, or a dimension of the model or of the batch
+            is not a multiple of its axis.
     """
     resolved = dataclasses.replace(
         config, mesh=_fill_mesh(config.mesh, num_devices, config.model.num_experts)
@@ -39,20 +41,23 @@ def resolve_mesh(config: Config, num_devices: int) -> Config:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The explicit-sharding mesh of a resolved config; axes of size 1 are kept, so specs never
-    change.
+    """The explicit-sharding mesh of a resolved config.
 
-    `devices` are those of this machine, or of one that is only described.
+    It has every axis, also those of size 1, so partition specs never depend on the config.
+
+    Args:
+        devices: the devices to use, which may belong to a machine that is only described (`plan`).
+            By default those of this run.
     """
     devices = jax.devices() if devices is None else devices
     slices = {getattr(device, "slice_index", 0) for device in devices}
     require(
         len(slices) == 1,
-        f"the devices are of {len(slices)} TPU slices: a run takes one, whose links join all chips",
+        f"the devices belong to {len(slices)} TPU slices, but a run uses only one of them",
     )
     shape = tuple(getattr(config, axis) for axis in MESH_AXES)
-    # Not `jax.make_mesh`, which refuses to spread 8 over the torus 4x4x4: 8 takes one of its axes
-    # and half of another.
+    # `jax.make_mesh` cannot place an axis of 8 on a 4x4x4 torus, because it takes one dimension of
+    # the torus and half of another.
     arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(
         arranged, MESH_AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(MESH_AXES)
@@ -60,17 +65,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
 
 
 def _fill_mesh(mesh: MeshConfig, num_devices: int, num_experts: int) -> MeshConfig:
-    asked = {axis: getattr(mesh, axis) for axis in MESH_AXES}
-    fixed = math.prod(size for size in asked.values() if size is not None and size != -1)
+    requested = {axis: getattr(mesh, axis) for axis in MESH_AXES}
+    fixed = math.prod(size for size in requested.values() if size is not None and size != -1)
     left, remainder = divmod(num_devices, fixed)
     described = " x ".join(
-        f"{axis}={size}" for axis, size in asked.items() if size not in (None, 1, -1)
+        f"{axis}={size}" for axis, size in requested.items() if size not in (None, 1, -1)
     )
     if remainder:
         raise ConfigError(
             f"mesh {described} does not divide {num_devices} devices: {_device_advice(num_devices)}"
         )
-    sizes = dict(asked)
+    sizes = dict(requested)
     if sizes["expert"] is None:
         sizes["expert"] = math.gcd(num_experts, left)
         left //= sizes["expert"]
@@ -89,25 +94,24 @@ def _fill_mesh(mesh: MeshConfig, num_devices: int, num_experts: int) -> MeshConf
 def _device_advice(num_devices: int) -> str:
     return (
         f"the product of the axes must be {num_devices} (set one axis to -1 for the rest, or "
-        "change the number "
-        "of virtual devices with mesh.cpu_devices)"
+        "change the number of virtual devices with mesh.cpu_devices)"
     )
 
 
 def _check_divisibility(config: Config, num_devices: int) -> None:
     mesh, model, train = config.mesh, config.model, config.train
+    data, expert = mesh.data or 1, mesh.expert or 1
+    micro_batch = (
+        f"a micro-batch (train.batch_size={train.batch_size} / train.gradient_accumulation="
+        f"{train.gradient_accumulation})"
+    )
     rules = (
-        ("model.num_experts", model.num_experts, "mesh.expert", mesh.expert),
+        ("model.num_experts", model.num_experts, "mesh.expert", expert),
         ("model.num_heads", model.num_heads, "mesh.tensor", mesh.tensor),
         ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", mesh.tensor),
         ("model.intermediate_size", model.intermediate_size, "mesh.tensor", mesh.tensor),
         ("model.vocab_size", model.vocab_size, "mesh.tensor", mesh.tensor),
-        (
-            "model.hidden_size",
-            model.hidden_size,
-            "mesh.fsdp x mesh.expert",
-            mesh.fsdp * (mesh.expert or 1),
-        ),
+        ("model.hidden_size", model.hidden_size, "mesh.fsdp x mesh.expert", mesh.fsdp * expert),
         (
             "model.hidden_size",
             model.hidden_size,
@@ -115,19 +119,17 @@ def _check_divisibility(config: Config, num_devices: int) -> None:
             mesh.fsdp * mesh.tensor,
         ),
         (
-            f"a micro-batch (train.batch_size={train.batch_size} / train.gradient_accumulation="
-            f"{train.gradient_accumulation})",
+            micro_batch,
             train.micro_batch_size,
             "mesh.data x mesh.fsdp x mesh.expert",
-            (mesh.data or 1) * mesh.fsdp * (mesh.expert or 1),
+            data * mesh.fsdp * expert,
         ),
     )
     for name, value, axis, size in rules:
-        if value % (size or 1):
+        if value % size:
             common = math.gcd(value, num_devices)
             fitting = ", ".join(str(fits) for fits in range(1, common + 1) if common % fits == 0)
             raise ConfigError(
-                f"{name}={value} must be a multiple of {axis}={size}: of {num_devices} devices, "
-                f"{axis} may take "
-                f"{fitting}"
+                f"{name}={value} must be a multiple of {axis}={size}: with {num_devices} devices, "
+                f"{axis} may be {fitting}"
             )

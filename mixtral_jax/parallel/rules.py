@@ -1,5 +1,6 @@
-"""Which logical axis of an array is sharded over which mesh axes: the one place that decides
-layout.
+"""The layout rules: which logical axis of an array is sharded over which mesh axes.
+
+This is the only place that decides the layout.
 """
 
 import dataclasses
@@ -15,10 +16,10 @@ MeshAxes = str | tuple[str, ...] | None
 class AxisRules:
     """Maps each logical axis to the mesh axes that shard it.
 
-    Experts are spread over `expert`; every weight is cut over `fsdp` on its model dimension and
-    over `tensor` on its wide one. Dense weights are cut over `expert` as well, where they would be
-    copies. Tokens use all of data, fsdp and expert, so that no device repeats the attention of
-    another.
+    Experts are sharded over `expert`. Every weight is sharded over `fsdp` in its model dimension,
+    and over `tensor` in its wide dimension. Dense weights are also sharded over `expert`, where
+    they would otherwise be copies. Tokens are sharded over `data`, `fsdp` and `expert`, so that no
+    device repeats the attention of another.
     """
 
     # Activations.
@@ -37,7 +38,7 @@ class AxisRules:
     expert: MeshAxes = "expert"
 
     def spec(self, *axes: str | None) -> P:
-        """PartitionSpec of an array whose dimensions carry these logical axes (None: replicated).
+        """PartitionSpec of an array whose dimensions have these logical axes (None: replicated).
 
         Raises:
             ValueError: two dimensions would use the same mesh axis.
@@ -49,11 +50,9 @@ class AxisRules:
         return P(*mesh_axes)
 
     def count_row_devices(self, mesh: jax.sharding.Mesh) -> int:
-        """Among how many devices, or groups of them, rows are dealt: a batch has a multiple of so
-        many.
-        """
+        """The number of shards of the batch dimension. The rows of a batch are a multiple of it."""
         return math.prod(mesh.shape[axis] for axis in jax.tree.leaves(self.batch))
 
     def gathered(self, *axes: str | None) -> P:
-        """Layout of a weight in use: as `spec`, with the shards of its model dimension gathered."""
+        """PartitionSpec of a weight in use: as `spec`, but with its model dimension gathered."""
         return self.spec(*(None if axis in ("embed", "dense_embed") else axis for axis in axes))

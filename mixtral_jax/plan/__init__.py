@@ -1,3 +1,1 @@
-"""What a run would need of devices that are not here: memory, arithmetic, communication, and the
-speed they allow.
-"""
+"""Plans a run for devices that are not here: memory, FLOPs, communication, and a bound on speed."""

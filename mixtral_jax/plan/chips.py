@@ -1,8 +1,7 @@
-"""Published figures of the chips that `plan` knows, and the slices that exist of them. Data, with
-its sources.
+"""Published figures of the chips that `plan` knows, and their TPU slices, with sources.
 
-Links carry both ways at once, and data sheets add the two ways up; here a figure is what one chip
-sends.
+Links carry data in both directions at once, and data sheets give the sum of both. The figures here
+are what one chip sends.
 """
 
 import dataclasses
@@ -14,10 +13,11 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """Figures of one chip. `link_bytes_per_second` is what one link sends.
+    """The figures of one chip.
 
-    A TPU's links go to its neighbours along each dimension of a torus; a GPU's, as one, to every
-    other GPU of its node, and a network card takes what leaves the node.
+    `link_bytes_per_second` is what one link sends. A TPU has links to its neighbours along each
+    dimension of a torus. The links of a GPU count as one, which reaches every other GPU of its
+    node; `network_bytes_per_second` is what it sends to other nodes.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Chip:
     hbm_bytes: int
     hbm_bytes_per_second: float
     link_bytes_per_second: float
-    network_bytes_per_second: float = 0.0  # of a GPU, to other nodes
+    network_bytes_per_second: float = 0.0
     node_size: int = 1
 
 
@@ -34,7 +34,7 @@ CHIPS = {
     chip.name: chip
     for chip in (
         # https://docs.cloud.google.com/tpu/docs/v5p-training: 459 TFLOP/s, 95 GiB, 2,765 GB/s; six
-        # links, 1,200 GB/s in all, both ways.
+        # links with 1,200 GB/s in all, both directions together.
         Chip(
             name="v5p",
             kind="tpu",
@@ -44,7 +44,7 @@ CHIPS = {
             link_bytes_per_second=100e9,
         ),
         # https://docs.cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 32 GB, 1,638 GB/s; 800 GB/s over
-        # 4 links, both ways.
+        # 4 links, both directions together.
         Chip(
             name="v6e",
             kind="tpu",
@@ -54,7 +54,7 @@ CHIPS = {
             link_bytes_per_second=100e9,
         ),
         # https://docs.cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 16 GB, 819 GB/s; 400 GB/s over 4
-        # links, both ways.
+        # links, both directions together.
         Chip(
             name="v5e",
             kind="tpu",
@@ -64,8 +64,8 @@ CHIPS = {
             link_bytes_per_second=50e9,
         ),
         # https://www.nvidia.com/en-us/data-center/h100/ (SXM): 1,979 TFLOP/s with sparsity, so half
-        # of it dense; 80 GB, 3.35 TB/s; NVLink 900 GB/s, both ways. A DGX H100 has a 400 Gbit/s
-        # card for each of its 8 GPUs.
+        # of it dense; 80 GB, 3.35 TB/s; NVLink 900 GB/s, both directions together. A DGX H100 has
+        # a network card of 400 Gbit/s for each of its 8 GPUs.
         Chip(
             name="h100",
             kind="gpu",
@@ -76,7 +76,8 @@ CHIPS = {
             network_bytes_per_second=50e9,
             node_size=8,
         ),
-        # https://www.nvidia.com/en-us/data-center/h200/ (SXM): as H100, with 141 GB at 4.8 TB/s.
+        # https://www.nvidia.com/en-us/data-center/h200/ (SXM): like the H100, with 141 GB at
+        # 4.8 TB/s.
         Chip(
             name="h200",
             kind="gpu",
@@ -90,10 +91,10 @@ CHIPS = {
     )
 }
 
-# https://docs.cloud.google.com/tpu/docs/v6e and .../v5e: all slices there are.
+# All slices of https://docs.cloud.google.com/tpu/docs/v6e and .../v5e.
 _SLICES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-# https://docs.cloud.google.com/tpu/docs/v5p-training: parts of a cube of 4x4x4, then cubes joined,
-# up to 16x16x24.
+# https://docs.cloud.google.com/tpu/docs/v5p-training: parts of a 4x4x4 cube, and joined cubes up
+# to 16x16x24.
 _CUBES = itertools.combinations_with_replacement(range(4, 25, 4), 3)
 _SLICES_V5P = (
     "2x2x1",

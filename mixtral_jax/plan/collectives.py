@@ -1,17 +1,16 @@
-"""The collectives of a compiled step: what each moves, along which mesh axes, in which pass, how
-often.
+"""The collectives of a compiled step: what each sends, over which mesh axes, in which pass.
 
-Bytes are those that leave a device. With P devices in a group and an operand of B bytes on each:
+Bytes are those that leave one device. With P devices in a group and an operand of B bytes on each:
 
-    all-gather          (P - 1) B: every byte goes to P - 1 others
-    reduce-scatter      (P - 1) / P B: a share for each other
-    all-reduce          2 (P - 1) / P B: the two in turn
+    all-gather          (P - 1) B: every byte goes to P - 1 other devices
+    reduce-scatter      (P - 1) / P B: one share for each other device
+    all-reduce          2 (P - 1) / P B: a reduce-scatter and an all-gather
     all-to-all          (P - 1) / P B
-    ragged-all-to-all   (P - 1) / P of the rows that are there, under balanced routing
+    ragged-all-to-all   (P - 1) / P of the rows under balanced routing, not of the buffer
     collective-permute  B
 
-These are what the algorithms that send least send (Chan et al., "Collective communication: theory,
-practice, and experience", 2007, table 1).
+These are the bytes of the algorithms that send the least (Chan et al., "Collective communication:
+theory, practice, and experience", 2007, table 1).
 """
 
 import dataclasses
@@ -37,11 +36,13 @@ OPCODES = (
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Alike collectives of a step together. `groups` are places in the mesh's order, [groups,
-    members].
+    """All collectives of a step with the same op, axis, pass and operand.
 
-    `bytes_per_device` leave a device in a step, over all `count`; `operand` is the largest array
-    that one of them takes, and how many others it takes.
+    Attributes:
+        operand: the largest array that one of them sends, and `+N` if it sends N others with it.
+        count: how often a step runs them.
+        bytes_per_device: bytes that leave a device in a step, over all `count`.
+        groups: indices of devices in the order of the mesh, [groups, members].
     """
 
     op: str
@@ -54,10 +55,10 @@ class Collective:
 
 
 def list_collectives(program: Program, mesh_shape: dict[str, int]) -> list[Collective]:
-    """All collectives that a program runs and that join several devices, the heaviest first.
+    """All collectives of a program over several devices, those that send the most first.
 
     Raises:
-        ValueError: one is in a loop whose length is known only at run time.
+        ValueError: a collective is in a loop whose length is known only at run time.
     """
     num_devices = int(np.prod(list(mesh_shape.values())))
     found: dict[tuple, Collective] = {}
@@ -88,12 +89,12 @@ def list_collectives(program: Program, mesh_shape: dict[str, int]) -> list[Colle
 
 
 def pass_of(program: Program, computation: Computation, instruction: Instruction) -> Pass:
-    """From the path of transformations in the metadata, as `jax.checkpoint` and `jax.grad` write
-    it.
+    """The pass of an instruction, from the path of transformations in its metadata.
 
-    Where XLA joined several, the heaviest operand decides; where it lost the path, the loop around
-    it. What is in no differentiation, as a sum over the batch, counts as forward. XLA marks what it
-    recomputes on its own account in the instruction's name.
+    `jax.checkpoint` and `jax.grad` write that path. If XLA joined several operations, the largest
+    operand decides; if it dropped the path, the path of the enclosing loop decides. An operation
+    that was not differentiated, such as a sum over the batch, counts as forward. If XLA itself
+    decides to recompute, it marks that in the instruction's name.
     """
     path = _path(program, computation, instruction)
     if "rematted_computation" in path or ".remat" in instruction.name:
@@ -119,9 +120,10 @@ def _path(program: Program, computation: Computation, instruction: Instruction) 
 
 
 def _operands(op: str, computation: Computation, instruction: Instruction) -> list[Array]:
-    """Types of what it sends.
+    """The types of the arrays that a collective sends.
 
-    A ragged one takes rows, the buffer that it fills, and where which rows go.
+    A ragged-all-to-all has more operands: the rows, the buffer to fill, and offsets and sizes. It
+    only sends the rows.
     """
     arrays = [
         array for operand in computation.operands(instruction) for array in operand.results[:1]
@@ -130,7 +132,7 @@ def _operands(op: str, computation: Computation, instruction: Instruction) -> li
 
 
 def _describe(operands: list[Array]) -> str:
-    """The largest, and how many more travel with it."""
+    """The largest operand, and how many others are sent with it."""
     largest = max(operands, key=lambda array: array.num_bytes)
     return f"{largest} +{len(operands) - 1}" if len(operands) > 1 else str(largest)
 
@@ -142,9 +144,9 @@ def _bytes_sent(op: str, computation: Computation, instruction: Instruction, mem
     if op == "all-reduce":
         return 2 * (members - 1) / members * operand
     if op == "ragged-all-to-all":
-        # On the way out the rows are all sent and the buffer has room for more; on the way home the
-        # buffer is what is sent from, and all the rows that it is filled up to come back. The
-        # smaller is what moves.
+        # On the way to the experts, the operand has the rows, and the buffer to fill is larger. On
+        # the way back, the operand is that buffer, and the array to fill has the rows. So the
+        # smaller of the two is what moves.
         buffer = computation.operands(instruction)[1].results[0]
         return (members - 1) / members * min(operand, buffer.num_bytes)
     if op in ("reduce-scatter", "all-to-all"):
@@ -153,9 +155,7 @@ def _bytes_sent(op: str, computation: Computation, instruction: Instruction, mem
 
 
 def _is_scattered(program: Program, computation: Computation, instruction: Instruction) -> bool:
-    """XLA on TPU may write a reduce-scatter as a fusion of an all-reduce and the slice of it that
-    is kept.
-    """
+    """True for a reduce-scatter that XLA:TPU writes as a fusion of an all-reduce and a slice."""
     caller = program.callers.get(computation.name)
     is_fused = caller is not None and caller[1].opcode == "fusion"
     return is_fused and computation.root.result_bytes < instruction.result_bytes

@@ -1,4 +1,4 @@
-"""Compiles the train step of a config for devices that are not here; nothing is allocated."""
+"""Compiles the train step of a config for devices that are not here. Nothing is allocated."""
 
 import contextlib
 import dataclasses
@@ -23,13 +23,12 @@ from mixtral_jax.plan.topology import Target
 from mixtral_jax.training.assemble import Training, make_training
 from mixtral_jax.training.step import peak_memory_bytes
 
+_MAX_SHOWN_MESHES = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one device at the fullest moment of a step.
-
-    The rest is gradients, activations and buffers.
-    """
+    """Bytes of one device: the peak of a step, and what parameters and optimizer take of it."""
 
     peak: int
     parameters: int
@@ -37,15 +36,16 @@ class StepMemory:
 
     @property
     def rest(self) -> int:
-        """What a smaller micro-batch, or more recomputation, could lessen."""
+        """Gradients, activations and buffers. Smaller micro-batches or more remat reduce them."""
         return max(0, self.peak - self.parameters - self.optimizer)
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """A step compiled for `mesh`;
+    """A step compiled for `mesh`, and what the compiler says of it.
 
-    `config` has its mesh as numbers. `traced` is the jaxpr it came from.
+    `config` has a number for every mesh axis. `traced` is the jaxpr of the step. `trained` counts
+    the parameters that learn, and `seconds` is the time to trace and compile.
     """
 
     config: Config
@@ -116,10 +116,10 @@ def trace_grouped(config: Config, target: Target) -> Any:
 
 
 def fit_mesh(config: Config, target: Target) -> Config:
-    """The config with its mesh as numbers that fill the topology.
+    """Returns the config with a number for every mesh axis, so that the mesh uses all devices.
 
     Raises:
-        ConfigError: it does not fit; names meshes that would.
+        ConfigError: the mesh does not fit the topology. The message names meshes that do.
     """
     try:
         return resolve_mesh(config, target.topology.num_devices)
@@ -128,19 +128,21 @@ def fit_mesh(config: Config, target: Target) -> Config:
         fitting = [describe_mesh(mesh) for mesh in meshes_that_fit(config, count)]
         rows = count * config.train.gradient_accumulation
         advice = (
-            f"meshes that would: {'; '.join(fitting[:4])}"
+            f"meshes that fit: {'; '.join(fitting[:_MAX_SHOWN_MESHES])}"
             if fitting
-            else f"no mesh does: make train.batch_size a multiple of {rows}"
+            else f"no mesh fits: make train.batch_size a multiple of {rows}"
         )
-        reason, _, _ = str(error).partition(": ")  # Its advice is for the devices that are here.
+        # The rest of the message is advice for the devices of this machine.
+        reason, _, _ = str(error).partition(": ")
         raise ConfigError(
             f"{reason}, so it does not fit the {count} devices of {name}; {advice}"
         ) from None
 
 
 def count_routed_rows(config: Config) -> int:
-    """Rows of a device's experts in a micro-batch if routing is even: as many as its own tokens
-    send out.
+    """The rows of one device's experts in a micro-batch under balanced routing.
+
+    They are as many as the rows that the device's own tokens send to experts.
     """
     mesh, train = config.mesh, config.train
     holders = (mesh.data or 1) * mesh.fsdp * (mesh.expert or 1)
@@ -154,7 +156,7 @@ def count_routed_rows(config: Config) -> int:
 
 @contextlib.contextmanager
 def _as_if_on(config: Config, mesh: jax.sharding.Mesh) -> Iterator[None]:
-    """A run's mesh and precision; libraries that look which device this is see one of the mesh."""
+    """Sets a run's mesh and precision. Libraries that ask for a device see one of the mesh."""
     precision = jax.default_matmul_precision(matmul_precision(config.model.dtype))
     with jax.set_mesh(mesh), precision, jax.default_device(mesh.devices.flat[0]):
         yield

@@ -1,4 +1,4 @@
-"""The plan of a config on a topology: one compilation, and everything that is read from it."""
+"""The plan of a config on a topology: one compilation, and all figures that come from it."""
 
 import dataclasses
 import math
@@ -23,7 +23,10 @@ from mixtral_jax.plan.traffic import count_traffic
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a step needs and allows. FLOPs are of all devices; bytes and seconds of one."""
+    """What a step needs, and how fast it could be.
+
+    FLOPs are those of all devices together; bytes and seconds are those of one device.
+    """
 
     step: CompiledStep
     target: Target
@@ -36,17 +39,17 @@ class Plan:
 
     @property
     def hbm_bytes(self) -> int:
-        """Memory of a device, as published."""
+        """The memory of one device, as published."""
         return self.target.topology.chip.hbm_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether the fullest moment of a step fits."""
+        """True if the peak memory of a step fits the device."""
         return self.step.memory.peak <= self.hbm_bytes
 
     @property
     def advice(self) -> list[str]:
-        """What to change so that it fits; empty if it does."""
+        """What to change so that the step fits. Empty if it fits."""
         return advise(
             self.step.config, self.step.memory, self.hbm_bytes, self.target.topology.num_devices
         )
@@ -96,7 +99,7 @@ class Plan:
 
 
 def make_plan(config: Config, target: Target) -> Plan:
-    """Compiles the step and reads the result.
+    """Compiles the step and computes all figures of the plan.
 
     Raises:
         ConfigError: the mesh does not fit the topology.
@@ -134,7 +137,7 @@ def make_plan(config: Config, target: Target) -> Plan:
 
 
 def advise(config: Config, memory: StepMemory, hbm_bytes: int, num_devices: int) -> list[str]:
-    """What to change so that it fits, the simplest first; empty if it does."""
+    """What to change so that the step fits, the simplest change first. Empty if it fits."""
     if memory.peak <= hbm_bytes:
         return []
     state = memory.parameters + memory.optimizer
@@ -144,32 +147,36 @@ def advise(config: Config, memory: StepMemory, hbm_bytes: int, num_devices: int)
         and finetune.lora.rank
         and (finetune.frozen_dtype or config.model.param_dtype) == "float32"
     ):
-        advice.append("--config.finetune.frozen_dtype=bfloat16: half of the frozen weights' bytes")
+        advice.append(
+            "--config.finetune.frozen_dtype=bfloat16: halves the bytes of the frozen weights"
+        )
     if state < hbm_bytes:
         smallest = num_devices // config.mesh.tensor
         accumulation = train.gradient_accumulation * 2
         if train.micro_batch_size >= 2 * smallest and train.batch_size % accumulation == 0:
             advice.append(
-                f"--config.train.gradient_accumulation={accumulation}: half the sequences at a time"
+                f"--config.train.gradient_accumulation={accumulation}: halves the micro-batch"
             )
         if config.model.remat != "full":
-            advice.append("--config.model.remat=full: keep a layer's input alone")
+            advice.append("--config.model.remat=full: keeps only the input of each layer")
     if config.mesh.data and config.mesh.data > 1:
         fsdp = config.mesh.fsdp * config.mesh.data
         advice.append(
-            f"--config.mesh.data=1 --config.mesh.fsdp={fsdp}: cut weights and optimizer over all "
-            "devices"
+            f"--config.mesh.data=1 --config.mesh.fsdp={fsdp}: shards weights and optimizer over "
+            "all devices"
         )
     needed = math.ceil(num_devices * memory.peak / hbm_bytes)
     advice.append(
-        f"a larger topology with a larger mesh.fsdp: of these bytes, {needed:,} devices have room"
+        f"a larger topology with a larger mesh.fsdp: {needed:,} devices have room for these bytes"
     )
     return advice
 
 
 def _hardware_flops(step: CompiledStep, target: Target, routed_rows: int) -> int:
-    """From the compiled program; from the traced step if that is for another chip, or as long as
-    the data makes it.
+    """FLOPs of all devices, counted in the compiled program.
+
+    They are counted in the traced step instead if the program is for another chip, or if it has
+    loops whose length depends on the data.
     """
     flops = None if target.is_estimate else count_program_flops(step.program, routed_rows)
     if flops is None:
@@ -179,7 +186,7 @@ def _hardware_flops(step: CompiledStep, target: Target, routed_rows: int) -> int
 
 
 def _coordinates(step: CompiledStep, target: Target) -> np.ndarray:
-    """Places of the mesh's devices in order, [devices, dimensions]."""
+    """The coordinates of the devices in the order of the mesh, [devices, dimensions]."""
     devices, shape = step.mesh.devices.flat, target.topology.shape
     if target.platform == "tpu":
         return np.array([device.coords[: len(shape)] for device in devices])

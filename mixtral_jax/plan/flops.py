@@ -1,10 +1,9 @@
-"""Floating-point operations of a step: those that the model needs, and those that the compiled
-program does.
+"""Counts the FLOPs of a step: those that the model needs, and those that the program executes.
 
-The second kind is read from the compiled program, since that is where a worst-case buffer is
-multiplied whole, or a matmul is recomputed. What a Pallas kernel does is compiled away there, so it
-is read from the traced step, as is everything where loops are as long as the routing makes them. A
-multiply-add is two operations, whatever its precision; others are not counted.
+Executed FLOPs are counted in the compiled program, because only there a worst-case buffer is
+multiplied as a whole and matmuls are recomputed. Pallas kernels are opaque there, so their FLOPs
+are counted in the traced step. So are all FLOPs if loops depend on the routing. A multiply-add is
+two operations in any precision; nothing else is counted.
 """
 
 import math
@@ -24,10 +23,15 @@ from mixtral_jax.plan.hlo import Array, Computation, Instruction, Program
 def model_flops_per_step(
     config: Config, parameters: ParameterCount, trained: ParameterCount
 ) -> int:
-    """Useful FLOPs, without recomputation: 6 a token and active parameter but for the embedding
-    look-up, or 4 where it is frozen and needs no gradient of its own; and 6 N H T a token and layer
-    for the scores and values of causal attention (PaLM, appendix B, halved). `trained` are those of
-    the parameters that learn.
+    """The FLOPs that the model needs for a step, without recomputation.
+
+    Per token and active parameter: 6, or 4 if the parameter is frozen, because it then has no
+    gradient. The embedding look-up counts nothing. Per token and layer: 6 N H T for the scores and
+    values of causal attention (PaLM, arXiv 2204.02311, appendix B, halved).
+
+    Args:
+        parameters: all parameters of the model.
+        trained: those that learn.
     """
     model, train = config.model, config.train
     per_token = 4 * parameters.multiplying + 2 * trained.multiplying
@@ -36,11 +40,14 @@ def model_flops_per_step(
 
 
 def count_program_flops(program: Program, routed_rows: int) -> int | None:
-    """FLOPs of one device's matmuls in a step, without Pallas kernels; None where a loop's length
-    is unknown.
+    """FLOPs of one device's matmuls in a step, without Pallas kernels.
 
-    `routed_rows` is how many rows an expert's grouped matmul has under balanced routing, over the
-    experts of a device: XLA's kernel skips the rest of its buffer.
+    Args:
+        routed_rows: the rows of a grouped matmul under balanced routing, over all experts of a
+            device. XLA's kernel skips the rest of its buffer.
+
+    Returns:
+        None if a loop with matmuls has a length that is known only at run time.
     """
     total = 0
     for computation, instruction, times in program.instructions():
@@ -60,23 +67,23 @@ def count_program_flops(program: Program, routed_rows: int) -> int | None:
 
 
 def is_ragged_dot(instruction: Instruction) -> bool:
-    """Whether it is the grouped matmul that XLA on TPU makes of `jax.lax.ragged_dot`."""
+    """True for the grouped matmul that XLA:TPU makes of `jax.lax.ragged_dot`."""
     return instruction.opcode == "custom-call" and "ragged_dot_tiling=" in instruction.rest
 
 
 def count_traced_flops(closed: Any, routed_rows: int, *, only_pallas: bool = False) -> int:
-    """FLOPs, over all devices, of the matmuls in a traced step (a `ClosedJaxpr`), less what nothing
-    uses.
+    """FLOPs of the matmuls in a traced step (a `ClosedJaxpr`), over all devices.
 
-    A Pallas kernel counts by its own cost estimate, or else as its body at every point of its grid:
-    too much, if it skips some at run time. Grouped matmuls count the rows of a balanced routing.
+    Operations whose results nothing uses do not count. A Pallas kernel counts by its own cost
+    estimate. Without one, it counts as its body times its grid, which is too much if it skips grid
+    points at run time. Grouped matmuls count their rows under balanced routing.
     """
     return _traced(closed.jaxpr, routed_rows, only_pallas)
 
 
 def _traced(jaxpr: Any, routed_rows: int, only_pallas: bool) -> int:
     total = 0
-    # At every level: jax does not look into the bodies of while loops.
+    # Remove dead code at every level, because jax does not do it inside while loops.
     jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
@@ -94,12 +101,12 @@ def _traced(jaxpr: Any, routed_rows: int, only_pallas: bool) -> int:
 
 
 def _times(eqn: Any, routed_rows: int) -> int:
-    """How often an operation runs what is inside it."""
+    """How often an operation runs its inner jaxprs."""
     if eqn.primitive.name == "while":
         trips = count_balanced_chunks(str(eqn.source_info.name_stack), routed_rows)
         if trips is None:
             raise ValueError(
-                "a loop with matmuls is as long as the data makes it: trace with ragged_dot instead"
+                "the length of a loop with matmuls depends on the data: trace with ragged_dot"
             )
         return trips
     sizes = {
@@ -110,7 +117,7 @@ def _times(eqn: Any, routed_rows: int) -> int:
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
-    """The jaxprs among an operation's parameters, in tuples too, as those of branches are."""
+    """The jaxprs among an operation's parameters, also inside tuples (branches of a `cond`)."""
     for value in params.values():
         for one in value if isinstance(value, tuple | list) else (value,):
             inner = getattr(one, "jaxpr", one)
@@ -119,7 +126,7 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
 
 
 def _pallas(eqn: Any, routed_rows: int) -> int:
-    """Of a grouped matmul by Megablox, as tokamax and jax have it, the rows of a balanced routing."""
+    """FLOPs of a kernel. Megablox (in jax and tokamax) counts its rows under balanced routing."""
     params, grid = eqn.params, eqn.params["grid_mapping"].grid
     if params["cost_estimate"] is not None:
         flops = int(params["cost_estimate"].flops)
@@ -127,7 +134,7 @@ def _pallas(eqn: Any, routed_rows: int) -> int:
         flops = math.prod(grid) * _traced(params["jaxpr"], routed_rows, False)
     else:
         raise ValueError(
-            f"cannot count a Pallas kernel without a cost estimate, of unknown grid {grid}"
+            f"cannot count a Pallas kernel without a cost estimate and with unknown grid {grid}"
         )
     if "gmm" in str(params.get("name", "")):
         R = eqn.invars[-2].aval.shape[0]
@@ -142,9 +149,7 @@ def _traced_dot(eqn: Any) -> int:
 
 
 def _traced_ragged_dot(eqn: Any, routed_rows: int) -> int:
-    """Rows count once each, whether they are kept ([R, K] x [E, K, N]) or contracted ([R, K] x [R,
-    N]).
-    """
+    """Each row counts once, if it is kept ([R, K] x [E, K, N]) or contracted ([R, K] x [R, N])."""
     lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
     R, K = lhs.shape
     return 2 * min(R, routed_rows) * K * out.shape[-1]
@@ -167,8 +172,10 @@ def _ragged_dot(computation: Computation, instruction: Instruction, routed_rows:
 
 
 def _convolution(instruction: Instruction, lhs: Array, rhs: Array) -> int:
-    """XLA on TPU writes every matmul so, its batch dimensions as spatial ones of which few
-    positions meet.
+    """FLOPs of a convolution.
+
+    XLA:TPU writes every matmul as one. Its batch dimensions become spatial dimensions, in which
+    only few pairs of positions meet.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
     assert labels, instruction.rest[:200]
@@ -189,8 +196,9 @@ def _convolution(instruction: Instruction, lhs: Array, rhs: Array) -> int:
 
 
 def _meetings(attributes: str, place: int, in_size: int, kernel_size: int, out_size: int) -> int:
-    """How many pairs of an output and a kernel position meet an input, and not padding or a
-    dilation's hole.
+    """Counts the pairs of an output and a kernel position that meet an input element.
+
+    The other pairs meet padding, or a hole of a dilation.
     """
     stride = _window(attributes, "stride", place, 1)
     in_dilation, kernel_dilation = (
@@ -208,8 +216,9 @@ def _meetings(attributes: str, place: int, in_size: int, kernel_size: int, out_s
 
 
 def _window(attributes: str, name: str, place: int, default: int) -> int:
-    """The number of one spatial dimension in `window={size=8x4 stride=7x1 pad=0_0x3_3}`; of a pad,
-    the low side's.
+    """One number of a window attribute, such as `window={size=8x4 stride=7x1 pad=0_0x3_3}`.
+
+    `place` is the index of the spatial dimension. For a pad, the number is that of the low side.
     """
     found = re.search(rf"window=\{{[^}}]*\b{name}=([\w\-]+)", attributes)
     return int(found.group(1).split("x")[place].split("_")[0]) if found else default

@@ -1,8 +1,8 @@
-"""The text of a compiled XLA program as data: computations, instructions, and how often each of
-them runs.
+"""Parses the text of a compiled XLA program: computations, instructions, and how often they run.
 
-A program holds the body of a loop once, however often it runs: a scan over 32 layers looks like one
-layer. `Program.executions` says how often. What instructions mean is left to other files.
+A program has the body of a loop once, however often it runs: a scan over 32 layers looks like one
+layer. `Program.executions` says how often each computation runs. Other files interpret the
+instructions.
 """
 
 import dataclasses
@@ -42,10 +42,7 @@ _CALLED = re.compile(r"(calls|to_apply|true_computation|false_computation)=%?([\
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """Type of an array.
-
-    `is_in_hbm` is false where the compiler put it into a memory on the chip.
-    """
+    """The type of an array. `is_in_hbm` is False if the compiler put it into on-chip memory."""
 
     dtype: str
     dimensions: tuple[int, ...]
@@ -53,7 +50,7 @@ class Array:
 
     @property
     def num_bytes(self) -> int:
-        """Without padding; 0 for a token."""
+        """Bytes without padding. An XLA token has 0."""
         return math.prod(self.dimensions) * _BITS[self.dtype] // 8
 
     def __str__(self) -> str:
@@ -62,9 +59,7 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: results, operation, the names of its operands, and the rest of the line as it
-    stands.
-    """
+    """One line of the program: results, opcode, names of operands, and the rest as text."""
 
     name: str
     opcode: str
@@ -75,48 +70,48 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """The path of jax transformations and primitives that it comes from."""
+        """The path of jax transformations and primitives that the instruction comes from."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found.group(1) if found else ""
 
     @property
     def result_bytes(self) -> int:
-        """Bytes of all results."""
+        """Bytes of all results together."""
         return sum(array.num_bytes for array in self.results)
 
     def computation(self, role: str) -> str | None:
-        """The computation in a role: `calls`, `body`, `condition`, `to_apply`, ..."""
+        """The computation that it uses as `calls`, `body`, `condition`, `to_apply`, ..."""
         found = re.search(rf"\b{role}=%?([\w.\-]+)", self.rest)
         return found.group(1) if found else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions by name, in order."""
+    """A computation: its instructions by name, in order."""
 
     name: str
     instructions: dict[str, Instruction]
 
     @property
     def root(self) -> Instruction:
-        """The one whose value is the computation's."""
+        """The instruction whose value is the result of the computation."""
         return next(
             instruction for instruction in self.instructions.values() if instruction.is_root
         )
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
-        """The instructions that make its operands."""
+        """The instructions that produce the operands of `instruction`."""
         return [self.instructions[name] for name in instruction.operands]
 
     def parameters(self) -> dict[int, Instruction]:
-        """Parameters by number."""
+        """The parameters by number."""
         found = (i for i in self.instructions.values() if i.opcode == "parameter")
         return {int(i.operands[0]): i for i in found}
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """All computations of a compiled module."""
+    """All computations of a compiled module. `parse_program` explains `expected_trips`."""
 
     computations: dict[str, Computation]
     entry: str
@@ -124,11 +119,11 @@ class Program:
 
     @functools.cached_property
     def executions(self) -> dict[str, int | None]:
-        """How often each computation runs in a step; None where a loop's length is known only at
-        run time, and `expected_trips` does not tell it.
+        """How often each computation runs in a step.
 
-        Branches count as if all were taken. Those that only a reduction or a sort applies are left
-        out.
+        None: the computation is in a loop whose length is known only at run time, and
+        `expected_trips` does not know it. All branches of a conditional count as taken.
+        Computations that only reductions or sorts apply have 0.
         """
         counts: dict[str, int | None] = {name: 0 for name in self.computations}
 
@@ -145,8 +140,9 @@ class Program:
 
     @functools.cached_property
     def callers(self) -> dict[str, tuple[Computation, Instruction]]:
-        """The instruction that runs each computation, and where that is (one of them, if several
-        do).
+        """The instruction that runs each computation, with the computation that contains it.
+
+        If several instructions run a computation, this is one of them.
         """
         return {
             called: (computation, instruction)
@@ -156,8 +152,9 @@ class Program:
         }
 
     def instructions(self) -> Iterator[tuple[Computation, Instruction, int | None]]:
-        """Every instruction that runs, those inside fusions too, with its computation and how
-        often.
+        """Yields every instruction that runs, with its computation and how often it runs.
+
+        Instructions inside fusions are included.
         """
         for name, times in self.executions.items():
             if times != 0:
@@ -183,16 +180,18 @@ class Program:
                 instruction.computation(role) for role in ("true_computation", "false_computation")
             ]
             yield from ((name, 1) for name in names if name)
-        # The -start of an asynchronous call names what it runs; so may its -update and -done, which
-        # would count twice.
+        # The -start of an asynchronous call names the computation that it runs. Its -update and
+        # -done may name it too, so they are not counted.
         elif instruction.opcode in ("call", "call-start", "fusion", "async-start"):
             found = _CALLED.search(instruction.rest)
             if found:
                 yield found.group(2), 1
 
     def _trip_count(self, computation: Computation, loop: Instruction) -> int | None:
-        """From XLA's own note, or from a condition `i < constant` over a counter that starts at one
-        and adds 1.
+        """The trip count of a loop, if the text has it.
+
+        It is in XLA's own note, or follows from a condition `i < constant` on a counter that starts
+        at a constant and grows by 1.
         """
         noted = re.search(r'"known_trip_count":(\{[^}]*\})', loop.rest)
         if noted:
@@ -215,9 +214,10 @@ class Program:
 def parse_program(
     text: str, expected_trips: Callable[[Instruction], int | None] = lambda loop: None
 ) -> Program:
-    """Reads what `compiled.as_text()` writes.
+    """Parses the output of `compiled.as_text()`.
 
-    `expected_trips`, of a `while`, is asked where the text does not say.
+    Args:
+        expected_trips: gives the trip count of a `while` if the text does not have it.
     """
     computations: dict[str, Computation] = {}
     entry, current = "", {}
@@ -240,8 +240,8 @@ def _parse_instruction(line: str, start: re.Match[str]) -> Instruction:
     closing = _closing(line, opening)
     opcode = line[shape_end:opening].strip()
     inside = line[opening + 1 : closing]
-    # A type may stand before an operand's name; of a parameter it is the number, of a constant the
-    # value.
+    # The parentheses hold the number of a parameter, the value of a constant, and otherwise names
+    # of operands, perhaps with their types before them.
     operands = (
         (inside,)
         if opcode in ("parameter", "constant")
@@ -255,7 +255,7 @@ def _parse_instruction(line: str, start: re.Match[str]) -> Instruction:
 
 def _array(dtype: str, dimensions: str, layout: str) -> Array:
     sizes = tuple(int(size.lstrip("<=")) for size in dimensions.split(",") if size)
-    # S(0), which is not written, is HBM; 1 and up are memories on the chip or the host.
+    # S(0), which is not written, is HBM. S(1) and up are memories on the chip or the host.
     return Array(dtype, sizes, not re.search(r"S\([1-9]", layout))
 
 
@@ -275,7 +275,7 @@ def _closing(line: str, opening: int) -> int:
 
 
 def _origin(computation: Computation, name: str) -> Instruction:
-    """The instruction whose value this is, through copies that only move it."""
+    """The instruction that computes this value. Copies, which only move it, are followed."""
     instruction = computation.instructions[name]
     while instruction.opcode in ("copy", "copy-start", "copy-done", "bitcast", "convert"):
         instruction = computation.instructions[instruction.operands[0]]
@@ -288,7 +288,7 @@ def _tuple_index(instruction: Instruction) -> int | None:
 
 
 def _adds_one(body: Computation, index: int) -> bool:
-    """Whether the loop's body gives back its `index`-th value plus 1."""
+    """True if the loop's body returns its `index`-th value plus 1."""
     update = _origin(body, body.root.operands[index])
     if update.opcode != "add":
         return False

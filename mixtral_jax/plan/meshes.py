@@ -1,4 +1,4 @@
-"""Which meshes a config could use on a number of devices."""
+"""The meshes that a config could use on a number of devices."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -8,8 +8,9 @@ from mixtral_jax.parallel.mesh import MESH_AXES, resolve_mesh
 
 
 def meshes_that_fit(config: Config, num_devices: int) -> list[MeshConfig]:
-    """All of them, those to be tried first in front: experts spread widest, no tensor axis, weights
-    cut finest.
+    """All meshes that fit, the most promising first.
+
+    Those are meshes with a small `tensor` axis, then a large `expert`, then a large `fsdp` axis.
     """
     fitting = []
     for sizes in _factors(num_devices):
@@ -23,7 +24,7 @@ def meshes_that_fit(config: Config, num_devices: int) -> list[MeshConfig]:
 
 
 def describe_mesh(mesh: MeshConfig) -> str:
-    """`fsdp=8 expert=8`: the axes over 1."""
+    """The axes larger than 1, such as `fsdp=8 expert=8`."""
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     return (
         " ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (None, 1))

@@ -1,13 +1,17 @@
-"""Which devices a collective joins, and the mesh axes that they differ in.
+"""The groups of devices that a collective joins, and the mesh axes along which they differ.
 
-XLA writes groups in four forms, of which one program may use all:
+XLA writes groups in four forms. One program may use all of them:
 
-    replica_groups={{0,1},{2,3}}                                          a list; empty: one group of all
-    replica_groups=[2,4]<=[4,2]T(1,0)                                     an iota, reshaped and transposed
-    replica_groups=mesh['a'=8,'b'=8], device_ids=([8,8]T(1,0)) {'b'}      axes of a mesh of XLA's own naming
-    source_target_pairs={{0,1},{1,0}}                                     of a collective-permute
+    replica_groups={{0,1},{2,3}}
+        a list of groups; an empty list is one group of all devices
+    replica_groups=[2,4]<=[4,2]T(1,0)
+        an iota, reshaped and transposed
+    replica_groups=mesh['a'=8,'b'=8], device_ids=([8,8]T(1,0)) {'b'}
+        axes of a mesh whose names XLA chooses
+    source_target_pairs={{0,1},{1,0}}
+        the pairs of a collective-permute
 
-Numbers are places in the mesh's flattened order, not hardware ids.
+The numbers are indices in the flattened order of the mesh, not hardware ids.
 """
 
 import math
@@ -27,7 +31,7 @@ _MESH_AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 
 
 def read_groups(instruction: Instruction, num_devices: int) -> np.ndarray:
-    """The groups of a collective, [groups, members]; pairs of a permutation as groups of two."""
+    """The groups of a collective, [groups, members]. A pair of a permutation is a group of two."""
     rest = instruction.rest
     if pairs := _PAIRS.search(rest):
         return np.array(_rows(pairs.group(1))).reshape(-1, 2)
@@ -43,10 +47,13 @@ def read_groups(instruction: Instruction, num_devices: int) -> np.ndarray:
 
 
 def name_axes(groups: np.ndarray, mesh_shape: dict[str, int]) -> str | None:
-    """Names of the mesh axes that a group spans, joined by commas; None where it is no whole slice
-    of the mesh.
+    """The names of the mesh axes that a group spans, joined by commas.
 
-    `mesh_shape` is in the order of the mesh's dimensions.
+    Args:
+        mesh_shape: sizes by axis name, in the order of the mesh's dimensions.
+
+    Returns:
+        None if the group is only a part of the mesh along those axes.
     """
     coordinates = np.stack(np.unravel_index(groups, tuple(mesh_shape.values())), axis=-1)
     differs = np.any(coordinates != coordinates[:, :1], axis=(0, 1))
@@ -56,7 +63,7 @@ def name_axes(groups: np.ndarray, mesh_shape: dict[str, int]) -> str | None:
 
 
 def name_permuted_axes(pairs: np.ndarray, mesh_shape: dict[str, int]) -> str | None:
-    """Names of the mesh axes along which a permutation moves; None where it moves nothing."""
+    """The names of the mesh axes along which a permutation moves data. None if it moves nothing."""
     source, target = (
         np.stack(np.unravel_index(side, tuple(mesh_shape.values()))) for side in pairs.T
     )
@@ -65,8 +72,9 @@ def name_permuted_axes(pairs: np.ndarray, mesh_shape: dict[str, int]) -> str | N
 
 
 def _mesh_groups(axes: str, device_ids: str | None, grouped: str, num_devices: int) -> np.ndarray:
-    """Groups along the axes named in `grouped`, or parts of them, `:(before)size`; of one axis
-    perhaps several.
+    """Groups along the axes that `grouped` names.
+
+    An entry `'a':(before)size` names a part of an axis. One axis may have several parts.
     """
     shape = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
     ids = _iota(device_ids) if device_ids else np.arange(num_devices)
@@ -87,7 +95,7 @@ def _mesh_groups(axes: str, device_ids: str | None, grouped: str, num_devices: i
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[4,2]T(1,0)`: 0 to 7 as [4, 2], transposed, flattened; a list of numbers as it is."""
+    """Reads `[4,2]T(1,0)`, the numbers 0 to 7 as [4, 2], transposed and flattened, or a list."""
     tile, _, order = text.partition("T")
     sizes = _integers(tile)
     if "[" not in tile:

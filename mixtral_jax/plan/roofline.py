@@ -1,9 +1,8 @@
-"""How fast a step could be at best: the time for its arithmetic, its memory traffic and its
-communication.
+"""A bound on the speed of a step: the times of its arithmetic, memory traffic and communication.
 
-Each of the three runs at its published rate, and perfectly beside the other two (the roofline of
-Williams et al., 2009, doi 10.1145/1498765.1498785), so the slowest is a bound on the step, and on
-model FLOPs utilization (PaLM, arXiv 2204.02311, appendix B). A real step is slower.
+Each of the three runs at its published rate, and all overlap perfectly (the roofline of Williams et
+al., 2009, doi 10.1145/1498765.1498785). So the longest time bounds the time of the step, and with
+it the model FLOPs utilization (PaLM, arXiv 2204.02311, appendix B). A real step is slower.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ Bound = Literal["compute", "hbm", "interconnect"]
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds of a step on one device, and what the longest of them allows."""
+    """The three times of a step on one device, and the bounds that follow from the longest."""
 
     compute_seconds: float
     hbm_seconds: float
@@ -41,7 +40,11 @@ def make_roofline(
     interconnect_seconds: float,
     tokens: int,
 ) -> Roofline:
-    """`model_flops`, `hardware_flops` and `tokens` are of all devices, `hbm_bytes` of one."""
+    """Computes the roofline of a step.
+
+    `model_flops`, `hardware_flops` and `tokens` are those of all devices; `hbm_bytes` and
+    `interconnect_seconds` are those of one.
+    """
     seconds: dict[Bound, float] = {
         "compute": hardware_flops / num_devices / chip.flops_per_second,
         "hbm": hbm_bytes / chip.hbm_bytes_per_second,
@@ -60,10 +63,13 @@ def make_roofline(
 
 
 def transfer_seconds(collective: Collective, topology: Topology, coordinates: np.ndarray) -> float:
-    """Time for what one kind of collective sends in a step, if its links do nothing else.
+    """Seconds per step for one kind of collective, if its links carry nothing else.
 
-    `coordinates` are the places in the torus of the mesh's devices in order, [devices, dimensions];
-    of GPUs, their numbers, [devices, 1]. Groups are alike, so the first stands for all.
+    All groups have the same shape, so the first one is computed.
+
+    Args:
+        coordinates: the torus coordinates of the devices in the order of the mesh, [devices,
+            dimensions]. For GPUs, their numbers, [devices, 1].
     """
     members = coordinates[collective.groups[0]]
     goes_to_all = "all-to-all" in collective.op
@@ -74,12 +80,12 @@ def transfer_seconds(collective: Collective, topology: Topology, coordinates: np
     links = _links(members, topology)
     hops, links = _hops(members, topology)[links > 0], links[links > 0]
     if goes_to_all:
-        # By a shortest way, it crosses in each dimension as many links as two members are apart
-        # there.
+        # On a shortest path, data crosses in each dimension as many links as the distance of the
+        # two members.
         others = len(members) - 1
         hops_per_link = np.max(np.sum(hops, axis=(1, 2)) / len(members) / others / links)
     else:
-        # The others pass on what they got from a neighbour, in all dimensions at once.
+        # In other collectives, members pass on data from neighbours, in all dimensions at once.
         apart = np.sum(hops, axis=0)
         nearest = np.min(apart, axis=1, where=apart > 0, initial=sum(topology.shape))
         hops_per_link = np.mean(nearest) / np.sum(links)
@@ -87,7 +93,7 @@ def transfer_seconds(collective: Collective, topology: Topology, coordinates: np
 
 
 def _links(members: np.ndarray, topology: Topology) -> np.ndarray:
-    """Links of a member on average along each dimension; none where the group does not spread."""
+    """The average number of links of a member along each dimension; 0 if the group is flat."""
     links = []
     for dimension, size in enumerate(topology.shape):
         extent = len(np.unique(members[:, dimension]))
@@ -97,7 +103,7 @@ def _links(members: np.ndarray, topology: Topology) -> np.ndarray:
 
 
 def _hops(members: np.ndarray, topology: Topology) -> np.ndarray:
-    """How far apart any two members are along each dimension, [dimensions, members, members]."""
+    """The distance of any two members along each dimension, [dimensions, members, members]."""
     apart = np.abs(members[:, None] - members[None]).transpose(2, 0, 1)
     wraps = np.array([_wraps(topology, dimension) for dimension in range(len(topology.shape))])
     around = np.array(topology.shape)[:, None, None] - apart
@@ -105,10 +111,10 @@ def _hops(members: np.ndarray, topology: Topology) -> np.ndarray:
 
 
 def _wraps(topology: Topology, dimension: int) -> bool:
-    """Whether the last chip of a dimension is linked to the first.
+    """True if the last chip of a dimension has a link to the first.
 
-    A slice of v5p has such links if it is made of whole cubes, one of v6e or v5e where it is as
-    long as the pod (the pages in chips.py).
+    A slice of v5p has these links if it consists of whole 4x4x4 cubes. A slice of v6e or v5e has
+    them in a dimension that is as long as the pod (see the pages in chips.py).
     """
     if len(topology.shape) == 3:
         return min(topology.shape) >= 4
@@ -116,10 +122,10 @@ def _wraps(topology: Topology, dimension: int) -> bool:
 
 
 def _gpu_seconds(sent: int, chip: Chip, members: np.ndarray, *, goes_to_all: bool) -> float:
-    """NVLink carries what stays in a node, the network card what leaves it, both at once."""
+    """NVLink carries data inside a node, the network card data to other nodes, at the same time."""
     nodes = np.unique(members // chip.node_size)
     others = len(members) - 1
-    # Of what is the same for all, one copy enters a node; members of it share the work.
+    # If all members get the same data, one copy enters each node, and its members share that work.
     leaving = (others + 1 - math.ceil(len(members) / len(nodes))) if goes_to_all else len(nodes) - 1
     share = leaving / others
     return max(

@@ -1,4 +1,4 @@
-"""Tries meshes and batch sizes on one topology, and ranks what fits."""
+"""Tries meshes and batch sizes on one topology, and ranks those that fit."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -11,10 +11,7 @@ from mixtral_jax.plan.topology import Target
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """A mesh and a batch size that were compiled;
-
-    `rank` is 1 for the best that fits, None for what does not.
-    """
+    """A mesh and a batch size that were compiled. The best has rank 1; None does not fit."""
 
     plan: Plan
     rank: int | None
@@ -28,11 +25,12 @@ def sweep(
     limit: int,
     say: Callable[[str], None],
 ) -> list[Attempt]:
-    """Compiles up to `limit` candidates; those that fit come first, ranked by the bound on tokens a
-    second.
+    """Compiles up to `limit` candidates, and ranks them by the bound on tokens per second.
 
-    A batch larger than one that did not fit on the same mesh is not tried. `say` gets a line about
-    each.
+    Those that fit come first. A batch size is skipped if a smaller one did not fit on the mesh.
+
+    Args:
+        say: is called with one line about each candidate.
 
     Raises:
         ConfigError: no mesh fits any of the batch sizes.
@@ -44,7 +42,7 @@ def sweep(
             break
         name = f"{describe_mesh(mesh)}, {batch_size} sequences"
         if batch_size > full.get(mesh, batch_size):
-            say(f"{name}: not tried, since {full[mesh]} sequences did not fit")
+            say(f"{name}: skipped, because {full[mesh]} sequences did not fit")
             continue
         plan = make_plan(_with(config, mesh, batch_size), target)
         plans.append(plan)
@@ -54,14 +52,14 @@ def sweep(
         say(
             f"{name}: {plan.step.memory.peak / 2**30:.1f} "
             f"GiB{'' if plan.fits else ', does not fit'}; at most "
-            f"{roofline.tokens_per_second_per_device:,.0f} tokens/s a device, bound by "
+            f"{roofline.tokens_per_second_per_device:,.0f} tokens/s per device, bound by "
             f"{roofline.bound_by}"
         )
     if not plans:
         sizes, count = ", ".join(map(str, batch_sizes)), target.topology.num_devices
         rows = count * config.train.gradient_accumulation
         raise ConfigError(
-            f"no mesh of {count} devices takes batches of {sizes}: give multiples of {rows}"
+            f"no mesh of {count} devices fits batch sizes {sizes}: give multiples of {rows}"
         )
     return _rank(plans)
 
@@ -69,8 +67,9 @@ def sweep(
 def candidates(
     config: Config, num_devices: int, batch_sizes: Sequence[int]
 ) -> Iterator[tuple[MeshConfig, int]]:
-    """Meshes and batch sizes to try, the likeliest first: each batch size on a mesh before the next
-    mesh.
+    """The meshes and batch sizes to try, the most promising meshes first.
+
+    All batch sizes of a mesh come before the next mesh.
     """
     meshes: dict[MeshConfig, list[int]] = {}
     for batch_size in sorted(batch_sizes):

@@ -1,6 +1,4 @@
-"""From `--topology` to devices to compile for: a TPU slice that is not here, or virtual CPU devices
-in its place.
-"""
+"""Turns `--topology` into devices to compile for: a described TPU slice, or virtual CPU devices."""
 
 import dataclasses
 import importlib.util
@@ -17,11 +15,14 @@ from mixtral_jax.parallel.mesh import use_virtual_cpu_devices
 from mixtral_jax.plan.chips import CHIPS, SLICES, Chip
 
 MAX_GPUS = 4096
+_MAX_SHOWN_SLICES = 8
+# Slices of about this size are shown if the requested size cannot be read.
+_DEFAULT_NUM_CHIPS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Where a step would run. `shape` is that of the torus, or the number of GPUs."""
+    """The hardware that a step would run on. `shape` is the torus, or the number of GPUs."""
 
     name: str
     chip: Chip
@@ -29,16 +30,13 @@ class Topology:
 
     @property
     def num_devices(self) -> int:
-        """One device a chip, on every chip that is known here."""
+        """The number of devices. Every chip that is known here is one device."""
         return math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Devices that XLA compiles for;
-
-    `platform` is theirs, so an estimate for others compiles for `cpu`.
-    """
+    """The devices that XLA compiles for. `platform` is theirs: `cpu` for an estimate."""
 
     topology: Topology
     devices: Sequence[Any]
@@ -46,17 +44,18 @@ class Target:
 
     @property
     def is_estimate(self) -> bool:
-        """The program is not that of the chips asked for: memory, traffic and collectives may
-        differ.
+        """True if the program is compiled for other chips than those of the topology.
+
+        Its memory, traffic and collectives may differ from those of a program for the right chips.
         """
         return self.platform == "cpu"
 
 
 def parse_topology(name: str) -> Topology:
-    """Reads `v5p:4x4x4` or `h100:8`.
+    """Parses a topology such as `v5p:4x4x4` or `h100:8`.
 
     Raises:
-        ConfigError: there is no such chip, or no such slice of it; says which there are.
+        ConfigError: the chip or the slice does not exist. The message lists those that do.
     """
     chip_name, _, size = name.partition(":")
     chip = CHIPS.get(chip_name)
@@ -80,10 +79,12 @@ def parse_topology(name: str) -> Topology:
 
 
 def open_target(topology: Topology, *, cpu_fallback: bool) -> Target:
-    """The devices of a slice, described by libtpu; virtual CPU devices for GPUs or, if asked,
-    without libtpu.
+    """The devices of a topology: described by libtpu for a TPU, virtual CPU devices for GPUs.
 
-    Call before jax first touches a device. This machine's own accelerators are left alone.
+    Call it before jax first touches a device. It does not use this machine's own accelerators.
+
+    Args:
+        cpu_fallback: use virtual CPU devices for a TPU too, if libtpu is not installed.
 
     Raises:
         ConfigError: libtpu is not installed, and `cpu_fallback` is false.
@@ -94,19 +95,16 @@ def open_target(topology: Topology, *, cpu_fallback: bool) -> Target:
             return Target(topology, _describe_slice(topology), "tpu")
         require(
             cpu_fallback,
-            f"--topology={topology.name} needs libtpu, which compiles for a TPU without one: pip "
-            "install '.[tpu]' in "
-            "the clone, or add --cpu_fallback for an estimate on virtual CPU devices",
+            f"--topology={topology.name} needs libtpu, which needs no TPU to compile: "
+            "pip install '.[tpu]' in the clone, or add --cpu_fallback for an estimate on virtual "
+            "CPU devices",
         )
     use_virtual_cpu_devices(topology.num_devices)
     return Target(topology, jax.devices("cpu"), "cpu")
 
 
 def _describe_slice(topology: Topology) -> Sequence[Any]:
-    """The chips of a slice by their coordinates.
-
-    Asks nothing of the network, and takes no lock on a TPU here.
-    """
+    """The chips of a slice. Uses no network, and does not lock a TPU of this machine."""
     quiet = {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -118,7 +116,7 @@ def _describe_slice(topology: Topology) -> Sequence[Any]:
     }
     for variable, value in quiet.items():
         os.environ.setdefault(variable, value)
-    # A host has 2x2 chips unless told otherwise, and a slice of one chip has none such.
+    # A host has 2x2 chips by default, which a slice of one chip does not have.
     whole = {"chips_per_host_bounds": [1, 1, 1]} if topology.num_devices == 1 else {}
     return topologies.get_topology_desc(
         platform="tpu", topology_name=topology.name, **whole
@@ -126,15 +124,19 @@ def _describe_slice(topology: Topology) -> Sequence[Any]:
 
 
 def _nearest(size: str, slices: Sequence[str]) -> str:
-    """All slices where they are few; else those around the number of chips asked for."""
-    if len(slices) <= 8:
+    """All slices if they are few, otherwise those whose number of chips is nearest."""
+    if len(slices) <= _MAX_SHOWN_SLICES:
         return ", ".join(slices)
     try:
-        asked = math.prod(map(int, size.split("x")))
+        wanted = math.prod(map(int, size.split("x")))
     except ValueError:
-        asked = 64
+        wanted = _DEFAULT_NUM_CHIPS
     chips = {name: math.prod(map(int, name.split("x"))) for name in slices}
     nearest = sorted(
-        sorted(slices, key=lambda name: abs(chips[name] - asked))[:7], key=chips.__getitem__
+        sorted(slices, key=lambda name: abs(chips[name] - wanted))[: _MAX_SHOWN_SLICES - 1],
+        key=chips.__getitem__,
     )
-    return f"{', '.join(nearest)} near it, in all {len(slices)} from {slices[0]} to {slices[-1]}"
+    return (
+        f"{', '.join(nearest)} with about as many chips, and in all {len(slices)} slices from "
+        f"{slices[0]} to {slices[-1]}"
+    )

@@ -1,15 +1,15 @@
-"""Bytes that a compiled step reads from and writes to a device's memory.
+"""Counts the bytes that a compiled step reads from and writes to a device's memory (HBM).
 
-Each instruction reads its operands and writes its results once, times how often it runs: a kernel
-that reads a tile again, or a cache that spares it, is not seen. An operand of which a slice is
-taken counts as the slice, an array that is updated in place as the update. Arrays that the compiler
-keeps in memory on the chip count nothing.
+Each instruction reads its operands and writes its results once each time it runs. Kernels that read
+a tile twice, and caches that save a read, are not modelled. If only a slice of an operand is used,
+the slice counts; if an array is updated in place, the update counts. Arrays in on-chip memory count
+nothing.
 """
 
 from mixtral_jax.plan.flops import is_ragged_dot
 from mixtral_jax.plan.hlo import Computation, Instruction, Program
 
-# They move nothing, or what they run is counted itself.
+# These instructions move nothing, or the computation that they run is counted by itself.
 _FREE = {
     "parameter",
     "constant",
@@ -34,10 +34,13 @@ _SLICES = ("slice", "dynamic-slice", "gather")
 
 
 def count_traffic(program: Program, routed_rows: int) -> int:
-    """Bytes read and written by one device in a step; of grouped matmuls, the rows under balanced
-    routing.
+    """The bytes that one device reads and writes in a step.
 
     A loop whose length is known only at run time counts once.
+
+    Args:
+        routed_rows: the rows of a grouped matmul under balanced routing, over all experts of a
+            device.
     """
     fused = {called for called, (_, caller) in program.callers.items() if caller.opcode == "fusion"}
     total = 0.0
@@ -57,8 +60,8 @@ def _traffic(
         return 0
     operands = [_in_hbm(operand) for operand in computation.operands(instruction)]
     result = _in_hbm(instruction)
-    # What is asynchronous is read by its start, whose type lists all that takes part, and written
-    # by its done.
+    # The -start of an asynchronous instruction reads, and its -done writes. The type of the -start
+    # lists all arrays that take part.
     if opcode.endswith("-start"):
         return sum(operands)
     if opcode.endswith("-done"):
@@ -81,9 +84,7 @@ def _traffic(
 
 
 def _fusion_traffic(fused: Computation, operands: list[int], result: int) -> int:
-    """What goes in and out of a fusion: of sliced inputs the slices, of an updated array the
-    update.
-    """
+    """Bytes in and out of a fusion. Sliced inputs count as slices, updated arrays as updates."""
     users: dict[str, list[Instruction]] = {}
     for instruction in fused.instructions.values():
         if instruction.opcode not in ("parameter", "constant"):
@@ -104,8 +105,9 @@ def _fusion_traffic(fused: Computation, operands: list[int], result: int) -> int
 
 
 def _reads(name: str, users: dict[str, list[Instruction]], updated: set[str]) -> int | None:
-    """Bytes that are used of an input, if only slices of it are; 0 if it is updated in place; else
-    None.
+    """The bytes that a fusion reads of an input.
+
+    They are the slices if only slices are used, 0 if the input is updated in place, otherwise None.
     """
     total = 0
     for user in users.get(name, []):
@@ -124,7 +126,7 @@ def _reads(name: str, users: dict[str, list[Instruction]], updated: set[str]) ->
 
 
 def _updates(fused: Computation) -> list[Instruction]:
-    """The in-place updates that a fusion's results are."""
+    """The in-place updates among the results of a fusion."""
     root = fused.root
     results = fused.operands(root) if root.opcode == "tuple" else [root]
     while any(result.opcode == "bitcast" for result in results):

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from mixtral_jax.data.chat.chats import Question
-from mixtral_jax.generate.generator import UNSEEN
+from mixtral_jax.data.chat.prepare import Question
+from mixtral_jax.generate.generator import MAX_TOKENS_AT_ONCE
 from mixtral_jax.generate.settings import Settings
 from mixtral_jax.pretrained import load_pretrained
 from mixtral_jax.runs.base import Base
@@ -59,7 +59,10 @@ def ask(folder: Path, run: Run, data: ChatData) -> Answers:
     prompts = [question.prompt.tolist() for question in pick_questions(data)]
     max_new_tokens = min(MAX_NEW_TOKENS, run.config.train.sequence_length)
     *_, continuations = loaded.generator.stream(
-        prompts, Settings(max_new_tokens=max_new_tokens), tokens_at_once=UNSEEN, is_answer=True
+        prompts,
+        Settings(max_new_tokens=max_new_tokens),
+        tokens_at_once=MAX_TOKENS_AT_ONCE,
+        is_answer=True,
     )
     with jax.set_mesh(run.mesh):
         figures = data.evaluate(loaded.model)

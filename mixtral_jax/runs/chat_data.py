@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import time
 
-from mixtral_jax.data.chat.chats import PreparedChats, Question, pick_questions, prepare_chats
+from mixtral_jax.data.chat.prepare import PreparedChats, Question, pick_questions, prepare_chats
 from mixtral_jax.data.chat.template import ChatTemplate
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.evaluate.perplexity import TokenBytes, make_evaluator

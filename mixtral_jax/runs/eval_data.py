@@ -13,7 +13,7 @@ import jax
 from mixtral_jax.checkpoint.files.foreign_folder import read_object
 from mixtral_jax.config import DataConfig, TrainConfig, build, require
 from mixtral_jax.data.batches import spread_batches
-from mixtral_jax.data.chat.chats import prepare_chats
+from mixtral_jax.data.chat.prepare import prepare_chats
 from mixtral_jax.data.packing import PackPlan, plan_rows
 from mixtral_jax.data.store import TokenStore
 from mixtral_jax.data.text import tokenize_text

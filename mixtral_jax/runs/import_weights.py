@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from mixtral_jax.checkpoint.files.new_folder import make_mark, new_folder
+from mixtral_jax.checkpoint.files.new_folder import new_folder
 from mixtral_jax.checkpoint.files.zarr_chunks import write_chunks
 from mixtral_jax.checkpoint.run_parameters import parameter_key
 from mixtral_jax.checkpoint.weights import Weights
 from mixtral_jax.config import MeshConfig
 from mixtral_jax.runs.console import byte_progress, make_console
-from mixtral_jax.whole_files import write_json
+from mixtral_jax.whole_files import make_mark, write_json
 
 if TYPE_CHECKING:
     from mixtral_jax.parallel.processes import Processes
@@ -52,7 +52,7 @@ def import_weights(weights: Weights, to: Path, processes: "Processes | None" = N
         chunks = folder / "chunks"
         with _copy_in_background(write_chunks(chunks, arrays, index, count), report) as copying:
             # Starts jax and Orbax meanwhile.
-            from mixtral_jax.checkpoint.files.run_writer import adopt_chunks
+            from mixtral_jax.checkpoint.run_from_chunks import adopt_chunks
 
             def wait() -> None:
                 copying.result()

@@ -20,9 +20,9 @@ import numpy as np
 from mixtral_jax.config import Config, ConfigError, DataConfig, require
 from mixtral_jax.data.cache import Tokenizing, open_or_write
 from mixtral_jax.data.corpus import Corpus
-from mixtral_jax.data.domains import UNSAID, Category
-from mixtral_jax.data.store import Tokenized
+from mixtral_jax.data.domains import UNKNOWN, Category
 from mixtral_jax.data.text import PreparedText
+from mixtral_jax.data.tokenized import Tokenized
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.runs.run import Run
 from mixtral_jax.runs.text_data import TrainingData, find_tokenizer, open_text, pack_text
@@ -135,7 +135,7 @@ class _IdDocument:
 
     @property
     def category(self) -> Category:
-        return UNSAID
+        return UNKNOWN
 
 
 def _open_tokens(
@@ -158,7 +158,7 @@ def _prepare_tokens(
     encode = functools.partial(_mark_ends, tokenizer)
     tokenizing = Tokenizing(corpus.items, lambda: corpus.count, encode, tokenizer.vocab_size)
     cached = open_or_write(Path(config.path), tokenizing, config)
-    return PreparedText(cached.train, cached.held_out, tokenizer, cached.count.num_bad)
+    return PreparedText(cached.train, cached.held_out, tokenizer)
 
 
 def _mark_ends(tokenizer: Tokenizer, documents: list[_IdDocument]) -> Iterator[Tokenized]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.config import ConfigError, LogConfig
+from mixtral_jax.whole_files import write_whole
 
 Record = dict[str, Any]
 
@@ -87,9 +88,7 @@ def cut_after(path: Path, last_step: int) -> None:
         if not line.endswith("\n") or json.loads(line)["step"] > last_step:
             break
         kept.append(line)
-    replacement = path.with_suffix(".jsonl.tmp")
-    replacement.write_text("".join(kept))
-    replacement.replace(path)
+    write_whole(path, "".join(kept))
 
 
 def check_finite(record: Record, names: tuple[str, ...] = ("loss", "grad_norm")) -> None:

@@ -1,4 +1,4 @@
-"""A place for folders that are spoiled."""
+"""A folder for weights that tests damage."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty one, and the place to work in."""
+    """An empty folder for weights; the working directory is the folder above it."""
     (tmp_path / "weights").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path / "weights"

@@ -1,4 +1,4 @@
-"""Folders of weights as other programs write them, of random small Mixtrals."""
+"""Writes folders of weights as other programs do, for small random Mixtrals."""
 
 import collections
 import dataclasses
@@ -18,12 +18,13 @@ from mixtral_jax.checkpoint.files.stored import DTYPES, StoredArray
 from mixtral_jax.checkpoint.formats import huggingface, mistral
 from mixtral_jax.checkpoint.formats.architecture import UNKNOWN_LOSSES, Architecture
 from mixtral_jax.checkpoint.formats.layouts import Layout
+from mixtral_jax.checkpoint.formats.parameters import PARAMETERS, parameter_chunk, parameter_shape
 from mixtral_jax.checkpoint.formats.relayout import as_tensors
-from mixtral_jax.checkpoint.parameters import PARAMETERS, parameter_chunk, parameter_shape
 from mixtral_jax.checkpoint.weights import Weights
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.data.tokenizer import Tokenizer
 
-# All dimensions differ, so that none is taken for another.
+# All dimensions differ, so that a test notices if one is mistaken for another.
 SMALL = ModelConfig(
     vocab_size=21,
     hidden_size=12,
@@ -40,16 +41,15 @@ SMALL = ModelConfig(
 
 
 def architecture_of(model: ModelConfig, chosen: int = 2) -> Architecture:
-    """Of a model whose router chooses so many."""
-    return Architecture(
-        model, dataclasses.replace(UNKNOWN_LOSSES, num_experts_per_token=chosen), 64
-    )
+    """The architecture of a model whose router chooses `chosen` experts per token."""
+    router = dataclasses.replace(UNKNOWN_LOSSES, num_experts_per_token=chosen)
+    return Architecture(model, router, 64)
 
 
 def random_parameters(
     model: ModelConfig, dtype: str = "float32", seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Numbers for every parameter, no two of them equal in float32."""
+    """Random numbers for every parameter; no two are equal in float32."""
     rng = np.random.default_rng(seed)
     return {
         name: rng.normal(size=parameter_shape(name, model)).astype(DTYPES[dtype])
@@ -57,40 +57,62 @@ def random_parameters(
     }
 
 
+def store_array(array: np.ndarray, name: str = "memory") -> StoredArray:
+    """A stored array that is read from memory; its chunk is the whole array."""
+
+    def read_into(block, target):
+        target[...] = array[block]
+
+    return StoredArray(array.shape, array.dtype, array.shape, read_into, name)
+
+
 def in_memory(parameters: Mapping[str, np.ndarray], model: ModelConfig) -> dict[str, StoredArray]:
-    """Arrays that are read from memory."""
+    """The parameters as stored arrays that are read from memory."""
+    return {
+        name: dataclasses.replace(store_array(array, name), chunk=parameter_chunk(name, model))
+        for name, array in parameters.items()
+    }
 
-    def store(name: str, array: np.ndarray) -> StoredArray:
-        def read_into(block, target):
-            target[...] = array[block]
 
-        return StoredArray(array.shape, array.dtype, parameter_chunk(name, model), read_into, name)
+def random_weights(
+    model: ModelConfig, chosen: int, dtype: str, tokenizer: Tokenizer | None = None
+) -> Weights:
+    """A random model in memory, with `chosen` experts per token."""
+    model = dataclasses.replace(model, param_dtype=dtype)
+    parameters = in_memory(random_parameters(model, dtype), model)
+    return Weights(architecture_of(model, chosen), parameters, tokenizer, "memory")
 
-    return {name: store(name, array) for name, array in parameters.items()}
+
+def assert_same_weights(found: Weights, expected: Weights) -> None:
+    """Asserts that all parameters have the same dtypes and bits."""
+    theirs = read_all(expected)
+    for name, array in read_all(found).items():
+        assert array.dtype == theirs[name].dtype, name
+        assert array.tobytes() == theirs[name].tobytes(), name
 
 
 def read_all(weights: Weights) -> dict[str, np.ndarray]:
-    """The parameters of weights, whole."""
+    """All parameters of weights, read whole."""
     return {name: stored.read(stored.whole) for name, stored in weights.parameters.items()}
 
 
 def tensors_of(
     layout: Layout, parameters: Mapping[str, np.ndarray], model: ModelConfig
 ) -> dict[str, np.ndarray]:
-    """The tensors that a layout has of some parameters."""
+    """The tensors of a layout that hold these parameters."""
     stored = as_tensors(layout, in_memory(parameters, model), model)
     return {name: tensor.read(tensor.whole) for name, tensor in stored.items()}
 
 
 def write_config(folder: Path, model: ModelConfig, chosen: int = 2, **changes: Any) -> None:
-    """A config.json; a change to None leaves the key out."""
+    """Writes a config.json; changing a key to None removes it."""
     config = huggingface.make_config(architecture_of(model, chosen), model.dtype, 1, 2) | changes
     kept = {key: value for key, value in config.items() if value is not None or key not in changes}
     (folder / "config.json").write_text(json.dumps(kept))
 
 
 def write_params(folder: Path, model: ModelConfig, chosen: int = 2, **changes: Any) -> None:
-    """A params.json; a change to None leaves the key out."""
+    """Writes a params.json; changing a key to None removes it."""
     params = mistral.make_params(architecture_of(model, chosen)) | changes
     (folder / "params.json").write_text(
         json.dumps({key: v for key, v in params.items() if v is not None})
@@ -100,7 +122,7 @@ def write_params(folder: Path, model: ModelConfig, chosen: int = 2, **changes: A
 def write_shards(
     folder: Path, stem: str, tensors: Mapping[str, np.ndarray], num_shards: int
 ) -> dict[str, str]:
-    """Several safetensors files with an index, which is returned."""
+    """Writes several safetensors files and their index; returns the index."""
     weight_map = {}
     for number in range(num_shards):
         name = f"{stem}-{number + 1:05}-of-{num_shards:05}.safetensors"
@@ -112,7 +134,7 @@ def write_shards(
 
 
 def write_index(folder: Path, stem: str, weight_map: Mapping[str, str]) -> None:
-    """The index of several safetensors files."""
+    """Writes the index of several safetensors files."""
     (folder / f"{stem}.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )
@@ -122,9 +144,7 @@ _STORAGES = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "float16"
 
 
 class _TorchPickler(pickle.Pickler):
-    """Writes arrays as torch.save writes tensors: a call by name, and a storage that lies
-    elsewhere.
-    """
+    """Pickles arrays as torch.save pickles tensors: a call by name, and a separate storage."""
 
     def __init__(self, file, storages: list[np.ndarray]):
         super().__init__(file, protocol=2)
@@ -151,12 +171,13 @@ class _Storage:
 
 
 def write_torch(path: Path, tensors: Any) -> None:
-    """A file as torch.save writes it, without torch: modules of its names stand in while it is
-    pickled.
+    """Writes a file as torch.save does, without torch.
+
+    While the file is pickled, modules with torch's names stand in for it.
     """
 
     def function(*_: Any) -> None:
-        raise AssertionError("is never called")
+        raise AssertionError("must not be called")
 
     modules = {"torch": types.ModuleType("torch"), "torch._utils": types.ModuleType("torch._utils")}
     for name in _STORAGES.values():

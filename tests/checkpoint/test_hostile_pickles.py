@@ -1,6 +1,4 @@
-"""Files of torch and params.json that are damaged or hostile: refused as in `test_hostile_folders`,
-and never run.
-"""
+"""Files of torch and params.json that are damaged or hostile are refused, and never run."""
 
 import io
 import os
@@ -21,7 +19,7 @@ from tests.checkpoint.refusals import Kind, Spoil, check_refusal, edit_raw, writ
 
 
 class Run:
-    """Unpickled, it would make a file."""
+    """An object that makes a call when it is unpickled."""
 
     def __init__(self, *call: Any):
         self.call = call
@@ -70,7 +68,7 @@ def pickled(value: Any, protocol: int = 2) -> bytes:
 
 
 def nested_tuples() -> bytes:
-    """Instructions for a value of 60 tuples, one in the other, which is compared in 2**60 steps."""
+    """A pickle of 60 nested tuples; comparing two such values takes 2**60 steps."""
     value: Any = ()
     for _ in range(60):
         value = (value, value)
@@ -101,7 +99,7 @@ PICKLES = {
         write_pickle(b"\x80\x02]r\xff\xff\xff\x7f."), (PTH, "holds a list")
     ),
     "a pickle whose key takes for ever to look up": Kind(
-        write_pickle(b"\x80\x02}" + nested_tuples() + b"K\x01s."), (PTH, "no text")
+        write_pickle(b"\x80\x02}" + nested_tuples() + b"K\x01s."), (PTH, "keys that are text")
     ),
     "a pickle that breaks off": Kind(
         write_pickle(pickled({"a": 1})[:-3]), (PTH, "data.pkl is damaged")
@@ -137,7 +135,7 @@ PICKLES = {
                 raw.replace(b"K\x18K\x0c\x86", b"K\x18K\x0d\x86") if name.endswith("pkl") else raw
             )
         ),
-        (PTH, WQ, "reaches out"),
+        (PTH, WQ, "reaches beyond"),
     ),
     "a file of eight that is missing": Kind(
         lambda folder: (folder / PTH).rename(folder / "consolidated.01.pth"),
@@ -178,5 +176,5 @@ PICKLES = {
 def test_a_spoiled_file_of_torch_is_refused_and_runs_nothing(kind, folder):
     write_params(folder, SMALL)
     write_torch(folder / PTH, tensors_of(MISTRAL, random_parameters(SMALL), SMALL))
-    open_weights(folder)  # It is good so far.
+    open_weights(folder)  # Still undamaged.
     check_refusal(PICKLES[kind], folder)

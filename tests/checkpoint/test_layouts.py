@@ -1,6 +1,4 @@
-"""The tables of names: whole, in both directions, and those of the files that other programs have
-written.
-"""
+"""The tables of layouts are complete, work in both directions, and match other programs' files."""
 
 from pathlib import Path
 
@@ -9,15 +7,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mixtral_jax.checkpoint.files import safetensors_files
+from mixtral_jax.checkpoint.files import safetensors
 from mixtral_jax.checkpoint.files.stored import blocks_of
 from mixtral_jax.checkpoint.formats.layouts import HUGGING_FACE, LAYOUTS, MISTRAL, find_layout
+from mixtral_jax.checkpoint.formats.parameters import PARAMETERS, parameter_chunk, parameter_shape
 from mixtral_jax.checkpoint.formats.relayout import as_parameters
 from mixtral_jax.checkpoint.on_devices import parameter_name
-from mixtral_jax.checkpoint.parameters import PARAMETERS, parameter_chunk, parameter_shape
 from mixtral_jax.checkpoint.weights import open_weights
-from mixtral_jax.model.transformer import model_maker
-from tests.cases import mesh_of
+from tests.cases import cpu_model_maker, mesh_of
 from tests.checkpoint.folders import SMALL, architecture_of, random_parameters, tensors_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -25,7 +22,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 def test_the_parameters_are_those_of_the_model():
     with jax.set_mesh(mesh_of()):
-        shapes = jax.eval_shape(model_maker(architecture_of(SMALL).config(), "cpu"))
+        shapes = jax.eval_shape(cpu_model_maker(architecture_of(SMALL).config()))
     found = {
         parameter_name(path): leaf.shape for path, leaf in jax.tree.flatten_with_path(shapes)[0]
     }
@@ -63,14 +60,12 @@ def test_names_and_shapes_are_those_of_files_that_other_programs_wrote(layout, f
 def test_parameters_come_back_from_every_layout_whole_and_in_blocks(layout, tmp_path):
     parameters = random_parameters(SMALL)
     save_file(tensors_of(layout, parameters, SMALL), tmp_path / "weights.safetensors")
-    found = as_parameters(
-        layout, safetensors_files.open_file(tmp_path / "weights.safetensors"), SMALL
-    )
+    found = as_parameters(layout, safetensors.open_file(tmp_path / "weights.safetensors"), SMALL)
     assert list(found) == list(PARAMETERS)
     for name, expected in parameters.items():
         stored = found[name]
         np.testing.assert_array_equal(stored.read(stored.whole), expected, err_msg=name)
-        # What a device holds of it: heads are never cut.
+        # Blocks like those that a device holds: heads are never cut.
         parts = [
             2 if letter in "DFVE" else size
             for letter, size in zip(PARAMETERS[name], expected.shape, strict=True)
@@ -80,7 +75,7 @@ def test_parameters_come_back_from_every_layout_whole_and_in_blocks(layout, tmp_
 
 
 def test_rows_of_rotary_heads_are_interleaved_for_mistral():
-    """Pair (h, h + H/2) of a head is (2h, 2h + 1) there."""
+    """The pair (h, h + H/2) of a head becomes (2h, 2h + 1)."""
     query_LDNH = random_parameters(SMALL)["blocks/attention/query/weight"]
     tensor = tensors_of(MISTRAL, random_parameters(SMALL), SMALL)["layers.1.attention.wq.weight"]
     H = SMALL.head_dim
@@ -93,7 +88,7 @@ def test_rows_of_rotary_heads_are_interleaved_for_mistral():
 
 
 def test_fused_experts_have_their_gate_first():
-    """As transformers 5 has them in memory."""
+    """As in the memory of transformers 5."""
     parameters = random_parameters(SMALL)
     fused = next(
         layout for layout in LAYOUTS if "mlp.experts.gate_up_proj" in layout.places[8].tensor

@@ -168,7 +168,7 @@ def test_a_workdir_serves_one_run_at_a_time(tmp_path):
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused_before_it_is_trained(tmp_path):
     config = DataConfig(path=str(tmp_path / "nothing is read.txt"), tokenizer="train:4096")
     with pytest.raises(ConfigError, match=r"train:4096 .*model\.vocab_size=2048"):
-        prepare_text(config, 2048, tmp_path / "tokenizer.model", tmp_path, is_writer=True)
+        prepare_text(config, 2048, tmp_path / "tokenizer.model", is_writer=True)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 
 from mixtral_jax.checkpoint.export import write_folder
 from mixtral_jax.checkpoint.files.stored import DTYPES, Block, StoredArray, shape_of
-from mixtral_jax.checkpoint.parameters import PARAMETERS, parameter_chunk, parameter_shape
+from mixtral_jax.checkpoint.formats.parameters import PARAMETERS, parameter_chunk, parameter_shape
 from mixtral_jax.checkpoint.weights import Weights, open_weights
 from mixtral_jax.config import ModelConfig
 from tests.checkpoint.folders import architecture_of, read_all
@@ -29,9 +29,10 @@ import sys
 from pathlib import Path
 import jax
 import numpy as np
-from mixtral_jax.checkpoint.on_devices import load_model
+from mixtral_jax.checkpoint import on_devices
 from mixtral_jax.checkpoint.weights import open_weights
-from mixtral_jax.cli.import_weights import import_weights
+from mixtral_jax.kernels.choose import choose_kernels
+from mixtral_jax.runs.import_weights import import_weights
 from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.parallel.coordinator import Launch
 from mixtral_jax.parallel.mesh import MESH_AXES
@@ -45,8 +46,10 @@ with join_processes(Launch(address, 2, int(index))) as processes:
     processes.share("imported", "")
     weights = open_weights(to)
     with jax.set_mesh(jax.make_mesh((1, 2, 4, 1, 1), MESH_AXES)):
-        shapes = jax.eval_shape(model_maker(weights.architecture.config(8), "cpu"))
-        model = load_model(weights.parameters, shapes, whole_bytes=0)
+        config = weights.architecture.config(8)
+        shapes = jax.eval_shape(model_maker(config, choose_kernels(config, "cpu")))
+        on_devices.MAX_BYTES_AT_ONCE = 0
+        model = on_devices.load_model(weights.parameters, shapes)
     gate = model.blocks.moe.experts.gate.weight[...]
     expected = weights.parameters["blocks/moe/experts/gate/weight"]
     for shard in gate.addressable_shards:

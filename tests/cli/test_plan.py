@@ -100,4 +100,4 @@ def test_a_mesh_that_does_not_fill_it_is_refused_with_those_that_would() -> None
     with pytest.raises(ConfigError) as error:
         plan.main([*SMALL, "--topology=h100:8", *mesh])
     assert "\n" not in str(error.value)
-    assert "meshes that would: " in str(error.value)
+    assert "meshes that fit: " in str(error.value)

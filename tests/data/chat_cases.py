@@ -14,7 +14,7 @@ from mixtral_jax.data.tokenizer import Tokenizer
 
 _FILE = Path(__file__).parents[1] / "golden" / "chat.json"
 GOLDEN: list[dict[str, Any]] = json.loads(_FILE.read_text())["conversations"]
-# What templates, tokenizers and readers are known to stumble over.
+# Texts that templates, tokenizers and readers are known to get wrong.
 PIECES = [
     "word",
     " ",
@@ -48,7 +48,7 @@ def mode_of(case: dict[str, Any]) -> Mode:
 
 
 def train_tokenizer(**settings: Any) -> Tokenizer:
-    """One of 400 pieces; `control_symbols=["[INST]", "[/INST]"]` makes it one for v3."""
+    """Trains a tokenizer of 400 pieces; `control_symbols=["[INST]", "[/INST]"]` makes it fit v3."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(Path(argparse.__file__).read_text().splitlines(keepends=True)),
@@ -67,7 +67,7 @@ def train_tokenizer(**settings: Any) -> Tokenizer:
 
 
 def random_conversation(rng: random.Random, *, mode: Mode) -> list[dict[str, Any]]:
-    """A valid conversation of any roles in any order, whose texts are made of `PIECES`."""
+    """A valid conversation of random roles, whose texts are made of `PIECES`."""
     messages: list[dict[str, Any]] = []
     for _ in range(rng.randint(1, 6)):
         roles = ["user", "assistant"] + ["system"] * (
@@ -89,11 +89,11 @@ def random_text(rng: random.Random) -> str:
     return "".join(rng.choice(PIECES) for _ in range(rng.randint(1, 8)))
 
 
-# A line of each kind of mistake, and a word of the reason that it must be given.
+# A line with each kind of mistake, and words that its reason must contain.
 BAD_LINES: list[tuple[bytes, str]] = [
     (b'{"messages": [', "invalid JSON"),
     (b'{"text": "\xff"}', "invalid UTF-8 at byte 10"),
-    (b'["not", "an object"]', "InvalidRowException: a row must be an object (list)"),
+    (b'["not", "an object"]', "InvalidRowException: a row must be an object"),
     (b'{"title": "t"}', "it has title"),
     (b'{"messages": []}', "at least one message"),
     (b'{"messages": [{"role": "user", "content": "q"}]}', "Expected last role Assistant"),
@@ -107,12 +107,13 @@ BAD_LINES: list[tuple[bytes, str]] = [
         "a user message must be text",
     ),
     (
-        b'{"messages": [{"role": "user", "content": "[INST]"}, {"role": "assistant", "content": "a"}]}',
+        b'{"messages": [{"role": "user", "content": "[INST]"},'
+        b' {"role": "assistant", "content": "a"}]}',
         "LiteralInst",
     ),
     (
         b'{"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "a"}]}',
-        "Tools have no template",
+        "tools are not supported",
     ),
     (
         b'{"prompt": "q", "completion": "\\ud800"}',
@@ -120,7 +121,8 @@ BAD_LINES: list[tuple[bytes, str]] = [
     ),
     (b'{"instruction": "q", "output": 3}', "output must be text"),
     (
-        b'{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 2}]}',
+        b'{"conversations": [{"from": "human", "value": "q"},'
+        b' {"from": "gpt", "value": "a", "weight": 2}]}',
         "weight=2",
     ),
     (
@@ -131,8 +133,9 @@ BAD_LINES: list[tuple[bytes, str]] = [
 
 
 def write_mixed_rows(file: Path, *, num_rows: int, num_bad: int) -> dict[int, str]:
-    """Rows of every format, among them bad ones of every kind at random lines; what is wrong, by
-    line.
+    """Writes rows of every format, with bad rows of every kind at random lines.
+
+    Returns words of the reason of each bad row, by its line.
     """
     rng = random.Random(num_rows)
     bad_lines = sorted(rng.sample(range(1, num_rows + 1), num_bad))
@@ -145,7 +148,7 @@ def write_mixed_rows(file: Path, *, num_rows: int, num_bad: int) -> dict[int, st
 
 
 def good_line(number: int) -> bytes:
-    """A row that asks something of its own, in one of five formats."""
+    """A row with a question that no other row asks, in one of five formats."""
     question, answer = f"What is {number} + {number}?", f"It is {2 * number}."
     asked, said = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
     row = [

@@ -1,4 +1,4 @@
-"""Batches: one order for every process count, resumable by one integer, and laid out on the mesh."""
+"""Training batches: their order, their layout on the mesh, their hash; and held-out batches."""
 
 import dataclasses
 import threading

@@ -86,26 +86,29 @@ def test_a_plain_text_is_learnt_whole_without_a_template(template, row):
 def test_a_format_that_is_set_is_the_one_that_is_read(template):
     row = {"messages": [ASK, ANSWER], "interactions": [AGAIN, FINAL], "text": "t"}
     assert read(row, template).kind == "InvalidRowException"
-    assert "messages and interactions needs data.chat.format" in read(row, template).reason
+    assert (
+        "messages and interactions could be read in two ways: set data.chat.format"
+        in read(row, template).reason
+    )
     assert (
         read(row, template, "interactions").turns
         == read({"messages": [AGAIN, FINAL]}, template).turns
     )
     assert read(row, template, "text").turns == read({"text": "t"}, template).turns
-    assert "completion is absent" in read({"prompt": [ASK]}, template, "prompt_completion").reason
+    assert "completion is missing" in read({"prompt": [ASK]}, template, "prompt_completion").reason
 
 
 @pytest.mark.parametrize(
     ("row", "kind", "words"),
     [
-        ([1], "InvalidRowException", "must be an object (list)"),
+        ([1], "InvalidRowException", "(found a list)"),
         ({}, "InvalidRowException", "one of the fields messages, interactions,"),
         ({"prompt": "q"}, "InvalidRowException", "it has prompt"),
-        ({"messages": "text"}, "InvalidMessageStructureException", "must be a list (str)"),
+        ({"messages": "text"}, "InvalidMessageStructureException", "must be a list (found text)"),
         (
             {"messages": {"role": ["user"], "content": []}},
             "InvalidMessageStructureException",
-            "must be a list (dict)",
+            "must be a list (found an object)",
         ),
         ({"messages": [ASK, ANSWER], "tools": [{}]}, "TokenizerException", "tools"),
         (
@@ -121,7 +124,7 @@ def test_a_format_that_is_set_is_the_one_that_is_read(template):
         (
             {"messages": [ASK, ANSWER], "system_prompt": 3},
             "InvalidSystemPromptException",
-            "must be text (int)",
+            "must be text (found a number)",
         ),
         (
             {"messages": [ASK, {**ANSWER, "content": "[INST]"}], "system_prompt": "s"},
@@ -136,18 +139,18 @@ def test_a_format_that_is_set_is_the_one_that_is_read(template):
         (
             {"conversations": [{"from": "observation", "value": "q"}]},
             "TokenizerException",
-            "role 'observation'",
+            "role='observation'",
         ),
         (
             {"conversations": [{"from": 3, "value": "q"}]},
             "InvalidMessageStructureException",
             "role=3",
         ),
-        ({"instruction": "q"}, "InvalidRowException", "output must be text (it is absent)"),
+        ({"instruction": "q"}, "InvalidRowException", "output must be text (it is missing)"),
         (
             {"instruction": "q", "input": 3, "output": "a"},
             "InvalidRowException",
-            "input must be text (int)",
+            "input must be text (found a number)",
         ),
         (
             {"instruction": "q", "output": "a", "history": ["x"]},
@@ -164,10 +167,10 @@ def test_a_format_that_is_set_is_the_one_that_is_read(template):
             "InvalidRowException",
             "it has prompt, completion",
         ),
-        ({"prompt": None, "completion": "a"}, "InvalidRowException", "prompt is absent"),
+        ({"prompt": None, "completion": "a"}, "InvalidRowException", "prompt is missing"),
         ({"text": "t", "content": "t"}, "InvalidRowException", "not both"),
         ({"text": " "}, "InvalidTextException", "empty text"),
-        ({"text": 3}, "InvalidRowException", "text must be text (int)"),
+        ({"text": 3}, "InvalidRowException", "text must be text (found a number)"),
         ({"text": "\ud800"}, "InvalidTextException", "UTF-8 at character 0"),
     ],
 )

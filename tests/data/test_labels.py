@@ -51,9 +51,8 @@ def test_a_source_that_python_cannot_read_has_no_parts():
 
 
 def prepare(tokenizer, folder, **data):
-    return tokenize_text(
-        DataConfig(path=str(folder), held_out_fraction=0.5, **data), tokenizer, folder / ".cache"
-    )
+    config = DataConfig(path=str(folder), held_out_fraction=0.5, **data)
+    return tokenize_text(config, tokenizer)
 
 
 def names_of_documents(store, labelling):
@@ -116,7 +115,7 @@ def test_sources_tell_documents_apart_and_one_domain_alone_does_not(tokenizer, t
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(f"text of {name}")
     path = f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}"
-    text = tokenize_text(DataConfig(path=path), tokenizer, tmp_path / ".cache")
+    text = tokenize_text(DataConfig(path=path), tokenizer)
     (labelling,) = find_labellings([text.train, text.held_out], path, tokenizer)
     for store in (text.train, text.held_out):
         ((name,),) = names_of_documents(store, labelling)

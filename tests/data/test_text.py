@@ -30,7 +30,7 @@ def prepare(path, tmp_path, workdir="run", **settings):
     config = DataConfig(
         **{"path": str(path), "tokenizer": "train:290", "held_out_fraction": 0.2, **settings}
     )
-    return prepare_text(config, 512, tmp_path / workdir / "tokenizer.model", tmp_path / "cache")
+    return prepare_text(config, 512, tmp_path / workdir / "tokenizer.model")
 
 
 def read_texts(store, tokenizer):
@@ -110,17 +110,22 @@ def write_rows(file, *, good, bad):
 def test_bad_rows_within_the_limit_are_left_out_and_counted(tmp_path, caplog):
     write_rows(tmp_path / "f.jsonl", good=75, bad=25)
     prepared = prepare(tmp_path / "f.jsonl", tmp_path, max_bad_fraction=0.25)
-    assert prepared.num_bad == 25
     assert len(prepared.train.offsets) + len(prepared.held_out.offsets) - 2 == 75
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert sum("invalid JSON" in message for message in warnings) == 20
     assert "f.jsonl:4: invalid JSON" in warnings[0] and "5 more bad rows" in warnings[20]
-    assert prepare(tmp_path / "f.jsonl", tmp_path, max_bad_fraction=0.25).num_bad == 25
+    assert warnings[-1].endswith("25 bad rows are left out")
+    caplog.clear()
+    prepare(tmp_path / "f.jsonl", tmp_path, max_bad_fraction=0.25)
+    assert "25 bad rows are left out" in caplog.text  # From the cache: no row is read again.
 
 
 def test_bad_rows_over_the_limit_end_the_run(tmp_path):
     write_rows(tmp_path / "f.jsonl", good=33, bad=7)
-    expected = r"7 of 40 rows are bad \(17.5%\), over data.max_bad_fraction=0.01; first: .*f.jsonl:4: invalid JSON: "
+    expected = (
+        r"7 of 40 rows are bad \(17.5%\), over data.max_bad_fraction=0.01: mend .*; "
+        r"first: .*f.jsonl:4: invalid JSON: "
+    )
     with pytest.raises(ConfigError, match=expected):
         prepare(tmp_path / "f.jsonl", tmp_path)
 
@@ -128,10 +133,8 @@ def test_bad_rows_over_the_limit_end_the_run(tmp_path):
 def test_a_cached_text_is_held_to_the_limit_of_each_run(tmp_path, monkeypatch):
     write_rows(tmp_path / "f.jsonl", good=75, bad=25)
     prepare(tmp_path / "f.jsonl", tmp_path, max_bad_fraction=0.3)
-    monkeypatch.setattr(Tokenizer, "encode_all", lambda self, texts: pytest.fail("tokenised again"))
-    assert (
-        prepare(tmp_path / "f.jsonl", tmp_path, workdir="other", max_bad_fraction=0.5).num_bad == 25
-    )
+    monkeypatch.setattr(Tokenizer, "encode_all", lambda self, texts: pytest.fail("tokenized again"))
+    prepare(tmp_path / "f.jsonl", tmp_path, workdir="other", max_bad_fraction=0.5)
     with pytest.raises(
         ConfigError, match=r"25 of 100 rows are bad .*first: .*f.jsonl:4: invalid JSON"
     ):
@@ -148,14 +151,14 @@ def test_no_document_at_all_is_a_config_error(tmp_path):
 def test_a_tokenizer_too_large_for_the_model_is_a_config_error(tmp_path):
     config = DataConfig(path=str(write_corpus(tmp_path / "corpus")), tokenizer="train:290")
     with pytest.raises(ConfigError, match=r"--config.model.vocab_size=290"):
-        prepare_text(config, 200, tmp_path / "run" / "tokenizer.model", tmp_path / "cache")
+        prepare_text(config, 200, tmp_path / "run" / "tokenizer.model")
     assert not (tmp_path / "run").exists()
 
 
-def test_text_is_tokenised_once_over_all_runs(tmp_path, monkeypatch):
+def test_text_is_tokenized_once_over_all_runs(tmp_path, monkeypatch):
     corpus = write_corpus(tmp_path / "corpus")
     first = prepare(corpus, tmp_path)
-    monkeypatch.setattr(Tokenizer, "encode_all", lambda self, texts: pytest.fail("tokenised again"))
+    monkeypatch.setattr(Tokenizer, "encode_all", lambda self, texts: pytest.fail("tokenized again"))
     second = prepare(corpus, tmp_path, workdir="other")
     assert second.train.fingerprint == first.train.fingerprint
     assert (tmp_path / "run/tokenizer.model").read_bytes() == (
@@ -190,7 +193,7 @@ from mixtral_jax.config import DataConfig
 from mixtral_jax.data import cache, text
 cache.StoreWriter.__exit__ = lambda *error: os._exit(9)
 config = DataConfig(path={str(corpus)!r}, tokenizer="train:290", held_out_fraction=0.2)
-text.prepare_text(config, 512, Path({str(tmp_path / "run" / "tokenizer.model")!r}), Path({str(tmp_path / "cache")!r}))
+text.prepare_text(config, 512, Path({str(tmp_path / "run" / "tokenizer.model")!r}))
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert (
@@ -204,43 +207,45 @@ text.prepare_text(config, 512, Path({str(tmp_path / "run" / "tokenizer.model")!r
     "name", ["summary.json", "train/tokens", "held_out/offsets.npy", "train/summary.json"]
 )
 @pytest.mark.parametrize("kept", [0, 1, 20])
-def test_a_damaged_cache_is_written_again_with_a_warning(tmp_path, caplog, name, kept):
+def test_a_damaged_cache_is_written_again_with_a_warning(tmp_path, cache_dir, caplog, name, kept):
     corpus = write_corpus(tmp_path / "corpus")
     before = np.array(prepare(corpus, tmp_path).train.tokens)  # A copy: the file it maps is cut.
-    (file,) = (tmp_path / "cache").glob(f"*/{name}")
+    (file,) = cache_dir.glob(f"*/{name}")
     whole = file.read_bytes()
     file.write_bytes(whole[: min(kept, len(whole) - 1)])
     after = prepare(corpus, tmp_path)
     np.testing.assert_array_equal(after.train.tokens, before)
     assert file.read_bytes() == whole
-    assert "is damaged" in caplog.text and "tokenised again" in caplog.text
+    assert "is damaged" in caplog.text and "tokenized again" in caplog.text
 
 
-def test_the_cache_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_the_cache_is_on_the_disk_before_it_has_its_name(tmp_path, cache_dir, monkeypatch):
     synced = []
     monkeypatch.setattr("os.fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
-    rename = Path.rename
-    monkeypatch.setattr(Path, "rename", lambda *args: synced.append("rename") or rename(*args))
+    replace = Path.replace
+    monkeypatch.setattr(
+        Path, "replace", lambda path, target: synced.append(target) or replace(path, target)
+    )
     prepare(write_corpus(tmp_path / "corpus"), tmp_path)
-    (folder,) = (entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir())
-    before = synced[: synced.index("rename")]
+    (folder,) = (entry for entry in cache_dir.iterdir() if entry.is_dir())
+    before = synced[: synced.index(folder)]
     assert {path.stat().st_ino for path in [folder, *folder.rglob("*")]} <= set(before)
 
 
-def test_an_interrupted_write_cleans_up(tmp_path, monkeypatch):
+def test_an_interrupted_write_cleans_up(tmp_path, cache_dir, monkeypatch):
     def interrupt(self, texts):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Tokenizer, "encode_all", interrupt)
         prepare(write_corpus(tmp_path / "corpus"), tmp_path)
-    assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
+    assert not [entry for entry in cache_dir.iterdir() if entry.is_dir()]
 
 
-def test_a_process_that_comes_second_uses_what_the_first_wrote(tmp_path, monkeypatch):
+def test_a_process_that_comes_second_uses_what_the_first_wrote(tmp_path, cache_dir, monkeypatch):
     corpus = write_corpus(tmp_path / "corpus")
     prepare(corpus, tmp_path)
-    (folder,) = (entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir())
+    (folder,) = (entry for entry in cache_dir.iterdir() if entry.is_dir())
     encode_all = Tokenizer.encode_all
 
     def encode_while_another_finishes(self, texts):
@@ -250,4 +255,4 @@ def test_a_process_that_comes_second_uses_what_the_first_wrote(tmp_path, monkeyp
     folder.rename(folder.with_name("elsewhere"))
     monkeypatch.setattr(Tokenizer, "encode_all", encode_while_another_finishes)
     assert len(prepare(corpus, tmp_path).train.tokens)
-    assert [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()] == [folder]
+    assert [entry for entry in cache_dir.iterdir() if entry.is_dir()] == [folder]

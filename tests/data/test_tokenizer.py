@@ -92,8 +92,8 @@ def test_a_long_text_is_encoded_in_chunks_to_the_ids_of_one_call(
         "_encode",
         lambda self, texts: sizes.extend(map(len, texts)) or encode(self, texts),
     )
-    monkeypatch.setattr("mixtral_jax.data.tokenizer._ENCODED_CHARACTERS", characters)
-    monkeypatch.setattr("mixtral_jax.data.tokenizer._ENCODED_CHUNKS", chunks)
+    monkeypatch.setattr("mixtral_jax.data.tokenizer._ENCODING_CHUNK_CHARACTERS", characters)
+    monkeypatch.setattr("mixtral_jax.data.tokenizer._MAX_CHUNKS_PER_CALL", chunks)
     for ids, others in zip(tokenizer.encode_all([LONG, *STRANGE]), expected, strict=True):
         np.testing.assert_array_equal(ids, others)
     assert max(sizes) < 1000 + characters
@@ -114,7 +114,7 @@ def test_models_that_rewrite_text_or_know_not_all_of_it_give_the_same_ids(
     )
     given = Tokenizer((tmp_path / "m.model").read_bytes())
     expected = given.encode(LONG)
-    monkeypatch.setattr("mixtral_jax.data.tokenizer._ENCODED_CHARACTERS", 7)
+    monkeypatch.setattr("mixtral_jax.data.tokenizer._ENCODING_CHUNK_CHARACTERS", 7)
     assert given.encode(LONG) == expected
 
 
@@ -139,7 +139,7 @@ def test_training_is_deterministic(tokenizer, tmp_path):
 
 
 def test_long_texts_are_sampled_over_their_whole_length(tmp_path, monkeypatch):
-    monkeypatch.setattr("mixtral_jax.data.tokenizer._SAMPLE_CHARACTERS", 20_000)
+    monkeypatch.setattr("mixtral_jax.data.tokenizer_training._MAX_TRAINING_CHARACTERS", 20_000)
     texts = ["a" * 50_000, "b" * 50_000 + "é" * 50_000]
     sampled = load_tokenizer("train:280", lambda: texts, tmp_path / "tokenizer.model")
     assert all(len(sampled.encode(letter * 64)) <= 32 for letter in "abé")

@@ -1,6 +1,6 @@
-"""Tasks of lm-evaluation-harness, from a file, against scores computed from the logits.
+"""Results of lm-evaluation-harness tasks equal scores computed from the logits.
 
-Run by `make test-eval` alone: needs lm-eval.
+Needs lm-eval, so only `make test-eval` runs these tests.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from tests.cases import mesh_of
 from tests.data.chat_cases import train_tokenizer
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Not ours to mend.
+    warnings.simplefilter("ignore")  # The warnings of lm-eval are not our concern.
     lm_eval = pytest.importorskip("lm_eval", reason="make test-eval installs it")
     from lm_eval.api.instance import Instance
     from lm_eval.tasks import TaskManager
@@ -92,7 +92,7 @@ def results(loaded, tmp_path_factory):
 
 
 def log_probabilities(loaded, ids):
-    """Of each id after the first, given those before it, in float64."""
+    """The log-probability of each id after the first, given those before it, in float64."""
     logits = loaded.logits(np.pad([ids], ((0, 0), (0, 64 - len(ids)))))[0, : len(ids) - 1].astype(
         np.float64
     )
@@ -101,7 +101,7 @@ def log_probabilities(loaded, ids):
 
 
 def score(loaded, context, continuation):
-    """Log-probability of a text after another, by the tokens of both together."""
+    """The log-probability of `continuation` after `context`, by the tokens of both together."""
     first, whole = loaded.encode(context), loaded.encode(context + continuation)
     return log_probabilities(loaded, whole)[len(first) - 1 :].sum()
 
@@ -133,7 +133,7 @@ def test_windows_of_a_long_text_see_as_much_as_they_can(loaded):
     expected = 0.0
     for first in range(1, len(ids), size):
         end = min(first + size, len(ids))
-        begin = max(0, end - 1 - size)  # The last window is filled up from before.
+        begin = max(0, end - 1 - size)  # The last window also has earlier tokens.
         expected += log_probabilities(loaded, ids[begin:end])[-(end - first) :].sum()
     assert len(ids) > 2 * size and (len(ids) - 1) % size
     request = Instance("loglikelihood_rolling", {}, (text,), 0)

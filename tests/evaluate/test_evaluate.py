@@ -1,4 +1,4 @@
-"""Held-out figures against direct computation."""
+"""Held-out metrics equal a direct computation."""
 
 import math
 
@@ -9,9 +9,8 @@ import pytest
 
 from mixtral_jax.evaluate.ngram import measure_ngrams
 from mixtral_jax.evaluate.perplexity import TokenBytes, make_evaluator
-from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.training.state import init_state
-from tests.cases import mesh_of, on_mesh, packed_batch, small_config
+from tests.cases import cpu_model_maker, mesh_of, on_mesh, packed_batch, small_config
 
 BOS = 1
 
@@ -25,7 +24,7 @@ def test_held_out_loss_and_bits_are_sums_over_all_batches_divided_once():
     bytes_per_token = np.arange(96) % 5
     batches = batches_of(config)
     with jax.set_mesh(mesh):
-        state = init_state(model_maker(config, "cpu"), optax.sgd(0.0))
+        state = init_state(cpu_model_maker(config), optax.sgd(0.0))
         figures = make_evaluator(
             [on_mesh(b, mesh) for b in batches], TokenBytes(bytes_per_token, BOS, 1), {"coin": 8.0}
         )(state.model())

@@ -1,4 +1,4 @@
-"""Scores of continuations against the logits themselves."""
+"""Scores of continuations equal sums over the logits."""
 
 from pathlib import Path
 
@@ -24,8 +24,8 @@ def score_by_logits(loaded, pair):
 
 
 def test_scores_are_sums_over_the_logits_of_continuations_of_any_length(monkeypatch):
-    monkeypatch.setattr(scoring, "_TOKENS_AT_ONCE", 64)
-    monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE", 8)
+    monkeypatch.setattr(scoring, "_MAX_TOKENS_PER_DEVICE", 64)
+    monkeypatch.setattr(scoring, "_MAX_LOGITS_PER_ROW", 8)
     loaded = mixtral_jax.load_pretrained(HF, dtype="float32", mesh=mesh_of(expert=2, tensor=2))
     rng = np.random.default_rng(0)
     lengths = [(1, 1), (20, 20), (5, 3), (1, 30), (31, 2), (3, 0), (8, 1)]

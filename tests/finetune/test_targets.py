@@ -1,4 +1,4 @@
-"""What is trained: presets, patterns, the router, and the table that says so."""
+"""What is trained: presets, patterns, the router, and the table that shows it."""
 
 from typing import Any
 
@@ -23,11 +23,11 @@ NAMES = [*ATTENTION, *EXPERTS, "moe.router.gate"]
 
 
 def shapes_of(factor: float = 1.0, **finetune: Any) -> tuple[Any, Any]:
-    """The model that is tuned, as shapes, and what tells its trained parameters."""
+    """The shapes of the tuned model, and the filter for its trained parameters."""
     config = small_config(finetune=finetune, router__learning_rate_factor=factor)
-    tunable = make_training(config, "cpu")
+    training = make_training(config, "cpu")
     with jax.set_mesh(mesh_of()):
-        return jax.eval_shape(tunable.make_model), tunable.trainable
+        return jax.eval_shape(training.make_model), training.trainable
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_presets_and_patterns_choose_projections(targets: str, expected: list[st
 
 def test_the_default_is_attention_and_experts_at_rank_16_and_scaling_2() -> None:
     config = build(FinetuneConfig, {})
-    assert match_targets(config.lora.targets, NAMES) == [*ATTENTION, *EXPERTS]
+    assert match_targets(config.lora.targets, NAMES, 1.0) == [*ATTENTION, *EXPERTS]
     assert (config.lora.rank, config.lora.scaling) == (16, 2.0)
     assert build(FinetuneConfig, {"lora": {"rank": 64, "alpha": "16"}}).lora.scaling == 0.25
 
@@ -66,7 +66,7 @@ def test_the_default_is_attention_and_experts_at_rank_16_and_scaling_2() -> None
         ({"factor": 0, "lora": {"targets": "*"}}, ["freezes the router", "targets=*"]),
     ],
 )
-def test_what_would_train_nothing_is_an_error_that_names_what_would(
+def test_targets_that_match_nothing_are_an_error_that_lists_what_would_match(
     finetune: dict, words: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as error:
@@ -114,16 +114,15 @@ def test_adapters_are_counted_apart_from_what_they_adapt() -> None:
 
 def test_frozen_weights_may_be_bfloat16_while_adapters_and_their_moments_are_float32() -> None:
     config = small_config(finetune__frozen_dtype="bfloat16")
-    tunable = make_training(config, "cpu")
+    training = make_training(config, "cpu")
     with jax.set_mesh(mesh_of(expert=4, fsdp=2)):
         optimizer = make_optimizer(
             config.optimizer, lambda step: 1.0, config.router.learning_rate_factor
         )
-        state = abstract_state(tunable.make_model, optimizer, tunable.trainable)
+        state = abstract_state(training.make_model, optimizer, training.trainable)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.frozen)} == {jnp.dtype("bfloat16")}
-    assert {
-        leaf.dtype for leaf in jax.tree.leaves((state.trained, state.opt_state)) if leaf.ndim
-    } == {jnp.dtype("float32")}
+    trained = [leaf for leaf in jax.tree.leaves((state.trained, state.opt_state)) if leaf.ndim]
+    assert {leaf.dtype for leaf in trained} == {jnp.dtype("float32")}
     # Cut as what they adapt: over experts, and over the model dimension; the rank is not.
     down, gate = state.trained.blocks.moe.experts.down, state.trained.blocks.moe.experts.gate
     assert gate.lora_a.weight.get_value().sharding.spec == jax.P(None, "expert", "fsdp", None)
@@ -133,15 +132,15 @@ def test_frozen_weights_may_be_bfloat16_while_adapters_and_their_moments_are_flo
 
 
 def updates_of(config_overrides: dict[str, Any]) -> dict[str, float]:
-    """The largest first update of each trained leaf, of gradients that are all one."""
+    """The largest first update of each trained leaf, for gradients that are all one."""
     config = small_config(**config_overrides)
-    tunable = make_training(config, "cpu")
+    training = make_training(config, "cpu")
     with jax.set_mesh(mesh_of()):
         optimizer = make_optimizer(
             config.optimizer, lambda step: 1.0, config.router.learning_rate_factor
         )
         state = jax.eval_shape(
-            lambda: TrainState.create(tunable.make_model(), optimizer, tunable.trainable)
+            lambda: TrainState.create(training.make_model(), optimizer, training.trainable)
         )
         ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), state.trained)
         updates, _ = jax.jit(lambda ones: optimizer.update(ones, optimizer.init(ones), ones))(ones)
@@ -172,22 +171,21 @@ def test_a_frozen_router_has_no_state_in_the_optimizer() -> None:
 
 def test_both_halves_of_an_adapter_decay() -> None:
     decay = {"finetune": {"lora": {"targets": "attention"}}, "optimizer__max_grad_norm": 1e-30}
-    # Of gradients as good as zero, what is left of an update is the decay of weights that are one.
+    # The gradients are almost zero, so an update consists of the decay; the weights are all one.
     assert set(updates_of({**decay, "optimizer__weight_decay": 0.5}).values()) == {0.5}
 
 
-def test_a_base_that_is_there_is_tuned_in_place() -> None:
+def test_an_existing_base_is_tuned_in_place() -> None:
     config = small_config(finetune__lora={"rank": 4, "targets": "attention"})
-    tunable = make_training(config, "cpu")
+    training = make_training(config, "cpu")
     optimizer = make_optimizer(
         config.optimizer, lambda step: 1.0, config.router.learning_rate_factor
     )
     with jax.set_mesh(mesh_of()):
-        base, expected = (jax.jit(tunable.make_base)() for _ in range(2))
-        state = init_state(tunable.adapt, optimizer, tunable.trainable, base)
-    assert all(
-        leaf.is_deleted() for leaf in jax.tree.leaves(base)
-    )  # There is no second copy of it.
+        base, expected = (jax.jit(training.make_base)() for _ in range(2))
+        state = init_state(training.adapt, optimizer, training.trainable, base)
+    # There is no second copy of the base.
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(base))
     for got, leaf in zip(
         jax.tree.leaves(state.frozen), jax.tree.leaves(nnx.state(expected)), strict=True
     ):

@@ -1,6 +1,4 @@
-"""Experts made of a dense model: what they compute at first, what is new in them, on every mesh;
-what is refused.
-"""
+"""Experts made from a dense model: what they compute, what is new in them, and what is refused."""
 
 import dataclasses
 from pathlib import Path
@@ -15,13 +13,12 @@ from mixtral_jax.checkpoint.upcycled import copy_experts
 from mixtral_jax.checkpoint.weights import Weights
 from mixtral_jax.config import Config, ConfigError, PretrainConfig
 from mixtral_jax.finetune.upcycling import choose_units, redraw
-from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs.base import Base, plan_base
 from mixtral_jax.runs.console import make_console
 from mixtral_jax.runs.run import Run
 from mixtral_jax.runs.upcycle import dense_loader, find_misfits, plan_dense
-from tests.cases import RULES, mesh_of, packed_batch, small_config
+from tests.cases import RULES, cpu_model_maker, mesh_of, packed_batch, small_config
 from tests.checkpoint.folders import architecture_of, in_memory, random_parameters
 from tests.reference import mixture, rms_norm, swiglu
 
@@ -38,7 +35,7 @@ def config_of(**changes: Any) -> Config:
 
 
 def upcycled(sizes: dict[str, int], **changes: Any) -> Any:
-    """The model that a run of this config starts from, on a mesh of these sizes."""
+    """The model that a run with this config starts from, on a mesh of these sizes."""
     config, mesh = config_of(**changes), mesh_of(**sizes)
     weights = Weights(architecture_of(DENSE, 1), in_memory(WEIGHTS, DENSE), None, "memory")
     tokenizer: Any = None
@@ -66,10 +63,10 @@ def logits_of(model: Any, batch: Any) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def dense_logits() -> np.ndarray:
-    """Those of the dense model itself."""
+    """The logits of the dense model itself."""
     config = small_config(model__num_experts=1, router__num_experts_per_token=1)
     with jax.set_mesh(mesh_of()):
-        model = jax.jit(model_maker(config, "cpu"))()
+        model = jax.jit(cpu_model_maker(config))()
     leaves, structure = jax.tree.flatten_with_path(model)
     model = jax.tree.unflatten(
         structure, [jax.device_put(WEIGHTS[parameter_name(p)], x.sharding) for p, x in leaves]
@@ -104,10 +101,10 @@ def test_copies_compute_at_first_what_the_dense_model_does(sizes, changes, dense
     np.testing.assert_allclose(logits_of(model, batch)[real], dense_logits[real], atol=2e-5, rtol=0)
 
 
-def test_all_but_the_routers_is_taken_over_to_the_bit_and_those_are_fresh():
+def test_routers_are_new_and_everything_else_is_copied_to_the_bit():
     found = parameters_of(upcycled({"expert": 4, "fsdp": 2}, method="copy"))
     with jax.set_mesh(mesh_of()):
-        fresh = parameters_of(jax.jit(model_maker(small_config(), "cpu"))())
+        fresh = parameters_of(jax.jit(cpu_model_maker(small_config()))())
     for name, numbers in found.items():
         expected = fresh[name] if "router" in name else WEIGHTS[name]
         np.testing.assert_array_equal(
@@ -142,7 +139,7 @@ def test_any_block_of_the_copies_is_the_slice_that_numpy_takes():
         np.testing.assert_array_equal(copies[path].read(one), expected[one])
 
 
-def test_noise_is_that_share_of_the_weights_deviation_and_new_for_each_expert():
+def test_noise_is_a_share_of_the_weights_deviation_and_differs_between_experts():
     found = parameters_of(upcycled({}, method="noise", noise_std=0.25))
     for path in EXPERTS.values():
         noise = found[path] - WEIGHTS[path]
@@ -152,7 +149,7 @@ def test_noise_is_that_share_of_the_weights_deviation_and_new_for_each_expert():
         assert np.abs(np.corrcoef(flat) - np.eye(16)).max() < 0.15
 
 
-def test_dropped_units_are_exactly_so_many_and_the_same_in_all_three_matrices():
+def test_the_number_of_redrawn_units_is_exact_and_they_are_the_same_in_all_three_matrices():
     found = parameters_of(upcycled({}, method="drop", drop_fraction=0.4))
     is_new = {}
     for name, path in EXPERTS.items():
@@ -163,17 +160,14 @@ def test_dropped_units_are_exactly_so_many_and_the_same_in_all_three_matrices():
     assert (is_new["gate"].sum(axis=-1) == int(0.4 * 48)).all()
     np.testing.assert_array_equal(is_new["gate"], is_new["up"])
     np.testing.assert_array_equal(is_new["gate"], is_new["down"])
-    assert (
-        len({units.tobytes() for units in is_new["gate"].reshape(16, -1)}) == 16
-    )  # Each expert its own.
+    # Each expert has other new units.
+    assert len({units.tobytes() for units in is_new["gate"].reshape(16, -1)}) == 16
 
 
 @pytest.mark.parametrize("hidden", [1, 2])
 def test_new_units_have_the_mean_and_deviation_of_the_old_ones(hidden):
-    key, weight = (
-        jax.random.key(3),
-        np.random.default_rng(1).normal(2.0, 3.0, size=(3, 10, 10)).astype(np.float32),
-    )
+    key, rng = jax.random.key(3), np.random.default_rng(1)
+    weight = rng.normal(2.0, 3.0, size=(3, 10, 10)).astype(np.float32)
     units = np.asarray(choose_units(jax.random.key(4), 3, 10, 0.5))
     with jax.set_mesh(mesh_of()):
         got = np.asarray(redraw(jax.numpy.asarray(weight), np.expand_dims(units, 3 - hidden), key))
@@ -186,7 +180,7 @@ def test_new_units_have_the_mean_and_deviation_of_the_old_ones(hidden):
 
 
 @pytest.mark.parametrize("method", ["noise", "drop"])
-def test_what_is_drawn_is_the_same_on_every_mesh(method):
+def test_random_changes_are_the_same_on_every_mesh(method):
     expected, *others = (
         parameters_of(upcycled(sizes, method=method, model__granularity=2)) for sizes in MESHES
     )
@@ -219,7 +213,7 @@ def test_a_planned_base_reads_the_text_of_the_run_or_in_tuning_python():
     )
 
 
-def test_all_that_does_not_fit_is_listed_at_once():
+def test_all_misfits_are_listed_at_once():
     config = config_of(method="copy", granularity=2)
     assert config.upcycle is not None
     other = dataclasses.replace(DENSE, num_experts=4, hidden_size=64, rope_theta=1e4)
@@ -277,7 +271,7 @@ def test_a_base_alone_is_copied():
         ({"method": "copy", "finetune__base": "x"}, ["finetune and upcycle are two runs"]),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_the_reason(changes, words):
+def test_contradictory_settings_are_refused_with_the_reason(changes, words):
     with pytest.raises(ConfigError) as error:
         config_of(**changes)
     assert "\n" not in str(error.value)

@@ -1,4 +1,6 @@
-"""Tokens are drawn from the distribution that was asked for, and by their own row alone."""
+"""Tokens are sampled from the right distribution, and rows do not depend on each other."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,12 @@ NUM_DRAWS = 8192
 LOGITS = np.log([0.02, 0.30, 0.05, 0.25, 0.05, 0.13, 0.20], dtype=np.float32)
 
 
+# One function for all tests: jax compiles it once per shape and mesh.
+@functools.partial(jax.jit, static_argnames="num_choices")
+def choose(rows, sampling, number, num_choices):
+    return choose_tokens(rows, sampling, number, num_choices, RULES)
+
+
 def draw(
     logits,
     *,
@@ -23,7 +31,7 @@ def draw(
     choices=None,
     mesh=None,
 ):
-    """A token for each seed, all from the same logits unless there is a row of them for each."""
+    """One token per seed. `logits` is one row for all seeds, or one row per seed."""
     seeds = np.asarray(seeds, np.uint32)
     rows = np.broadcast_to(logits, (len(seeds), np.shape(logits)[-1]))
     column = lambda value, dtype: np.broadcast_to(np.asarray(value, dtype), len(seeds))  # noqa: E731
@@ -33,22 +41,15 @@ def draw(
     mesh = mesh or mesh_of()
     with jax.set_mesh(mesh):
         place = lambda x, *axes: jax.device_put(x, jax.NamedSharding(mesh, RULES.spec(*axes)))  # noqa: E731
-        rows, sampling = (
-            place(rows, "batch", "act_vocab"),
-            jax.tree.map(lambda x: place(x, "batch"), sampling),
-        )
-        choose = jax.jit(lambda *x: choose_tokens(*x, choices or rows.shape[1], RULES))
-        return np.asarray(choose(rows, sampling, jnp.int32(number)))
+        rows = place(rows, "batch", "act_vocab")
+        sampling = jax.tree.map(lambda x: place(x, "batch"), sampling)
+        return np.asarray(choose(rows, sampling, jnp.int32(number), choices or rows.shape[1]))
 
 
 def check_distribution(tokens, expected):
-    """Counts within five standard deviations of what is expected; what has probability 0 never
-    comes.
-    """
-    counts, expected = (
-        np.bincount(tokens, minlength=len(expected)),
-        np.asarray(expected) / np.sum(expected),
-    )
+    """Checks that counts are within five standard deviations, and zero for probability 0."""
+    counts = np.bincount(tokens, minlength=len(expected))
+    expected = np.asarray(expected) / np.sum(expected)
     deviation = np.sqrt(len(tokens) * expected * (1 - expected))
     assert np.all(np.abs(counts - len(tokens) * expected) <= 5 * deviation), (
         counts / len(tokens),
@@ -63,11 +64,11 @@ def check_distribution(tokens, expected):
         ({"top_k": 1}, [1]),
         ({"top_k": 3}, [1, 3, 6]),
         ({"top_k": 100}, [0, 1, 2, 3, 4, 5, 6]),
-        ({"top_p": 0.01}, [1]),  # The likeliest token always stays.
+        ({"top_p": 0.01}, [1]),  # The most likely token is always kept.
         ({"top_p": 0.5}, [1, 3]),  # 0.30 + 0.25 reach 0.5.
         ({"top_p": 0.56}, [1, 3, 6]),
         ({"top_p": 0.99}, [0, 1, 2, 3, 4, 5, 6]),
-        ({"top_k": 3, "top_p": 0.7}, [1, 3]),  # Of the three that are left these have 0.733.
+        ({"top_k": 3, "top_p": 0.7}, [1, 3]),  # Of the three kept by top_k, these have 0.733.
         ({"choices": 4}, [0, 1, 2, 3]),
     ],
 )
@@ -101,10 +102,8 @@ def test_temperature_zero_is_the_likeliest_token_and_so_is_no_sampling_at_all():
 
 def test_a_draw_depends_on_its_seed_and_number_alone_not_on_the_batch_nor_the_mesh():
     rng = np.random.default_rng(0)
-    rows, seeds = (
-        rng.normal(size=(32, 48)).astype(np.float32),
-        rng.integers(0, 2**32, 32, dtype=np.uint32),
-    )
+    rows = rng.normal(size=(32, 48)).astype(np.float32)
+    seeds = rng.integers(0, 2**32, 32, dtype=np.uint32)
     settings = {"temperature": 0.8, "top_p": 0.9, "number": 3}
     expected = draw(rows, seeds=seeds, **settings)
     order = rng.permutation(32)

@@ -1,6 +1,4 @@
-"""Text that is shown a piece at a time: the same as all at once, whole characters only, and nothing
-past a stop.
-"""
+"""Text shown piece by piece: whole characters, the whole text, nothing past a stop string."""
 
 import itertools
 import random
@@ -17,7 +15,7 @@ def tokenizer():
 
 
 def show(stream, ids, sizes):
-    """What may be shown after each push, of as many ids as `sizes` says in turn; and at the end."""
+    """The shown text after each push and at the end. `sizes` yields the number of ids per push."""
     shown = [stream.text]
     ids = list(ids)
     while ids and not stream.is_stopped:
@@ -30,7 +28,7 @@ def show(stream, ids, sizes):
 
 
 def decodable_text(rng, tokenizer):
-    """A text that comes back as it is: a written `\u2581` comes back as a space."""
+    """A text that survives encoding and decoding. A `\u2581`, for example, becomes a space."""
     return tokenizer.decode(tokenizer.encode(random_text(rng)))
 
 
@@ -49,15 +47,13 @@ def test_what_is_shown_only_grows_and_ends_as_the_whole_text(tokenizer):
             shown = show(TextStream(tokenizer, context), ids, sizes_of(rng))
             assert all(longer.startswith(shorter) for shorter, longer in itertools.pairwise(shown))
             before = tokenizer.decode(context)
-            if not before.endswith("\ufffd"):  # The cut is not within a character.
+            if not before.endswith("\ufffd"):  # Skip cuts inside a character.
                 assert before + shown[-1] == text
 
 
 def test_text_goes_on_where_the_prompt_ended_with_its_space(tokenizer):
-    prompt, whole = (
-        tokenizer.encode("the parser"),
-        tokenizer.encode("the parser takes  two  arguments"),
-    )
+    prompt = tokenizer.encode("the parser")
+    whole = tokenizer.encode("the parser takes  two  arguments")
     assert whole[: len(prompt)] == prompt
     stream = TextStream(tokenizer, [1, *prompt])
     stream.push(whole[len(prompt) :])

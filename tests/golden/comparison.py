@@ -1,7 +1,6 @@
-"""What a model read from a Hugging Face folder computes, by the names and in the shapes of
-transformers.
+"""Computes what transformers computes from a Hugging Face folder, with its names and shapes.
 
-The golden test and the live comparison share it. Gradients are renamed here by hand and not with
+The golden test and the live comparison share it. Gradients are renamed here by hand, and not with
 the reader's table, which is under test.
 """
 
@@ -17,28 +16,28 @@ import optax
 from mixtral_jax.checkpoint.on_devices import load_model
 from mixtral_jax.checkpoint.weights import open_weights
 from mixtral_jax.config import RouterConfig
-from mixtral_jax.finetune.surgery import enter_training
-from mixtral_jax.model.transformer import ModelOutput, Transformer, model_maker
+from mixtral_jax.model.training_mode import enter_training
+from mixtral_jax.model.transformer import ModelOutput, Transformer
 from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.training.loss import StepTotals, sum_losses
 from mixtral_jax.training.state import TrainState
 from mixtral_jax.training.step import make_train_step
-from tests.cases import on_mesh
+from tests.cases import cpu_model_maker, on_mesh
 
 IGNORED = -100
 
 
 def load(folder: Path) -> tuple[Transformer, RouterConfig]:
-    """The model of a folder on the mesh in force, and the losses it was trained with."""
+    """Loads the model of a folder onto the current mesh, with the losses it was trained with."""
     weights = open_weights(folder)
     config = weights.architecture.config(batch_size=8)
-    return load_model(weights.parameters, jax.eval_shape(model_maker(config, "cpu"))), config.router
+    return load_model(weights.parameters, jax.eval_shape(cpu_model_maker(config))), config.router
 
 
 def make_batch(input_ids: np.ndarray, attention_mask: np.ndarray, labels: np.ndarray) -> Batch:
-    """One micro-batch on the mesh in force; rows of padding are added until it divides.
+    """One micro-batch on the current mesh, with rows of padding until the mesh size divides it.
 
-    `labels` are those of transformers: not yet shifted, and -100 where nothing is to be learned.
+    `labels` are those of transformers: not yet shifted, and -100 for tokens without a loss.
     """
     mesh = jax.sharding.get_mesh()
     to_add = -len(input_ids) % mesh.size
@@ -51,7 +50,7 @@ def make_batch(input_ids: np.ndarray, attention_mask: np.ndarray, labels: np.nda
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One of the losses, and its gradient by the names of transformers."""
+    """One of the losses, and its gradients by the names of transformers."""
 
     value: float
     gradients: dict[str, np.ndarray]
@@ -60,9 +59,7 @@ class Part:
 def outputs_and_losses(
     model: Transformer, batch: Batch, router: RouterConfig
 ) -> tuple[ModelOutput, dict[str, Part]]:
-    """What the model puts out, on the host; the `total` loss, and apart from it `ce` and `aux`, not
-    yet weighted.
-    """
+    """The model's output on the host, and the losses `total`, `ce` and unweighted `aux`."""
     parts, output = {}, None
     for name, share in zip(("total", "ce", "aux"), jnp.eye(3), strict=True):
         (value, output), gradients = _value_and_grad(model, share, batch, router)
@@ -75,7 +72,7 @@ def outputs_and_losses(
 def _value_and_grad(
     model: Transformer, share_of_loss: jax.Array, batch: Batch, router: RouterConfig
 ):
-    """The losses in the shares given: one compilation for all of them."""
+    """The sum of the losses by the given shares, which are an argument to compile only once."""
     output = model(batch.tokens[0], batch.positions[0], batch.segment_ids[0])
     totals = StepTotals(
         jnp.sum(batch.loss_mask).astype(jnp.float32), jnp.sum(batch.segment_ids).astype(jnp.float32)
@@ -87,9 +84,9 @@ def _value_and_grad(
 
 
 def adamw_trajectory(model: Transformer, batch: Batch, router: RouterConfig) -> list[float]:
-    """Total loss before each of five steps of AdamW that decays every tensor.
+    """The total loss before each of five steps of AdamW, which decays every tensor.
 
-    Gives up the model's buffers.
+    The model's buffers are donated.
     """
     optimizer = optax.adamw(1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
     in_training = functools.partial(enter_training, key=jax.random.key(0))
@@ -102,9 +99,7 @@ def adamw_trajectory(model: Transformer, batch: Batch, router: RouterConfig) -> 
 
 
 def by_transformers_name(tree: Transformer) -> dict[str, np.ndarray]:
-    """The arrays of a tree shaped like the model, as `named_parameters` of transformers has them in
-    memory.
-    """
+    """The arrays of a tree shaped like the model, as in `named_parameters` of transformers."""
 
     def fetch(variable) -> np.ndarray:
         return np.asarray(variable[...])

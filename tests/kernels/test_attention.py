@@ -53,20 +53,20 @@ def test_blocks_of_queries_give_what_all_at_once_do(monkeypatch, sizes):
     whole = lambda *x: attend(*x, "xla")  # noqa: E731
     arrays = inputs(T=64, H=12)
     expected = value_and_grads(whole, mesh_of(), *arrays)
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(attention, "QUERIES_PER_BLOCK", 16)
     check(value_and_grads(lambda *x: attend(*x, "xla"), mesh_of(**sizes), *arrays), expected)
 
 
 def test_blocks_of_queries_need_less_memory_than_all_at_once():
     def peak(T, block):
         q, k, v, dy, segments = inputs(B=1, T=T, N=2, K=1, H=8)
-        attention.QUERY_BLOCK, before = block, attention.QUERY_BLOCK
+        attention.QUERIES_PER_BLOCK, before = block, attention.QUERIES_PER_BLOCK
         try:
             grad = jax.grad(lambda q: jnp.sum(attend(q, k, v, segments, "xla") * dy))
             with jax.set_mesh(mesh_of()):
                 return jax.jit(grad).lower(q).compile().memory_analysis().peak_memory_in_bytes
         finally:
-            attention.QUERY_BLOCK = before
+            attention.QUERIES_PER_BLOCK = before
 
     assert peak(2048, 256) < peak(2048, 2048) / 3
 

@@ -16,9 +16,8 @@ from flax import nnx
 from mixtral_jax.cli import ablate
 from mixtral_jax.config import ConfigError
 from mixtral_jax.lab.ablation.records import DATA, FAILURE
-from mixtral_jax.model.transformer import model_maker
 from tests import scripts as runs
-from tests.cases import mesh_of
+from tests.cases import cpu_model_maker, mesh_of
 from tests.lab.ablations import small_ablation
 from tests.scripts import finish, lines_of, wait_for_step, write_text
 
@@ -208,7 +207,7 @@ def test_arms_of_a_seed_start_from_the_same_parameters_where_shapes_allow(
     ablation = small_ablation(arms={"some": {}, "other": changes})
     with jax.set_mesh(mesh_of()):
         some, other = (
-            nnx.to_flat_state(nnx.state(jax.jit(model_maker(arm.config, "cpu"))()))
+            nnx.to_flat_state(nnx.state(jax.jit(cpu_model_maker(arm.config))()))
             for arm in ablation.arms
         )
     same = [

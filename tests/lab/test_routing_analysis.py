@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from mixtral_jax.kernels.choose import choose_kernels
 from mixtral_jax.lab.routing.analysis import (
     RoutedText,
     analyze,
@@ -22,7 +23,7 @@ from mixtral_jax.lab.routing.analysis import (
 )
 from mixtral_jax.lab.routing.counts import count_overlap, count_routes, route
 from mixtral_jax.lab.routing.specialization import FEWEST_TOKENS
-from mixtral_jax.model.transformer import model_maker, resolve_dispatch
+from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.pretrained import Pretrained
 from tests.cases import RULES, mesh_of, on_mesh, packed_batch, small_config
 
@@ -253,9 +254,10 @@ def test_agreement_of_two_models_is_about_sets_and_not_their_order(routed):
 def load(mesh, **overrides):
     """A model as `load_pretrained` gives it, with the weights of its seed."""
     config = small_config(**overrides)
-    config = dataclasses.replace(config, dispatch=resolve_dispatch(config, "cpu"))
+    kernels = choose_kernels(config, "cpu")
     with jax.set_mesh(mesh):
-        return Pretrained(config, jax.jit(model_maker(config, "cpu"))(), None, mesh)
+        model = jax.jit(model_maker(config, kernels))()
+    return Pretrained(config, model, None, mesh, kernels)
 
 
 def text_of(loaded):

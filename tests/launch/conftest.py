@@ -1,4 +1,4 @@
-"""A folder of made-up programs that stand first on PATH: ssh, srun, scontrol, gcloud."""
+"""A folder of made-up programs (ssh, srun, scontrol, gcloud) that comes first on PATH."""
 
 import os
 import subprocess
@@ -10,10 +10,7 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 
 
 class Kit:
-    """Runs a script of launch/ where the cluster's programs are made up;
-
-    `count` says which start it is.
-    """
+    """Runs a script of launch/ with made-up programs instead of those of a cluster."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -27,9 +24,7 @@ class Kit:
         return path
 
     def ends_with(self, *codes: int) -> Path:
-        """A program that notes its arguments, and ends with the next of `codes` each time all
-        processes start.
-        """
+        """A program that logs its arguments, and ends with the next of `codes` at each start."""
         return self.program(
             "work",
             f"""

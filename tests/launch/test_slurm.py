@@ -1,6 +1,4 @@
-"""launch/slurm.sbatch, with an srun that runs its command here and an scontrol that notes what it
-was asked.
-"""
+"""launch/slurm.sbatch, with an srun that runs its command here and a logging scontrol."""
 
 import os
 import signal
@@ -26,7 +24,7 @@ def submit(slurm, work, *arguments):
     return slurm.run("slurm.sbatch", *arguments, WORK=str(work), SLURM_JOB_ID="77")
 
 
-def asked(slurm):
+def requests(slurm):
     path = slurm.bin / "scontrol.asked"
     return path.read_text().strip() if path.exists() else None
 
@@ -37,9 +35,9 @@ def asked(slurm):
 def test_75_goes_back_into_the_queue_and_nothing_else_does(slurm, code, request_made):
     ended, _, errors = submit(slurm, slurm.ends_with(code), "train.py", "--workdir=a b")
     assert ended == code, errors
-    assert asked(slurm) == request_made
+    assert requests(slurm) == request_made
     assert slurm.calls() == ["train.py --workdir=a b"]
-    # A process that ends first must not cut off those that still save.
+    # A process that ends first must not end those that still save.
     assert "--kill-on-bad-exit=0" in (slurm.bin / "srun.flags").read_text()
 
 
@@ -53,11 +51,12 @@ def test_the_script_outlives_a_signal_until_its_processes_have_saved(slurm):
     while not ready.exists() or not ready.read_text().strip():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    for one in (process.pid, int(ready.read_text())):  # Slurm signals the script and the steps.
-        os.kill(one, signal.SIGTERM)
+    # Slurm may signal both the script and its steps.
+    for pid in (process.pid, int(ready.read_text())):
+        os.kill(pid, signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 75
-    assert asked(slurm) == "requeue 77"
+    assert requests(slurm) == "requeue 77"
 
 
 def test_one_process_a_node_and_a_warning_before_the_end(slurm):

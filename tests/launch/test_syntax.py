@@ -1,6 +1,4 @@
-"""The launch kits are well formed: shellcheck finds nothing, and the Job says what its comments
-promise.
-"""
+"""The launch kits are well formed: shellcheck finds nothing, and the Job keeps its promises."""
 
 import os
 import shutil
@@ -33,7 +31,7 @@ def documents():
 
 
 def test_the_job_has_the_keys_of_its_api_and_no_others(documents):
-    """A misspelt key is dropped without a word by servers that do not validate."""
+    """Servers that do not validate silently drop a misspelt key."""
     job, service = documents["Job"], documents["Service"]
     assert (job["apiVersion"], service["apiVersion"]) == ("batch/v1", "v1")
     assert set(job) == set(service) == {"apiVersion", "kind", "metadata", "spec"}
@@ -73,7 +71,7 @@ def test_the_pods_of_the_job_find_process_0(documents):
     name, pod = job["metadata"]["name"], job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert job["spec"]["completionMode"] == "Indexed"
-    # A headless service of the pods' subdomain gives pod 0 its name, before it is ready.
+    # A headless service with the subdomain of the pods gives pod 0 its name before it is ready.
     assert service["spec"]["clusterIP"] == "None"
     assert service["spec"]["publishNotReadyAddresses"] is True
     assert service["spec"]["selector"] == {"job-name": name}
@@ -85,7 +83,8 @@ def test_the_pods_of_the_job_find_process_0(documents):
     assert '--process_id="$JOB_COMPLETION_INDEX"' in command
     count = {variable["name"]: variable["value"] for variable in container["env"]}["NUM_PROCESSES"]
     assert int(count) == job["spec"]["completions"] == job["spec"]["parallelism"]
-    assert command.startswith("exec ")  # Or the shell would get SIGTERM, and Python would not.
+    # Without exec, the shell would get SIGTERM instead of Python.
+    assert command.startswith("exec ")
     assert {mount["name"] for mount in container["volumeMounts"]} == {
         volume["name"] for volume in pod["volumes"]
     }
@@ -96,7 +95,7 @@ def test_exit_75_starts_a_pod_again_and_2_fails_the_job(documents):
     pod = spec["template"]["spec"]
     actions = {}
     rules = spec["podFailurePolicy"]["rules"]
-    # Up to Kubernetes 1.33 the status must be said.
+    # Up to Kubernetes 1.33 the status is required.
     assert rules[-1] == {
         "action": "Ignore",
         "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
@@ -107,7 +106,7 @@ def test_exit_75_starts_a_pod_again_and_2_fails_the_job(documents):
             assert rule["onExitCodes"]["operator"] == "In"
             actions |= dict.fromkeys(rule["onExitCodes"]["values"], rule["action"])
     assert actions == {2: "FailJob", 75: "Ignore"}
-    # What the API asks of a Job with a podFailurePolicy.
+    # The API requires both of a Job with a podFailurePolicy.
     assert pod["restartPolicy"] == "Never"
     assert spec["podReplacementPolicy"] == "Failed"
     assert pod["terminationGracePeriodSeconds"] >= 120

@@ -1,4 +1,4 @@
-"""launch/tpu_pod.sh, with a gcloud that notes its arguments and runs the command of two hosts here."""
+"""launch/tpu_pod.sh, with a gcloud that logs its arguments and runs the command for two hosts."""
 
 import time
 
@@ -44,15 +44,15 @@ def test_75_starts_all_hosts_again_and_nothing_else_does(pod, codes, code, start
     ended, _, errors = run(pod, "run", "train.py", "--workdir=a b", work=per_host(pod, *codes))
     assert ended == code, errors
     assert pod.calls(0) == pod.calls(1) == ["train.py --workdir=a b"] * starts
-    asked = (pod.bin / "gcloud.calls").read_text().splitlines()
-    assert asked == ["compute tpus tpu-vm ssh pod --zone=zone --worker=all"] * starts
+    calls = (pod.bin / "gcloud.calls").read_text().splitlines()
+    assert calls == ["compute tpus tpu-vm ssh pod --zone=zone --worker=all"] * starts
 
 
 def test_a_slice_that_is_gone_is_a_failure(pod):
     pod.program("gcloud", "echo 'NOT_FOUND: no such TPU' >&2; exit 1")
     code, _, errors = run(pod, "run", "train.py")
     assert code == 1
-    assert "is pod there" in errors
+    assert "check that pod exists" in errors
 
 
 def test_stop_ends_every_process_with_75_and_starts_none_again(pod):

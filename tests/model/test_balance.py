@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.model.balance import load_balance_loss, router_z_loss, sum_routing
+from mixtral_jax.model.router import Routes
 from mixtral_jax.model.routing_metrics import router_metrics
 
 
@@ -16,7 +17,9 @@ def sums_of(logits, k, real=None):
     def layer(logits):
         experts = jax.lax.top_k(logits, k)[1]
         chosen = jnp.broadcast_to(real[..., None], experts.shape)
-        return sum_routing(logits, jax.nn.softmax(logits), experts, chosen, chosen, real)
+        scores, weights = jax.nn.softmax(logits), jnp.zeros(experts.shape)
+        routes = Routes(logits, scores, experts, weights, chosen, chosen)
+        return sum_routing(routes, real, jnp.zeros(()))
 
     return jax.vmap(layer)(jnp.asarray(logits, jnp.float32))
 

@@ -11,18 +11,27 @@ import numpy as np
 import pytest
 
 from mixtral_jax.checkpoint.formats.architecture import require_mixtral
+from mixtral_jax.checkpoint.formats.parameters import parameter_shape, parameters_of
 from mixtral_jax.checkpoint.on_devices import parameter_name
-from mixtral_jax.checkpoint.parameters import parameter_shape, parameters_of
 from mixtral_jax.config import Config, ConfigError, build, changed_keys
 from mixtral_jax.finetune.targets import PRESETS
 from mixtral_jax.finetune.trained import list_parts
 from mixtral_jax.generate.generator import Generator
 from mixtral_jax.generate.settings import Settings
-from mixtral_jax.model.transformer import count_parameters, model_maker
+from mixtral_jax.model.dispatch.transports import TRANSPORTS
+from mixtral_jax.model.transformer import count_parameters
 from mixtral_jax.plan.flops import model_flops_per_step
 from mixtral_jax.runs.run import describe_choice
 from mixtral_jax.training.assemble import make_training
-from tests.cases import RULES, mesh_of, on_mesh, packed_batch, relative_norm, small_config
+from tests.cases import (
+    RULES,
+    cpu_model_maker,
+    mesh_of,
+    on_mesh,
+    packed_batch,
+    relative_norm,
+    small_config,
+)
 from tests.checkpoint.folders import architecture_of
 from tests.reference import reference_logits, swiglu
 
@@ -32,12 +41,12 @@ FINE = {"model__granularity": 4, "model__num_shared_experts": 1}
 
 def make(config, mesh):
     with jax.set_mesh(mesh):
-        return jax.jit(model_maker(config, "cpu"))()
+        return jax.jit(cpu_model_maker(config))()
 
 
 def shapes_of(config: Config) -> Any:
     with jax.set_mesh(mesh_of()):
-        return jax.eval_shape(model_maker(config, "cpu"))
+        return jax.eval_shape(cpu_model_maker(config))
 
 
 def logits_of(model, mesh, batch):
@@ -63,8 +72,12 @@ def logits_of(model, mesh, batch):
     ],
 )
 def test_logits_are_those_of_numpy_on_every_mesh_and_transport(sizes, transport, changes):
-    config, mesh = small_config(dispatch__transport=transport, **changes), mesh_of(**sizes)
+    # The transport of a config depends on its own mesh.
+    places = {f"mesh__{axis}": size for axis, size in sizes.items()}
+    config = small_config(dispatch__transport=transport, **places, **changes)
+    mesh = mesh_of(**sizes)
     model, batch = make(config, mesh), packed_batch(config)
+    assert model.blocks.moe.transport == TRANSPORTS[transport](config.model.num_experts, None)
     expected = reference_logits(model, batch.tokens[0], batch.positions[0], batch.segment_ids[0])
     real = batch.segment_ids[0] > 0
     np.testing.assert_allclose(
@@ -134,10 +147,11 @@ def test_shared_parameters_are_all_active_and_counted_everywhere():
 
 @pytest.mark.parametrize("changes", [{}, SHARED, FINE])
 def test_the_table_of_parameters_is_that_of_the_model(changes):
-    model = small_config(**changes).model
-    leaves = jax.tree.flatten_with_path(shapes_of(small_config(**changes)))[0]
+    config = small_config(**changes)
+    leaves = jax.tree.flatten_with_path(shapes_of(config))[0]
     assert {parameter_name(path): leaf.shape for path, leaf in leaves} == {
-        name: parameter_shape(name, model) for name in parameters_of(model)
+        name: parameter_shape(name, config.model)
+        for name in parameters_of(config.model, config.router)
     }
 
 

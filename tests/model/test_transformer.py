@@ -6,14 +6,14 @@ import pytest
 
 from configs import models
 from mixtral_jax.config import Config, build
-from mixtral_jax.model.transformer import count_parameters, model_maker
-from tests.cases import RULES, mesh_of, packed_batch, small_config
+from mixtral_jax.model.transformer import count_parameters
+from tests.cases import RULES, cpu_model_maker, mesh_of, packed_batch, small_config
 from tests.reference import reference_logits
 
 
 def make(config, mesh):
     with jax.set_mesh(mesh):
-        return jax.jit(model_maker(config, "cpu"))()
+        return jax.jit(cpu_model_maker(config))()
 
 
 @jax.jit
@@ -139,7 +139,7 @@ def test_published_sizes_have_the_published_numbers_of_parameters(size, total, a
     train = {"num_steps": 1, "batch_size": 8, "sequence_length": 8}
     config = build(Config, {"model": size().to_dict(), "train": train})
     with jax.set_mesh(mesh_of(expert=8)):
-        count = count_parameters(jax.eval_shape(model_maker(config, "cpu")))
+        count = count_parameters(jax.eval_shape(cpu_model_maker(config)))
     assert (count.total, count.active) == (total, active)
     assert (
         active - count.multiplying == config.model.vocab_size * config.model.hidden_size

@@ -15,15 +15,14 @@ import pytest
 from flax import nnx
 from jax.test_util import check_grads
 
-from mixtral_jax.config import DispatchConfig, RouterConfig
-from mixtral_jax.kernels.grouped_matmul import Kernel
+from mixtral_jax.config import DispatchConfig, GroupedMatmulName, RouterConfig, TransportName
 from mixtral_jax.model.balance import load_balance_loss, router_z_loss
+from mixtral_jax.model.dispatch.transports import TRANSPORTS
 from mixtral_jax.model.moe import MoE
-from tests.cases import RULES, mesh_of, only_masked, relative_norm, small_config
+from tests.cases import RULES, kernels_of, mesh_of, only_masked, relative_norm, small_config
 from tests.reference import mixture
 
 B, T, D = 8, 12, 32
-TRANSPORTS = ("all_gather", "all_to_all", "ragged_all_to_all")
 MESHES = {
     "expert=8": {"expert": 8},
     "expert=4,fsdp=2": {"expert": 4, "fsdp": 2},
@@ -57,7 +56,7 @@ def _pairs(case):
 
 
 def _cases():
-    """The whole product, those outside a cover of all pairs (greedy, from the front) marked `full`."""
+    """The whole product; cases outside a greedy cover of all pairs are marked `full`."""
     product = [
         dict(zip(SETTINGS, values, strict=True)) for values in itertools.product(*SETTINGS.values())
     ]
@@ -76,21 +75,18 @@ def _cases():
 @functools.cache
 def make_layer(
     experts,
-    transport="all_gather",
+    transport: TransportName = "all_gather",
     capacity_factor=None,
     buffer_factor=None,
-    kernel: Kernel = "blocks",
+    kernel: GroupedMatmulName = "blocks",
 ):
     """A function that initialises one MoE layer."""
     num_experts, k = EXPERTS[experts]
     config = small_config(model__num_experts=num_experts).model
-    dispatch = DispatchConfig(
-        transport=transport,
-        capacity_factor=capacity_factor,
-        buffer_factor=buffer_factor,
-        grouped_matmul=kernel,
-    )
-    return lambda: MoE(config, RouterConfig(num_experts_per_token=k), dispatch, RULES, nnx.Rngs(0))
+    router = RouterConfig(num_experts_per_token=k)
+    dispatch = DispatchConfig(capacity_factor=capacity_factor, buffer_factor=buffer_factor)
+    kernels = kernels_of(transport, kernel)
+    return lambda: MoE(config, router, dispatch, kernels, RULES, nnx.Rngs(0))
 
 
 def inputs(routing, padding, num_experts):
@@ -113,7 +109,7 @@ def inputs(routing, padding, num_experts):
 
 
 def offset_router(layer, offsets):
-    """The layer with a router whose logits prefer some experts, whatever the token but for noise."""
+    """The layer with a router that adds these offsets to the logits of every token."""
     gate = layer.router.gate.weight
     gate[...] = gate[...].at[0].set(jnp.asarray(offsets))
     return layer
@@ -125,8 +121,8 @@ def compiled(mesh_name, experts, *settings):
     make = make_layer(experts, *settings)
 
     def loss(layer, x, cotangent, is_real):
-        y, routing = layer(x, only_masked(is_real))
-        return jnp.sum(y * cotangent), (y, routing)
+        output = layer(x, only_masked(is_real))
+        return jnp.sum(output.y_BTD * cotangent), (output.y_BTD, output.routing)
 
     @jax.jit
     def run(offsets, x, cotangent, is_real):
@@ -153,7 +149,7 @@ def weights_of(experts, offsets):
 
 
 def moe_by_loop(x, router, gate, up, down, chosen, is_kept):
-    """The layer in plain jnp: every expert in turn, on every token, times what the token gives it."""
+    """The layer in plain jnp: every expert on every token, times the weight of its route."""
     logits = jnp.take_along_axis(x @ router, chosen, axis=-1)
     weights = jax.nn.softmax(logits) * is_kept
     y = 0

@@ -1,4 +1,4 @@
-"""What processes must have in common: whoever differs is named, with what differs."""
+"""Processes must agree: a message names those that differ, and what differs."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def member(index: int, **changes) -> Member:
 
 
 class Scripted(Processes):
-    """Processes whose others say what the test wants."""
+    """Processes of which the other ones send values that the test chooses."""
 
     def __init__(self, others):
         super().__init__(0, 1 + len(others))

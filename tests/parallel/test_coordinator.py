@@ -1,4 +1,4 @@
-"""Where processes meet: what cannot work is told at once, with the value and the fix."""
+"""How processes meet: a launch that cannot work is refused at once, with the value and the fix."""
 
 import os
 import socket
@@ -32,7 +32,7 @@ def no_scheduler(monkeypatch):
         (("node0", 2, 0), ["--coordinator=node0", "HOST:PORT"]),
         ((":8476", 2, 0), ["--coordinator=:8476", "HOST:PORT"]),
         (("::1:8476", 2, 0), ["HOST:PORT", "[::1]:8476"]),
-        (("node0:port", 2, 0), ["'port' is no number"]),
+        (("node0:port", 2, 0), ["'port' is not a number"]),
         (("node0:70000", 2, 0), ["70000", "65535"]),
         (("node0:8476", 2, 2), ["--process_id=2", "0 ... 1"]),
         (("node0:8476", 2, -1), ["--process_id=-1"]),
@@ -69,8 +69,10 @@ def test_loopback_is_known_by_every_name():
         ({"JOB_COMPLETION_INDEX": "3"}, ("Kubernetes", None, 4)),
     ],
 )
-def test_schedulers_are_known_by_their_variables(variables, expected):
-    found = find_scheduler(variables)
+def test_schedulers_are_known_by_their_variables(monkeypatch, variables, expected):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = find_scheduler()
     assert (found and (found.name, found.num_machines, found.num_processes)) == expected
 
 
@@ -89,15 +91,15 @@ def test_a_loopback_coordinator_over_several_machines_is_refused_at_once(monkeyp
 
 
 def test_a_loopback_without_process_0_is_given_up_soon(monkeypatch):
-    monkeypatch.setattr(coordinator, "LOOPBACK_PORT_SECONDS", 0.5)
-    with pytest.raises(ConfigError, match="no process 0 listened on") as error:
+    monkeypatch.setattr(coordinator, "LOOPBACK_PORT_TIMEOUT_SECONDS", 0.5)
+    with pytest.raises(ConfigError, match="process 0 did not listen on") as error:
         require_reachable(Launch(f"localhost:{_closed_port()}", 2, 1))
     assert socket.gethostname() in str(error.value)
 
 
 def test_a_coordinator_out_of_reach_ends_with_code_1_and_the_reason(monkeypatch):
-    """Not 2: a host that comes up late is no mistake, and a launcher may try again."""
-    monkeypatch.setattr(coordinator, "JOIN_SECONDS", 0.5)
+    """The code is not 2: a host that comes up late is no mistake, and a launcher may try again."""
+    monkeypatch.setattr(coordinator, "JOIN_TIMEOUT_SECONDS", 0.5)
     with pytest.raises(
         SystemExit,
         match=r"error: process 1 on .* did not reach --coordinator=nowhere\.invalid:8476",
@@ -127,8 +129,8 @@ def test_a_coordinator_out_of_reach_ends_with_code_1_and_the_reason(monkeypatch)
     ],
 )
 def test_the_only_slurm_task_of_a_node_gets_all_its_gpus(variables, expected):
-    """jax gives it the first one alone: it takes SLURM_LOCALID for the number of a GPU."""
-    assert processes.find_local_device_ids(variables) == expected
+    """jax alone would give it one GPU, because it takes SLURM_LOCALID for the number of a GPU."""
+    assert coordinator.find_local_device_ids(variables) == expected
 
 
 def test_a_cluster_that_jax_cannot_ask_is_one_line_with_the_flags_that_do_without(monkeypatch):
@@ -149,7 +151,7 @@ def test_processes_that_never_come_end_the_wait_with_a_line():
     """jax itself would abort with a stack trace."""
     program = (
         "from mixtral_jax.parallel import coordinator, processes\n"
-        "coordinator.LOOPBACK_JOIN_SECONDS = 2.0\n"
+        "coordinator.LOOPBACK_JOIN_TIMEOUT_SECONDS = 2.0\n"
         f"processes.join_processes(coordinator.Launch('localhost:{_closed_port()}', 2, 0))"
     )
     start = time.monotonic()

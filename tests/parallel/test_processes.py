@@ -1,5 +1,6 @@
-"""Two real processes of four virtual devices each are one run; what is wrong with one stops both,
-soon and clearly.
+"""Two real processes of four virtual devices each form one run.
+
+If anything is wrong with one of them, both stop soon, with a clear line.
 """
 
 import json
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from mixtral_jax.parallel.coordinator import LOOPBACK_JOIN_SECONDS
+from mixtral_jax.parallel.coordinator import LOOPBACK_JOIN_TIMEOUT_SECONDS
 from tests.scripts import finish, free_port, lines_of, start, wait_for_step, write_text
 
 STEPS = 12
@@ -18,11 +19,12 @@ FLAGS = [
     "--config.train.eval_every=6",
     "--config.optimizer.learning_rate=3e-4",
 ]
-# Notes the files that Python opens for writing or makes: which process writes what.
+# Logs the files that Python opens for writing or creates, to see which process writes what.
 AUDIT = """
 import os, sys
 def note(event, arguments):
-    if event == "open" and isinstance(arguments[0], str) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+    is_open = event == "open" and isinstance(arguments[0], str)
+    if is_open and arguments[2] & (os.O_WRONLY | os.O_RDWR):
         path = arguments[0]
     elif event in ("os.mkdir", "os.rename"):
         path = os.fsdecode(arguments[event == "os.rename"])
@@ -78,8 +80,9 @@ def one(folder):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    """The workdir of a run of two that was told to stop on the way, again while it starts, and then
-    let go on.
+    """The workdir of a run of two processes, which is stopped twice and then runs to its end.
+
+    SIGTERM goes to both processes during the run, and then to one while it starts.
     """
     (folder / "audit").mkdir()
     (folder / "audit" / "sitecustomize.py").write_text(AUDIT)
@@ -98,11 +101,9 @@ def two(folder):
     processes[1].send_signal(signal.SIGTERM)
     ends = finish_two(processes)
     assert [code for code, _, _ in ends] == [75, 75], ends
-    assert lines_of(workdir)[-1]["step"] - stopped_after in (
-        0,
-        1,
-    )  # The signal may arrive while the step compiles.
-    stopped_after = lines_of(workdir)[-1]["step"]
+    # The signal may arrive while the step compiles, and then one step runs.
+    before, stopped_after = stopped_after, lines_of(workdir)[-1]["step"]
+    assert stopped_after - before in (0, 1)
     ends = finish_two(start_two(folder, workdir, **audited))
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert f"resuming after step {stopped_after} of {STEPS}" in ends[0][1]
@@ -154,13 +155,11 @@ def test_a_wrong_command_on_one_ends_the_other_before_it_has_waited_long(folder)
     assert ends[1][2].startswith(f"error: {reason}")
     assert ends[0][2].startswith(f"error: process 1 on {socket.gethostname()} stopped: {reason}")
     assert all(errors.strip().count("\n") == 0 for _, _, errors in ends)
-    assert time.monotonic() - start_time < LOOPBACK_JOIN_SECONDS
+    assert time.monotonic() - start_time < LOOPBACK_JOIN_TIMEOUT_SECONDS
 
 
 def test_an_error_on_one_process_stops_the_other_with_its_reason(folder):
-    """The text is missing on one: the path is relative, and the second process runs in another
-    folder.
-    """
+    """The path is relative, and the second process runs in a folder without the text."""
     (folder / "elsewhere").mkdir()
     ends = finish_two(
         start_two(

@@ -1,6 +1,6 @@
-"""Conversations become the ids, the masks and the mistakes that mistral-common makes of them, live.
+"""Conversations give the same ids, masks and errors as in mistral-common.
 
-Run by `make test-parity` alone: needs mistral-common.
+Only `make test-parity` runs these tests: they need mistral-common.
 """
 
 import functools
@@ -52,7 +52,7 @@ def their_tokenizer(version):
 
 
 def encode_theirs(version, mode, messages):
-    """mistral-common's ids, or its mistake as `Kind: words`."""
+    """mistral-common's ids, or its error as `Kind: message`."""
     tokenizer = their_tokenizer(version)
     normalizer = InstructRequestNormalizer(
         UserMessage, FinetuningAssistantMessage, ToolMessage, SystemMessage, InstructRequest, None

@@ -1,7 +1,6 @@
-"""What is exported, transformers loads and tokenises; what transformers and torch save, is read
-here. Live.
+"""transformers loads and tokenises what we export, and we read what transformers and torch save.
 
-Run by `make test-parity` alone: needs torch, transformers and mistral-common.
+Only `make test-parity` runs these tests: they need torch, transformers and mistral-common.
 """
 
 import dataclasses
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 
 import mixtral_jax
+from mixtral_jax.checkpoint import export
 from mixtral_jax.checkpoint.export import make_small_files, write_folder
 from mixtral_jax.checkpoint.formats.layouts import LAYOUTS, MISTRAL
 from mixtral_jax.checkpoint.weights import Weights, open_weights
@@ -37,7 +37,7 @@ pytest.importorskip(
     "mistral_common", reason="parity needs mistral-common: make test-parity installs it"
 )
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Not ours to mend.
+    warnings.simplefilter("ignore")  # Warnings of another package.
     transformers = pytest.importorskip("transformers")
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -54,14 +54,14 @@ MODEL = ModelConfig(
     rope_theta=5e4,
     dtype="float32",
 )
-# Logits are of order 4. Measured: 1.4e-5.
+# Logits are of order 4. The measured difference is 1.4e-5.
 LOGIT_TOLERANCE = 1e-4
 
 
 def make_weights(
     model: ModelConfig = MODEL, dtype: str = "float32", tokenizer: Tokenizer | None = None
 ) -> Weights:
-    """Large enough to route by, and norms far from 1."""
+    """Weights that are large enough to make routing clear, with norms far from 1."""
     parameters = random_parameters(model, dtype)
     for name, array in parameters.items():
         scale = 1.0 if "norm" in name or "embedding" in name else array.shape[-2] ** -0.5
@@ -78,9 +78,12 @@ def load_theirs(folder: Path, **settings: Any) -> tuple[Any, dict[str, Any]]:
     )
 
 
-@pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["one file", "shards"])
-def test_an_exported_model_computes_the_same_in_transformers(shard_bytes, tmp_path):
-    write_folder(make_weights(), tmp_path, "hf", lambda _: None, shard_bytes)
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000], ids=["one file", "shards"])
+def test_an_exported_model_computes_the_same_in_transformers(
+    max_shard_bytes, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(export, "MAX_SHARD_BYTES", max_shard_bytes)
+    write_folder(make_weights(), tmp_path, "hf", lambda _: None)
     model, info = load_theirs(tmp_path)
     assert not any(
         info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -110,7 +113,7 @@ def test_transformers_holds_an_exported_model_in_its_dtype_bit_for_bit(dtype, tm
         assert ours[name].tobytes() == theirs[name].tobytes(), name
 
 
-@pytest.mark.parametrize("is_original", [True, False], ids=["a tensor an expert", "fused"])
+@pytest.mark.parametrize("is_original", [True, False], ids=["one tensor per expert", "fused"])
 def test_both_layouts_that_transformers_saves_are_read(is_original, tmp_path):
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
@@ -148,13 +151,9 @@ def test_files_that_torch_saves_are_read(layout, num_files, tmp_path):
         np.testing.assert_array_equal(array.astype(np.float32), expected, err_msg=name)
 
 
-# --- Tokenizers
-# ---------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A tokenizer, and what transformers makes of its export."""
+    """A tokenizer, and its export as transformers loads it."""
 
     ours: Tokenizer
     theirs: Any
@@ -162,7 +161,7 @@ class Pair:
 
 
 def sources() -> list[str]:
-    """Of Python's library."""
+    """Some source files of Python's library."""
     folder = Path(sysconfig.get_path("stdlib"))
     names = ("textwrap.py", "heapq.py", "encodings/idna.py", "tarfile.py", "this.py")
     return [(folder / name).read_text("utf-8") for name in names]
@@ -227,10 +226,9 @@ def test_transformers_gives_the_ids_of_our_tokenizer(pair):
     ]
     for text in TEXTS + random_texts() + windows:
         if pair.spec == "mixtral-v3" and "[INST]" in text:
-            continue  # A control piece: in our tokenizer text never becomes one.
-        assert pair.theirs(text)["input_ids"] == [pair.ours.bos_id, *pair.ours.encode(text)], repr(
-            text
-        )
+            continue  # A control piece to transformers; in our tokenizer text never becomes one.
+        expected = [pair.ours.bos_id, *pair.ours.encode(text)]
+        assert pair.theirs(text)["input_ids"] == expected, repr(text)
 
 
 def test_transformers_gives_the_text_of_ids(pair):
@@ -249,8 +247,7 @@ def test_special_pieces_are_known(pair):
     assert pair.theirs.decode(ids, skip_special_tokens=True) == "hi"
 
 
-# transformers finds control pieces in what people write, and its templates end every answer with
-# EOS.
+# transformers finds control pieces in any text, and its templates end every answer with EOS.
 BEYOND_TRANSFORMERS = {"v1": {"injection_bos_eos_in_user", "assistant_prefix"}}
 BEYOND_TRANSFORMERS["v3"] = BEYOND_TRANSFORMERS["v1"] | {"injection_inst_in_user"}
 

@@ -1,6 +1,6 @@
-"""Random Mixtrals of other shapes write what transformers writes, in a batch of unequal prompts.
+"""Random Mixtrals generate the same text as transformers, in a batch of prompts of unequal length.
 
-Run by `make test-parity` alone: needs torch and transformers.
+Only `make test-parity` runs these tests: they need torch and transformers.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
-"""What finetune_instruct.py exports is the same model, chat template and tokenizer to transformers.
+"""transformers loads the model, chat template and tokenizer that finetune_instruct.py exports.
 
-Run by `make test-parity` alone.
+Only `make test-parity` runs these tests: they need torch and transformers.
 """
 
 import json
@@ -24,7 +24,7 @@ QUESTIONS = [
     for number in (1, 302)
     for animal in ANIMALS
 ]
-# Without a written `</s>`, which is text to us, and an end to a template that renders a string.
+# No message contains `</s>`: it stays text in our template, but ends a turn in transformers'.
 TALKS = [
     [{"role": "system", "content": "Be  brief."}, *QUESTIONS[0]],
     [
@@ -38,7 +38,7 @@ NUM_TOKENS = 24
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """Of a run that has learnt a little: its answers are not all the same."""
+    """The workdir of a run that has learnt enough for its answers to differ."""
     folder = tmp_path_factory.mktemp("tuning")
     write_text(folder)
     write_chats(folder)

@@ -1,9 +1,11 @@
-"""Adapters that we write compute in PEFT, on transformers' model, what they compute here, live.
+"""Adapters that we write compute the same in PEFT, and PEFT writes adapters as we do.
 
-Run by `make test-parity` alone: needs peft, torch and transformers.
+Runs PEFT itself, so only `make test-parity` runs these tests: they need peft, torch and
+transformers.
 """
 
 import dataclasses
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from mixtral_jax.checkpoint.formats.adapters import read_adapters, read_peft_config, write_peft
+from mixtral_jax.checkpoint.formats.adapters import write_peft
 from mixtral_jax.checkpoint.on_devices import load_model
 from mixtral_jax.checkpoint.weights import open_weights
 from mixtral_jax.config import FinetuneConfig, LoRAConfig
@@ -23,27 +25,28 @@ from tests.cases import RULES, mesh_of
 
 torch = pytest.importorskip("torch", reason="parity needs torch: make test-parity installs it")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Not ours to mend.
+    warnings.simplefilter("ignore")  # Warnings of another package.
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hf_tiny"
 TOKENS = np.random.default_rng(0).integers(0, 512, (8, 16), dtype=np.int32)
-# Logits are of order 5. Measured: 4e-6.
+# Logits are of order 5. The measured difference is 4e-6.
 TOLERANCE = 5e-5
+ATTENTION = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out"}
 
 
-def tunable_of(lora: LoRAConfig) -> Training:
+def training_of(lora: LoRAConfig) -> Training:
     config = open_weights(GOLDEN).architecture.config(batch_size=8)
     return make_training(dataclasses.replace(config, finetune=FinetuneConfig(lora=lora)), "cpu")
 
 
 def tuned_model(lora: LoRAConfig) -> Any:
     """The golden model, with adapters that change its logits."""
-    tunable = tunable_of(lora)
+    training = training_of(lora)
 
     def adapt(base: Any) -> Any:
-        graphdef, adapters, rest = nnx.split(tunable.adapt(base), nnx.LoRAParam, ...)
+        graphdef, adapters, rest = nnx.split(training.adapt(base), nnx.LoRAParam, ...)
         keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(adapters))))
 
         def disturb(leaf: jax.Array) -> jax.Array:
@@ -55,7 +58,7 @@ def tuned_model(lora: LoRAConfig) -> Any:
         return nnx.merge(graphdef, jax.tree.map(disturb, adapters), rest)
 
     return jax.jit(adapt)(
-        load_model(open_weights(GOLDEN).parameters, jax.eval_shape(tunable.make_base))
+        load_model(open_weights(GOLDEN).parameters, jax.eval_shape(training.make_base))
     )
 
 
@@ -96,7 +99,8 @@ def test_peft_computes_what_our_adapters_do_beside_and_in_the_weights(
         model = tuned_model(lora)
         write_peft(tmp_path, model, lora, base=str(GOLDEN))
         expected = logits_of(model)
-    assert np.abs(their_logits(their_model) - expected).max() > 0.1  # They do something.
+    # The adapters change the logits.
+    assert np.abs(their_logits(their_model) - expected).max() > 0.1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tuned = peft.PeftModel.from_pretrained(their_model, str(tmp_path))
@@ -106,23 +110,35 @@ def test_peft_computes_what_our_adapters_do_beside_and_in_the_weights(
         )
 
 
-def test_adapters_of_attention_that_peft_saves_are_read(tmp_path: Path, their_model: Any) -> None:
-    config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
-    )
+def with_adapters_of_peft(model: Any, folder: Path) -> Any:
+    """Puts the adapters of attention that PEFT saved in a folder into our model, by hand."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for module, name in ATTENTION.items():
+        projection = getattr(model.blocks.attention, name)
+        for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
+            weight = getattr(projection, ours).weight
+            layer = "base_model.model.model.layers.{}.self_attn." + f"{module}.{theirs}.weight"
+            layers = [tensors[layer.format(number)].T for number in range(len(weight[...]))]
+            array = np.stack(layers).reshape(weight[...].shape)
+            weight[...] = jax.device_put(array, weight[...].sharding)
+    return model
+
+
+def test_peft_saves_adapters_of_attention_as_we_write_them(
+    tmp_path: Path, their_model: Any
+) -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(ATTENTION))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.get_peft_model(their_model, config)
         for name, parameter in theirs.named_parameters():
             if "lora_" in name:
-                torch.nn.init.normal_(
-                    parameter, std=0.1, generator=torch.Generator().manual_seed(len(name))
-                )
+                generator = torch.Generator().manual_seed(len(name))
+                torch.nn.init.normal_(parameter, std=0.1, generator=generator)
         theirs.save_pretrained(tmp_path)
-    lora = read_peft_config(tmp_path)
-    assert lora.targets == "attention.query,attention.key,attention.value,attention.out"
+    lora = LoRAConfig(rank=4, alpha=8.0, targets="attention")
     with jax.set_mesh(mesh_of(expert=4, fsdp=2)), jax.default_matmul_precision("highest"):
-        model = read_adapters(tmp_path, tuned_model(lora), lora)
+        model = with_adapters_of_peft(tuned_model(lora), tmp_path)
         np.testing.assert_allclose(logits_of(model), their_logits(theirs), rtol=0, atol=TOLERANCE)
         write_peft(again := tmp_path / "again", model, lora, base=str(GOLDEN))
     saved, written = (
@@ -131,3 +147,9 @@ def test_adapters_of_attention_that_peft_saves_are_read(tmp_path: Path, their_mo
     assert written.keys() == saved.keys()
     for name, tensor in saved.items():
         np.testing.assert_array_equal(written[name], tensor, err_msg=name)
+    saved, written = (
+        json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path, again)
+    )
+    assert set(written.pop("target_modules")) == set(saved["target_modules"])
+    for key in ("peft_type", "r", "lora_alpha", "bias"):
+        assert written[key] == saved[key], key

@@ -1,6 +1,6 @@
-"""Random Mixtrals of other shapes compute what transformers computes from the same folder, live.
+"""Random Mixtrals of several shapes compute the same as transformers does from the same folder.
 
-Run by `make test-parity` alone: needs torch and transformers.
+Only `make test-parity` runs these tests: they need torch and transformers.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from tests.golden.comparison import (
 
 torch = pytest.importorskip("torch", reason="parity needs torch: make test-parity installs it")
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Not ours to mend.
+    warnings.simplefilter("ignore")  # Warnings of another package.
     transformers = pytest.importorskip("transformers")
 
 SHAPES = {
@@ -71,19 +71,20 @@ SHAPES = {
 }
 MESHES = {4: {"expert": 4, "fsdp": 2}, 6: {"expert": 2, "fsdp": 2, "data": 2}, 16: {"expert": 8}}
 
-# Logits are of order 9. Measured: 2e-5, which is also how far transformers is from itself in
-# float64.
+# Logits are of order 9. The measured difference is 2e-5; transformers in float32 differs from
+# itself in float64 by as much.
 LOGIT_TOLERANCE = 5e-5
-# Relative. Measured: 5e-7 of losses; 9e-6 of gradients in norm (transformers from itself in
-# float64: 6e-6).
+# Relative. The measured differences are 5e-7 for losses, and 9e-6 for the norm of gradients, where
+# transformers in float32 differs from itself in float64 by 6e-6.
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 3e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What one program makes of one shape; only rows of real tokens, [tokens, ...] or [L, tokens,
-    ...].
+    """The results of one program for one shape.
+
+    Has only real tokens: arrays are [tokens, ...] or [L, tokens, ...].
     """
 
     logits: np.ndarray
@@ -94,12 +95,9 @@ class Results:
     trajectory: list[float]
 
 
-Pair = tuple[Results, Results]  # Theirs, ours.
-
-
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Arrays as transformers takes them, right-padded."""
+    """Right-padded arrays, as transformers takes them."""
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
@@ -110,7 +108,7 @@ class Inputs:
 def results(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Results, Results]]:
-    """Of one shape."""
+    """The results of both programs for one shape."""
     model, inputs = random_model(request.param), random_inputs(request.param["vocab_size"])
     folder = tmp_path_factory.mktemp("mixtral")
     model.save_pretrained(folder)
@@ -127,8 +125,8 @@ def random_model(shape: dict) -> Any:
     model = transformers.MixtralForCausalLM(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Far from 1, so that a scale applied in the wrong place shows; large, so that routing
-            # is decided.
+            # Scales are far from 1, so that one applied in the wrong place is noticed; the other
+            # weights are large, so that routing is clear.
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
             else:
@@ -216,7 +214,7 @@ def test_every_token_goes_to_the_same_experts_with_the_same_weights(results):
 
 
 def test_every_expert_gets_tokens_and_no_layer_routes_alike(results):
-    """Else the comparison would show nothing."""
+    """Otherwise the comparison would prove nothing."""
     theirs, _ = results
     num_experts = theirs.router_logits.shape[-1]
     assert set(theirs.experts.reshape(-1)) == set(range(num_experts))
@@ -236,7 +234,8 @@ def test_gradients_of_every_parameter_are_equal(results, part):
     theirs, ours = results
     expected, got = theirs.parts[part].gradients, ours.parts[part].gradients
     assert got.keys() == expected.keys()
-    # One expert a token always weighs 1: in theirs, rounding alone is the router's gradient.
+    # With one expert per token its weight is always 1, and the router's gradient in transformers is
+    # nothing but rounding errors.
     noise = 1e-7 * np.linalg.norm([np.linalg.norm(gradient) for gradient in expected.values()])
     for name, gradient in expected.items():
         difference = np.linalg.norm((got[name] - gradient).astype(np.float64))

@@ -1,4 +1,4 @@
-"""Reading the text of a compiled program, and how often its parts run."""
+"""The text of a compiled program is parsed, with how often its parts run."""
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ def test_a_loop_runs_its_body_as_often_as_its_condition_says() -> None:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        # From 1 to 3; a step of 2; a limit that is computed; counting down: of the last three
-        # nothing is known.
+        # A start at 1, a step of 2, a computed limit, and counting down. Only the trip count of the
+        # first loop is known.
         ("%constant.80 = s32[]{:T(128)} constant(0)", "%constant.80 = s32[]{:T(128)} constant(1)"),
         ("%constant.76 = s32[]{:T(128)} constant(1)", "%constant.76 = s32[]{:T(128)} constant(2)"),
         (

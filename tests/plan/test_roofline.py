@@ -1,14 +1,14 @@
-"""Times from published figures, against sums by hand."""
+"""Times from published figures equal sums by hand."""
 
 import numpy as np
 import pytest
 
 from mixtral_jax.plan.chips import CHIPS
 from mixtral_jax.plan.collectives import Collective
-from mixtral_jax.plan.hlo import parse_program
 from mixtral_jax.plan.roofline import make_roofline, transfer_seconds
 from mixtral_jax.plan.topology import parse_topology
 from mixtral_jax.plan.traffic import count_traffic
+from tests.plan.programs import copies, traffic
 
 BYTES = 10**9
 
@@ -42,14 +42,13 @@ def test_the_slowest_part_bounds_the_step() -> None:
 def test_a_ring_sends_both_ways_round() -> None:
     ring = [(0, 0, z) for z in range(4)]
     assert seconds_of("all-gather", "v5p:4x4x4", ring) == pytest.approx(BYTES / 200e9)
-    # Four in a row is on average 4/3 hops from each other, round a ring.
-    assert seconds_of("ragged-all-to-all", "v5p:4x4x4", ring) == pytest.approx(
-        BYTES * 4 / 3 / 200e9
-    )
+    # The four chips of a ring are 4/3 hops from each other on average.
+    exchange = seconds_of("ragged-all-to-all", "v5p:4x4x4", ring)
+    assert exchange == pytest.approx(BYTES * 4 / 3 / 200e9)
 
 
 def test_an_all_to_all_waits_for_the_links_of_the_dimension_in_which_it_goes_farthest() -> None:
-    # 4 x 16 chips: rings of four, one hop apart on average, and rings of sixteen, four hops apart.
+    # 4 x 16 chips have rings of four, one hop apart on average, and rings of sixteen, four hops.
     plane = [(0, y, z) for y in range(4) for z in range(16)]
     assert seconds_of("all-to-all", "v5p:4x4x16", plane) == pytest.approx(
         BYTES * 4 * 64 / 63 / 200e9
@@ -80,50 +79,15 @@ def test_gpus_of_other_nodes_are_reached_over_the_network() -> None:
     assert seconds_of("all-gather", "h100:16", two_nodes) == pytest.approx(BYTES * 14 / 15 / 450e9)
 
 
-TRAFFIC = """\
-HloModule jit_step
-
-%fused (p.0: f32[8,64,64], p.1: s32[], p.2: f32[64,64]) -> f32[8,64,64] {
-  %p.0 = f32[8,64,64]{2,1,0} parameter(0)
-  %p.1 = s32[] parameter(1)
-  %p.2 = f32[64,64]{1,0} parameter(2)
-  %bitcast.1 = f32[1,64,64]{2,1,0} bitcast(%p.2)
-  ROOT %update = f32[8,64,64]{2,1,0} dynamic-update-slice(%p.0, %bitcast.1, %p.1)
-}
-
-ENTRY %main (x: f32[8,64,64], i: s32[]) -> f32[8,64,64] {
-  %x = f32[8,64,64]{2,1,0} parameter(0)
-  %i = s32[] parameter(1)
-  %row = f32[1,64,64]{2,1,0} dynamic-slice(%x, %i), dynamic_slice_sizes={1,64,64}
-  %near = f32[64,64]{1,0:S(1)} bitcast(%row)
-  %dot = f32[64,64]{1,0} dot(%near, %near), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-  ROOT %fusion = f32[8,64,64]{2,1,0} fusion(%x, %i, %dot), kind=kLoop, calls=%fused
-}
-"""
-
-
 def test_traffic_counts_slices_and_updates_and_nothing_on_the_chip() -> None:
     row = 64 * 64 * 4
-    # Read and written by the slice; written by the matmul; read and written by the update; the
-    # index.
-    assert count_traffic(parse_program(TRAFFIC), routed_rows=0) == 2 * row + row + 2 * row + 4
-
-
-COPIES = """\
-HloModule jit_step
-
-ENTRY %main (x: f32[64,64]) -> f32[256,64] {
-  %x = f32[64,64]{1,0} parameter(0)
-  %copy-start = (f32[64,64]{1,0:S(1)}, f32[64,64]{1,0}, u32[]{:S(2)}) copy-start(%x)
-  %near = f32[64,64]{1,0:S(1)} copy-done(%copy-start)
-  %square = f32[64,64]{1,0:S(1)} dot(%near, %near), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-  %gather-start = (f32[64,64]{1,0}, f32[256,64]{1,0}) all-gather-start(%x), replica_groups={{0,1,2,3}}, dimensions={0}
-  ROOT %whole = f32[256,64]{1,0} all-gather-done(%gather-start)
-}
-"""
+    # The slice reads and writes a row, the matmul writes one, the update reads and writes one, and
+    # the index has 4 bytes.
+    assert count_traffic(traffic(), routed_rows=0) == 2 * row + row + 2 * row + 4
 
 
 def test_what_is_asynchronous_is_read_once_and_written_once() -> None:
     matrix = 64 * 64 * 4
-    # Read onto the chip, and multiplied there; read again, and four times as much written.
-    assert count_traffic(parse_program(COPIES), routed_rows=0) == matrix + (1 + 4) * matrix
+    # The copy reads a matrix, which is multiplied on the chip. The gather reads it again, and
+    # writes four times as much.
+    assert count_traffic(copies(), routed_rows=0) == matrix + (1 + 4) * matrix

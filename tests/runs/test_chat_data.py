@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import ConfigError
-from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs.chat_data import open_chat
 from mixtral_jax.runs.console import make_console
 from mixtral_jax.runs.run import Run
-from tests.cases import mesh_of, small_config
+from tests.cases import cpu_model_maker, mesh_of, small_config
 from tests.data.chat_cases import good_line, train_tokenizer, write_mixed_rows
 
 LENGTH = 96
@@ -110,7 +109,7 @@ def test_what_is_left_out_is_said_with_counts(open_run, tmp_path):
 def test_held_out_answers_are_judged_and_questions_given(open_run, tokenizer, tmp_path):
     data, _, run = open_run(write_good(tmp_path / "f.jsonl", 200), train__eval_sequences=4)
     with jax.set_mesh(run.mesh):
-        figures = data.evaluate(model_maker(run.config, "cpu")())
+        figures = data.evaluate(cpu_model_maker(run.config)())
     assert 5 < figures["eval/loss"] < 8 and figures["eval/tokens"] > 0
     question = data.questions[0]
     assert tokenizer.decode(question.answer.tolist()).startswith("It is")

@@ -10,6 +10,7 @@ import pytest
 
 from mixtral_jax.generate.programs import Rule, decode, prefill
 from mixtral_jax.generate.sampler import Sampling
+from mixtral_jax.kernels.choose import choose_kernels
 from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.parallel.mesh import make_mesh, resolve_mesh
 from mixtral_jax.plan.topology import open_target, parse_topology
@@ -22,9 +23,7 @@ D, F = 512, 1024
 
 @functools.cache
 def compiled() -> dict[str, Any]:
-    """Prefill, and decode with and without draws, of a bfloat16 model on four chips with two
-    experts each.
-    """
+    """Prefill, greedy decode and sampled decode, compiled for four chips with two experts each."""
     sizes = {
         "hidden_size": D,
         "intermediate_size": F,
@@ -51,7 +50,8 @@ def compiled() -> dict[str, Any]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
 
     with jax.set_mesh(mesh):
-        model = jax.tree.map(on_mesh, jax.eval_shape(model_maker(config, "tpu")))
+        make_model = model_maker(config, choose_kernels(config, "tpu"))
+        model = jax.tree.map(on_mesh, jax.eval_shape(make_model))
         draws = Sampling(
             *(row((B,), dtype) for dtype in (jnp.float32, jnp.float32, jnp.int32, jnp.uint32))
         )
@@ -72,14 +72,12 @@ def compiled() -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["greedy", "drawn"])
 def test_decoding_writes_the_cache_in_place_and_copies_no_layers_experts(name):
     program = compiled()[name]
-    cache = (
-        2 * 2 * (B // 4) * SLOTS * 2 * 128 * 2
-    )  # Keys and values, two layers, two heads, bfloat16.
+    # Keys and values, two layers, two heads of size 128, bfloat16.
+    cache = 2 * 2 * (B // 4) * SLOTS * 2 * 128 * 2
     assert program.memory_analysis().alias_size_in_bytes >= cache
     text = program.as_text()
-    assert (
-        f"bf16[4,{D},{F}]" in text
-    )  # What a chip has of the stack, two layers of two experts, seen as one.
+    # A chip has two layers of two experts, which the kernel sees as one layer of four.
+    assert f"bf16[4,{D},{F}]" in text
     assert f"dynamic_slice_sizes={{1,2,{D},{F}}}" not in text
 
 

@@ -1,7 +1,4 @@
-"""Plans compiled for TPU slices that are not here, with libtpu:
-
-`make test-tpu`. No TPU is needed, or touched.
-"""
+"""Plans compiled with libtpu for TPU slices that are not here: `make test-tpu`. Needs no TPU."""
 
 import functools
 import subprocess
@@ -25,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @functools.cache
 def plan_of(topology: str, **overrides: int | str | float | None) -> Plan:
-    """Of the default run, with keys of its sections changed."""
+    """The plan of the default run with some keys changed."""
     mapping = load_config_file(ROOT / "configs/pretrain/tiny.py")
     for name, value in overrides.items():
         *sections, key = name.split("__")
@@ -47,14 +44,14 @@ def test_the_default_run_but_wider_fits_four_chips() -> None:
 
 def test_rows_travel_once_there_and_once_home_and_once_more_where_recomputed() -> None:
     plan = plan_of("v5p:2x2x1", model__hidden_size=256)
-    # Weights of routes travel too: a number, which XLA pads to 128.
+    # The weights of the routes are sent too: one number per row, which XLA pads to 128.
     rows = [
         c
         for c in plan.collectives
         if c.op == "ragged-all-to-all" and not c.operand.endswith(",1,128]")
     ]
-    # 4 layers; 4 sequences of 128 tokens on a chip, 2 routes each, 256 float32 numbers a row, 3 of
-    # 4 leave.
+    # 4 layers, 4 sequences of 128 tokens per chip, 2 routes per token, 256 float32 numbers per row.
+    # Three quarters of the rows leave the chip.
     once = 4 * (4 * 128) * 2 * 256 * 4 * 3 // 4
     sent = {
         name: sum(c.bytes_per_device for c in rows if c.pass_ == name)
@@ -73,9 +70,8 @@ def test_every_collective_has_an_axis_and_the_loop_over_layers_is_counted() -> N
 
 def test_gradients_of_expert_weights_are_scattered_and_never_summed_whole() -> None:
     plan = plan_of("v5p:2x2x1", model__hidden_size=256, model__dtype="bfloat16", mesh__fsdp=2)
-    # Layers; four experts on a chip, of 256 x 256 numbers of two bytes, three matrices; half of
-    # each leaves.
-    of_experts = 4 * (4 * 256 * 256 * 2) * 3 // 2
+    # 4 layers, 4 experts per chip, 256 x 256 numbers of two bytes, 3 matrices. Half of each leaves.
+    expert_bytes = 4 * (4 * 256 * 256 * 2) * 3 // 2
     sent = {
         op: sum(
             c.bytes_per_device
@@ -84,18 +80,15 @@ def test_gradients_of_expert_weights_are_scattered_and_never_summed_whole() -> N
         )
         for op in ("reduce-scatter", "all-reduce")
     }
-    # Dense weights, and XLA's padding of shards, add a little; dense ones as small as these XLA
-    # sums up whole.
-    assert of_experts <= sent["reduce-scatter"] < 1.4 * of_experts
-    assert sent["all-reduce"] < of_experts / 3
+    # Dense weights and the padding of shards add a little. XLA all-reduces the smallest dense ones.
+    assert expert_bytes <= sent["reduce-scatter"] < 1.4 * expert_bytes
+    assert sent["all-reduce"] < expert_bytes / 3
 
 
 @pytest.mark.parametrize("topology", ["v5p:2x2x2", "v6e:2x4"])
 def test_matmuls_of_the_program_are_those_of_a_count_by_hand(topology: str) -> None:
-    for buffer_factor in (
-        1.0,
-        None,
-    ):  # Room for a balanced routing; for the worst, four times as much and never used.
+    # A buffer for balanced routing, and one for the worst case, four times as large and not used.
+    for buffer_factor in (1.0, None):
         plan = plan_of(topology, dispatch__buffer_factor=buffer_factor)
         assert plan.hardware_flops == flops_by_hand()
 
@@ -104,17 +97,17 @@ def test_tokamax_is_planned_as_if_on_the_target_and_multiplies_no_empty_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("tokamax")
-    # A command line with flags that tokamax does not know.
+    # A command line with flags that tokamax does not know must not disturb it.
     monkeypatch.setattr("sys.argv", ["train.py", "--config=configs/pretrain/tiny.py"])
     plan = plan_of("v5p:2x2x2", dispatch__grouped_matmul="tokamax", model__dtype="bfloat16")
-    # The last projection counts once too often: of a custom gradient, jax keeps what XLA finds to
-    # be unused.
-    of_down = 16 * 128 * 4 * 2 * 256 * 128 * 2
-    assert plan.hardware_flops == flops_by_hand() + of_down
+    # The down projection counts once too often: jax keeps the unused result of a custom gradient,
+    # which XLA removes.
+    down_flops = 16 * 128 * 4 * 2 * 256 * 128 * 2
+    assert plan.hardware_flops == flops_by_hand() + down_flops
 
 
 def test_tokamax_fills_no_standard_error() -> None:
-    """It would say of every matrix that its shape was not timed."""
+    """By default it would warn about every matrix that its shape was not autotuned."""
     pytest.importorskip("tokamax")
     flags = (
         "--topology=v5p:2x2x1",
@@ -135,11 +128,11 @@ def test_tokamax_fills_no_standard_error() -> None:
 
 
 def flops_by_hand(rank: int = 0) -> int:
-    """Of the default run: layers forward, again, and twice for the gradients; what experts give and
-    logits not again.
+    """FLOPs of a step of the default run.
 
-    With adapters of a rank on attention and experts, what is frozen has the gradients of its inputs
-    alone.
+    Layers run forward, once more for rematerialisation, and twice for the gradients. The output of
+    the experts and the logits are not recomputed. With adapters of `rank` on attention and experts,
+    frozen weights only have gradients of their inputs.
     """
     D, F, N, K, H, E, A, T, V = 128, 256, 4, 2, 32, 8, 2, 128, 2048
     weights, attention = 2 * D * (2 * N * H + 2 * K * H) + 2 * D * E + 6 * D * F * A, 4 * N * H * T
@@ -181,7 +174,11 @@ def test_mesh_axes_may_take_a_part_of_an_axis_of_the_torus() -> None:
     mesh = make_mesh(MeshConfig(data=1, fsdp=8, expert=8), target.devices)
     assert mesh.devices.shape == (1, 8, 8, 1, 1)
     experts = np.array([device.coords for device in mesh.devices[0, 0, :, 0, 0]])
-    assert sorted(np.ptp(experts, axis=0) + 1) == [1, 2, 4]  # Neighbours, on two dimensions.
+    assert sorted(np.ptp(experts, axis=0) + 1) == [
+        1,
+        2,
+        4,
+    ]  # Neighbours in two dimensions of the torus.
 
 
 @pytest.mark.parametrize("chip", SLICES)

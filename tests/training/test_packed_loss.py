@@ -7,9 +7,8 @@ import numpy as np
 
 from mixtral_jax.data.packing import make_row, plan_rows
 from mixtral_jax.data.store import TokenStore
-from mixtral_jax.model.transformer import model_maker
 from mixtral_jax.training.loss import cross_entropy
-from tests.cases import mesh_of, small_config
+from tests.cases import cpu_model_maker, mesh_of, small_config
 
 LENGTH = 32
 
@@ -54,7 +53,7 @@ def test_the_loss_of_packed_conversations_is_the_sum_of_their_losses_alone():
     assert packed["tokens"].shape[0] < len(alone) / 2
     together = {name: np.concatenate([chat[name] for chat in alone]) for name in packed}
     with jax.set_mesh(mesh_of()), jax.default_matmul_precision("highest"):
-        model = jax.jit(model_maker(config, "cpu"))()
+        model = jax.jit(cpu_model_maker(config))()
 
         @jax.jit
         def losses_of(tokens, positions, segment_ids, targets, loss_mask):

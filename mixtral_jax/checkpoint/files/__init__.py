@@ -1,3 +1,5 @@
-"""Bytes on disk: arrays of which any block can be read or written, in the kinds of file that hold
-weights.
+"""Bytes on disk: reads and writes arrays, any block of them, in the file types that hold weights.
+
+Knows no other program's names and no model. `stored` has the array that every reader returns and
+every writer takes; `foreign_folder` guards against files that somebody else made.
 """

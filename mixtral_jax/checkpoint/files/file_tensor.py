@@ -1,8 +1,6 @@
-"""A tensor within a file: where its numbers lie, how to see them in another order, and how to read
-them.
+"""`FileTensor`: a tensor in a file, as an offset and strides; views of it, and reading.
 
-What files hold which tensors is for `safetensors_files` and `torch_pickle`, which make these and
-have made sure that no number lies outside of the file.
+`safetensors` and `torch_pickle` create these, and check that no number lies outside the file.
 """
 
 import dataclasses
@@ -19,8 +17,11 @@ from mixtral_jax.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class FileTensor:
-    """Numbers of a file, by the byte at which the first lies and the bytes from one to the next of
-    each dimension.
+    """A tensor in a file.
+
+    Attributes:
+        offset: the byte of the file at which the first number begins.
+        strides: the distance in bytes between neighbours along each dimension.
     """
 
     path: Path
@@ -34,7 +35,7 @@ class FileTensor:
     def in_rows(
         cls, path: Path, name: str, dtype: np.dtype, offset: int, shape: tuple[int, ...]
     ) -> "FileTensor":
-        """One whose numbers follow each other."""
+        """A contiguous tensor, row by row."""
         strides = tuple(
             math.prod(shape[dimension + 1 :]) * dtype.itemsize for dimension in range(len(shape))
         )
@@ -50,9 +51,7 @@ class FileTensor:
         shape: tuple[int, ...],
         order: Order,
     ) -> "FileTensor":
-        """One whose numbers follow each other, those of the last dimension closest ("C"), or of the
-        first ("F").
-        """
+        """A contiguous tensor whose last dimension ("C") or first dimension ("F") is adjacent."""
         if order == "C":
             return cls.in_rows(path, name, dtype, offset, shape)
         return cls.in_rows(path, name, dtype, offset, shape[::-1]).transpose(
@@ -61,11 +60,11 @@ class FileTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its numbers."""
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def split(self, sizes: Sequence[Sequence[int]]) -> "FileTensor":
-        """The same with every dimension cut into dimensions of these sizes."""
+        """A view in which each dimension is split into dimensions of the given sizes."""
         shape, strides = [], []
         for stride, parts in zip(self.strides, sizes, strict=True):
             shape += parts
@@ -73,30 +72,32 @@ class FileTensor:
         return dataclasses.replace(self, shape=tuple(shape), strides=tuple(strides))
 
     def transpose(self, order: Sequence[int]) -> "FileTensor":
-        """The same with its dimensions in another order."""
+        """A view with the dimensions in another order."""
         shape, strides = (
             tuple(values[position] for position in order) for values in (self.shape, self.strides)
         )
         return dataclasses.replace(self, shape=shape, strides=strides)
 
     def cut(self, ranges: Sequence[range]) -> "FileTensor":
-        """The part of it in a range of each dimension."""
+        """A view of the part within one range per dimension."""
         start = sum(part.start * stride for part, stride in zip(ranges, self.strides, strict=True))
         return dataclasses.replace(self, offset=self.offset + start, shape=tuple(map(len, ranges)))
 
     def read_into(self, target: np.ndarray) -> None:
-        """Copies the numbers into an array of the same shape, by parts of the file that fit a
-        processor's cache.
+        """Copies the numbers into an array of the same shape.
+
+        Reads the file in parts that fit the processor's cache.
 
         Raises:
-            ConfigError: the file cannot be read, or has become shorter.
+            ConfigError: the file cannot be read, or has become shorter since it was opened.
         """
         try:
             with open(self.path, "rb", buffering=0) as file:
                 self._copy(file, target)
         except OSError as error:
             raise ConfigError(
-                f"{self.path}: {self.name} cannot be read: {error.strerror}"
+                f"{self.path}: {self.name} cannot be read: {error.strerror}; check that the file "
+                "still exists and is readable"
             ) from error
 
     def _copy(self, file: io.FileIO, target: np.ndarray) -> None:
@@ -111,7 +112,9 @@ class FileTensor:
             raw = bytes_of(target) if is_in_place else scratch("part", (span,), np.dtype(np.uint8))
             file.seek(self.offset)
             if file.readinto(raw.data) < span:
-                raise ConfigError(f"{self.path} is truncated: it ends within {self.name}")
+                raise ConfigError(
+                    f"{self.path} is truncated: it ends within {self.name}; copy it again"
+                )
             if not is_in_place:
                 copy_into(target, np.ndarray(self.shape, self.dtype, raw, strides=self.strides))
             return
@@ -127,8 +130,9 @@ class FileTensor:
             )
 
     def _lies_like(self, target: np.ndarray) -> bool:
-        """Whether the bytes of an array of the same shape would be those of the file, in the same
-        order.
+        """Whether an array of the same shape has the file's dtype and memory order.
+
+        Then bytes can be read straight into it.
         """
         strides = zip(self.shape, self.strides, target.strides, strict=True)
         return (

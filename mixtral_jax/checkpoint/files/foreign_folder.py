@@ -1,8 +1,7 @@
-"""Files of a folder that somebody else made: none outside of it is opened, and none is believed to
-be small.
+"""Safe access to files of a folder that somebody else made.
 
-A Hugging Face cache may link from `snapshots/` to its own `blobs/`. What the files mean is for
-others.
+Never opens a file outside the folder, and limits the size of what is read at once. The only links
+that may leave the folder are those of a Hugging Face cache, from `snapshots/` to its own `blobs/`.
 """
 
 import json
@@ -12,54 +11,58 @@ from typing import Any
 
 from mixtral_jax.config import ConfigError, require
 
-# Of text that is read whole. The index of 8x22B has 0.2 MB, a tokenizer.model 0.5 MB.
-_MAX_BYTES = 100_000_000
+# For files that are read whole. The index of 8x22B has 0.2 MB, a tokenizer.model 0.5 MB.
+_MAX_WHOLE_FILE_BYTES = 100_000_000
 
 
-def find_file(folder: Path, name: str, said_by: str = "this program") -> Path | None:
-    """The file `name` of the folder, or None if there is none. `said_by` is whose word the name is.
+def find_file(folder: Path, name: str, named_by: str = "this program") -> Path | None:
+    """The path of the file `name` in the folder, or None if there is no such file.
+
+    Args:
+        named_by: where the name comes from, for error messages.
 
     Raises:
-        ConfigError: the name leaves the folder, itself or by symbolic links, or is not of a regular
-            file.
+        ConfigError: the name leads out of the folder, by itself or by symbolic links, or it is not
+            a regular file.
     """
     is_plain = name and name not in (".", "..") and not set(name) & set("/\\\0")
     require(
         is_plain,
-        f"{said_by} is in {name!r}, it says: that must be a file of the folder itself, without / "
-        "and ..",
+        f"{named_by} names the file {name!r}, which must be a file in the folder itself: give its "
+        "name without /, \\ and ..",
     )
     path, folder = folder / name, folder.resolve()
     if not path.is_symlink() and not path.exists():
         return None
     target = Path(os.path.realpath(path))  # Not `resolve`, which raises at a loop in Python 3.11.
-    homes = [folder]
+    allowed_parents = [folder]
     if folder.parent.name == "snapshots":
-        homes.append(folder.parents[1] / "blobs")
+        allowed_parents.append(folder.parents[1] / "blobs")
     require(
-        any(home in target.parents for home in homes),
-        f"{path} is a symbolic link that leaves the folder, to {target}: put the file itself there",
+        any(parent in target.parents for parent in allowed_parents),
+        f"{path} is a symbolic link to {target}, outside the folder: copy the file itself there",
     )
     require(
         target.is_file(),
-        f"{path} is no regular file"
+        f"{path} is not a regular file: put the file itself there"
         if target.exists()
-        else f"{path} links to nothing, or to itself",
+        else f"{path} links to nothing, or to itself: put the file itself there",
     )
     return path
 
 
 def read_bytes(path: Path) -> bytes:
-    """The whole of a small file.
+    """The contents of a small file.
 
     Raises:
-        ConfigError: it cannot be read, or is not small.
+        ConfigError: the file cannot be read, or has more than 100 MB.
     """
     try:
         size = path.stat().st_size
         require(
-            size <= _MAX_BYTES,
-            f"{path} has {size:,} bytes: more than {_MAX_BYTES:,} are not believed",
+            size <= _MAX_WHOLE_FILE_BYTES,
+            f"{path} has {size:,} bytes, and at most {_MAX_WHOLE_FILE_BYTES:,} are read: it is "
+            "probably not the file that its name says; copy it again",
         )
         return path.read_bytes()
     except OSError as error:
@@ -67,27 +70,32 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises ConfigError if there is none."""
+    """The JSON object in a file; raises ConfigError if the file holds anything else."""
     return parse_object(read_bytes(path), str(path))
 
 
 def parse_object(text: bytes, name: str) -> dict[str, Any]:
-    """The JSON object in `text`; `name` is for people.
+    """The JSON object in `text`; `name` says in error messages where the text is from.
 
     Raises:
-        ConfigError: it is no JSON object, or says something twice.
+        ConfigError: the text is not a JSON object, or an object in it has a key twice.
     """
 
-    def refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             keys = [key for key, _ in pairs]
-            raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is there twice")
+            repeated = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {repeated} is there twice")
         return found
 
     try:
-        value = json.loads(text, object_pairs_hook=refuse_twice)
+        value = json.loads(text, object_pairs_hook=refuse_repeated_keys)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{name} is not JSON: {' '.join(str(error).split())}") from None
-    require(isinstance(value, dict), f"{name} must hold a JSON object, not {type(value).__name__}")
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{name} is not JSON: {reason}; mend it or copy it again") from None
+    require(
+        isinstance(value, dict),
+        f"{name} must hold a JSON object, not a {type(value).__name__}: mend it or copy it again",
+    )
     return value

@@ -1,61 +1,49 @@
-"""A folder that appears when it is complete, and not at all if something goes wrong."""
+"""Writes a folder whole or not at all: it appears under its name when it is complete."""
 
 import contextlib
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from mixtral_jax.config import ConfigError, require
+from mixtral_jax.whole_files import whole_folder
 
 
 def require_room(path: Path, num_bytes: int) -> None:
-    """Makes sure that a folder of `num_bytes` can be made at `path`.
+    """Checks that a folder of `num_bytes` can be created at `path`.
 
     Raises:
-        ConfigError: something lies there already, or the disk is too full.
+        ConfigError: something is there already, or the disk has too little space.
     """
     above = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         is_free = not path.is_symlink() and (not path.exists() or not any(path.iterdir()))
         free = shutil.disk_usage(above).free
     except OSError as error:
-        raise ConfigError(f"{path} cannot be made: {error}") from None
-    require(above.is_dir(), f"{path} cannot be made: {above} is no folder")
-    require(is_free, f"{path} exists: name a new folder, or delete that one")
+        raise ConfigError(
+            f"{path} cannot be created: {error}; name a folder that can be written"
+        ) from None
+    require(
+        above.is_dir(),
+        f"{path} cannot be created: {above} is not a folder; name a folder that can be written",
+    )
+    require(is_free, f"{path} exists already: name a new folder, or delete that one")
     require(
         free > num_bytes,
-        f"{path} needs {num_bytes / 1e9:,.1f} GB, and its disk has {free / 1e9:,.1f} GB free",
+        f"{path} needs {num_bytes / 1e9:,.1f} GB, and its disk has {free / 1e9:,.1f} GB free: free "
+        "some space, or name a folder on another disk",
     )
 
 
 @contextlib.contextmanager
 def new_folder(path: Path, mark: str | None = None, *, is_writer: bool = True) -> Iterator[Path]:
-    """A temporary folder beside `path`, which takes its place at the end; deleted if the block
-    raises.
-
-    Args:
-        mark: makes its name; several processes that fill it, on storage which all of them see, give
-            the same.
-        is_writer: whether this process is the one that moves it, at the end of its block.
+    """`whole_folder` for a command: an error ends it with one line.
 
     Raises:
-        SystemExit: code 1, with a line; a file cannot be written.
+        SystemExit: code 1; a file or the folder cannot be written.
     """
-    path = path.absolute()
-    temporary = path.with_name(f".{path.name}.{mark or make_mark()}.partial")
     try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if is_writer:
-            temporary.replace(path)
+        with whole_folder(path, mark, is_writer=is_writer) as temporary:
+            yield temporary
     except OSError as error:
-        raise SystemExit(f"error: {path} cannot be written: {error}") from error
-    finally:
-        if is_writer:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def make_mark() -> str:
-    """A mark for a temporary folder that no other has."""
-    return secrets.token_hex(4)
+        raise SystemExit(f"error: {path.absolute()} cannot be written: {error}") from error

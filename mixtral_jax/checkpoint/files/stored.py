@@ -1,8 +1,7 @@
-"""Arrays on disk of which any block can be read: what weights are before they are loaded, and
-between formats.
+"""`StoredArray`: an array on disk of which any block can be read without reading the rest.
 
-Every reader gives these and every writer takes them, so that nothing between the two holds more
-than a block.
+Every reader returns these and every writer takes them, so that nothing between the two holds more
+than a block in memory.
 """
 
 import concurrent.futures
@@ -18,24 +17,24 @@ import numpy as np
 
 from mixtral_jax.config import require
 
-Block = tuple[slice, ...]  # A start and a stop for each dimension.
-Order = Literal[
-    "C", "F"
-]  # As in numpy: the numbers of the last dimension follow each other, or those of the first.
+# A start and a stop for each dimension.
+Block = tuple[slice, ...]
+# As in numpy: in "C" the numbers of the last dimension are adjacent, in "F" those of the first.
+Order = Literal["C", "F"]
 
-# What each reads and makes of it is in memory at once.
+# Each thread holds a block in memory, so more threads need more memory.
 NUM_THREADS = min(4, os.cpu_count() or 1)
-# numpy copies element by element in the order of the target. A transposition of 14,336 x 4,096
-# numbers of bfloat16 was measured at 0.2 GB/s in one go. In columns of so many it was 1.1, where
-# the rows that they come from are whole pages apart and so fall into one set of the cache, and 5
-# where they are not.
-_STRIP = 64
-_PAGE = 4096
-_CACHE_LINE = 64
-# Linux keeps what is written at once in one piece of memory, and may have to make room for it: to
-# write by the megabyte was measured to take up to six times as long.
-_WRITE_BYTES = 2**16
-# What is read at once, and put in order or written while it is in the cache.
+# numpy copies element by element in the order of the target. Transposing 14,336 x 4,096 bfloat16
+# numbers at once was measured at 0.2 GB/s. In strips of 64 columns it ran at 5 GB/s, but at 1.1
+# where the source rows lie a multiple of the page size apart, since they then share one cache set.
+_STRIP_COLUMNS = 64
+_PAGE_BYTES = 4096
+_CACHE_LINE_BYTES = 64
+# Linux keeps the data of one write in one piece of memory, and may have to make room for it first:
+# writing a megabyte at a time was measured to take up to six times as long.
+_MAX_WRITE_BYTES = 2**16
+# Numbers are read in parts of this size, so that a part is still in the cache when it is put in
+# order or written.
 PART_BYTES = 2**20
 
 
@@ -58,12 +57,11 @@ class StoredArray:
     """An array that is still on disk.
 
     Attributes:
-        chunk: the shape of what is best read in one go; blocks are best aligned to it.
-        read_into: copies a block into an array of its shape; raises ConfigError if a file is
-            damaged.
-        name: for people, such as the file and the tensor in it.
-        order: how the numbers of a chunk follow each other on disk; None if otherwise than in "C"
-            or "F".
+        chunk: the shape that is best read at once; blocks that are aligned to it are fastest.
+        read_into: copies a block into an array of the block's shape; raises ConfigError if a file
+            is damaged.
+        name: shown in error messages, such as the file and the tensor in it.
+        order: the order of a chunk's numbers on disk; None if it is neither "C" nor "F".
     """
 
     shape: tuple[int, ...]
@@ -75,23 +73,24 @@ class StoredArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole array."""
+        """Size of the whole array in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def whole(self) -> Block:
-        """The block that is all of it."""
+        """The block that covers the whole array."""
         return tuple(slice(0, size) for size in self.shape)
 
     def read(self, block: Block) -> np.ndarray:
-        """A block, in memory of its own."""
+        """Returns a block as a new array."""
         numbers = np.empty(shape_of(block), self.dtype)
         self.read_into(block, numbers)
         return numbers
 
     def parts_of(self, block: Block) -> Iterator[Block]:
-        """A chunk in parts that fit a processor's cache, as they follow each other on disk; whole,
-        if in no order.
+        """Cuts a chunk into parts that fit the processor's cache, in their order on disk.
+
+        The only part is the whole chunk where `order` is None.
         """
         if self.order is None:
             return iter([block])
@@ -102,8 +101,9 @@ class StoredArray:
         return (_shift(inner, block) for inner in blocks_of(shape_of(block), tuple(part)))
 
     def astype(self, dtype: np.dtype) -> "StoredArray":
-        """The same numbers in another dtype; reading raises ConfigError if one of them is too large
-        for it.
+        """The same array in another dtype.
+
+        Reading raises ConfigError if a number is too large for the new dtype.
         """
         if dtype == self.dtype:
             return self
@@ -111,7 +111,7 @@ class StoredArray:
         def read_into(block: Block, target: np.ndarray) -> None:
             numbers = scratch("cast", shape_of(block), self.dtype, self.order)
             self.read_into(block, numbers)
-            with np.errstate(over="ignore"):  # Said below, in words.
+            with np.errstate(over="ignore"):  # Reported below, with the array's name.
                 target[...] = numbers
             is_kept = np.isfinite(target).all() or np.array_equal(
                 np.isfinite(target), np.isfinite(numbers)
@@ -119,7 +119,7 @@ class StoredArray:
             require(
                 is_kept,
                 f"{self.name} holds numbers that are too large for {dtype.name}: choose another "
-                "dtype",
+                "dtype, such as bfloat16 or float32",
             )
 
         return dataclasses.replace(self, dtype=dtype, read_into=read_into)
@@ -133,8 +133,9 @@ def shape_of(block: Block) -> tuple[int, ...]:
 def scratch(
     use: str, shape: tuple[int, ...], dtype: np.dtype, order: Order | None = None
 ) -> np.ndarray:
-    """An array that is good until this thread asks for the next of the same use: fresh memory is
-    slow to come by.
+    """An uninitialised array in memory that this thread reuses, since fresh memory is slow to get.
+
+    The array is valid until the same thread asks for another one with the same `use`.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     raw = _of_this_thread.raw.get(use)
@@ -144,29 +145,33 @@ def scratch(
 
 
 def bytes_of(numbers: np.ndarray) -> np.ndarray:
-    """The bytes of an array as they lie in memory, without gaps in either order."""
+    """The bytes of an array as they lie in memory; the array must be contiguous, in "C" or "F"."""
     return numbers.reshape(-1, order="A", copy=False).view(np.uint8)
 
 
 def copy_into(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source` of equal shapes, in strips where one is the other transposed."""
+    """Does `target[...] = source`, strip by strip if their memory orders differ.
+
+    Both have the same shape.
+    """
     order = np.argsort([-stride for stride in target.strides], kind="stable")
     target, source = target.transpose(order), source.transpose(order)
     if target.ndim < 2 or source.strides[-1] == source.itemsize:
         target[...] = source
         return
-    for start in range(0, target.shape[-1], _STRIP):
-        strip = source[..., start : start + _STRIP]
-        if strip.strides[-1] % _PAGE == 0:
+    for start in range(0, target.shape[-1], _STRIP_COLUMNS):
+        strip = source[..., start : start + _STRIP_COLUMNS]
+        if strip.strides[-1] % _PAGE_BYTES == 0:
             strip = _spread(strip)
-        target[..., start : start + _STRIP] = strip
+        target[..., start : start + _STRIP_COLUMNS] = strip
 
 
 def _spread(strip: np.ndarray) -> np.ndarray:
-    """A copy whose steps along the last dimension are no whole pages, so that they fill the cache
-    evenly.
+    """Copies a strip so that its stride along the last dimension is no multiple of the page size.
+
+    The rows then spread evenly over the sets of the cache.
     """
-    step = strip[..., 0].nbytes + _CACHE_LINE
+    step = strip[..., 0].nbytes + _CACHE_LINE_BYTES
     raw = scratch("strip", (strip.shape[-1] * step,), np.dtype(np.uint8))
     others = [
         math.prod(strip.shape[axis + 1 : -1]) * strip.itemsize for axis in range(strip.ndim - 1)
@@ -177,12 +182,14 @@ def _spread(strip: np.ndarray) -> np.ndarray:
 
 
 def write_numbers(descriptor: int, numbers: np.ndarray, place: int) -> None:
-    """Writes an array as it lies in memory, without gaps, to byte `place` of an open file; raises
-    OSError.
+    """Writes the bytes of a contiguous array to an open file, from byte `place` on.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     raw = bytes_of(numbers).data
     while len(raw):
-        written = os.pwrite(descriptor, raw[:_WRITE_BYTES], place)
+        written = os.pwrite(descriptor, raw[:_MAX_WRITE_BYTES], place)
         raw, place = raw[written:], place + written
 
 
@@ -193,7 +200,7 @@ def _shift(inner: Block, block: Block) -> Block:
 
 
 def blocks_of(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Block]:
-    """Blocks of the shape `chunk`, those at the ends smaller, that tile an array of `shape`."""
+    """The blocks of shape `chunk` that tile an array of `shape`, smaller ones at the ends."""
     for place in np.ndindex(*(-(-size // step) for size, step in zip(shape, chunk, strict=True))):
         starts = [i * step for i, step in zip(place, chunk, strict=True)]
         yield tuple(
@@ -203,8 +210,9 @@ def blocks_of(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Block]
 
 
 def run_jobs(jobs: Iterable[Callable[[], int]]) -> Generator[int]:
-    """Runs jobs that read and write in threads, and gives what each returns as they end; the first
-    error ends it.
+    """Runs jobs in threads and yields the result of each as it ends.
+
+    The first error cancels the jobs that have not started, and is raised.
     """
     with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
         futures = [pool.submit(job) for job in jobs]

@@ -1,12 +1,12 @@
-"""Arrays as chunk files of zarr: copied into them by threads and by processes, each its share, and
-read from them.
+"""Writes and reads arrays as uncompressed chunk files of zarr.
 
-A chunk that is not compressed is its numbers and nothing else, in a file named after its place
-(https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html). tensorstore would copy the numbers
-first, and wait for the disk: that took several times as long. A chunk keeps the order of the tensor
-that it comes from where zarr can name it: a matrix of Hugging Face or Mistral, whose rows are our
-columns, is copied and not transposed. Knows no jax, which takes as long to start as a gigabyte to
-copy.
+Several processes, each with several threads, can write a share of the chunks each. An uncompressed
+chunk is a file that holds only the numbers, named after the chunk's position
+(https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html). Writing them through tensorstore took
+several times as long, since it copies the numbers first and waits for the disk. A chunk keeps the
+memory order of the tensor that it comes from if zarr has a name for that order: so a matrix of
+Hugging Face or Mistral, which is the transpose of ours, is copied as it is. This module does not
+import jax, which takes as long to start as copying a gigabyte.
 """
 
 import dataclasses
@@ -33,17 +33,18 @@ from mixtral_jax.checkpoint.files.stored import (
     write_numbers,
 )
 
-# Of what is not compressed.
-_PLAIN = {"zarr_format": 2, "compressor": None, "filters": None, "dimension_separator": "."}
+# What the description of an uncompressed array has.
+_UNCOMPRESSED = {"zarr_format": 2, "compressor": None, "filters": None, "dimension_separator": "."}
 _DTYPES = {"<f4": DTYPES["float32"], "<f2": DTYPES["float16"], "bfloat16": DTYPES["bfloat16"]}
 
 
 def write_chunks(
-    folder: Path, arrays: Mapping[str, StoredArray], index: int = 0, count: int = 1
+    folder: Path, arrays: Mapping[str, StoredArray], index: int, count: int
 ) -> Generator[int]:
-    """Writes every array into the folder of its name; gives the bytes of each chunk as it is done.
+    """Writes each array into the subfolder of its name; yields the size of each written chunk.
 
-    Of `count` processes that are given the same, this is number `index`.
+    This process writes the share with number `index`, if `count` processes call it with the same
+    arrays.
 
     Raises:
         ConfigError: a file that is read is damaged.
@@ -53,7 +54,7 @@ def write_chunks(
         (folder / name).mkdir(parents=True, exist_ok=True)
         if index == 0:
             _describe(folder / name, stored)
-    # The largest first, so that threads end together.
+    # The largest chunks go first, so that all threads end at about the same time.
     ordered = sorted(arrays.items(), key=lambda item: -math.prod(item[1].chunk))
     jobs = (
         functools.partial(_write_chunk, folder / name, stored, block)
@@ -64,31 +65,22 @@ def write_chunks(
 
 
 def open_chunks(folder: Path, name: str) -> StoredArray | None:
-    """The array in a folder that `write_chunks` has written, or None if it is of another kind;
-    `name` is for people.
+    """The array in a folder that `write_chunks` has written; None for other formats of zarr.
+
+    `name` is shown in error messages.
 
     Raises:
-        ConfigError: nothing is there, or it does not say what it is.
+        ConfigError: the folder has no readable description of an array.
     """
     described = read_object(folder / ".zarray")
-    if {key: described.get(key) for key in _PLAIN} != _PLAIN or described.get(
-        "dtype"
-    ) not in _DTYPES:
+    is_uncompressed = {key: described.get(key) for key in _UNCOMPRESSED} == _UNCOMPRESSED
+    if not is_uncompressed or described.get("dtype") not in _DTYPES:
         return None
     order: Order = "F" if described.get("order") == "F" else "C"
-    shape, chunk, dtype = (
-        tuple(described["shape"]),
-        tuple(described["chunks"]),
-        _DTYPES[described["dtype"]],
-    )
-    return StoredArray(
-        shape,
-        dtype,
-        chunk,
-        functools.partial(_read_chunks, folder, chunk, dtype, order),
-        name,
-        order,
-    )
+    shape, chunk = tuple(described["shape"]), tuple(described["chunks"])
+    dtype = _DTYPES[described["dtype"]]
+    read_into = functools.partial(_read_chunks, folder, chunk, dtype, order)
+    return StoredArray(shape, dtype, chunk, read_into, name, order)
 
 
 def _read_chunks(
@@ -99,29 +91,21 @@ def _read_chunks(
     block: Block,
     target: np.ndarray,
 ) -> None:
-    """Reads what a block has of every chunk that it touches."""
-    whole = FileTensor.in_order(folder, "the chunk", dtype, 0, chunk, order)
-    touched = [
+    """Reads the part of each chunk that overlaps the block."""
+    whole_chunk = FileTensor.in_order(folder, "the chunk", dtype, 0, chunk, order)
+    overlapping = [
         range(part.start // size, -(-part.stop // size))
         for part, size in zip(block, chunk, strict=True)
     ]
-    for place in itertools.product(*touched):
-        corner = [number * size for number, size in zip(place, chunk, strict=True)]
-        starts = [max(part.start, first) for part, first in zip(block, corner, strict=True)]
-        stops = [
-            min(part.stop, first + size)
-            for part, first, size in zip(block, corner, chunk, strict=True)
-        ]
-        here = tuple(
-            slice(a - part.start, b - part.start)
-            for a, b, part in zip(starts, stops, block, strict=True)
-        )
-        there = [
-            range(a - first, b - first) for a, b, first in zip(starts, stops, corner, strict=True)
-        ]
-        dataclasses.replace(whole, path=folder / _file_name(place)).cut(there).read_into(
-            target[here]
-        )
+    for place in itertools.product(*overlapping):
+        in_block, in_chunk = [], []
+        for part, number, size in zip(block, place, chunk, strict=True):
+            corner = number * size
+            start, stop = max(part.start, corner), min(part.stop, corner + size)
+            in_block.append(slice(start - part.start, stop - part.start))
+            in_chunk.append(range(start - corner, stop - corner))
+        source = dataclasses.replace(whole_chunk, path=folder / _file_name(place))
+        source.cut(in_chunk).read_into(target[tuple(in_block)])
 
 
 def _file_name(place: Iterable[int]) -> str:
@@ -129,7 +113,7 @@ def _file_name(place: Iterable[int]) -> str:
 
 
 def _describe(folder: Path, stored: StoredArray) -> None:
-    """Writes beside the chunks of an array what they are."""
+    """Writes the `.zarray` file that describes the chunks of an array."""
     order = stored.order or "C"
     spec = {
         "driver": "zarr",
@@ -142,7 +126,7 @@ def _describe(folder: Path, stored: StoredArray) -> None:
             "compressor": None,
         },
     }
-    # As with any copy of a file, the system writes to the disk when it likes.
+    # No sync: the operating system decides when to write to the disk, as for any copy of a file.
     context = tensorstore.Context({"file_io_sync": False})
     tensorstore.open(spec, create=True, context=context).result()
 

@@ -1,5 +1,6 @@
-"""What must be known of a Mixtral besides its weights, whoever wrote it down, and what others can
-write down of it.
+"""`Architecture`: what a config file says about a model, and which of our settings it can express.
+
+`huggingface` and `mistral` read it from their files and write it to them.
 """
 
 import dataclasses
@@ -16,13 +17,12 @@ from mixtral_jax.config import (
     require,
 )
 
-# Of a model whose folder does not say with which losses its router was trained: transformers'
-# defaults.
+# For a folder that does not say with which losses its router was trained: transformers' defaults.
 UNKNOWN_LOSSES = RouterConfig(
     load_balance=LoadBalanceConfig(weight=0.001, normalization="hf"), z_loss_weight=0.0
 )
 
-# A Mixtral has these, or they change nothing of what it computes.
+# Keys that other programs' formats can express, or that do not change what the model computes.
 _MODEL_KEYS = (
     "vocab_size",
     "hidden_size",
@@ -55,10 +55,10 @@ _ROUTER_KEYS = (
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """The model, its router with the losses it was trained with, and the longest sequence that it
-    is meant for.
+    """The model, its router with the losses that it was trained with, and its longest sequence.
 
-    `notes` are for people: what was not written down, and what was taken instead.
+    Attributes:
+        notes: which values were missing in the file and which defaults are used, to be printed.
     """
 
     model: ModelConfig
@@ -70,10 +70,10 @@ class Architecture:
         self.config()
 
     def config(self, batch_size: int = 1) -> Config:
-        """The config of a run that has this model, and nothing to train it on.
+        """The config of a run with this model, for loading it; its training settings are defaults.
 
         Raises:
-            ConfigError: the settings do not go together.
+            ConfigError: two settings contradict each other.
         """
         train = TrainConfig(num_steps=1, batch_size=batch_size, sequence_length=self.context_length)
         return Config(model=self.model, router=self.router, train=train)
@@ -82,38 +82,43 @@ class Architecture:
 def find_misfits(
     theirs: Mapping[str, Any], needed: Iterable[str], fixed: Mapping[str, Any]
 ) -> list[str]:
-    """What is wrong with settings that must have the keys `needed`, and those of `fixed` only so,
-    if at all.
+    """Lists what is wrong with the settings in another program's config.
+
+    They must have all keys in `needed`; a key in `fixed` may be missing, but has no other value.
     """
-    other = [key for key, only in fixed.items() if theirs.get(key, only) != only]
+    unsupported = [key for key, value in fixed.items() if theirs.get(key, value) != value]
     wrong = [f"{key} is missing" for key in needed if theirs.get(key) is None]
-    return wrong + [f"{key}={theirs[key]!r} must be {fixed[key]!r}" for key in other]
+    return wrong + [f"{key}={theirs[key]!r} must be {fixed[key]!r}" for key in unsupported]
 
 
 def require_numbers(settings: Mapping[str, Any]) -> None:
-    """Raises ConfigError if a setting is text: the command line may give numbers so, but not a
-    file.
+    """Raises ConfigError if a setting is text.
+
+    Our config accepts numbers as text, since the command line passes them so; a file may not.
     """
     texts = [f"{name}={value!r}" for name, value in settings.items() if isinstance(value, str)]
-    require(not texts, f"{', '.join(texts)} must be a number")
+    require(not texts, f"{', '.join(texts)} must be a number, without quotation marks")
 
 
 def require_mixtral(architecture: Architecture) -> None:
-    """Makes sure that the model is one that Mixtral's formats have words for.
+    """Checks that the formats of Hugging Face and Mistral can express the model.
 
     Raises:
-        ConfigError: names each key that they have none for.
+        ConfigError: they cannot; names each key that is in the way.
     """
-    strange = [
-        *_find_strange(architecture.model, "model", _MODEL_KEYS),
-        *_find_strange(architecture.router, "router", _ROUTER_KEYS),
+    inexpressible = [
+        *_find_inexpressible(architecture.model, "model", _MODEL_KEYS),
+        *_find_inexpressible(architecture.router, "router", _ROUTER_KEYS),
     ]
-    if strange:
-        raise ConfigError(f"a Mixtral of Hugging Face or Mistral cannot have {', '.join(strange)}")
+    if inexpressible:
+        raise ConfigError(
+            "the model can be used here but not exported: a Mixtral of Hugging Face or Mistral "
+            f"cannot have {', '.join(inexpressible)}"
+        )
 
 
-def _find_strange(config: object, section: str, known: tuple[str, ...]) -> list[str]:
-    """The keys beyond `known` that are not as they are by default."""
+def _find_inexpressible(config: object, section: str, known: tuple[str, ...]) -> list[str]:
+    """The keys outside `known` whose values are not the defaults."""
     assert dataclasses.is_dataclass(config)
     fields = [field for field in dataclasses.fields(config) if field.name not in known]
     values = {field.name: (getattr(config, field.name), _default(field)) for field in fields}

@@ -1,9 +1,9 @@
 """The chat templates of Mixtral Instruct in Jinja, for tokenizer_config.json.
 
-With the tokenizer.json of `tokenizer_json` they give the ids that the templates of mistral-common
-give, v1 (8x7B) and v3 (8x22B); but control pieces written out in a message, such as `</s>`, become
-control ids, as in every tokenizer of transformers. Nothing here is run: transformers does that, of
-folders that were exported.
+With the tokenizer.json that `tokenizer_json` writes, they give the same ids as the templates of
+mistral-common: v1 (8x7B) and v3 (8x22B). One difference remains: control pieces written out in a
+message, such as `</s>`, become control ids, as in every tokenizer of transformers. We never run
+these templates; transformers does, in exported folders.
 """
 
 from typing import Literal
@@ -11,8 +11,8 @@ from typing import Literal
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.data.vocabulary import read_vocabulary
 
-# System texts are joined, neighbours of one role merged, and a chat that begins with an answer gets
-# an empty question.
+# Joins system messages, merges adjacent messages of one role, and puts an empty question before a
+# chat that begins with an answer.
 _TURNS = r"""
 {%- set system = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') -%}
 {%- set system = system | select | join('\n\n') -%}
@@ -35,7 +35,7 @@ _TURNS = r"""
 {{- bos_token -}}
 {%- for role, text in chat.turns -%}
 """
-# In v1 [INST] is text: a space stands wherever one text ends and the next begins.
+# In v1 [INST] is text, so a space separates it from the texts around it.
 _V1 = r"""
     {%- if role == 'user' -%}
         {{- '[INST] ' + (system + '\n\n' if system and loop.first else '') + text + ' [/INST]' -}}
@@ -44,8 +44,8 @@ _V1 = r"""
     {%- endif -%}
 {%- endfor -%}
 """
-# In v3 it is a control piece; the tokenizer puts a space behind it. System text goes into the last
-# question.
+# In v3 [INST] is a control piece, and the tokenizer puts a space after it. The system text goes
+# into the last question.
 _V3 = r"""
     {%- if role == 'user' -%}
         {%- set is_last = loop.last or loop.revindex == 2 -%}
@@ -59,7 +59,6 @@ CHAT_TEMPLATES = {"v1": _TURNS + _V1, "v3": _TURNS + _V3}
 
 
 def find_version(tokenizer: Tokenizer) -> Literal["v1", "v3"]:
-    """v3 where the tokenizer has control pieces for it, else v1."""
-    return (
-        "v3" if {"[INST]", "[/INST]"} <= set(read_vocabulary(tokenizer).find("control")) else "v1"
-    )
+    """The version of the chat template: v3 if the tokenizer has its control pieces, else v1."""
+    control_pieces = set(read_vocabulary(tokenizer).find("control"))
+    return "v3" if {"[INST]", "[/INST]"} <= control_pieces else "v1"

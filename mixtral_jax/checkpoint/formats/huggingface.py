@@ -1,5 +1,6 @@
-"""A Mixtral's config as transformers writes it: config.json, in the spelling of its releases 4 and
-5.
+"""Reads and writes a Mixtral's config.json, with the keys of transformers 4 and 5.
+
+A family that differs from Mixtral has another `model_type`, and perhaps more keys: add them here.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from mixtral_jax.checkpoint.formats.architecture import (
 )
 from mixtral_jax.config import ConfigError, ModelConfig, RouterConfig, build, require
 
-# Theirs -> ours.
+# From transformers' keys to ours.
 _MODEL_KEYS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -25,12 +26,12 @@ _MODEL_KEYS = {
     "num_key_value_heads": "num_kv_heads",
     "num_local_experts": "num_experts",
 }
-# Those with a default, which is that of transformers.
+# Keys that may be missing, with our key and the default of transformers.
 _OPTIONAL_KEYS = {
     "rms_norm_eps": ("norm_eps", 1e-5),
     "initializer_range": ("initializer_range", 0.02),
 }
-# What a Mixtral has no choice in: any other value describes another model.
+# Keys with one possible value: any other value describes a model that is not a Mixtral.
 _FIXED_KEYS = {
     "model_type": "mixtral",
     "hidden_act": "silu",
@@ -43,11 +44,13 @@ _DEFAULT_CONTEXT = 131_072
 
 
 def read_config(path: Path) -> Architecture:
-    """Reads a config.json. The dtypes of the model are float32: weights have dtypes, and a config
-    may be wrong.
+    """Reads a config.json.
+
+    The returned dtypes are float32, whatever the file says: only the weights tell their dtypes.
 
     Raises:
-        ConfigError: it is of a model that this is not, or contradicts itself; names each key.
+        ConfigError: the file describes another kind of model, or contradicts itself; names each
+            key.
     """
     theirs = read_object(path)
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
@@ -56,7 +59,11 @@ def read_config(path: Path) -> Architecture:
         wrong += find_misfits(rope, (), {"rope_type": "default", "type": "default"})
     else:
         wrong.append(f"rope_parameters={rope!r} must be an object")
-    require(not wrong, f"{path} is not of a Mixtral that can be loaded: {'; '.join(wrong)}")
+    require(
+        not wrong,
+        f"{path} does not describe a Mixtral that can be loaded: {'; '.join(wrong)}; use the "
+        "config.json that belongs to the weights of a Mixtral",
+    )
     thetas = {
         "rope_theta": theirs.get("rope_theta"),
         "rope_parameters.rope_theta": rope.get("rope_theta"),
@@ -65,14 +72,15 @@ def read_config(path: Path) -> Architecture:
     notes = (
         ()
         if thetas
-        else (f"{path} has no rope_theta: taken as {_DEFAULT_ROPE_THETA:g}, as transformers does",)
+        else (f"{path} has no rope_theta: uses {_DEFAULT_ROPE_THETA:g}, as transformers does",)
     )
     try:
         require_numbers(thetas)
         described = " and ".join(f"{key}={theta}" for key, theta in thetas.items())
         theta = next(iter(thetas.values()), _DEFAULT_ROPE_THETA)
         require(
-            all(other == theta for other in thetas.values()), f"{described} contradict each other"
+            all(other == theta for other in thetas.values()),
+            f"{described} contradict each other: remove the wrong one",
         )
         model = _model_config(theirs, theta)
         return Architecture(model, _router_config(theirs), _context_length(theirs), notes)
@@ -96,8 +104,8 @@ def _model_config(theirs: Mapping[str, Any], rope_theta: Any) -> ModelConfig:
 
 
 def _router_config(theirs: Mapping[str, Any]) -> RouterConfig:
-    # transformers adds the loss only when asked for router logits; the coefficient says what was
-    # meant.
+    # transformers adds the balance loss only if output_router_logits is set; the coefficient is
+    # what the model's authors intended, so it is used whether that is set or not.
     balance = {
         "weight": theirs.get("router_aux_loss_coef", UNKNOWN_LOSSES.load_balance.weight),
         "normalization": "hf",
@@ -114,18 +122,16 @@ def _context_length(theirs: Mapping[str, Any]) -> int:
     length = theirs.get("max_position_embeddings", _DEFAULT_CONTEXT)
     require(
         type(length) is int and length >= 2,
-        f"max_position_embeddings={length!r} must be a number of positions",
+        f"max_position_embeddings={length!r} must be a whole number of at least 2",
     )
     return length
 
 
 def make_config(architecture: Architecture, dtype: str, bos_id: int, eos_id: int) -> dict[str, Any]:
-    """The config.json of a model whose weights are in `dtype`; releases 4 and 5 each find their
-    keys.
-    """
+    """The config.json of a model whose weights are in `dtype`, for transformers 4 and 5."""
     model, router = architecture.model, architecture.router
     balance = router.load_balance
-    # At perfect balance their loss is k, and that of `switch` 1.
+    # At perfect balance transformers' loss is k (experts per token), and that of `switch` is 1.
     unit = 1 if balance.normalization == "hf" else router.num_experts_per_token
     return {
         "architectures": ["MixtralForCausalLM"],
@@ -150,5 +156,5 @@ def make_config(architecture: Architecture, dtype: str, bos_id: int, eos_id: int
 
 
 def make_generation_config(bos_id: int, eos_id: int) -> dict[str, Any]:
-    """The generation_config.json: when to stop."""
+    """The generation_config.json, which says at which id generation stops."""
     return {"bos_token_id": bos_id, "eos_token_id": eos_id}

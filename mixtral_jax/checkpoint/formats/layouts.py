@@ -1,14 +1,12 @@
-"""Other programs' names and shapes for the parameters: a table for each layout, followed in both
-directions.
+"""Other programs' names and shapes for our parameters: one table per layout.
 
-What the tables mean is here, and which of them a set of tensors is in; `relayout` moves the
-numbers.
+The tables are used for reading and for writing; `relayout` moves the numbers. The layouts are:
 
-- Hugging Face: a tensor an expert, as transformers 4 wrote and 5 still writes, or the experts of a
-layer fused, as 5
-  holds them; under `block_sparse_moe` or `mlp`; with or without the prefix `model.`.
-- Mistral's own, of mistral-inference and mistral-finetune, and that of megablocks in Mistral's
-repositories.
+- Hugging Face: one tensor per expert, as transformers 4 and 5 write them, or the experts of a layer
+  fused, as transformers 5 holds them in memory; under `block_sparse_moe` or `mlp`; with or without
+  the prefix `model.`.
+- Mistral's own, of mistral-inference and mistral-finetune.
+- megablocks, in Mistral's repositories.
 """
 
 import dataclasses
@@ -17,19 +15,23 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 
 from mixtral_jax.checkpoint.files.stored import Order
-from mixtral_jax.checkpoint.parameters import PARAMETERS, chunk_dimensions, dimension_sizes
+from mixtral_jax.checkpoint.formats.parameters import PARAMETERS, chunk_dimensions, dimension_sizes
 from mixtral_jax.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The tensors that hold a parameter.
+    """Where another program's tensors hold one of our parameters.
 
-    Dimensions are letters (the key is in `mixtral_jax.model`). Those in braces in `tensor` have a
-    tensor for each index; `stored` has the others as that tensor has them, letters that are
-    flattened into one dimension written together: "NH D" of an "LDNH" is a transposed [N * H, D].
-    `2` is a dimension of size two: where H is written `2I` or `I2`, the halves of a rotary head;
-    else two parameters in one tensor, of which this is number `part`.
+    Dimensions are letters; the key is in `mixtral_jax.model`.
+
+    Attributes:
+        tensor: the name of the tensor. Each index of a dimension in braces has its own tensor.
+        stored: the remaining dimensions in the tensor's order. Letters without a space between
+            them are flattened into one dimension: "NH D" for an "LDNH" parameter is [N * H, D],
+            transposed. `2` is a dimension of size two. It stands for the halves of a rotary head,
+            where H is written `2I` or `I2`, and otherwise for two parameters in one tensor.
+        part: which of the two parameters in one tensor this is, 0 or 1.
     """
 
     parameter: str
@@ -39,23 +41,24 @@ class Place:
 
     @property
     def dimensions(self) -> str:
-        """The letters of the parameter."""
+        """The letters of the parameter's dimensions."""
         return PARAMETERS[self.parameter]
 
     @property
     def stacked(self) -> str:
-        """The leading dimensions of the parameter, which have a tensor for each index."""
+        """The leading dimensions of the parameter, each index of which has its own tensor."""
         return "".join(letter for letter in self.dimensions if f"{{{letter}}}" in self.tensor)
 
     @property
     def has_halves(self) -> bool:
-        """Whether `stored` tells the halves of rotary heads apart."""
+        """Whether `stored` splits rotary heads into halves."""
         return "I" in self.stored
 
     @property
     def order(self) -> str:
-        """The letters of `stored` in the order of the parameter; those of two parameters in one
-        tensor come first.
+        """The letters of `stored` in the order of the parameter.
+
+        If two parameters share a tensor, their dimension `2` comes first.
         """
         letters = self.dimensions.removeprefix(self.stacked)
         letters = letters.replace("H", "2I") if self.has_halves else letters
@@ -63,9 +66,7 @@ class Place:
 
     @property
     def chunk_order(self) -> Order | None:
-        """How the numbers of a chunk of the parameter follow each other in a tensor, if that has a
-        name.
-        """
+        """The memory order that a chunk of the parameter has in the tensor, if "C" or "F"."""
         letters = "".join(self.groups)
         places = [letters.find(letter) for letter in chunk_dimensions(self.parameter)]
         if self.has_halves or places not in (sorted(places), sorted(places, reverse=True)):
@@ -74,21 +75,26 @@ class Place:
 
     @property
     def groups(self) -> list[str]:
-        """The letters of each dimension of a tensor."""
+        """The letters of each dimension of the tensor."""
         return self.stored.split()
 
     def name(self, indices: Iterable[int]) -> str:
-        """The tensor at these indices of the stacked dimensions."""
+        """The name of the tensor at these indices of the stacked dimensions."""
         return self.tensor.format(**dict(zip(self.stacked, indices, strict=True)))
 
     def tensor_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape of each of its tensors."""
+        """The shape of each of these tensors."""
         return tuple(math.prod(sizes[letter] for letter in group) for group in self.groups)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of a layout: its shape, and what is in it, at `indices` of the stacked dimensions."""
+    """A tensor of a layout: its shape, and which parts of which parameters it holds.
+
+    Attributes:
+        indices: the indices of the stacked dimensions.
+        places: one per parameter in the tensor.
+    """
 
     shape: tuple[int, ...]
     indices: tuple[int, ...]
@@ -97,13 +103,13 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A way of naming and shaping all the parameters; `name` is for people."""
+    """The names and shapes of all tensors in one program's files; `name` is shown to people."""
 
     name: str
     places: tuple[Place, ...]
 
     def tensors(self, model: ModelConfig) -> dict[str, Tensor]:
-        """All the tensors of a model by name, layer by layer."""
+        """All tensors of a model by name, layer by layer."""
         sizes, tensors = letter_sizes(model), {}
         placed = [(indices, place) for place in self.places for indices in _indices(place, sizes)]
         for indices, place in sorted(placed, key=lambda item: item[0][:1]):
@@ -113,21 +119,21 @@ class Layout:
         return tensors
 
     def count_tensors(self, model: ModelConfig) -> int:
-        """How many tensors a model has, without naming them."""
+        """The number of tensors of a model, computed without listing them."""
         sizes = letter_sizes(model)
         stacked = {place.tensor: place.stacked for place in self.places}
         return sum(math.prod(sizes[letter] for letter in letters) for letters in stacked.values())
 
 
 def letter_sizes(model: ModelConfig) -> dict[str, int]:
-    """`dimension_sizes`, and those of the parts that `Place.stored` cuts dimensions into."""
+    """`dimension_sizes`, plus the letters `2` and `I` that only `Place.stored` uses."""
     return dimension_sizes(model) | {"2": 2, "I": model.head_dim // 2}
 
 
 def find_layout(names: Iterable[str]) -> Layout | None:
-    """The layout that knows most of these tensors in layer 0 and outside of layers;
+    """The layout with the most of these names; None if no layout has any of them.
 
-    None if none knows any.
+    Compares only names in layer 0 and outside of layers.
     """
     found = set(names)
 
@@ -143,9 +149,9 @@ def _indices(place: Place, sizes: Mapping[str, int]) -> Iterator[tuple[int, ...]
 
 
 def _hugging_face(name: str, moe: str, experts: tuple[Place, ...]) -> Layout:
-    """`moe` names a layer's mixture of experts.
+    """A layout of Hugging Face; `moe` is the name of a layer's mixture of experts.
 
-    Rotary pairs are (h, h + H/2), as ours: no row moves.
+    Rotary pairs are (h, h + H/2), as in our model, so no row moves.
     """
     layer = "model.layers.{L}."
     places = (
@@ -165,7 +171,10 @@ def _hugging_face(name: str, moe: str, experts: tuple[Place, ...]) -> Layout:
 
 
 def _mistral(name: str, moe: str, experts: tuple[Place, ...]) -> Layout:
-    """Rotary pairs are (2i, 2i + 1)."""
+    """A layout of Mistral; `moe` is the name of a layer's mixture of experts.
+
+    Rotary pairs are (2i, 2i + 1).
+    """
     layer = "layers.{L}."
     places = (
         Place("embedding_VD", "tok_embeddings.weight", "V D"),
@@ -200,13 +209,13 @@ _FLAT = (
     Place(_EXPERTS + "up/weight", "w3", "EF D"),
 )
 
-# What transformers, vLLM and SGLang read, and what mistral-inference reads: the two that are
-# written.
-HUGGING_FACE = _hugging_face("Hugging Face, a tensor an expert", "block_sparse_moe", _SEPARATE)
+# The two layouts that we write: transformers, vLLM and SGLang read the first, mistral-inference the
+# second.
+HUGGING_FACE = _hugging_face("Hugging Face, one tensor per expert", "block_sparse_moe", _SEPARATE)
 MISTRAL = _mistral("Mistral's own", "feed_forward", _SEPARATE)
 _WITH_PREFIX = (
     HUGGING_FACE,
-    _hugging_face("Hugging Face, a tensor an expert, under mlp", "mlp", _SEPARATE),
+    _hugging_face("Hugging Face, one tensor per expert, under mlp", "mlp", _SEPARATE),
     _hugging_face("Hugging Face, experts fused", "mlp", _FUSED),
     _hugging_face(
         "Hugging Face, experts fused, under block_sparse_moe", "block_sparse_moe", _FUSED

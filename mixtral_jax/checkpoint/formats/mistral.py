@@ -1,6 +1,4 @@
-"""A Mixtral's config as Mistral's own programs write it: params.json of mistral-inference and
-mistral-finetune.
-"""
+"""Reads and writes a Mixtral's params.json, for mistral-inference and mistral-finetune."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +13,7 @@ from mixtral_jax.checkpoint.formats.architecture import (
 )
 from mixtral_jax.config import ConfigError, ModelConfig, RouterConfig, build, require
 
-# Theirs -> ours.
+# From Mistral's keys to ours.
 _MODEL_KEYS = {
     "dim": "hidden_size",
     "n_layers": "num_layers",
@@ -27,35 +25,41 @@ _MODEL_KEYS = {
     "vocab_size": "vocab_size",
 }
 _MOE_KEYS = ("num_experts", "num_experts_per_tok")
-# What a Mixtral has no choice in.
+# Keys with one possible value: any other value describes a model that is not a Mixtral.
 _FIXED_KEYS = {
     "model_type": "transformer",
     "sliding_window": None,
     "_sliding_window": None,
     "lora": None,
 }
-_IGNORED_KEYS = ("max_batch_size", "max_seq_len")  # of the program, not of the model
-# mistral-inference takes this where there is none; mistral-finetune takes 10,000, so it is always
-# written.
+# Keys that are settings of Mistral's program and not of the model.
+_IGNORED_KEYS = ("max_batch_size", "max_seq_len")
+# The default of mistral-inference. That of mistral-finetune is 10,000, so we always write the key.
 _DEFAULT_ROPE_THETA = 1e6
-# Of Mixtral 8x7B: the file has no such key.
+# That of Mixtral 8x7B, since the file has no key for it.
 _CONTEXT_LENGTH = 32_768
 
 
 def read_params(path: Path) -> Architecture:
-    """Reads a params.json. The dtypes of the model are float32: only weights have dtypes.
+    """Reads a params.json.
+
+    The returned dtypes are float32: only the weights tell their dtypes.
 
     Raises:
-        ConfigError: it is of a model that this is not; names each key.
+        ConfigError: the file describes another kind of model; names each key.
     """
     theirs = read_object(path)
     moe = theirs.get("moe")
     wrong = find_misfits(theirs, _MODEL_KEYS, _FIXED_KEYS)
     known = {*_MODEL_KEYS, *_FIXED_KEYS, *_IGNORED_KEYS, "moe", "rope_theta"}
-    wrong += [f"{key} is not of a Mixtral" for key in theirs if key not in known]
+    wrong += [f"{key} is not a key of a Mixtral" for key in theirs if key not in known]
     if not isinstance(moe, dict) or moe.keys() != set(_MOE_KEYS):
-        wrong.append(f"moe={moe!r} must have {' and '.join(_MOE_KEYS)}")
-    require(not wrong, f"{path} is not of a Mixtral that can be loaded: {'; '.join(wrong)}")
+        wrong.append(f"moe={moe!r} must be an object with {' and '.join(_MOE_KEYS)}")
+    require(
+        not wrong,
+        f"{path} does not describe a Mixtral that can be loaded: {'; '.join(wrong)}; use the "
+        "params.json that belongs to the weights of a Mixtral",
+    )
     assert isinstance(moe, dict)
     ours = {name: theirs[key] for key, name in _MODEL_KEYS.items()}
     theta = theirs.get("rope_theta")
@@ -63,11 +67,9 @@ def read_params(path: Path) -> Architecture:
         "num_experts": moe["num_experts"],
         "rope_theta": _DEFAULT_ROPE_THETA if theta is None else theta,
     }
-    notes = (
-        ()
-        if theta is not None
-        else (f"{path} has no rope_theta: taken as {_DEFAULT_ROPE_THETA:g}",)
-    )
+    notes = ()
+    if theta is None:
+        notes = (f"{path} has no rope_theta: uses {_DEFAULT_ROPE_THETA:g}, as mistral-inference",)
     try:
         require_numbers(ours | moe)
         model = build(ModelConfig, ours | {"dtype": "float32"}, "model.")

@@ -1,8 +1,8 @@
-"""Tensors of a layout seen as our parameters, and our parameters as tensors of a layout; nothing is
-read for it.
+"""Converts between another program's tensors and our parameters, in both directions and lazily.
 
-What is asked of the result is read from the other side and put in order: dimensions transposed,
-flattened ones taken apart, rows of rotary heads moved. How, is for `layouts` to say.
+Creating the result reads nothing. When a block of it is read, the numbers are read from the other
+side and rearranged: dimensions are transposed, flattened ones are split, and rows of rotary heads
+are moved, as the tables in `layouts` say.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 from mixtral_jax.checkpoint.files.file_tensor import FileTensor
 from mixtral_jax.checkpoint.files.stored import Block, StoredArray, copy_into, scratch, shape_of
 from mixtral_jax.checkpoint.formats.layouts import Layout, Place, Tensor, letter_sizes
-from mixtral_jax.checkpoint.parameters import PARAMETERS, parameter_chunk, parameter_shape
+from mixtral_jax.checkpoint.formats.parameters import PARAMETERS, parameter_chunk, parameter_shape
 from mixtral_jax.config import ModelConfig
 
 Sizes = Mapping[str, int]
@@ -23,8 +23,9 @@ Sizes = Mapping[str, int]
 def as_parameters(
     layout: Layout, tensors: Mapping[str, FileTensor], model: ModelConfig
 ) -> dict[str, StoredArray]:
-    """Our parameters by name, of all the tensors of `layout`; each of the widest dtype among its
-    tensors.
+    """Our parameters by name, from all the tensors of `layout`.
+
+    A parameter has the widest dtype among the tensors that hold it.
     """
     sizes, names = letter_sizes(model), {}
     for name, tensor in layout.tensors(model).items():
@@ -49,7 +50,7 @@ def as_parameters(
 def as_tensors(
     layout: Layout, parameters: Mapping[str, StoredArray], model: ModelConfig
 ) -> dict[str, StoredArray]:
-    """The tensors of `layout` by name, layer by layer, of all our parameters."""
+    """The tensors of `layout` by name, layer by layer, from all our parameters."""
     sizes, tensors = letter_sizes(model), {}
     for name, tensor in layout.tensors(model).items():
         mine = [parameters[place.parameter] for place in tensor.places]
@@ -70,7 +71,7 @@ def _read_parameter(
         letter: range(part.start, part.stop)
         for letter, part in zip(place.dimensions, block, strict=True)
     }
-    assert not place.has_halves or len(ranges["H"]) == sizes["H"], "a rotary head is read whole"
+    assert not place.has_halves or len(ranges["H"]) == sizes["H"], "a rotary head is never cut"
     ranges |= {"2": _part_range(place), "I": range(sizes["I"])}
     lettered = target.reshape(
         [len(ranges[letter]) for letter in place.stacked + place.order], copy=False
@@ -118,6 +119,6 @@ def _split_shape(place: Place, sizes: Sizes) -> list[list[int]]:
 
 
 def _transposition(place: Place) -> list[int]:
-    """From the letters of the tensor to those of the parameter."""
+    """The order of the tensor's letters that gives the parameter's letters."""
     letters = "".join(place.groups)
     return [letters.index(letter) for letter in place.order]

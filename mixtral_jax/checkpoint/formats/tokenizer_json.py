@@ -1,8 +1,7 @@
-"""A SentencePiece model in the words of Hugging Face's tokenizers: the tokenizer.json that
-transformers reads.
+"""Converts a SentencePiece model to the tokenizer.json that transformers reads.
 
-Without this file transformers 5 makes one of tokenizer.model, and gets it wrong: it orders merges
-by id, and Mixtral's pieces of several spaces have low scores, not high ids; and it leaves out the
+Without this file transformers 5 converts tokenizer.model itself, with two errors. It orders merges
+by id, but Mixtral's pieces of several spaces have low scores and not high ids. And it omits the
 space before a text.
 """
 
@@ -14,25 +13,41 @@ from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.data.vocabulary import Piece, read_vocabulary
 
 _SPACE = "\u2581"
+# The pre-tokenizer Metaspace would add no space before a text that begins with one.
+_NORMALIZER = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": _SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+    ],
+}
+_DECODER = {
+    "type": "Sequence",
+    "decoders": [
+        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ],
+}
 
 
 def make_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The tokenizer.json with which `tokenizers` encodes text as `tokenizer` does, behind BOS.
+    """The tokenizer.json with which `tokenizers` encodes text as `tokenizer` does, after BOS.
 
-    Except that control pieces written out in a text, such as `</s>`, become control ids there.
+    One difference remains: control pieces written out in a text, such as `</s>`, become control
+    ids in `tokenizers`.
 
     Raises:
-        ConfigError: the SentencePiece model is not like Mixtral's: no BPE that leaves text as it
-            is.
+        ConfigError: the SentencePiece model is not like Mixtral's, a BPE that does not change the
+            text.
     """
     vocabulary = read_vocabulary(tokenizer)
     require(
         vocabulary.is_like_mixtral,
-        "the tokenizer cannot be written for Hugging Face: it is no SentencePiece model of the "
-        "kind BPE with byte "
-        "fallback that puts a space before a text and leaves it as it is otherwise; without a "
-        "tokenizer.model the "
-        "weights are exported alone",
+        "the tokenizer cannot be written for Hugging Face: it is not a SentencePiece model of type "
+        "BPE with byte fallback that puts a space before a text and does not change it otherwise; "
+        "remove tokenizer.model to export the weights alone",
     )
     pieces = vocabulary.pieces
     bos = pieces[tokenizer.bos_id].text
@@ -41,32 +56,19 @@ def make_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            _added_token(id_, piece) for id_, piece in enumerate(pieces) if piece.kind in _SPECIAL
+            _added_token(id_, piece)
+            for id_, piece in enumerate(pieces)
+            if piece.kind in ("control", "unknown")
         ],
-        # Not the pre-tokenizer Metaspace, which puts no space before a text that begins with one.
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": _SPACE},
-                {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
-            ],
-        },
+        "normalizer": _NORMALIZER,
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": _behind_bos(bos, "A", 0),
-            "pair": [*_behind_bos(bos, "A", 0), *_behind_bos(bos, "B", 1)],
+            "single": _after_bos(bos, "A", 0),
+            "pair": [*_after_bos(bos, "A", 0), *_after_bos(bos, "B", 1)],
             "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
         },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
+        "decoder": _DECODER,
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -82,9 +84,6 @@ def make_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-_SPECIAL = ("control", "unknown")
-
-
 def _added_token(id_: int, piece: Piece) -> dict[str, Any]:
     flags = {
         "single_word": False,
@@ -96,7 +95,7 @@ def _added_token(id_: int, piece: Piece) -> dict[str, Any]:
     return {"id": id_, "content": piece.text, **flags}
 
 
-def _behind_bos(bos: str, sequence: str, type_id: int) -> list[dict[str, Any]]:
+def _after_bos(bos: str, sequence: str, type_id: int) -> list[dict[str, Any]]:
     return [
         {"SpecialToken": {"id": bos, "type_id": type_id}},
         {"Sequence": {"id": sequence, "type_id": type_id}},
@@ -104,10 +103,10 @@ def _behind_bos(bos: str, sequence: str, type_id: int) -> list[dict[str, Any]]:
 
 
 def find_merges(pieces: Sequence[Piece]) -> list[list[str]]:
-    """All pairs of pieces that make a piece, in the order in which BPE is to try them.
+    """All pairs of pieces that form another piece, in the order in which BPE tries them.
 
-    SentencePiece merges the neighbours that make the piece of highest score; `tokenizers`, those
-    that come first here.
+    SentencePiece merges the neighbours that form the piece with the highest score; `tokenizers`
+    merges those that come first in this list.
     """
     scores = {piece.text: piece.score for piece in pieces if piece.kind == "text"}
     pairs = [
@@ -123,7 +122,7 @@ def find_merges(pieces: Sequence[Piece]) -> list[list[str]]:
 def make_tokenizer_config(
     tokenizer: Tokenizer, chat_template: str, context_length: int
 ) -> dict[str, Any]:
-    """The tokenizer_config.json: names for special pieces, and the template of chats."""
+    """The tokenizer_config.json, with the special pieces and the chat template."""
     vocabulary = read_vocabulary(tokenizer)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,1 +1,1 @@
-"""Conversations: rows of every chat format -> messages -> token ids and a loss mask."""
+"""Conversations: from rows of every chat format to messages, token ids and a loss mask."""

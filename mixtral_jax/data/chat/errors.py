@@ -1,42 +1,38 @@
-"""What can be wrong with a conversation, a class for each kind of mistake, and where it is.
+"""Everything that can be wrong with a conversation: one exception class per kind of mistake.
 
-Kinds that mistral-common also has bear its names and its words, so that a search for one finds the
-other.
+Kinds that mistral-common also has use its names and wording, so that a web search finds them.
 """
 
 from typing import Literal
 
 from mixtral_jax.config import ConfigError
 
-_SHOWN = 80  # Characters of what was found.
+_MAX_FOUND_CHARACTERS = 80
 
 
 class ChatException(ConfigError):
-    """A conversation that no template can hold, or that nothing can be learnt from.
+    """A conversation that no template can express, or that has nothing to train on.
 
     Attributes:
-        rule: what holds for every conversation, and does not for this one.
-        message: the index of the message at fault, from 0; None where it is the conversation as a
-            whole.
-        found: what was there instead, if that needs words.
-        origin: where the conversation was read, such as `chats.jsonl:17`; set by whoever read it.
+        rule: the rule that the conversation breaks.
+        message: the index of the message at fault, from 0; None if it is the whole conversation.
+        found: what was found instead; may be empty.
+        origin: where the conversation was read, such as `chats.jsonl:17`; set by its reader.
     """
 
     def __init__(self, rule: str, *, message: int | None = None, found: str = ""):
         super().__init__(rule)
         self.rule = rule
         self.message = message
-        self.found = found if len(found) <= _SHOWN else f"{found[:_SHOWN]}..."
+        is_short = len(found) <= _MAX_FOUND_CHARACTERS
+        self.found = found if is_short else f"{found[:_MAX_FOUND_CHARACTERS]}..."
         self.origin = ""
 
     def __str__(self) -> str:
         return self._explain(self.origin)
 
     def describe(self) -> str:
-        """The kind of mistake and all there is to say but for the row:
-
-        `Kind: rule (messages[1], what was found)`.
-        """
+        """The kind of mistake and its explanation: `Kind: rule (messages[1], what was found)`."""
         return f"{type(self).__name__}: {self._explain()}"
 
     def _explain(self, *where: str) -> str:
@@ -46,7 +42,7 @@ class ChatException(ConfigError):
 
 
 class InvalidMessageStructureException(ChatException):
-    """The messages do not follow one another as those of a conversation do."""
+    """The messages are not in an order that a conversation can have."""
 
 
 class InvalidUserMessageException(ChatException):
@@ -62,26 +58,26 @@ class InvalidSystemPromptException(ChatException):
 
 
 class TokenizerException(ChatException):
-    """The conversation uses tools, for which there is no template here."""
+    """The conversation uses tools, which no template here supports."""
 
 
 class InvalidTextException(ChatException):
-    """A text has no UTF-8 form."""
+    """A text is empty, or cannot be encoded as UTF-8."""
 
 
 class LiteralInstException(ChatException):
-    """A text contains `[INST]` or `[/INST]`, which template v1 cannot tell from its own."""
+    """A text contains `[INST]` or `[/INST]`, which template v1 also writes itself, as text."""
 
 
 class InvalidRowException(ChatException):
-    """A row is of no known format, or not filled in as its format says."""
+    """A row has no known format, or does not follow it."""
 
 
 class NoSupervisedTokenException(ChatException):
-    """Every answer of the conversation has weight 0: there is nothing to train on."""
+    """All answers of the conversation have weight 0, so there is nothing to train on."""
 
 
-# The kind of mistake that a message of each role makes when its content is wrong.
+# Raised when the content of a message of this role is wrong.
 INVALID_CONTENT: dict[Literal["system", "user", "assistant"], type[ChatException]] = {
     "system": InvalidSystemPromptException,
     "user": InvalidUserMessageException,

@@ -1,6 +1,6 @@
 """Messages of a conversation: read from mappings, and checked as mistral-common checks them.
 
-What a row of a file must look like is for `conversations` to say; what messages become, for `chat`.
+`formats` turns rows into such mappings; `template` turns messages into tokens.
 """
 
 import dataclasses
@@ -15,11 +15,12 @@ from mixtral_jax.data.chat.errors import (
     InvalidTextException,
     TokenizerException,
 )
+from mixtral_jax.data.readers import describe_invalid_utf8, name_type
 
 Role = Literal["system", "user", "assistant"]
 Mode = Literal["training", "serving"]
 
-JOINT = "\n\n"  # Between texts that become one.
+TEXT_SEPARATOR = "\n\n"  # Between texts that are joined into one.
 _TOOL_ROLES = ("tool", "function", "observation", "function_call")
 _FOLLOWERS: dict[Role, set[Role]] = {
     "system": {"system", "user", "assistant"},
@@ -33,8 +34,8 @@ class Message:
     """One message.
 
     Attributes:
-        weight: of an assistant message: 0 keeps it out of the loss, 1 or None does not.
-        prefix: whether generation goes on inside this message, the last one.
+        weight: for an assistant message: 0 leaves it out of the loss; 1 and None do not.
+        prefix: whether generation continues this message, which must be the last.
     """
 
     role: Role
@@ -44,28 +45,28 @@ class Message:
 
 
 def read_messages(items: object) -> list[Message]:
-    """Messages from mappings with `role` and `content`, as clients and data sets write them.
+    """Reads messages from mappings with `role` and `content`.
 
-    A field that is None counts as absent: tables have every field in every row. `content` may be a
-    list of text chunks, or be named `text`; other fields than those of `Message` are ignored.
+    A field that is None counts as missing, because tables have every field in every row. `content`
+    may be a list of text chunks, or be named `text`. Fields that `Message` lacks are ignored.
 
     Raises:
-        ChatException: names the first message that is none, by its index.
+        ChatException: names the index of the first item that is not a message.
     """
     if not isinstance(items, Sequence) or isinstance(items, str | bytes):
         raise InvalidMessageStructureException(
-            "messages must be a list", found=type(items).__name__
+            "messages must be a list", found=f"found {name_type(items)}"
         )
     return [_read_message(item, index) for index, item in enumerate(items)]
 
 
 def check_structure(messages: Sequence[Message], mode: Mode) -> None:
-    """Makes sure that the messages are a conversation to train on, or one to be answered.
+    """Makes sure that the messages are a conversation that can be trained on or answered.
 
-    The rules, their order and their words are those of mistral-common's MistralRequestValidator.
+    The rules, their order and their wording are those of mistral-common's MistralRequestValidator.
 
     Raises:
-        ChatException: the first rule that does not hold, and the message where.
+        ChatException: names the first rule that is broken, and the message that breaks it.
     """
     if not messages:
         raise InvalidMessageStructureException("Conversation must have at least one message")
@@ -94,7 +95,10 @@ def _check_last(message: Message, index: int, mode: Mode) -> None:
                 "Cannot continue final message in finetuning mode", message=index
             )
     elif is_answer and not message.prefix:
-        rule = "Expected last role User or Tool (or Assistant with prefix) for serving but got assistant"
+        rule = (
+            "Expected last role User or Tool (or Assistant with prefix) for serving but got "
+            "assistant"
+        )
         raise InvalidMessageStructureException(rule, message=index)
 
 
@@ -118,13 +122,13 @@ def _read_message(item: object, index: int) -> Message:
         raise InvalidMessageStructureException(
             "a message must be an object with role and content",
             message=index,
-            found=type(item).__name__,
+            found=f"found {name_type(item)}",
         )
     role = _read_role(item, index)
     content = _read_content(item, role, index)
     weight, prefix = item.get("weight"), item.get("prefix")
     if role != "assistant" and (weight or prefix):
-        rule = f"weight and prefix belong to assistant messages, not to a {role} message"
+        rule = f"only assistant messages may have weight or prefix, not a {role} message"
         raise INVALID_CONTENT[role](rule, message=index)
     if prefix not in (None, True, False):
         found = f"prefix={prefix!r}"
@@ -137,11 +141,12 @@ def _read_message(item: object, index: int) -> Message:
 def _read_role(item: Mapping[Any, Any], index: int) -> Role:
     role = item.get("role")
     if role in _TOOL_ROLES or item.get("tool_calls"):
-        found = "tool_calls" if item.get("tool_calls") else f"role '{role}'"
         raise TokenizerException(
-            "Tools have no template here: leave such turns out", message=index, found=found
+            "tools are not supported by any template: leave such messages out",
+            message=index,
+            found="found tool_calls" if item.get("tool_calls") else f"role={role!r}",
         )
-    if role == "developer":  # What newer OpenAI models call it.
+    if role == "developer":  # The name of the system role for newer OpenAI models.
         return "system"
     for known in get_args(Role):
         if role == known:
@@ -155,35 +160,34 @@ def _read_content(item: Mapping[Any, Any], role: Role, index: int) -> str:
     content, text = item.get("content"), item.get("text")
     invalid = INVALID_CONTENT[role]
     if content is not None and text is not None:
-        raise invalid("a message must have content or text, not both", message=index)
+        rule = "a message must have one of content and text, not both: leave one out"
+        raise invalid(rule, message=index)
     content = text if content is None else content
     if isinstance(content, Sequence) and not isinstance(content, str | bytes):
-        content = JOINT.join(filter(None, (_read_chunk(chunk, role, index) for chunk in content)))
+        texts = [_read_chunk(chunk, role, index) for chunk in content]
+        content = TEXT_SEPARATOR.join(filter(None, texts))
+    if content is None and role == "assistant":
+        content = ""  # `check_structure` rejects both with the same words.
     if not isinstance(content, str):
-        if content is None and role == "assistant":
-            content = ""  # Which is one rule, not two.
-        else:
-            found = "it has none" if content is None else type(content).__name__
-            raise invalid(f"content of a {role} message must be text", message=index, found=found)
+        found = "it is missing" if content is None else f"found {name_type(content)}"
+        raise invalid(f"content of a {role} message must be text", message=index, found=found)
     try:
         content.encode()
-    except (
-        UnicodeEncodeError
-    ) as error:  # A lone surrogate: \ud800 in JSON, or bytes a reader could not decode.
-        raise InvalidTextException(
-            f"invalid UTF-8 at character {error.start}", message=index
-        ) from error
+    except UnicodeEncodeError as error:
+        # A lone surrogate: \ud800 in JSON, or a byte that a reader could not decode.
+        rule = describe_invalid_utf8(f"character {error.start}")
+        raise InvalidTextException(rule, message=index) from error
     return content
 
 
 def _read_chunk(chunk: object, role: Role, index: int) -> str:
-    """The text of a chunk of a message, `{"type": "text", "text": ...}`."""
+    """Reads a chunk of a message, `{"type": "text", "text": ...}`."""
     text = chunk.get("text") if isinstance(chunk, Mapping) and chunk.get("type") == "text" else None
     if not isinstance(text, str):
-        kind = chunk.get("type") if isinstance(chunk, Mapping) else type(chunk).__name__
+        is_object = isinstance(chunk, Mapping)
         raise INVALID_CONTENT[role](
-            f"Unexpected content chunk types in {role} message: only text is known",
+            f"Unexpected content chunk types in {role} message: only text chunks are supported",
             message=index,
-            found=repr(kind),
+            found=f"type={chunk.get('type')!r}" if is_object else f"found {name_type(chunk)}",
         )
     return text

@@ -1,9 +1,9 @@
-"""Conversations about the Python library, made from the documentation that every machine has.
+"""Conversations about Python's standard library, made from its docstrings, which need no download.
 
-For each public function and method with a docstring, one question (what it does, its signature, an
-example), and one conversation with all three. Answers are short, so that a tiny model can learn
-their form and when to stop. Rows are in the format `messages`; `split_group` is the name of the
-function, so that held-out questions are about functions never trained on.
+For each public function and method with a docstring there is one question (what it does, its
+signature, or an example) and one conversation with all three. Answers are short, so that a tiny
+model can learn their form and when to stop. Rows are in the format `messages`. `split_group` is the
+name of the function, so that held-out questions are about functions that are not trained on.
 """
 
 import ast
@@ -17,10 +17,19 @@ from typing import Any
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
-_MAX_ANSWER = 100  # Characters.
-# Programs and demonstrations rather than a library.
-_SKIPPED = {"idlelib", "lib2to3", "turtledemo", "ensurepip", "this", "antigravity", "pydoc"}
-_ATTRIBUTES = {"property", "cached_property", "getter", "setter", "deleter"}  # Are not called.
+_MAX_ANSWER_CHARACTERS = 100
+# Packages that are programs or demonstrations rather than a library.
+_SKIPPED_PACKAGES = {
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "ensurepip",
+    "this",
+    "antigravity",
+    "pydoc",
+}
+# Decorators of functions that are used as attributes and not called.
+_ATTRIBUTES = {"property", "cached_property", "getter", "setter", "deleter"}
 _WHAT = ("What does `{0}` do?", "Explain `{0}` in one sentence.", "What is `{0}` for?")
 _HOW = (
     "Write the signature of `{0}`.",
@@ -33,7 +42,7 @@ _HOW_THEN, _EXAMPLE_THEN = "And its signature?", "Now an example."
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A function: `name` as in `textwrap.dedent`, and the answers to questions about it."""
+    """A function, such as `textwrap.dedent`, and the answers to questions about it."""
 
     name: str
     purpose: str
@@ -42,16 +51,16 @@ class _Entry:
 
 
 def make_conversations(root: Path, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """Rows, always the same for the same files: two for every function, in the order of files and
-    lines.
+    """Makes two rows for every function, in the order of files and lines; equal files give equal
+    rows.
 
     Args:
-        root: the folder whose modules the files are.
+        root: the folder that the module names of the files are relative to.
     """
     for file in files:
         module = ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
         package, *_ = parts = module.split(".")
-        if package not in _SKIPPED and all(
+        if package not in _SKIPPED_PACKAGES and all(
             part.isidentifier() and not part.startswith("_") for part in parts
         ):
             for entry in _read_module(module, file):
@@ -64,9 +73,8 @@ def _ask_about(entry: _Entry) -> Iterator[dict[str, Any]]:
         wordings[chosen[number] % len(wordings)].format(entry.name)
         for number, wordings in enumerate((_WHAT, _HOW, _EXAMPLE))
     )
-    alone = [(what, entry.purpose), (how, entry.signature), (example, entry.example)][
-        chosen[-1] % 3
-    ]
+    pairs = [(what, entry.purpose), (how, entry.signature), (example, entry.example)]
+    alone = pairs[chosen[-1] % 3]
     together = [(what, entry.purpose), (_HOW_THEN, entry.signature), (_EXAMPLE_THEN, entry.example)]
     for turns in ([alone], together):
         messages = []
@@ -82,18 +90,20 @@ def _read_module(module: str, file: Path) -> Iterator[_Entry]:
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):
-        return  # Distributions ship a few for other Pythons.
+        return  # Some distributions ship files for other versions of Python.
     seen = set()
     for prefix, node in _find_functions(tree):
         name = f"{module}.{prefix}{node.name}"
         entry = _describe(name, node, is_method=bool(prefix))
-        if entry and name not in seen:  # A platform's version of a function comes first.
+        if (
+            entry and name not in seen
+        ):  # Of several definitions, such as one per platform, the first counts.
             seen.add(name)
             yield entry
 
 
 def _find_functions(tree: ast.Module) -> Iterator[tuple[str, _Function]]:
-    """Public functions, and public methods of public classes with `Class.` before them."""
+    """Finds functions, and methods of public classes with the prefix `Class.`."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             yield from (
@@ -104,10 +114,7 @@ def _find_functions(tree: ast.Module) -> Iterator[tuple[str, _Function]]:
 
 
 def _describe(name: str, node: _Function, *, is_method: bool) -> _Entry | None:
-    """What there is to say of a function;
-
-    None if its documentation is missing, too long, or no sentence.
-    """
+    """Describes a function; None if its docstring is missing, too long, or not a sentence."""
     purpose = _first_sentence(ast.get_docstring(node) or "")
     marks = {ast.unparse(mark).split(".")[-1] for mark in node.decorator_list}
     if node.name.startswith("_") or not purpose or marks & _ATTRIBUTES:
@@ -117,24 +124,22 @@ def _describe(name: str, node: _Function, *, is_method: bool) -> _Entry | None:
     for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
         argument.annotation = None
     if is_bound:
-        del (arguments.posonlyargs or arguments.args)[:1]  # self, or cls.
+        del (arguments.posonlyargs or arguments.args)[:1]  # self or cls.
     signature = f"{node.name}({ast.unparse(arguments)})"
     example = f"{_place(name, is_bound=is_bound)}({', '.join(_required(arguments))})"
-    if max(len(signature), len(example)) > _MAX_ANSWER:
+    if max(len(signature), len(example)) > _MAX_ANSWER_CHARACTERS:
         return None
     return _Entry(name, purpose, f"`{signature}`", f"`{example}`")
 
 
 def _place(name: str, *, is_bound: bool) -> str:
-    """What stands before the parentheses of a call: the function in its module, the method of some
-    object.
-    """
+    """The expression that is called: `module.function`, or `object.method`."""
     *owner, function = name.split(".")
     return f"{owner[-1].lower() if is_bound else owner[-1]}.{function}"
 
 
 def _required(arguments: ast.arguments) -> list[str]:
-    """Arguments of a call that names only what it must."""
+    """The arguments that a call must have."""
     positional = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
     named = [
         f"{argument.arg}={argument.arg}"
@@ -145,8 +150,8 @@ def _required(arguments: ast.arguments) -> list[str]:
 
 
 def _first_sentence(docstring: str) -> str:
-    """The first sentence, on one line; empty if it is too long, or does not read like one."""
+    """Finds the first sentence, on one line; empty if it is too long or not like a sentence."""
     paragraph = " ".join(inspect.cleandoc(docstring).split("\n\n")[0].split())
     match = re.match(r"[A-Z][^()\[\]]+?[\w`'\"](?<!e\.g)(?<!i\.e)(?<!etc)\.(?= |$)", paragraph)
     sentence = match.group() if match else ""
-    return sentence if 10 <= len(sentence) <= _MAX_ANSWER else ""
+    return sentence if 10 <= len(sentence) <= _MAX_ANSWER_CHARACTERS else ""

@@ -1,10 +1,10 @@
-"""The chat templates of Mixtral Instruct: conversations to token ids and a loss mask.
+"""The chat templates of Mixtral Instruct: from conversations to token ids and a loss mask.
 
-Messages become ids piece by piece, never through a rendered string, so that `</s>` in a text stays
-text and BOS stands once. `v1` (8x7B Instruct) writes `[INST]` and `[/INST]` as text; `v3` (8x22B
-Instruct) has control tokens for them. The rules are those of mistral-common's InstructTokenizerV1
-and V3 for conversations without tools. Where conversations come from is for `conversations`, how
-they fill rows for `packing`.
+Each message is tokenized by itself and never as part of a rendered string, so `</s>` in a text
+stays text and there is only one BOS. `v1` (8x7B Instruct) writes `[INST]` and `[/INST]` as text;
+`v3` (8x22B Instruct) has control tokens for them. The rules are those of mistral-common's
+InstructTokenizerV1 and V3 for conversations without tools. `conversations` reads the
+conversations; `packing` fills rows with them.
 """
 
 import dataclasses
@@ -16,37 +16,30 @@ import numpy as np
 
 from mixtral_jax.config import LiteralInst, TemplateName, require
 from mixtral_jax.data.chat.errors import LiteralInstException
-from mixtral_jax.data.chat.messages import JOINT, Message, Mode, check_structure, read_messages
+from mixtral_jax.data.chat.messages import (
+    TEXT_SEPARATOR,
+    Message,
+    Mode,
+    check_structure,
+    read_messages,
+)
+from mixtral_jax.data.tokenized import Tokenized
 from mixtral_jax.data.tokenizer import Tokenizer
 
-# Mistral's guardrailing page: what `safe_prompt` of its API puts before a conversation, as system
-# text.
+# The system prompt that `safe_prompt` of Mistral's API adds (Mistral's page on guardrailing).
 SAFE_PROMPT = (
     "Always assist with care, respect, and truth. Respond with utmost utility yet securely. Avoid "
-    "harmful, unethical, "
-    "prejudiced, or negative content. Ensure replies promote fairness and positivity."
+    "harmful, unethical, prejudiced, or negative content. Ensure replies promote fairness and "
+    "positivity."
 )
 _BEGIN, _END = "[INST]", "[/INST]"
 
 
 @dataclasses.dataclass(frozen=True)
-class EncodedChat:
-    """A conversation as ids.
-
-    Attributes:
-        tokens: int32 [num_tokens]; BOS stands first, and nowhere else.
-        loss_mask: int32 [num_tokens], 1 on the tokens to be learnt: of assistant texts, and their
-            EOS.
-    """
-
-    tokens: np.ndarray
-    loss_mask: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
 class Turn:
-    """What a merged message becomes: control ids, the ids of a text, control ids; all or none of
-    them learnt.
+    """One message as laid out by a template: a text with control ids before and after it.
+
+    `is_supervised`: whether all of these tokens are trained on, or none.
     """
 
     text: str
@@ -56,13 +49,13 @@ class Turn:
 
 
 class ChatTemplate:
-    """A template of Mixtral Instruct, for one tokenizer.
+    """A chat template of Mixtral Instruct for one tokenizer.
 
     Args:
-        version: by default `v3` where the tokenizer has its control tokens, else `v1`.
-        literal_inst: what `v1` does with a text that contains `[INST]` or `[/INST]`, which in ids
-            look like its own: `reject` the conversation, `keep` it as it is, or `strip` them from
-            the text. `v3` keeps every text.
+        version: `auto` is `v3` if the tokenizer has its control tokens, else `v1`.
+        literal_inst: what `v1` does with a text that contains `[INST]` or `[/INST]`, whose ids
+            equal those of the template's own: `reject` the conversation, `keep` the text, or
+            `strip` them from the text. `v3` keeps every text.
 
     Attributes:
         version: `v1` or `v3`.
@@ -86,8 +79,8 @@ class ChatTemplate:
         has_controls = len(controls) == 2
         require(
             version != "v3" or has_controls,
-            f"template v3 needs a tokenizer with control tokens {_BEGIN} and {_END}, like "
-            "mixtral-v3: use template v1",
+            f"template v3 needs a tokenizer with control tokens {_BEGIN} and {_END}, such as "
+            "mixtral-v3: use that tokenizer or template v1",
         )
         self.version: Literal["v1", "v3"] = "v3" if has_controls and version != "v1" else "v1"
         self._literal_inst = literal_inst if self.version == "v1" else "keep"
@@ -96,26 +89,31 @@ class ChatTemplate:
 
     def encode(
         self, messages: Sequence[Mapping[str, Any]], *, mode: Mode = "training"
-    ) -> EncodedChat:
-        """Ids and mask of a conversation, such as `[{"role": "user", "content": "Hi"}, ...]`.
+    ) -> Tokenized:
+        """Tokenizes a conversation, such as `[{"role": "user", "content": "Hi"}, ...]`.
 
         Args:
-            mode: `training` wants an answer last; `serving` wants one to be given, or an answer
-                with `prefix` true to be continued.
+            mode: in `training`, the last message must be an answer. In `serving`, it must be a
+                message to answer, or an answer with `prefix` true to continue.
+
+        Returns:
+            int32 ids with BOS at the start and nowhere else, and the mask: 1 on the tokens of
+            answers and on the EOS after each.
 
         Raises:
-            ChatException: what is wrong with the conversation, and in which message.
+            ChatException: says what is wrong with the conversation, and in which message.
         """
         return self.encode_turns([self.lay_out(read_messages(messages), mode=mode)])[0]
 
     def lay_out(self, messages: Sequence[Message], *, mode: Mode = "training") -> list[Turn]:
-        """The turns that a conversation becomes; checks all that can be wrong with it.
+        """Checks a conversation and lays it out as turns.
 
-        Neighbours of one role are merged, system texts go into the first user message (`v1`) or the
-        last (`v3`), and a conversation that begins with an answer gets an empty question.
+        Neighbouring messages of the same role are merged. System texts are put into the first user
+        message (`v1`) or the last (`v3`). A conversation that begins with an answer gets an empty
+        question before it.
 
         Raises:
-            ChatException: as `encode` does.
+            ChatException: says what is wrong with the conversation, and in which message.
         """
         if self._literal_inst == "strip":
             messages = [
@@ -134,20 +132,20 @@ class ChatTemplate:
         ]
         if systems:
             index = users[0] if self.version == "v1" else users[-1]
-            merged[index] = Message("user", JOINT.join([*systems, merged[index].content]))
+            merged[index] = Message("user", TEXT_SEPARATOR.join([*systems, merged[index].content]))
         return [
             self._answer(message) if message.role == "assistant" else self._ask(message)
             for message in merged
         ]
 
     def lay_out_text(self, text: str, *, mode: Mode = "training") -> list[Turn]:
-        """A text without a template: all of it learnt, or to be continued."""
+        """Lays out a plain text without a template: to be trained on whole, or to be continued."""
         if mode == "serving":
             return [Turn(text)]
         return [Turn(text, after=(self._tokenizer.eos_id,), is_supervised=True)]
 
-    def encode_turns(self, conversations: Sequence[Sequence[Turn]]) -> list[EncodedChat]:
-        """Ids and masks of many conversations at once, on every core."""
+    def encode_turns(self, conversations: Sequence[Sequence[Turn]]) -> list[Tokenized]:
+        """Tokenizes many conversations at once, on all cores."""
         texts = [turn.text for turns in conversations for turn in turns]
         encoded = iter(self._tokenizer.encode_all(texts))
         return [
@@ -155,7 +153,7 @@ class ChatTemplate:
             for turns in conversations
         ]
 
-    def _join(self, turns: Sequence[Turn], texts: Sequence[np.ndarray]) -> EncodedChat:
+    def _join(self, turns: Sequence[Turn], texts: Sequence[np.ndarray]) -> Tokenized:
         pieces = [np.array([self._tokenizer.bos_id])]
         pieces += [
             np.array([*turn.before, *ids, *turn.after])
@@ -163,7 +161,7 @@ class ChatTemplate:
         ]
         is_supervised = [False, *(turn.is_supervised for turn in turns)]
         loss_mask = np.repeat(np.array(is_supervised, np.int32), [len(piece) for piece in pieces])
-        return EncodedChat(np.concatenate(pieces).astype(np.int32), loss_mask)
+        return Tokenized(np.concatenate(pieces).astype(np.int32), loss_mask)
 
     def _ask(self, message: Message) -> Turn:
         if self.version == "v1":
@@ -172,25 +170,26 @@ class ChatTemplate:
         return Turn(message.content, before=(begin,), after=(end,))
 
     def _answer(self, message: Message) -> Turn:
-        # mistral-common strips an answer's last spaces in v3, and in v1 does not.
+        # mistral-common strips spaces from the end of an answer in v3 but not in v1.
         text = message.content if self.version == "v1" else message.content.rstrip(" ")
         end = () if message.prefix else (self._tokenizer.eos_id,)
         return Turn(text, after=end, is_supervised=message.weight != 0)
 
 
 def _merge(messages: Sequence[Message]) -> Iterator[Message]:
-    """User and assistant messages; neighbours of one role become one, unless their weights differ."""
-    for (role, weight), group in itertools.groupby(
-        messages, lambda message: (message.role, message.weight)
-    ):
+    """Drops system messages; joins neighbours of the same role unless their weights differ."""
+    groups = itertools.groupby(messages, lambda message: (message.role, message.weight))
+    for (role, weight), group in groups:
         *_, last = neighbours = list(group)
         if role != "system":
-            content = JOINT.join(message.content for message in neighbours if message.content)
+            content = TEXT_SEPARATOR.join(
+                message.content for message in neighbours if message.content
+            )
             yield Message(role, content, weight, last.prefix)
 
 
 def _strip(text: str) -> str:
-    while _BEGIN in text or _END in text:  # Taking one out may leave another: [IN[INST]ST].
+    while _BEGIN in text or _END in text:  # Removing one may create another: [IN[INST]ST].
         text = text.replace(_BEGIN, "").replace(_END, "")
     return text
 
@@ -199,5 +198,8 @@ def _reject_literals(messages: Sequence[Message]) -> None:
     for index, message in enumerate(messages):
         for literal in (_BEGIN, _END):
             if literal in message.content:
-                rule = f"a text with {literal} cannot be told from template v1: set literal_inst to keep or strip"
-                raise LiteralInstException(rule, message=index)
+                raise LiteralInstException(
+                    f"{literal} in a text looks like that of template v1: set literal_inst to "
+                    "keep or strip",
+                    message=index,
+                )

@@ -1,11 +1,8 @@
 """The report of an ablation as files: index.html, report.md with PNGs, results.json.
 
-Every file is written beside its place and renamed, so that it is whole whenever it is there,
-however many processes write reports of the same runs.
+Several processes may write reports of the same runs at once: every file appears whole.
 """
 
-import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +12,7 @@ from mixtral_jax.lab.pictures.ablation import draw_pictures
 from mixtral_jax.lab.pictures.style import Picture
 from mixtral_jax.lab.report.markdown import make_markdown
 from mixtral_jax.lab.report.page import make_page
+from mixtral_jax.whole_files import write_json, write_whole
 
 
 def write_report(results: Results, folder: Path, more_pictures: Sequence[Picture] = ()) -> Path:
@@ -28,10 +26,10 @@ def write_report(results: Results, folder: Path, more_pictures: Sequence[Picture
     before = _list_pictures(folder / "report.md")
     pictures = [*draw_pictures(results), *more_pictures]
     for picture in pictures:
-        _replace(folder / f"{picture.name}.png", picture.to_png())
-    _replace(folder / "results.json", (json.dumps(results.to_json(), indent=2) + "\n").encode())
-    _replace(folder / "report.md", make_markdown(results, pictures).encode())
-    _replace(folder / "index.html", make_page(results, pictures).encode())
+        write_whole(folder / f"{picture.name}.png", picture.to_png())
+    write_json(folder / "results.json", results.to_json())
+    write_whole(folder / "report.md", make_markdown(results, pictures))
+    write_whole(folder / "index.html", make_page(results, pictures))
     for name in before - _list_pictures(folder / "report.md"):
         (folder / name).unlink(missing_ok=True)
     return folder / "index.html"
@@ -41,9 +39,3 @@ def _list_pictures(markdown: Path) -> set[str]:
     """The files that a report shows; whatever else lies beside it is not ours."""
     text = markdown.read_text("utf-8") if markdown.exists() else ""
     return set(re.findall(r"^!\[.*\]\(([\w.+=-]+\.png)\)$", text, re.MULTILINE))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)

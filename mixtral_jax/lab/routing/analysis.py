@@ -304,6 +304,5 @@ def computing_in(loaded: Pretrained, dtype: str) -> Transformer:
     config = dataclasses.replace(
         loaded.config, model=dataclasses.replace(loaded.config.model, dtype=dtype)
     )
-    platform = loaded.mesh.devices.flat[0].platform
-    shapes = jax.eval_shape(model_maker(config, platform, loaded.model.rules))
+    shapes = jax.eval_shape(model_maker(config, loaded.kernels, loaded.model.rules))
     return jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(loaded.model))

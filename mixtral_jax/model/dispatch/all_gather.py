@@ -1,4 +1,4 @@
-"""Transport by all-gather: every device of the expert group sees every token, and keeps its own."""
+"""Transport by all-gather: each device of an expert group gets all tokens and picks its rows."""
 
 import dataclasses
 
@@ -11,11 +11,10 @@ from mixtral_jax.model.dispatch.transport import Arrival
 
 @dataclasses.dataclass(frozen=True)
 class AllGather:
-    """Moves E/k times what is needed each way, but works on every back end and needs no plan of its
-    own.
+    """Moves E/k times the rows that are needed each way, but works on every back end.
 
-    A device has room for `buffer_factor` times the rows of a balanced routing; rows beyond, those
-    of its last experts and tokens, overflow.
+    The receive buffer of a device holds `buffer_factor` times the rows of balanced routing. The
+    rows of its last experts and tokens overflow first.
     """
 
     num_experts: int
@@ -38,7 +37,7 @@ class AllGather:
         return Arrival(x_RD, weight_R1, routes.rows_per_expert_E, routes.overflowed), of_tokens
 
     def home(self, y_RD: jax.Array, journey: RowMap) -> jax.Array:
-        """Sums of each token's rows here, summed over the group: [M, D]."""
+        """Sums each token's rows on this device, and then over the group: [M, D]."""
         y_MD = sum_rows(y_RD, journey)
         if jax.lax.axis_size("expert") == 1:
             return y_MD

@@ -1,4 +1,4 @@
-"""Transport by all-to-all: a buffer of fixed size for each peer, filled as far as there are rows."""
+"""Transport by all-to-all: a buffer of fixed size for each peer, which rows may fill or not."""
 
 import dataclasses
 
@@ -26,11 +26,11 @@ class _Journey:
 
 @dataclasses.dataclass(frozen=True)
 class AllToAll:
-    """Works on every back end; moves the buffers whole, full or not.
+    """Works on every back end, and moves whole buffers, full or not.
 
-    By default a peer's buffer holds the worst case, every token. With `buffer_factor` it holds that
-    times the rows of a balanced routing; rows beyond, those of the peer's last experts and tokens,
-    overflow.
+    By default a peer's buffer has room for every token, the worst case. With `buffer_factor` it
+    holds this multiple of the rows of balanced routing. The rows of the peer's last experts and
+    tokens overflow first.
     """
 
     num_experts: int
@@ -59,17 +59,17 @@ class AllToAll:
         return Arrival(x_RD, weight_R1, rows_per_expert_E, overflowed), _Journey(sent, packed)
 
     def home(self, y_RD: jax.Array, journey: _Journey) -> jax.Array:
-        """Back through the same buffers, and summed for each token: [M, D]."""
+        """Sends rows back through the same buffers and sums them for each token: [M, D]."""
         return sum_rows(_exchange(sum_rows(y_RD, journey.packed)), journey.sent)
 
 
 def _exchange(x_PX: jax.Array) -> jax.Array:
-    """One equal part of the leading dimension to each peer, and one from each."""
+    """Sends an equal part of the leading dimension to each peer, and gets one from each."""
     return jax.lax.all_to_all(x_PX, "expert", split_axis=0, concat_axis=0, tiled=True)
 
 
 def _fill_buffers(rows: RouteRows, wanted_P: jax.Array, peer_MA: jax.Array, C: int) -> RouteRows:
-    """The P buffers of C rows, from rows without gaps."""
+    """Places rows without gaps into P buffers of C rows."""
     start_P = starts_of(wanted_P)
     sorted_PC = start_P[:, None] + jnp.arange(C)[None]
     P, num_routes = len(start_P), len(rows.route_R)
@@ -81,15 +81,16 @@ def _fill_buffers(rows: RouteRows, wanted_P: jax.Array, peer_MA: jax.Array, C: i
 
 
 def _pack(counts_PE: jax.Array, C: int) -> RowMap:
-    """From buffers of C rows, each sorted by expert, to rows sorted by expert and then by peer,
-    without a sort.
+    """Maps buffers of C rows, each sorted by expert, to rows sorted by expert and then by peer.
+
+    It needs no sort.
     """
     P, E = counts_PE.shape
     in_buffer_PE = starts_of(counts_PE) + C * jnp.arange(P)[:, None]
     in_row_PE = starts_of(counts_PE.T.reshape(-1)).reshape(E, P).T
 
     def shift(index_R: jax.Array, from_PE: jax.Array, to_PE: jax.Array, missing: int) -> jax.Array:
-        """Moves an index within a segment to the same place in the segment's other home."""
+        """Moves an index within a segment to its place in the other layout of the segment."""
         begin, end = from_PE.reshape(1, -1), (from_PE + counts_PE).reshape(1, -1)
         is_in_RS = (index_R[:, None] >= begin) & (index_R[:, None] < end)
         moved_R = index_R + jnp.sum(

@@ -1,4 +1,8 @@
-"""Transport by ragged all-to-all: the routed rows move, and nothing else."""
+"""Transport by ragged all-to-all: only the routed rows move.
+
+XLA:CPU lacks this collective, so a stand-in is compiled there. It is here and not in `kernels`,
+because it is a collective too.
+"""
 
 import dataclasses
 import functools
@@ -21,9 +25,7 @@ from mixtral_jax.model.dispatch.transport import Arrival
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slices:
-    """Arguments of `jax.lax.ragged_all_to_all`: a slice for each peer and each of its experts, or
-    of ours.
-    """
+    """Arguments of `jax.lax.ragged_all_to_all`: a slice per peer and expert of the receiver."""
 
     input_offsets: jax.Array
     send_sizes: jax.Array
@@ -41,11 +43,11 @@ class _Journey:
 
 @dataclasses.dataclass(frozen=True)
 class RaggedAllToAll:
-    """Moves k(P-1)/P rows a token each way. Rows arrive sorted by expert: nothing is sorted twice.
+    """Moves k(P-1)/P rows per token each way. Rows arrive sorted by expert.
 
-    A device has room for the worst case by default, min(P, E/k) times the rows of a balanced
-    routing. With `buffer_factor` it has that times the balanced ones; rows beyond, those of its
-    last experts and, among them, of the last peers, overflow.
+    By default the receive buffer of a device has room for the worst case, min(P, E/k) times the
+    rows of balanced routing. With `buffer_factor` it holds this multiple of them. The rows of the
+    last experts overflow first, and among these the rows of the last peers.
     """
 
     num_experts: int
@@ -73,21 +75,21 @@ class RaggedAllToAll:
         )
 
     def home(self, y_RD: jax.Array, journey: _Journey) -> jax.Array:
-        """Back to where the rows came from, and summed for each token: [M, D]."""
+        """Sends rows back to where they came from and sums them for each token: [M, D]."""
         num_routes = len(journey.sent.source_R)
         return sum_rows(exchange(y_RD, journey.back, journey.there, num_routes), journey.sent)
 
 
 def plan_slices(wanted_PE: jax.Array, num_local: int, num_rows: int) -> tuple[Slices, Slices]:
-    """The slices of the way there and of the way back, for this place on the `expert` axis.
+    """The slices of both directions for this place on the `expert` axis: out, and back home.
 
-    `wanted_PE` has the rows from each place to each of all experts. At the receiver, rows lie by
-    expert, then by the place they came from; those past `num_rows` stay behind.
+    `wanted_PE` is the number of rows from each place to each of all experts. The receiver has rows
+    sorted by expert and then by the place they came from. Rows past `num_rows` are not sent.
     """
     P = len(wanted_PE)
     me = jax.lax.axis_index("expert")
     at_sender_PE = starts_of(wanted_PE)
-    # Of each receiver, its experts in turn, and of each expert, the senders in turn.
+    # Sorted by receiver, then by its experts, then by sender.
     by_receiver = wanted_PE.reshape(P, P, num_local).transpose(1, 2, 0).reshape(P, -1)
     at_receiver_PE = (
         starts_of(by_receiver).reshape(P, num_local, P).transpose(2, 0, 1).reshape(P, -1)
@@ -96,7 +98,7 @@ def plan_slices(wanted_PE: jax.Array, num_local: int, num_rows: int) -> tuple[Sl
     at_receiver_PE = jnp.minimum(at_receiver_PE, num_rows)
 
     def for_me(x_PE: jax.Array) -> jax.Array:
-        """Entries of my own experts, one sender after the other."""
+        """The entries of this place's experts, by sender."""
         return jax.lax.dynamic_slice_in_dim(x_PE, me * num_local, num_local, axis=1).reshape(-1)
 
     there = Slices(at_sender_PE[me], sizes_PE[me], at_receiver_PE[me], for_me(sizes_PE))
@@ -105,9 +107,9 @@ def plan_slices(wanted_PE: jax.Array, num_local: int, num_rows: int) -> tuple[Sl
 
 
 def exchange(x_SD: jax.Array, slices: Slices, reverse: Slices, num_rows: int) -> jax.Array:
-    """Sends slices of rows to where they belong in [num_rows, D], zero elsewhere.
+    """Sends slices of rows to their place in [num_rows, D], which is zero elsewhere.
 
-    Transpose: the reverse.
+    Its transpose is the exchange with `slices` and `reverse` swapped.
     """
     return _exchange(x_SD, slices, reverse, num_rows)
 
@@ -115,8 +117,7 @@ def exchange(x_SD: jax.Array, slices: Slices, reverse: Slices, num_rows: int) ->
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _exchange(x_SD: jax.Array, slices: Slices, reverse: Slices, num_rows: int) -> Any:
     empty_RD = jnp.zeros_like(x_SD, shape=(num_rows, x_SD.shape[1]))
-    # XLA:CPU has no ragged all-to-all (jax issue 34755): there, and only there, one of the same
-    # meaning stands in.
+    # XLA:CPU has no ragged all-to-all (jax issue 34755), so only there a stand-in runs.
     return jax.lax.platform_dependent(
         x_SD, empty_RD, *dataclasses.astuple(slices), cpu=emulate_ragged_all_to_all, default=_native
     )
@@ -143,9 +144,9 @@ def emulate_ragged_all_to_all(
     output_offsets: jax.Array,
     recv_sizes: jax.Array,
 ) -> jax.Array:
-    """What `jax.lax.ragged_all_to_all` over `expert` does, by gathering everything.
+    """Does what `jax.lax.ragged_all_to_all` over `expert` does, by gathering everything.
 
-    Where the sizes that sender and receiver name differ, which is undefined, rows come out as NaN.
+    Where the sizes of sender and receiver differ, which is undefined, rows become NaN.
     """
     P, S = jax.lax.axis_size("expert"), len(x_SD)
     me = jax.lax.axis_index("expert")

@@ -1,4 +1,4 @@
-"""The region where devices work by themselves: out to the experts, through them, and home."""
+"""The region in which each device works on its own rows: out to the experts, and home again."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,16 +13,16 @@ from mixtral_jax.kernels.groups import RowGroups
 from mixtral_jax.model.dispatch.transport import Transport
 from mixtral_jax.parallel.rules import AxisRules
 
-# Mesh axes over which the work inside the region differs.
+# The mesh axes over which devices do different work inside the region.
 _REGION_AXES = ("data", "fsdp", "expert", "tensor")
-# Remat policies that keep this name do not repeat the move out in the backward pass.
+# If a remat policy keeps arrays of this name, the backward pass does not repeat the move out.
 ARRIVED = "rows arrived"
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dispatched:
-    """What comes home, [B, T, D], and how many routes found no room on the way, over all devices."""
+    """The experts' output per token, and the number of overflowed routes over all devices."""
 
     y_BTD: jax.Array
     overflowed: jax.Array
@@ -38,19 +38,20 @@ def dispatch(
     *,
     is_checked: bool = True,
 ) -> Dispatched:
-    """Sum over a token's kept experts of weight * expert(x).
+    """The sum of weight * expert(x) over each token's kept experts.
 
-    `experts` is a pytree called as experts(x_RD, weight_R1, groups), which weighs too: its leaves,
-    of leading dimension num_experts, are sharded over the `expert` axis, and gathered here over
-    `fsdp`. `routes` are the experts, weights and keeping of a `Routing`, each [B, T, A]. jax checks
-    which values differ between devices, unless kernels of others take part that do not say it
-    (`is_checked=False`): same numbers.
+    Args:
+        experts: a pytree that is called as experts(x_RD, weight_R1, groups) and weighs its rows.
+            Its leaves have num_experts as leading dimension, are sharded over the `expert` axis,
+            and are gathered here over `fsdp`.
+        routes: experts, weights and is_kept of the routes, each [B, T, A].
+        is_checked: whether jax checks over which mesh axes values vary. Some kernels do not tell
+            it; the results are the same.
     """
     sizes = jax.sharding.get_abstract_mesh().shape
     spread = tuple(axis for axis in _REGION_AXES if sizes[axis] > 1)
     batch = tuple(axis for axis in rules.batch or () if axis in spread)
-    # XLA does not see through collectives over one device, so the region is told of the other axes
-    # alone.
+    # XLA does not see through collectives over one device, so the region gets the other axes only.
     experts, x_BTD, routes = jax.tree.map(lambda x: _drop_axes(x, spread), (experts, x_BTD, routes))
     specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, experts)
 
@@ -77,14 +78,12 @@ def dispatch(
 
 
 def _gather_fsdp(weight: jax.Array, spec: P) -> jax.Array:
-    """Whole along the dimension that `fsdp` cuts; the transpose is a reduce-scatter of the
-    gradient.
-    """
+    """Gathers a weight over `fsdp`; the transpose is a reduce-scatter of the gradient."""
     for dimension, axes in enumerate(spec):
         if axes == "fsdp":
-            # Shards get a dimension of their own, the outermost in memory. Of the transpose of any
-            # other gather XLA:TPU makes an all-reduce of the whole gradient, twice the bytes of a
-            # reduce-scatter.
+            # Shards get a dimension of their own, the outermost in memory. XLA:TPU turns the
+            # transpose of any other gather into an all-reduce of the whole gradient, which takes
+            # twice the bytes of a reduce-scatter.
             shards = jax.lax.all_gather(weight, "fsdp")
             shards = with_layout_constraint(shards, Layout(tuple(range(shards.ndim))))
             weight = jax.lax.collapse(jnp.moveaxis(shards, 0, dimension), dimension, dimension + 2)
@@ -92,8 +91,9 @@ def _gather_fsdp(weight: jax.Array, spec: P) -> jax.Array:
 
 
 def _drop_axes(x: jax.Array, kept: tuple[str, ...]) -> jax.Array:
-    """The same array, whose layout does not name the other axes: they have one device, so nothing
-    moves.
+    """The same array, laid out over the axes in `kept` only.
+
+    The other axes have one device, so nothing moves.
     """
 
     def drop(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -105,8 +105,6 @@ def _drop_axes(x: jax.Array, kept: tuple[str, ...]) -> jax.Array:
 
 
 def _vary(x: jax.Array, spread: tuple[str, ...]) -> jax.Array:
-    """Marks `x` as differing over every axis of the region, so that its gradient is summed over
-    them.
-    """
+    """Marks `x` as varying over every axis of the region, so that its gradient is summed."""
     axes = tuple(axis for axis in spread if axis not in jax.typeof(x).mat.varying)
     return jax.lax.pcast(x, axes, to="varying") if axes else x

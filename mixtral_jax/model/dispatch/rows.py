@@ -1,6 +1,4 @@
-"""Copies of tokens in the order of their experts, and sums of them back: what one device does by
-itself.
-"""
+"""Copies tokens into rows sorted by expert, and sums rows back to tokens, all on one device."""
 
 import dataclasses
 import math
@@ -12,44 +10,45 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowMap:
-    """Rows that are copies of sources, seen from both ends; every source has at most A copies.
+    """Rows that are copies of sources, indexed in both directions.
 
-    Rows that copy no source have any index in `source_R`: what they hold is never read.
+    Every source has at most A copies. A row that copies no source has any index in `source_R`; its
+    content is never read.
     """
 
     source_R: jax.Array
-    row_MA: jax.Array  # rows of each source; R where a copy is missing
+    row_MA: jax.Array  # the rows of each source; R where there is no copy
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RouteRows:
-    """Rows that hold a device's M * A routes, seen from both ends."""
+    """Rows that hold a device's M * A routes, indexed in both directions."""
 
     route_R: jax.Array
     row_MA: jax.Array  # R for a route without a row
 
     def of_tokens(self) -> RowMap:
-        """Rows as copies of tokens."""
+        """The rows as copies of tokens."""
         return RowMap(self.route_R // self.row_MA.shape[1], self.row_MA)
 
     def of_routes(self) -> RowMap:
-        """Rows as copies of routes: of their weights."""
+        """The rows as copies of routes, for their weights."""
         return RowMap(self.route_R, self.row_MA.reshape(-1, 1))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SortedRoutes:
-    """A device's routes, sorted by expert and then by token, of which the first R have a row."""
+    """A device's routes sorted by expert and then by token. The first R of them have a row."""
 
     rows: RouteRows
     rows_per_expert_E: jax.Array
-    overflowed: jax.Array  # routes that should have had a row
+    overflowed: jax.Array  # number of routes that found no row
 
 
 def sort_routes(expert_MA: jax.Array, num_experts: int, num_rows: int) -> SortedRoutes:
-    """Gives routes their rows; `num_experts` stands for a route that goes nowhere and gets none."""
+    """Assigns rows to routes. A route to expert `num_experts` goes nowhere and gets no row."""
     M, A = expert_MA.shape
     expert_of_route = expert_MA.reshape(-1)
     route_of_row = jnp.argsort(expert_of_route, stable=True)
@@ -68,11 +67,10 @@ def sort_routes(expert_MA: jax.Array, num_experts: int, num_rows: int) -> Sorted
 def buffer_rows(
     num_tokens: int, A: int, num_experts: int, num_places: int, buffer_factor: float | None
 ) -> int:
-    """Room in a buffer for the routes of `num_tokens` tokens to one of `num_places` that share the
-    experts.
+    """Rows in a buffer for the routes of `num_tokens` tokens to one of `num_places` places.
 
-    All that there can be, since a token goes to an expert once; or `buffer_factor` times those of a
-    balanced routing, if that is less.
+    It has room for the worst case, in which each token visits as many of the place's experts as it
+    can, or for `buffer_factor` times the rows of balanced routing if that is less.
     """
     worst = num_tokens * min(A, num_experts // num_places)
     balanced = num_tokens * A / num_places
@@ -82,28 +80,28 @@ def buffer_rows(
 
 
 def starts_of(counts_XE: jax.Array) -> jax.Array:
-    """Where each count begins when all are laid end to end along the last dimension."""
+    """Exclusive cumulative sums: where each group starts if groups of these sizes have no gaps."""
     return jnp.cumsum(counts_XE, axis=-1) - counts_XE
 
 
 @jax.custom_vjp
 def copy_rows(x_MD: jax.Array, rows: RowMap) -> jax.Array:
-    """The source of each row, [R, D]. Transpose: `sum_rows`."""
+    """Copies the source of each row: [R, D]. Its transpose is `sum_rows`."""
     return x_MD[rows.source_R]
 
 
 @jax.custom_vjp
 def sum_rows(y_RD: jax.Array, rows: RowMap) -> jax.Array:
-    """The sum of each source's rows, [M, D], in float32.
+    """Sums the rows of each source in float32: [M, D]. Its transpose is `copy_rows`.
 
-    The transpose of `copy_rows`, and a gather too.
+    It is a gather, as `copy_rows` is.
     """
     y_MAD = y_RD.at[rows.row_MA].get(mode="fill", fill_value=0)
     return jnp.sum(y_MAD, axis=1, dtype=jnp.float32).astype(y_RD.dtype)
 
 
-# Autodiff would make a scatter-add of each gather; that each is the other's transpose is known only
-# here.
+# Autodiff would turn each gather into a scatter-add. It cannot know that each of the two functions
+# is the transpose of the other.
 copy_rows.defvjp(
     lambda x_MD, rows: (copy_rows(x_MD, rows), rows),
     lambda rows, dx_RD: (sum_rows(dx_RD, rows), None),

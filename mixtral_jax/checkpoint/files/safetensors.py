@@ -1,9 +1,10 @@
-"""Safetensors files, read and written a tensor at a time.
+"""Reads and writes safetensors files, one tensor at a time.
 
-Format: 8 bytes with the length of a header, the header, the numbers. The header is JSON: for each
-tensor its dtype, shape and bytes. It comes with the file, so nothing in it is believed before it is
-checked. The safetensors package checks much of this too; but it maps whole files or holds whole
-tensors, and its errors name no tensor. Source: https://huggingface.co/docs/safetensors.
+Format: 8 bytes with the length of the header, the header, the numbers. The header is JSON, with
+the dtype, shape and byte range of each tensor. A file may be hostile, so all of its header is
+checked before any of it is used. The safetensors package checks much of this too, but it maps
+whole files or holds whole tensors in memory, and its errors do not name the tensor. Source:
+https://huggingface.co/docs/safetensors.
 """
 
 import json
@@ -21,29 +22,34 @@ from mixtral_jax.checkpoint.files.stored import DTYPES, StoredArray, write_numbe
 from mixtral_jax.config import ConfigError, require
 
 # The limit of the safetensors package.
-_MAX_HEADER = 100_000_000
+_MAX_HEADER_BYTES = 100_000_000
 _DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _DTYPES = {name: DTYPES[ours] for name, ours in _DTYPE_NAMES.items()}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# Of the numbers' first byte: so that they can be mapped into memory.
-_ALIGNMENT = 8
+# The numbers begin at a multiple of this, so that other programs can map them into memory.
+_ALIGNMENT_BYTES = 8
 
 
 def open_file(path: Path) -> dict[str, FileTensor]:
-    """The tensors of a file by name; reads the header alone.
+    """The tensors of a file by name; reads only the header.
 
     Raises:
-        ConfigError: the file is damaged, or holds what weights do not; names the tensor.
+        ConfigError: the file is damaged, or has a tensor that weights cannot have; names it.
     """
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            require(size >= 8, f"{path} is truncated: it has {size} bytes, and no header")
             require(
-                length <= min(size - 8, _MAX_HEADER),
-                f"{path} is damaged or truncated: its header is said to have {length:,} bytes, the "
-                f"file has {size:,}",
+                size >= 8,
+                f"{path} is truncated: it has {size} bytes, and a header alone has more; copy it "
+                "again",
+            )
+            require(
+                length <= min(size - 8, _MAX_HEADER_BYTES),
+                f"{path} is damaged or truncated: it gives its header a length of {length:,} "
+                f"bytes, which must fit into the {size:,} bytes of the file and below "
+                f"{_MAX_HEADER_BYTES:,}; copy it again",
             )
             header = parse_object(file.read(length), f"the header of {path}")
     except OSError as error:
@@ -59,58 +65,82 @@ def open_shards(folder: Path, index: Path) -> dict[str, FileTensor]:
     """The tensors of all files that an index names.
 
     Raises:
-        ConfigError: a file or a tensor of the index is not there, or a tensor is there that the
-            index does not name.
+        ConfigError: a file or a tensor in the index does not exist, or a file has a tensor that
+            the index assigns to another file or to none.
     """
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) for name in weight_map.values()
     ):
-        raise ConfigError(f"{index} must have a weight_map from tensors to files")
+        raise ConfigError(
+            f"{index} must have a weight_map, an object from names of tensors to names of files: "
+            "copy it again"
+        )
     tensors: dict[str, FileTensor] = {}
     wrong = []
-    for name, first in {name: tensor for tensor, name in reversed(weight_map.items())}.items():
-        said = f"{index}: tensor {first!r}"
-        path = find_file(folder, name, said)
+    first_tensors = {name: tensor for tensor, name in reversed(weight_map.items())}
+    for name, first_tensor in first_tensors.items():
+        entry = f"{index}: the entry of tensor {first_tensor!r}"
+        path = find_file(folder, name, entry)
         require(
             name.endswith(".safetensors"),
-            f"{said} is in {name!r}, it says: that is no .safetensors file",
+            f"{entry} names the file {name!r}, which is not a .safetensors file: convert the "
+            "weights to safetensors",
         )
         if path is None:
-            raise ConfigError(f"{said} is in {name!r}, it says: that is not there")
-        here = open_file(path)
+            raise ConfigError(
+                f"{entry} names the file {name!r}, which is not in the folder: copy it there"
+            )
+        found = open_file(path)
         wrong += [
-            f"{tensor} is in {name}, unsaid" for tensor in here if weight_map.get(tensor) != name
+            f"{tensor} is in {name}, which the index does not say"
+            for tensor in found
+            if weight_map.get(tensor) != name
         ]
-        tensors |= here
+        tensors |= found
     wrong += [
         f"{tensor!r} is not in {name}"
         for tensor, name in weight_map.items()
         if tensor not in tensors
     ]
-    require(not wrong, f"{index} does not fit its files: {'; '.join(wrong)}")
+    require(
+        not wrong,
+        f"{index} does not fit its files: {'; '.join(wrong)}; copy all files of one model again",
+    )
     return tensors
 
 
 def _read_entry(path: Path, name: str, entry: Any, start: int) -> FileTensor:
     where = f"{path}: tensor {name}"
-    require(name.isprintable(), f"{path}: the name {name!r} of a tensor cannot be printed")
+    fix = "save the weights again"
+    require(
+        name.isprintable(),
+        f"{path}: the name {name!r} of a tensor must consist of characters that can be printed: "
+        f"{fix}",
+    )
     require(
         isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"},
-        f"{where} must have a dtype, a shape and data_offsets",
+        f"{where} must have a dtype, a shape and data_offsets, and nothing else: {fix}",
     )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     require(
         isinstance(dtype, str) and dtype in _DTYPES,
-        f"{where} has dtype {dtype!r}; weights here have {', '.join(_DTYPES)}",
+        f"{where} has dtype {dtype!r}, which must be one of {', '.join(_DTYPES)}: {fix} in one of "
+        "these",
     )
-    require(_are_sizes(shape), f"{where} has shape {shape!r}")
-    require(_are_sizes(offsets) and len(offsets) == 2, f"{where} has data_offsets {offsets!r}")
+    require(
+        _are_sizes(shape),
+        f"{where} has shape {shape!r}, which must be a list of whole numbers from 0 up: {fix}",
+    )
+    require(
+        _are_sizes(offsets) and len(offsets) == 2,
+        f"{where} has data_offsets {offsets!r}, which must be two whole numbers from 0 up: {fix}",
+    )
     num_bytes = math.prod(shape) * _DTYPES[dtype].itemsize
     require(
         offsets[1] - offsets[0] == num_bytes,
         f"{where} needs {num_bytes:,} bytes for shape {shape}, but data_offsets {offsets} have "
-        "another length",
+        f"another length: {fix}",
     )
     return FileTensor.in_rows(path, name, _DTYPES[dtype], start + offsets[0], tuple(shape))
 
@@ -122,26 +152,33 @@ def _are_sizes(values: Any) -> bool:
 
 
 def _check_tiling(path: Path, tensors: list[FileTensor], start: int, size: int) -> None:
-    """Makes sure that the tensors follow each other up to the end of the file."""
+    """Checks that the tensors follow each other without gaps, up to the end of the file."""
     ordered = sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes))
     for tensor in ordered:
         require(
             tensor.offset + tensor.nbytes <= size,
             f"{path} is truncated or damaged: tensor {tensor.name} ends at byte "
-            f"{tensor.offset + tensor.nbytes:,} of "
-            f"{size:,}",
+            f"{tensor.offset + tensor.nbytes:,}, but the file has {size:,} bytes; copy it again",
         )
     end, last = start, "the header"
     for tensor in ordered:
         how = "overlaps" if tensor.offset < end else "leaves a gap after"
-        require(tensor.offset == end, f"{path} is damaged: tensor {tensor.name} {how} {last}")
+        require(
+            tensor.offset == end,
+            f"{path} is damaged: tensor {tensor.name} {how} {last}; save the weights again",
+        )
         end, last = tensor.offset + tensor.nbytes, tensor.name
-    require(end == size, f"{path} is damaged: {size - end:,} bytes after {last} are of no tensor")
+    require(
+        end == size,
+        f"{path} is damaged: {size - end:,} bytes after {last} belong to no tensor; save the "
+        "weights again",
+    )
 
 
 class FileWriter:
-    """Writes a file whose tensors are known by shape; each is put in its place when it is there, by
-    any thread.
+    """Writes a file whose tensors are known by name, shape and dtype.
+
+    The constructor writes the header. Threads may then write the tensors in any order.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, StoredArray]):
@@ -156,14 +193,14 @@ class FileWriter:
                 "data_offsets": [start, end],
             }
         header = json.dumps(entries, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % _ALIGNMENT)
+        header += b" " * (-len(header) % _ALIGNMENT_BYTES)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._data = os.pwrite(self._descriptor, len(header).to_bytes(8, "little") + header, 0)
 
     def write(self, name: str, tensor: np.ndarray) -> None:
-        """Puts a tensor in its place."""
+        """Writes a tensor to its place in the file."""
         write_numbers(self._descriptor, tensor, self._data + self._starts[name])
 
     def close(self) -> None:
-        """Ends writing."""
+        """Closes the file."""
         os.close(self._descriptor)

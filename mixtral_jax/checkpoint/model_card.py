@@ -1,4 +1,4 @@
-"""The README.md of an exported folder: what the model is, and how to load it."""
+"""Writes the README.md of an exported folder: what the model is, and how to load it."""
 
 import math
 
@@ -16,18 +16,19 @@ tags:
 
 # A Mixtral of {total} parameters
 
-A sparse mixture of experts: {layers} layers, each with {experts} experts of which a token visits {chosen}, so that
-{active} parameters work on one. Exported by mixtral_jax from {source}{tokens}.
+A sparse mixture of experts: {layers} layers, each with {experts} experts, of which each token
+uses {chosen}, so that {active} parameters are active per token. Exported by mixtral_jax from
+{source}{tokens}.
 
 | | |
 | --- | --- |
 | hidden size | {hidden:,} |
-| of an expert | {intermediate:,} |
-| heads, of keys and values | {heads}, {kv_heads}, of {head_dim} |
-| vocabulary | {vocab:,} |
-| context | {context:,} |
+| hidden size of an expert | {intermediate:,} |
+| query heads, key-value heads, head size | {heads}, {kv_heads}, {head_dim} |
+| vocabulary size | {vocab:,} |
+| context length | {context:,} |
 | base of rotary positions | {theta:,.0f} |
-| stored in | {dtype} |
+| dtype of the weights | {dtype} |
 
 ```python
 from transformers import AutoModelForCausalLM{tokenizer_import}
@@ -40,7 +41,7 @@ vLLM and SGLang load the same folder.
 
 
 def make_model_card(weights: Weights) -> str:
-    """The card of a model that is exported."""
+    """The text of the model card."""
     model, router = weights.architecture.model, weights.architecture.router
     total = weights.num_parameters
     in_experts = sum(
@@ -48,13 +49,11 @@ def make_model_card(weights: Weights) -> str:
         for name, stored in weights.parameters.items()
         if "/experts/" in name
     )
+    num_unused = model.num_experts - router.num_experts_per_token
     tokens = weights.record.get("tokens")
     return _CARD.format(
         total=_round(total),
-        active=_round(
-            total
-            - in_experts * (model.num_experts - router.num_experts_per_token) // model.num_experts
-        ),
+        active=_round(total - in_experts * num_unused // model.num_experts),
         layers=model.num_layers,
         experts=model.num_experts,
         chosen=router.num_experts_per_token,

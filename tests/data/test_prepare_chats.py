@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import ChatConfig, ConfigError, DataConfig
-from mixtral_jax.data.chat.chats import pick_questions, prepare_chats
+from mixtral_jax.data.chat.prepare import pick_questions, prepare_chats
 from mixtral_jax.data.chat.template import ChatTemplate
 from mixtral_jax.data.tokenizer import Tokenizer
 from tests.data.chat_cases import train_tokenizer, write_mixed_rows
@@ -33,7 +33,7 @@ def write_rows(file, rows):
 
 def prepare(path, tokenizer, tmp_path, **settings):
     config = DataConfig(**{"path": str(path), "held_out_fraction": 0.2, **settings})
-    return prepare_chats(config, tokenizer, tmp_path / "cache")
+    return prepare_chats(config, tokenizer)
 
 
 def documents_of(store):
@@ -114,13 +114,13 @@ def test_several_sources_lie_one_after_the_other(tokenizer, tmp_path):
         assert first and second and first + second == store.num_documents
 
 
-def test_conversations_are_tokenised_once_and_again_when_a_setting_changes(
-    tokenizer, tmp_path, monkeypatch
+def test_conversations_are_tokenized_once_and_again_when_a_setting_changes(
+    tokenizer, tmp_path, cache_dir, monkeypatch
 ):
     file = write_rows(tmp_path / "f.jsonl", [ask(number) for number in range(NUM_ROWS)])
     first = prepare(file, tokenizer, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(Tokenizer, "encode_all", lambda self, texts: pytest.fail("tokenised again"))
+        patch.setattr(Tokenizer, "encode_all", lambda self, texts: pytest.fail("tokenized again"))
         for chat in (ChatConfig(long_rows="drop"), ChatConfig()):
             assert (
                 prepare(file, tokenizer, tmp_path, chat=chat).train.fingerprint
@@ -129,15 +129,17 @@ def test_conversations_are_tokenised_once_and_again_when_a_setting_changes(
     for chat in (ChatConfig(literal_inst="keep"), ChatConfig(format="messages")):
         prepare(file, tokenizer, tmp_path, chat=chat)
     prepare(file, train_tokenizer(control_symbols=["[INST]", "[/INST]"]), tmp_path)
-    assert len(list((tmp_path / "cache").iterdir())) == 4
+    assert len(list(cache_dir.iterdir())) == 4
 
 
 @pytest.mark.parametrize("name", ["loss_mask", "tokens"])
-def test_a_damaged_mask_is_written_again_with_a_warning(tokenizer, tmp_path, caplog, name):
+def test_a_damaged_mask_is_written_again_with_a_warning(
+    tokenizer, tmp_path, cache_dir, caplog, name
+):
     rows = write_rows(tmp_path / "f.jsonl", [ask(number) for number in range(NUM_ROWS)])
     before = prepare(rows, tokenizer, tmp_path)
     mask = np.array(before.train.loss_mask)
-    (file,) = (tmp_path / "cache").glob(f"*/train/{name}")
+    (file,) = cache_dir.glob(f"*/train/{name}")
     file.write_bytes(b"")
     with caplog.at_level(logging.WARNING):
         np.testing.assert_array_equal(prepare(rows, tokenizer, tmp_path).train.loss_mask, mask)

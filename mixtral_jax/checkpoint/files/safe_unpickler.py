@@ -1,10 +1,9 @@
-"""The pickle within a file of torch: a program, of which only what describes tensors is understood
-here.
+"""Reads the pickle in a file of torch without running it.
 
-Python's unpickler runs whatever a pickle asks for. This is an interpreter of our own for the
-instructions, and the four kinds of names, that a dictionary of tensors needs: it calls nothing,
-imports nothing, and refuses all else. What it makes of them are dictionaries, lists, tuples,
-numbers and text, and the two records below.
+A pickle is a program, and Python's unpickler runs whatever it asks for. This module has its own
+interpreter, for just the instructions and names that describe a dictionary of tensors. It calls
+nothing, imports nothing, and refuses everything else. It creates only dictionaries, lists, tuples,
+numbers, text, and the two records below.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ from typing import Any
 
 from mixtral_jax.config import ConfigError, require
 
-# torch's names of storages -> dtypes.
+# From torch's names of storages to dtypes.
 _DTYPES = {"FloatStorage": "float32", "BFloat16Storage": "bfloat16", "HalfStorage": "float16"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS = (
@@ -32,7 +31,7 @@ _MARK = object()
 
 @dataclasses.dataclass(frozen=True)
 class PickledStorage:
-    """Numbers that lie in an entry of their own."""
+    """A storage: numbers that have their own entry in the archive."""
 
     key: str
     dtype: str
@@ -41,7 +40,7 @@ class PickledStorage:
 
 @dataclasses.dataclass(frozen=True)
 class PickledTensor:
-    """Some numbers of a storage; start and strides are in numbers, not bytes."""
+    """A tensor within a storage; `start` and `strides` count numbers, not bytes."""
 
     storage: PickledStorage
     start: int
@@ -66,25 +65,34 @@ _DICTIONARY, _TENSOR = (
 
 
 def read_tensors(pickle: bytes, where: str) -> dict[str, PickledTensor]:
-    """The tensors that a pickle describes, by name; `where` is for people.
+    """The tensors that a pickle describes, by name; `where` names the pickle in error messages.
 
     Raises:
-        ConfigError: it is damaged, or no dictionary of tensors, or would do more than describe one.
+        ConfigError: the pickle is damaged, is not a dictionary of tensors, or asks for more than
+            that.
     """
     try:
         found = _Interpreter(where).run(pickle)
     except ConfigError:
         raise
-    except Exception as error:  # There are many ways to be no pickle.
-        raise ConfigError(f"{where} is damaged: {type(error).__name__}: {error}") from None
+    except Exception as error:  # A damaged pickle can fail in many ways.
+        raise ConfigError(
+            f"{where} is damaged: {type(error).__name__}: {error}; copy the file again"
+        ) from None
+    fix = "save the weights as a dictionary of tensors, or as safetensors"
     require(
         isinstance(found, dict),
-        f"{where} holds a {type(found).__name__}, not a dictionary of tensors",
+        f"{where} holds a {type(found).__name__}, not a dictionary of tensors: {fix}",
     )
     for name, tensor in found.items():
-        require(name.isprintable(), f"{where} holds something named {name!r}")
+        require(
+            name.isprintable(),
+            f"{where}: the name {name!r} must consist of characters that can be printed: {fix}",
+        )
         is_tensor = isinstance(tensor, PickledTensor)
-        require(is_tensor, f"{where}: {name} is of type {type(tensor).__name__}, not a tensor")
+        require(
+            is_tensor, f"{where}: {name} is of type {type(tensor).__name__}, not a tensor: {fix}"
+        )
     return found
 
 
@@ -116,7 +124,7 @@ class _Interpreter:
             "GLOBAL": lambda text: self._name(*text.split(" ")),
             "STACK_GLOBAL": lambda _: self._name(*self._pop(2)),
             "REDUCE": lambda _: self._call(*self._pop(2)),
-            # What torch notes beside the tensors of a module.
+            # Sets attributes that torch keeps beside the tensors of a module, which are not needed.
             "BUILD": lambda _: self._forget(),
             "BINPERSID": lambda _: self._refer(*self._pop(1)[0]),
             **dict.fromkeys(("BINPUT", "LONG_BINPUT"), self._remember),
@@ -134,10 +142,10 @@ class _Interpreter:
             if step is None:
                 raise ConfigError(
                     f"{self._where}, byte {position}: the instruction {opcode.name} is refused, "
-                    "which no tensor needs"
+                    "since no tensor needs it: save the weights as safetensors"
                 )
             step(argument)
-        raise EOFError("no end")
+        raise EOFError("there is no end")
 
     def _pop(self, size: int) -> list[Any]:
         values = self._stack[-size:]
@@ -154,13 +162,13 @@ class _Interpreter:
 
     def _extend(self, values: list[Any]) -> None:
         if not isinstance(self._stack[-1], list):
-            raise TypeError("values for no list")
+            raise TypeError("values are appended to something that is not a list")
         self._stack[-1].extend(values)
 
     def _set(self, pairs: list[Any]) -> None:
         keys, values = pairs[::2], pairs[1::2]
         if not isinstance(self._stack[-1], dict) or not all(isinstance(key, str) for key in keys):
-            raise TypeError("keys for no dictionary, or that are no text")
+            raise TypeError("a dictionary is needed, with keys that are text")
         self._stack[-1].update(zip(keys, values, strict=True))
 
     def _forget(self) -> None:
@@ -174,7 +182,8 @@ class _Interpreter:
         is_known = named in (_DICTIONARY, _TENSOR) or named.dtype
         require(
             is_known,
-            f"{self._where} asks for {module}.{name}, which is refused: only tensors are read",
+            f"{self._where} asks for {module}.{name}, which is refused, since only tensors are "
+            "read: save the weights as safetensors",
         )
         self._stack.append(named)
 
@@ -183,16 +192,16 @@ class _Interpreter:
             self._stack.append({})
             return
         if named != _TENSOR:
-            raise TypeError("a call of what is no name")
+            raise TypeError("a call of something that is not a function")
         storage, start, shape, strides, *_ = arguments
         numbers = (start, *shape, *strides)
         is_tensor = isinstance(storage, PickledStorage) and len(shape) == len(strides)
         if not is_tensor or not all(type(number) is int and number >= 0 for number in numbers):
-            raise TypeError("a tensor that cannot be")
+            raise TypeError("a tensor with an impossible shape, start or strides")
         self._stack.append(PickledTensor(storage, start, tuple(shape), tuple(strides)))
 
     def _refer(self, kind: Any, named: Any, key: Any, _: Any, num_numbers: Any) -> None:
         dtype = named.dtype if kind == "storage" and isinstance(named, _Name) else None
         if not dtype or not isinstance(key, str) or type(num_numbers) is not int or num_numbers < 0:
-            raise TypeError("a storage that cannot be")
+            raise TypeError("a storage with an impossible type, key or size")
         self._stack.append(PickledStorage(key, dtype, num_numbers))

@@ -1,7 +1,4 @@
-"""Chat templates: ids, mask and mistakes.
-
-That the ids are mistral-common's own is for tests/parity.
-"""
+"""Chat templates: ids and mask. tests/parity compares the ids with those of mistral-common."""
 
 import random
 
@@ -12,12 +9,7 @@ from mixtral_jax.config import ConfigError
 from mixtral_jax.data.chat.errors import (
     ChatException,
     InvalidAssistantMessageException,
-    InvalidMessageStructureException,
-    InvalidSystemPromptException,
-    InvalidTextException,
-    InvalidUserMessageException,
     LiteralInstException,
-    TokenizerException,
 )
 from mixtral_jax.data.chat.messages import read_messages
 from mixtral_jax.data.chat.template import ChatTemplate
@@ -196,112 +188,3 @@ def test_a_literal_inst_is_rejected_kept_or_stripped_in_v1_and_harmless_in_v3(v1
     assert ChatTemplate(v3).encode(messages).tokens.tolist().count(v3.control_id("[INST]")) == 1
     with pytest.raises(InvalidAssistantMessageException):
         ChatTemplate(v1, literal_inst="strip").encode([USER, said("assistant", "[INST]")])
-
-
-@pytest.mark.parametrize(
-    ("messages", "mode", "kind", "words"),
-    [
-        ("text", "training", InvalidMessageStructureException, "must be a list"),
-        ([], "training", InvalidMessageStructureException, "at least one message"),
-        (
-            ["text"],
-            "training",
-            InvalidMessageStructureException,
-            r"an object .*\(messages\[0\], str\)",
-        ),
-        ([{"content": "a"}], "training", InvalidMessageStructureException, "no role"),
-        (
-            [said(["user"], "a")],
-            "training",
-            InvalidMessageStructureException,
-            "one of system, user, assistant",
-        ),
-        (
-            [USER, said("model", "a")],
-            "training",
-            InvalidMessageStructureException,
-            r"\(messages\[1\], role='model'\)",
-        ),
-        ([said("user", None), ANSWER], "training", InvalidUserMessageException, "it has none"),
-        ([said("user", 3), ANSWER], "training", InvalidUserMessageException, "int"),
-        (
-            [said("user", [{"type": "image_url"}]), ANSWER],
-            "training",
-            InvalidUserMessageException,
-            "image_url",
-        ),
-        (
-            [said("user", "a", text="b"), ANSWER],
-            "training",
-            InvalidUserMessageException,
-            "not both",
-        ),
-        (
-            [said("user", "a", weight=1), ANSWER],
-            "training",
-            InvalidUserMessageException,
-            "belong to assistant",
-        ),
-        (
-            [said("system", None), USER, ANSWER],
-            "training",
-            InvalidSystemPromptException,
-            "must be text",
-        ),
-        (
-            [said("user", "\ud800"), ANSWER],
-            "training",
-            InvalidTextException,
-            "UTF-8 at character 0",
-        ),
-        ([USER], "training", InvalidMessageStructureException, "last role Assistant"),
-        ([ANSWER], "training", InvalidMessageStructureException, "start with a user"),
-        (
-            [USER, ANSWER, said("system", "s"), USER, ANSWER],
-            "training",
-            InvalidMessageStructureException,
-            r"\[2\]",
-        ),
-        (
-            [USER, said("assistant", None)],
-            "training",
-            InvalidAssistantMessageException,
-            "it is empty",
-        ),
-        (
-            [USER, said("assistant", "a", weight=0.5)],
-            "training",
-            InvalidAssistantMessageException,
-            "weight=0.5",
-        ),
-        (
-            [USER, said("assistant", "a", prefix=True)],
-            "training",
-            InvalidMessageStructureException,
-            "continue final",
-        ),
-        (
-            [USER, said("assistant", "a", prefix="no")],
-            "serving",
-            InvalidAssistantMessageException,
-            "true or false",
-        ),
-        (
-            [USER, said("assistant", "a", prefix=True), USER],
-            "serving",
-            InvalidAssistantMessageException,
-            "be last",
-        ),
-        ([USER, ANSWER], "serving", InvalidMessageStructureException, "last role User"),
-        (
-            [USER, said("assistant", None, tool_calls=[{}])],
-            "training",
-            TokenizerException,
-            "tool_calls",
-        ),
-        ([USER, said("tool", "a"), ANSWER], "training", TokenizerException, r"\[1\], role 'tool'"),
-    ],
-)
-def test_a_mistake_has_a_name_a_rule_and_a_place(templates, messages, mode, kind, words):
-    with pytest.raises(kind, match=words):
-        templates["v1"].encode(messages, mode=mode)

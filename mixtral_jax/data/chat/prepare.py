@@ -1,15 +1,12 @@
-"""Conversations as two token stores with masks, train and held-out, tokenised once and cached on
-disk.
+"""Conversations as two token stores with masks, train and held-out, tokenized once and cached.
 
-How rows are cut from the stores is for `packing`; how conversations are read, for `conversations`;
-what they become, for `chat`.
+`conversations` reads them, `template` tokenizes them, and `packing` cuts rows from the stores.
 """
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -20,16 +17,18 @@ from mixtral_jax.data.chat.template import ChatTemplate
 from mixtral_jax.data.corpus import Corpus, Placed
 from mixtral_jax.data.readers import BadRow
 from mixtral_jax.data.sources import Source, fingerprint_source
-from mixtral_jax.data.store import Tokenized, TokenStore
+from mixtral_jax.data.store import TokenStore
+from mixtral_jax.data.tokenized import Tokenized
 from mixtral_jax.data.tokenizer import Tokenizer
 
-_CACHE_FORMAT = 3  # Raise it when the same files and config would give other stores.
+# Increase this when the same files and config would give different stores.
+_CACHE_FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedChats:
-    """What a run reads: two stores of which no conversations share a key, their template, the
-    number of bad rows.
+    """The conversations of a run: two stores without a common key, their template, and the number
+    of bad rows.
     """
 
     train: TokenStore
@@ -40,27 +39,25 @@ class PreparedChats:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A held-out conversation up to its first answer to be learnt, and that answer, as ids:
-    [num_tokens] each.
+    """The start of a held-out conversation, and the answer to it, as ids [num_tokens].
+
+    The answer is the first one with a weight; `prompt` is everything before it.
     """
 
     prompt: np.ndarray
     answer: np.ndarray
 
 
-def prepare_chats(
-    config: DataConfig, tokenizer: Tokenizer, cache_dir: Path | None = None
-) -> PreparedChats:
-    """Reads, checks, splits and tokenises the conversations of a run, or opens the cache of an
-    earlier one.
+def prepare_chats(config: DataConfig, tokenizer: Tokenizer) -> PreparedChats:
+    """Reads, checks, splits and tokenizes the conversations of a run, or opens the cache of an
+    earlier run.
 
-    The side of a conversation follows from its key, as `Corpus` says.
+    The side of a conversation depends on its key (see `Corpus`).
 
     Raises:
         ConfigError: nothing to read, too many bad rows, or a template that does not fit the
             tokenizer.
     """
-    cache_dir = cache_dir or default_cache_dir()
     template = ChatTemplate(tokenizer, config.chat.template, literal_inst=config.chat.literal_inst)
 
     def read(source: Source) -> Iterator[Chat | BadRow]:
@@ -69,23 +66,25 @@ def prepare_chats(
         )
 
     def encode(chats: list[Chat]) -> list[Tokenized]:
-        encoded = template.encode_turns([chat.turns for chat in chats])
-        return [Tokenized(chat.tokens, chat.loss_mask) for chat in encoded]
+        return template.encode_turns([chat.turns for chat in chats])
 
     def items() -> Iterator[Placed[Chat]]:
-        only = f"data.path={config.path}: all conversations ask the same, so none can be held out: add others"
-        require(not corpus.is_single, only)
+        require(
+            not corpus.is_single,
+            f"data.path={config.path}: all conversations ask the same, so none can be held out: "
+            "add conversations with other questions",
+        )
         return corpus.items()
 
     corpus = Corpus(config, read)
     key = _fingerprint_chats(config, template, tokenizer)
     tokenizing = Tokenizing(items, lambda: corpus.count, encode, tokenizer.vocab_size)
-    cached = open_or_write(cache_dir / f"{key}-chats", tokenizing, config)
+    cached = open_or_write(default_cache_dir() / f"{key}-chats", tokenizing, config)
     return PreparedChats(cached.train, cached.held_out, template, cached.count.num_bad)
 
 
 def pick_questions(store: TokenStore, count: int) -> list[Question]:
-    """At most `count` questions, spread evenly over the conversations of a store."""
+    """Picks at most `count` questions, spread evenly over the conversations of a store."""
     num_picked = min(count, store.num_documents)
     documents = (
         store.read(number * store.num_documents // num_picked) for number in range(num_picked)
@@ -94,17 +93,18 @@ def pick_questions(store: TokenStore, count: int) -> list[Question]:
 
 
 def _cut_question(document: Tokenized) -> Question:
-    assert document.loss_mask is not None
-    first = int(np.argmax(document.loss_mask))
-    last = first + int(np.argmin(np.append(document.loss_mask[first:], 0)))
+    loss_mask = document.require_mask()
+    first = int(np.argmax(loss_mask))
+    last = first + int(np.argmin(np.append(loss_mask[first:], 0)))
     return Question(np.array(document.tokens[:first]), np.array(document.tokens[first:last]))
 
 
 def _fingerprint_chats(config: DataConfig, template: ChatTemplate, tokenizer: Tokenizer) -> str:
-    """Of what changes the tokens, and nothing else: neither the limit on bad rows nor what long
-    rows become does.
+    """Hashes all settings and files that change the tokens.
+
+    The limit on bad rows and the treatment of long rows do not.
     """
-    chosen = [
+    settings = [
         config.path,
         config.held_out_fraction,
         config.chat.format,
@@ -113,7 +113,7 @@ def _fingerprint_chats(config: DataConfig, template: ChatTemplate, tokenizer: To
     ]
     described = [
         _CACHE_FORMAT,
-        *chosen,
+        *settings,
         tokenizer.fingerprint,
         fingerprint_source(config.path, config.suffixes),
     ]

@@ -1,15 +1,14 @@
-"""The parameters of our model by name: which dimensions each has, and how large they are.
+"""Our own names for the parameters, with the dimensions, shape and chunk of each.
 
-`PARAMETERS` are those of a Mixtral, which other programs have names for; `parameters_of` knows what
-ours may have more.
-
-The names are those of the leaves of `model.transformer.Transformer`, which tests hold against this
-table. Reading a folder needs no model, and so no device.
+`layouts` maps other programs' tensors to these names. `PARAMETERS` are the parameters of a plain
+Mixtral, for which other programs have names too; `parameters_of` adds those that only our models
+can have. The names are those of the leaves of `model.transformer.Transformer`; a test compares
+them. So a folder can be read without building a model, and without a device.
 """
 
 from mixtral_jax.config import ModelConfig, RouterConfig
 
-# Dimensions by the letters of `mixtral_jax.model`.
+# Each letter is a dimension; `mixtral_jax.model` has the key.
 PARAMETERS = {
     "embedding_VD": "VD",
     "blocks/attention_norm/scale": "LD",
@@ -34,16 +33,17 @@ _BALANCE_BIAS = {"blocks/moe/router/bias": "LE"}
 _LETTERS = PARAMETERS | _SHARED_EXPERTS | _BALANCE_BIAS
 
 
-def parameters_of(model: ModelConfig, router: RouterConfig = RouterConfig()) -> dict[str, str]:
-    """The parameters of a model, and the dimensions of each; with what steps move without a
-    gradient.
+def parameters_of(model: ModelConfig, router: RouterConfig) -> dict[str, str]:
+    """The names of a model's parameters, each with its dimensions.
+
+    Includes the balance bias, which training steps change without a gradient.
     """
     names = PARAMETERS | _SHARED_EXPERTS if model.num_shared_experts else PARAMETERS
     return names | _BALANCE_BIAS if router.bias.update_rate else names
 
 
 def dimension_sizes(model: ModelConfig) -> dict[str, int]:
-    """How large each dimension is, by its letter."""
+    """The size of each dimension, by its letter."""
     return {
         "V": model.vocab_size,
         "D": model.hidden_size,
@@ -58,20 +58,18 @@ def dimension_sizes(model: ModelConfig) -> dict[str, int]:
 
 
 def parameter_shape(parameter: str, model: ModelConfig) -> tuple[int, ...]:
-    """The shape of a parameter in a model."""
+    """The shape of a parameter."""
     sizes = dimension_sizes(model)
     return tuple(sizes[dimension] for dimension in _LETTERS[parameter])
 
 
 def parameter_chunk(parameter: str, model: ModelConfig) -> tuple[int, ...]:
-    """The shape of what belongs together in a parameter: that of one layer and, where they are
-    stacked, one expert.
-    """
+    """The shape of a parameter's chunk: one layer and, where experts are stacked, one expert."""
     num_stacked = len(_LETTERS[parameter]) - len(chunk_dimensions(parameter))
     return (1,) * num_stacked + parameter_shape(parameter, model)[num_stacked:]
 
 
 def chunk_dimensions(parameter: str) -> str:
-    """The letters of the dimensions that a chunk has whole."""
+    """The letters of the dimensions that a chunk contains in full."""
     dimensions = _LETTERS[parameter]
     return dimensions.removeprefix("LE" if "F" in dimensions else "L")

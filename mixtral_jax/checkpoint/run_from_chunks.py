@@ -1,8 +1,7 @@
-"""Chunks of parameters, already on disk, as a checkpoint of a run: Orbax makes it, so it is one as
-`run` saves.
+"""Turns chunks of parameters that are already on disk into a run's checkpoint, by moving them.
 
-With `zarr_chunks` a model is imported from file to file; no more of it is in memory than a few
-chunks.
+Orbax writes the checkpoint, so it is like those that `run` saves. Together with
+`files.zarr_chunks` this imports a model from file to file, with only a few chunks in memory.
 """
 
 import contextlib
@@ -24,11 +23,13 @@ def adopt_chunks(
     record: Mapping[str, Any],
     wait: Callable[[], Any],
 ) -> None:
-    """Makes the checkpoint of step 0 of arrays that `write_chunks` writes into `folder`, by moving
-    them.
+    """Makes the checkpoint of step 0 from the arrays that `write_chunks` writes into `folder`.
 
-    All processes call it; it calls `wait` for the chunks of all to be there. `record` is saved
-    beside the arrays.
+    All processes call it. It moves the chunks.
+
+    Args:
+        record: saved beside the arrays.
+        wait: returns once all processes have written their chunks.
     """
     items = ocp.args.Composite(
         state=ocp.args.PyTreeSave(dict(arrays)), record=ocp.args.JsonSave(dict(record))
@@ -43,7 +44,7 @@ def adopt_chunks(
 def _make_manager(checkpoints: Path, handler: "_AdoptHandler") -> ocp.CheckpointManager:
     registry = ocp.type_handlers.create_type_handler_registry((StoredArray, handler))
     handlers = {
-        # Each chunk in a file of its own: the other format collects what it is given in memory.
+        # Without OCDBT each chunk has its own file. OCDBT would collect the chunks in memory.
         "state": ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry),
         "record": ocp.JsonCheckpointHandler(),
     }
@@ -53,7 +54,7 @@ def _make_manager(checkpoints: Path, handler: "_AdoptHandler") -> ocp.Checkpoint
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Orbax warns that nothing here is a jax.Array, and that not all is in one file."""
+    """Silences Orbax, which warns that nothing here is a jax.Array and that OCDBT is not used."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -64,16 +65,14 @@ def _without_warnings() -> Iterator[None]:
 
 
 class _AdoptHandler(ocp.type_handlers.TypeHandler):
-    """How Orbax is to write a `StoredArray`: as it writes a jax.Array, but the numbers are there
-    already.
-    """
+    """Tells Orbax how to write a `StoredArray`: as a jax.Array whose chunks are already written."""
 
     def __init__(self, folder: Path, wait: Callable[[], Any]):
         self._folder = folder
         self._wait = wait
 
     def typestr(self) -> str:
-        return "jax.Array"  # What it will be when it is restored.
+        return "jax.Array"  # The type that Orbax restores it as.
 
     async def serialize(
         self, values: Sequence[StoredArray], infos: Sequence[Any], args: Any = None
@@ -87,7 +86,7 @@ class _AdoptHandler(ocp.type_handlers.TypeHandler):
         return []
 
     async def deserialize(self, infos: Sequence[Any], args: Any = None) -> list[Any]:
-        raise NotImplementedError("is read as a jax.Array")
+        raise NotImplementedError("restored as a jax.Array, by the handler of jax.Array")
 
     async def metadata(self, infos: Sequence[Any]) -> list[Any]:
-        raise NotImplementedError("is read as a jax.Array")
+        raise NotImplementedError("restored as a jax.Array, by the handler of jax.Array")

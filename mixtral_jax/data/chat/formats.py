@@ -1,0 +1,244 @@
+"""Rows in every format that chat data sets use, as messages.
+
+docs/chat_data.md describes the formats. The rules for messages are in `messages`; what messages
+become is in `template`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mixtral_jax.config import ChatFormat
+from mixtral_jax.data.chat.errors import (
+    InvalidRowException,
+    InvalidSystemPromptException,
+    InvalidTextException,
+    TokenizerException,
+)
+from mixtral_jax.data.chat.messages import Message, read_messages
+from mixtral_jax.data.readers import describe_invalid_utf8, name_type
+
+Row = Mapping[Any, Any]
+
+# Which format a field is a sign of. The first of these fields that is not null decides.
+_FORMAT_BY_FIELD: dict[str, ChatFormat] = {
+    "messages": "messages",
+    "interactions": "interactions",
+    "conversations": "conversations",
+    "instruction": "alpaca",
+    "completion": "prompt_completion",
+    "text": "text",
+    "content": "text",
+}
+_LIST_FORMATS: tuple[ChatFormat, ...] = ("messages", "interactions", "conversations")
+_SYSTEM_FIELDS = ("system_prompt", "system")
+_TOOL_FIELDS = ("tools", "available_tools")
+# All fields that are read; other columns of a table are never loaded.
+FIELDS = (
+    "text",
+    "content",
+    "messages",
+    "interactions",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "prompt",
+    "completion",
+    *_SYSTEM_FIELDS,
+    *_TOOL_FIELDS,
+    "only_last",
+    "split_group",
+)
+_SHAREGPT_ROLES = {
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant"),
+}
+
+
+def require_fields(value: object) -> Row:
+    """Makes sure that a row is an object without tools.
+
+    Raises:
+        ChatException: it is not.
+    """
+    if not isinstance(value, Mapping):
+        raise InvalidRowException(
+            f"a row must be an object with one of the fields {', '.join(_FORMAT_BY_FIELD)}",
+            found=f"found {name_type(value)}",
+        )
+    for field in _TOOL_FIELDS:
+        if value.get(field) not in (None, "", [], "[]"):
+            raise TokenizerException(
+                "tools are not supported by any template: leave such rows out",
+                found=f"found {field}",
+            )
+    return value
+
+
+def find_format(row: Row) -> ChatFormat:
+    """Finds the format of a row by the fields that it fills.
+
+    Raises:
+        InvalidRowException: no format fits, or several do.
+    """
+    filled = [field for field in _FORMAT_BY_FIELD if row.get(field) is not None]
+    lists = [field for field in filled if field in _LIST_FORMATS]
+    if len(lists) > 1:
+        raise InvalidRowException(
+            f"a row with {' and '.join(lists)} could be read in two ways: set data.chat.format to "
+            "one of them"
+        )
+    if not filled:
+        raise InvalidRowException(
+            f"a row must have one of the fields {', '.join(_FORMAT_BY_FIELD)}",
+            found=f"it has {', '.join(map(str, row)) or 'none'}",
+        )
+    return _FORMAT_BY_FIELD[filled[0]]
+
+
+def read_row(row: Row, format: ChatFormat) -> list[Message]:
+    """Reads the messages of a row of any format but `text`.
+
+    Raises:
+        ChatException: says what is wrong, and in which message.
+    """
+    return _READERS[format](row)
+
+
+def read_text(row: Row) -> str:
+    """Reads the text of a row of the format `text`.
+
+    Raises:
+        ChatException: the text is missing, empty or not UTF-8.
+    """
+    text, content = row.get("text"), row.get("content")
+    if text is not None and content is not None:
+        raise InvalidRowException(
+            "a row must have one of text and content, not both: leave one out"
+        )
+    text = _require_text(row, "text" if content is None else "content")
+    if not text.strip():
+        raise InvalidTextException("empty text: leave the row out")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        place = f"character {error.start}"
+        raise InvalidTextException(describe_invalid_utf8(place)) from error
+    return text
+
+
+def _read_list(field: str) -> Callable[[Row], list[Message]]:
+    def read(row: Row) -> list[Message]:
+        items = _transpose(row.get(field))
+        if _is_list(items):
+            items = [_rename(item) for item in items]
+        messages = read_messages(items)
+        return _train_on_last(messages) if row.get("only_last") else messages
+
+    return read
+
+
+def _read_alpaca(row: Row) -> list[Message]:
+    question = _require_text(row, "instruction")
+    if row.get("input"):
+        question += "\n" + _require_text(row, "input")
+    history: Any = row.get("history") or []
+    messages = []
+    for pair in history if _is_list(history) else [history]:
+        if not _is_list(pair) or len(pair) != 2:
+            rule = "history must be a list of pairs of a question and its answer"
+            raise InvalidRowException(rule, found=f"found {name_type(pair)}")
+        messages += _make_pair(*pair)
+    return read_messages([*messages, *_make_pair(question, _require_text(row, "output"))])
+
+
+def _read_prompt_completion(row: Row) -> list[Message]:
+    prompt, completion = _transpose(row.get("prompt")), _transpose(row.get("completion"))
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return read_messages(_make_pair(prompt, completion))
+    for field, items in (("prompt", prompt), ("completion", completion)):
+        if not _is_list(items):
+            raise InvalidRowException(
+                "prompt and completion must both be text, or both lists of messages",
+                found=f"{field} is {'missing' if items is None else name_type(items)}",
+            )
+    messages = read_messages([*prompt, *completion])
+    # Only the completion is trained on.
+    given, completing = messages[: len(prompt)], messages[len(prompt) :]
+    return [*map(_without_loss, given), *completing]
+
+
+_READERS: dict[ChatFormat, Callable[[Row], list[Message]]] = {
+    **{field: _read_list(field) for field in _LIST_FORMATS},
+    "alpaca": _read_alpaca,
+    "prompt_completion": _read_prompt_completion,
+}
+
+
+def read_system(row: Row, messages: Sequence[Message]) -> list[Message]:
+    """Reads the system prompt that a row has in a field of its own: one message, or none.
+
+    Raises:
+        ChatException: it is not text, or the row has another system prompt.
+    """
+    fields = [field for field in _SYSTEM_FIELDS if row.get(field)]
+    if not fields:
+        return []
+    if len(fields) > 1 or any(message.role == "system" for message in messages):
+        raise InvalidSystemPromptException(
+            f"a row must have one system prompt: keep either {fields[0]} or the other one"
+        )
+    if not isinstance(row[fields[0]], str):
+        raise InvalidSystemPromptException(
+            f"{fields[0]} must be text", found=f"found {name_type(row[fields[0]])}"
+        )
+    return read_messages([{"role": "system", "content": row[fields[0]]}])
+
+
+def _require_text(row: Row, field: str) -> str:
+    if not isinstance(row.get(field), str):
+        found = "it is missing" if row.get(field) is None else f"found {name_type(row[field])}"
+        raise InvalidRowException(f"{field} must be text", found=found)
+    return row[field]
+
+
+def _make_pair(question: Any, answer: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _transpose(items: Any) -> Any:
+    """Turns an object of equally long lists into a list of objects.
+
+    `datasets` may return a list of messages as an object with a list for each field.
+    """
+    is_table = isinstance(items, Mapping) and all(
+        isinstance(values, list) for values in items.values()
+    )
+    if not is_table or len({len(values) for values in items.values()}) != 1:
+        return items
+    return [dict(zip(items, values, strict=True)) for values in zip(*items.values(), strict=True)]
+
+
+def _rename(item: Any) -> Any:
+    """Gives a ShareGPT message, `{"from": "human", "value": ...}`, role and content."""
+    if not isinstance(item, Mapping) or item.get("from") is None or item.get("role") is not None:
+        return item
+    role = item["from"]
+    role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+    return {"role": role, "content": item.get("value"), "weight": item.get("weight")}
+
+
+def _train_on_last(messages: list[Message]) -> list[Message]:
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    last = answers[-1] if answers else 0
+    return [*map(_without_loss, messages[:last]), *messages[last:]]
+
+
+def _without_loss(message: Message) -> Message:
+    return dataclasses.replace(message, weight=0) if message.role == "assistant" else message

@@ -1,0 +1,126 @@
+"""Files of every format, and rows and files that cannot be read."""
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from mixtral_jax.config import ConfigError
+from mixtral_jax.data.documents import Document, read_documents
+from mixtral_jax.data.readers import BadRow
+from tests.data.text_files import texts, write_file
+
+SAVE = "save the text as UTF-8, or leave the row out"
+
+
+def bad_rows(path):
+    """Reasons by the end of the origin: the file's name and the line."""
+    rows = [row for row in read_documents(str(path), "text") if isinstance(row, BadRow)]
+    return {row.origin.rpartition("/")[2]: row.reason for row in rows}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".arrow"])
+def test_every_form_gives_the_same_documents(tmp_path, suffix):
+    rows = ["one, line", "two\nlines 😀", "x" * 200_000]
+    write_file(tmp_path / f"a{suffix}", rows)
+    assert texts(tmp_path / f"a{suffix}") == rows
+
+
+def test_arrow_files_of_both_forms_are_read(tmp_path):
+    table = pyarrow.table({"text": ["a", "b"]})
+    with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    assert texts(tmp_path / "a.arrow") == ["a", "b"]
+
+
+def test_bad_lines_of_jsonl_are_named_and_good_ones_kept(tmp_path):
+    lines = [
+        b'{"text": "good"}',
+        b'{"text": "broken',
+        b'{"text": "\xff"}',
+        b"",
+        b"[1, 2]",
+        b'{"title": "t"}',
+        b'{"text": 5}',
+        b'{"text": "  "}',
+        b'{"text": "\\ud800"}',
+        b"[" * 100_000,
+        b'{"text": "last"}',
+    ]
+    (tmp_path / "f.jsonl").write_bytes(b"\n".join(lines))
+    good = [row for row in read_documents(str(tmp_path), "text") if isinstance(row, Document)]
+    assert [row.text for row in good] == ["good", "last"]
+    assert good[1].origin.endswith("f.jsonl:11")
+    reasons = bad_rows(tmp_path)
+    expected = {
+        2: "invalid JSON: Unterminated string",
+        3: "invalid UTF-8 at byte 10",
+        5: "a row must be an object with the field 'text', not a list",
+        6: "no field 'text': set data.text_field to a field of the row (title)",
+        7: "field 'text' must be text, not a number",
+        8: "empty text",
+        9: "invalid UTF-8 at character 0",
+        10: "invalid JSON",
+    }
+    assert set(reasons) == {f"f.jsonl:{line}" for line in expected}
+    assert all(reasons[f"f.jsonl:{line}"].startswith(reason) for line, reason in expected.items())
+
+
+def test_bad_rows_of_csv_are_named_by_their_first_line(tmp_path):
+    (tmp_path / "f.csv").write_bytes(b'id,text\n1,"two\nlines"\n2\n3,\xff\n4,good\n')
+    assert bad_rows(tmp_path) == {
+        "f.csv:4": "field 'text' must be text, not null: mend the row, or leave it out",
+        "f.csv:5": f"invalid UTF-8 at character 0: {SAVE}",
+    }
+
+
+def test_bad_rows_of_columns_are_named_by_number(tmp_path):
+    write_file(tmp_path / "a.parquet", ["good", None, ""])
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "b.parquet")
+    assert bad_rows(tmp_path) == {
+        "a.parquet:2": "field 'text' must be text, not null: mend the row, or leave it out",
+        "a.parquet:3": "empty text: leave the row out",
+        "b.parquet:1": "no field 'text': set data.text_field to a field of the row (body)",
+    }
+
+
+def test_json_lines_in_a_json_file_are_read(tmp_path):
+    (tmp_path / "a.json").write_bytes(
+        b'\xef\xbb\xbf{"text": "first"}\r\n{"text": "\xff"}\n{broken\n{"text": "last"}\n'
+    )
+    assert texts(tmp_path) == ["first", "last"]
+    assert list(bad_rows(tmp_path)) == ["a.json:2", "a.json:3"]
+
+
+def test_a_broken_list_of_rows_is_not_taken_for_json_lines(tmp_path):
+    (tmp_path / "a.json").write_text('[\n{"text": "first"},\n{"text": "last"}\n')
+    with pytest.raises(ConfigError, match=r"/a.json: unreadable .json file \(Expecting"):
+        texts(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet", ".arrow"])
+@pytest.mark.parametrize("content", [b"\xff\xfe{ no such format", b"", b"[" * 100_000])
+def test_a_file_that_cannot_be_read_is_a_config_error(tmp_path, suffix, content):
+    write_file(tmp_path / "0.txt", ["good"])
+    (tmp_path / f"a{suffix}").write_bytes(content)
+    with pytest.raises(
+        ConfigError, match=rf"/a{suffix}: unreadable {suffix} file \(.+\): mend it"
+    ) as error:
+        texts(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_file_damaged_inside_is_a_config_error(tmp_path, suffix):
+    file = tmp_path / f"a{suffix}"
+    write_file(file, ["a text of many words " * 1000] * 3000)
+    content = file.read_bytes()
+    file.write_bytes(
+        content[: len(content) // 2] + (content[-100:] if suffix == ".parquet" else b"")
+    )
+    with pytest.raises(ConfigError, match=f"/a{suffix}: unreadable"):
+        texts(tmp_path)
+
+
+def test_a_text_file_of_invalid_utf8_is_one_bad_row(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe no such text")
+    assert bad_rows(tmp_path) == {"a.txt": f"invalid UTF-8 at character 0: {SAVE}"}
