@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mixtral_jax.config import Config, build, load_config_file, run_config_file
-from mixtral_jax.lab.ablation.plan import plan_ablation, read_ablation
+from mixtral_jax.lab.ablation.definition import plan_ablation, read_ablation
 from mixtral_jax.parallel.mesh import MESH_AXES, resolve_mesh
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -1,8 +1,8 @@
-"""Balance by a loss, by a bias without a loss, or by both? The bias moves choices alone and has no
-gradient.
+"""Is a balance bias without a loss as good as a balance loss, or are both together better?
 
-Expect both to keep the load even; the bias moves by 1e-3 a step, so it needs some hundred steps.
-About ten minutes.
+The bias changes which experts are chosen, not their weights, and has no gradient. Expect both the
+loss and the bias to keep the load even. The bias moves by 1e-3 per step, so it needs a few hundred
+steps. This takes about ten minutes.
 
     python -m mixtral_jax ablate --config=configs/ablations/bias.py --workdir=DIR
 """
@@ -23,7 +23,7 @@ def get_config() -> dict[str, Any]:
     }
     return {
         **ablation,
-        "question": "Does a bias without a loss keep routing as even as a balance loss, and does the model learn more?",
+        "question": "Does a bias keep routing as even as a balance loss, and learn more?",
         "arms": arms,
         "reference": "loss",
     }

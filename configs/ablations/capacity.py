@@ -1,8 +1,8 @@
-"""What does it cost to drop the routes that are over an expert's capacity?
+"""What does it cost to drop routes that exceed the capacity of an expert?
 
-Evaluated without drops (a factor of 4 holds everything that top-2 of 8 can send), so that the
-held-out losses compare what was learned. Expect drops to fall as the balance loss takes hold. About
-ten minutes.
+Evaluation drops nothing, so that held-out losses compare what was learned: an evaluation capacity
+factor of 4 holds everything that top-2 of 8 experts can send. Expect fewer drops as the balance
+loss takes effect. This takes about ten minutes.
 
     python -m mixtral_jax ablate --config=configs/ablations/capacity.py --workdir=DIR
 """
@@ -21,7 +21,7 @@ def get_config() -> dict[str, Any]:
     }
     return {
         **ablation,
-        "question": "What does a capacity cost that drops routes in training?",
+        "question": "What does it cost to drop routes over capacity in training?",
         "arms": arms,
         "reference": "dropless",
     }

@@ -1,9 +1,9 @@
-"""Should tokens choose experts, or experts tokens? And how far do choices get that do not ask at
-all?
+"""Should tokens choose experts, or experts choose tokens?
 
-Expert choice is even by construction and not causal: its training loss sees later tokens, so
-compare the held-out ones, which are measured with top-k. Expect it to lose there; hash, random and
-dense are controls. About twenty minutes.
+Expert choice is even by construction, but not causal: its training loss sees later tokens. Compare
+held-out losses instead, which are measured with top-k; expect it to lose there. `sinkhorn` evens
+out the choices of tokens. The arms `hash`, `random` and `dense` do not use a router at all and
+serve as controls. This takes about twenty minutes.
 
     python -m mixtral_jax ablate --config=configs/ablations/expert_choice.py --workdir=DIR
 """

@@ -1,8 +1,9 @@
-"""Many small experts or few large ones? m times the experts of 1/m of the size, m times as many for
-each token.
+"""Are many small experts better than few large ones?
 
-Parameters and work stay the same, but for the router's. Expect finer experts to learn a little more
-(arXiv 2401.06066, 2402.07871) and to run slower on a CPU. About fifteen minutes.
+Granularity m means m times the experts, each 1/m of the size, and m times the experts per token.
+Parameters and FLOPs stay the same, except for those of the router. Expect finer experts to learn a
+little more (arXiv 2401.06066, 2402.07871) and to run slower on a CPU. This takes about fifteen
+minutes.
 
     python -m mixtral_jax ablate --config=configs/ablations/granularity.py --workdir=DIR
 """

@@ -1,7 +1,8 @@
-"""Does noise on the router's input or logits help it to explore?
+"""Does noise on the input or the logits of the router help it to explore?
 
-Jitter of 1% on its input, normal noise of 1/E on its logits (V-MoE), or Gumbel noise, which samples
-the experts. Expect the last to be evener and to learn less. About ten minutes.
+The arms add jitter of 1% to the input of the router, normal noise of 1/E to its logits (V-MoE), or
+Gumbel noise to its logits, which samples the experts. Expect Gumbel noise to be the most even and
+to learn the least. This takes about ten minutes.
 
     python -m mixtral_jax ablate --config=configs/ablations/noise.py --workdir=DIR
 """

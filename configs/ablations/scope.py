@@ -1,9 +1,9 @@
-"""Over which tokens should the load be even: of each sequence, of a micro-batch, or of the whole
-batch?
+"""Over which tokens should a balance loss make the load even?
 
-Steps have four micro-batches of two sequences, so that the three differ. Expect a narrower scope to
-be evener within it, and to leave experts less room to specialise (arXiv 2501.11873). About fifteen
-minutes: `global` counts first.
+The scopes are a sequence, a micro-batch, and the whole batch. Steps have four micro-batches of two
+sequences, so that the three differ. Expect a narrower scope to make routing more even within it,
+and to leave experts less room to specialize (arXiv 2501.11873). This takes about fifteen minutes,
+because `global` counts routes in an extra forward pass.
 
     python -m mixtral_jax ablate --config=configs/ablations/scope.py --workdir=DIR
 """

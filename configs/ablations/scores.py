@@ -1,8 +1,10 @@
-"""How should logits become weights? Softmax after or before top-k, renormalised or not, or a
-sigmoid.
+"""How should the logits of the router become weights?
 
-Softmax before top-k and renormalised is softmax over the chosen, so that is one arm. Without
-renormalising, weights start at 1/E each: expect it to begin behind. About ten minutes.
+The arms take a softmax over the chosen experts, a softmax over all experts without
+renormalization, or a sigmoid with and without renormalization. A renormalized softmax over all
+experts equals the softmax over the chosen ones, so it has no arm. Without renormalization, the
+weights of a softmax start at 1/E each: expect this arm to start behind. This takes about ten
+minutes.
 
     python -m mixtral_jax ablate --config=configs/ablations/scores.py --workdir=DIR
 """

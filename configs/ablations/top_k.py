@@ -1,8 +1,9 @@
-"""How many experts should a token visit? One, two (Mixtral) or four, of eight.
+"""How many experts should a token visit: one, two (as in Mixtral) or four, out of eight?
 
-One expert's weight is its softmax over all eight, as in Switch: over the chosen it would always be
-1, and the router would learn nothing. Not the same work: compare the losses against FLOPs too.
-Expect more experts to learn more by token, and less by FLOP. About ten minutes.
+With one expert, its weight is its softmax over all eight experts, as in Switch Transformer. A
+softmax over the chosen expert alone would always be 1, and the router would learn nothing. Arms do
+not need the same FLOPs, so compare the losses against FLOPs too. Expect more experts to learn more
+per token and less per FLOP. This takes about ten minutes.
 
     python -m mixtral_jax ablate --config=configs/ablations/top_k.py --workdir=DIR
 """

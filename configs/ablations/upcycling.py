@@ -1,8 +1,9 @@
-"""Is a mixture better made of a trained dense model than from scratch?
+"""Is it better to make a mixture from a trained dense model than to train it from scratch?
 
-Each upcycled run pretrains its dense base first, into its own folder: 400 steps
-(--config.upcycle.pretrain.num_steps), which the loss against tokens does not count. Expect copies
-to start low and stay alike; noise and redrawn units let them part. About fifteen minutes.
+Each upcycled run first pretrains its dense model, in its own folder, for 400 steps
+(--config.upcycle.pretrain.num_steps); the loss against tokens does not count these. Expect `copy`
+to start low and its experts to stay alike; noise and redrawn units let them become different. This
+takes about fifteen minutes.
 
     python -m mixtral_jax ablate --config=configs/ablations/upcycling.py --workdir=DIR
 """
@@ -23,7 +24,7 @@ def get_config() -> dict[str, Any]:
     }
     return {
         **ablation,
-        "question": "Is a mixture better made of a trained dense model than from scratch?",
+        "question": "Is a mixture made from a trained dense model better than one from scratch?",
         "arms": arms,
         "reference": "scratch",
     }

@@ -1,7 +1,8 @@
-"""Does a z-loss on the router's logits help? Weights of 0, 1e-4, 1e-3 and 1e-2.
+"""Does a z-loss on the logits of the router help? Its weights are 0, 1e-4, 1e-3 and 1e-2.
 
-Expect smaller logits (logit RMS, gate entropy) and hardly another loss at this size: it is there
-for the stability of long runs in bfloat16 (arXiv 2202.08906). About ten minutes.
+Expect smaller logits (`logit_rms`, `gate_entropy`) and hardly any difference in loss at this size:
+the z-loss is meant to keep long runs in bfloat16 stable (arXiv 2202.08906). This takes about ten
+minutes.
 
     python -m mixtral_jax ablate --config=configs/ablations/z_loss.py --workdir=DIR
 """

@@ -14,7 +14,7 @@ from mixtral_jax.cli.flags import (
 from mixtral_jax.config import ConfigError, require, run_config_file
 
 if TYPE_CHECKING:
-    from mixtral_jax.lab.ablation.plan import Ablation
+    from mixtral_jax.lab.ablation.definition import Ablation
 
 
 def main(arguments: list[str]) -> int:
@@ -71,7 +71,7 @@ def _read(flags: argparse.Namespace, rest: list[str]) -> "Ablation":
     Raises:
         ConfigError: names the arm and the key that are wrong.
     """
-    from mixtral_jax.lab.ablation.plan import plan_ablation, read_ablation
+    from mixtral_jax.lab.ablation.definition import plan_ablation, read_ablation
 
     file = run_config_file(flags.config, read_ablation)
     if flags.tokens is not None:

@@ -1,5 +1,10 @@
-"""The router laboratory: from an ablation file to the runs it asks for, and from what they wrote to
-a report.
+"""The router laboratory: compares training runs, and measures what routers do.
 
-Leaves training to `train`, and to `cli` which of the runs this process does.
+    ablation/   the arms of an ablation file, the metrics of their runs, and a table over seeds
+    routing/    what the routers of one model do with a text
+    pictures/   draws both
+    report/     writes the table and the pictures of an ablation as files
+
+Imports go in this order and never back: ablation and routing know nothing of each other or of
+pictures, and pictures know nothing of reports. Training is in `mixtral_jax.runs`.
 """

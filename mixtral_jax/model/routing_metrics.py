@@ -1,9 +1,17 @@
 """Metrics of routing, from the sums that the losses are computed from. No loss uses them."""
 
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.special
 
 from mixtral_jax.model.balance import RoutingSums
+
+# The formulas of the load serve two callers: the sums of a step, on the devices in float32, and the
+# whole counts of a text, on the host in float64.
+ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
 
 
 def router_metrics(sums: RoutingSums) -> dict[str, jax.Array]:
@@ -24,25 +32,39 @@ def router_metrics(sums: RoutingSums) -> dict[str, jax.Array]:
         overflowed_fraction: share of the routes that found no room in a receive buffer
         device_imbalance: max_violation of the places of the current mesh's expert axis
     """
-    E = sums.load_E.shape[-1]
     routes_L = jnp.maximum(jnp.sum(sums.load_E, axis=-1), 1)
     tokens_L = jnp.maximum(sums.tokens, 1)
-    share_LE = sums.load_E / routes_L[:, None]
-    entropy_L = -jnp.sum(jax.scipy.special.xlogy(share_LE, share_LE), axis=-1)
+    of_load = load_metrics(sums.load_E)
     return {
-        "load": share_LE,
-        "coefficient_of_variation": jnp.std(share_LE, axis=-1) * E,
-        "max_violation": max_violation(share_LE),
-        "min_load": jnp.min(share_LE, axis=-1) * E,
-        "dead_experts": jnp.sum(sums.load_E == 0, axis=-1, dtype=jnp.float32),
-        "load_entropy": entropy_L / jnp.log(max(E, 2)),
+        **of_load,
         "gate_entropy": sums.entropy / tokens_L,
         "top1_margin": sums.margin / tokens_L,
         "logit_rms": jnp.sqrt(sums.squared_logits / tokens_L),
         "logit_max": sums.largest_logit,
         "dropped_fraction": sums.dropped / routes_L,
         "overflowed_fraction": sums.overflowed / routes_L,
-        "device_imbalance": max_violation(_sum_over_places(share_LE)),
+        "device_imbalance": max_violation(_sum_over_places(of_load["load"])),
+    }
+
+
+def load_metrics(load_LE: ArrayT) -> dict[str, ArrayT]:
+    """The first six of `router_metrics`, from the number of routes to each expert.
+
+    For a numpy array numpy computes them: float32 could not hold all int64 counts.
+    """
+    xp: Any = load_LE.__array_namespace__()
+    xlogy = jax.scipy.special.xlogy if xp is jnp else scipy.special.xlogy
+    E = load_LE.shape[-1]
+    routes_L = xp.maximum(xp.sum(load_LE, axis=-1), 1)
+    share_LE = load_LE / routes_L[:, None]
+    entropy_L = -xp.sum(xlogy(share_LE, share_LE), axis=-1)
+    return {
+        "load": share_LE,
+        "coefficient_of_variation": xp.std(share_LE, axis=-1) * E,
+        "max_violation": max_violation(share_LE),
+        "min_load": xp.min(share_LE, axis=-1) * E,
+        "dead_experts": xp.sum(load_LE == 0, axis=-1, dtype=xp.float32),
+        "load_entropy": entropy_L / xp.log(max(E, 2)),
     }
 
 
@@ -60,12 +82,13 @@ def name_metrics(figures: dict[str, jax.Array], prefix: str = "") -> dict[str, j
     return named
 
 
-def max_violation(load_LE: jax.Array) -> jax.Array:
+def max_violation(load_LE: ArrayT) -> ArrayT:
     """max n_e / mean n_e - 1 of each layer (arXiv 2408.15664, eq. 4); 0 if there is no load."""
-    total_L = jnp.sum(load_LE, axis=-1)
+    xp: Any = load_LE.__array_namespace__()
+    total_L = xp.sum(load_LE, axis=-1)
     has_load_L = total_L > 0
-    largest_L = jnp.max(load_LE, axis=-1)
-    return largest_L * load_LE.shape[-1] / jnp.where(has_load_L, total_L, 1) - has_load_L
+    largest_L = xp.max(load_LE, axis=-1)
+    return largest_L * load_LE.shape[-1] / xp.where(has_load_L, total_L, 1) - has_load_L
 
 
 def _sum_over_places(load_LE: jax.Array) -> jax.Array:

@@ -13,10 +13,10 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from mixtral_jax.config import ConfigError, require
-from mixtral_jax.lab.ablation.plan import Ablation, ArmRun
+from mixtral_jax.lab.ablation.definition import Ablation, ArmRun
 from mixtral_jax.lab.ablation.records import FAILURE, is_finished
 from mixtral_jax.lab.ablation.results import Results, read_results
-from mixtral_jax.lab.report.report import write_report
+from mixtral_jax.lab.report.files import write_report
 from mixtral_jax.parallel.mesh import make_mesh, resolve_mesh
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs.ablation_routing import analyze_arms, picture_routing

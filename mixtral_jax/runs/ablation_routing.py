@@ -13,7 +13,7 @@ import jax
 
 from mixtral_jax.checkpoint.run_parameters import find_steps
 from mixtral_jax.config import BLIND_CHOICES
-from mixtral_jax.lab.ablation.plan import Ablation, ArmRun
+from mixtral_jax.lab.ablation.definition import Ablation, ArmRun
 from mixtral_jax.lab.ablation.records import is_finished
 from mixtral_jax.lab.pictures.routing import draw_side_by_side
 from mixtral_jax.lab.pictures.style import Picture

@@ -1,10 +1,10 @@
-"""A small ablation, as a file says it, and made-up runs of it."""
+"""A small ablation as its file describes it, and made-up files of its runs."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from mixtral_jax.lab.ablation.plan import Ablation, ArmRun, plan_ablation, read_ablation
+from mixtral_jax.lab.ablation.definition import Ablation, ArmRun, plan_ablation, read_ablation
 from mixtral_jax.lab.ablation.records import DATA, FACTS
 
 MODEL = {
@@ -22,8 +22,8 @@ NUM_STEPS = 20
 
 
 def small_ablation(**entries: Any) -> Ablation:
-    """Two arms and three seeds of 20 steps; entries replace those of the file."""
-    said: dict[str, Any] = {
+    """An ablation of two arms, three seeds and 20 steps; `entries` replace those of its file."""
+    defaults: dict[str, Any] = {
         "question": "Is it even?",
         "base": {
             "model": MODEL,
@@ -33,7 +33,7 @@ def small_ablation(**entries: Any) -> Ablation:
         "reference": "some",
         "seeds": (0, 1, 2),
     }
-    return plan_ablation(read_ablation(said | entries))
+    return plan_ablation(read_ablation(defaults | entries))
 
 
 def write_run(
@@ -48,10 +48,10 @@ def write_run(
     imbalance: float = 0.0,
     held_out: float | None = None,
 ) -> None:
-    """What a run of `last_step` steps leaves: its loss falls to `loss`, its maximum violation
-    stays.
+    """Writes the files of a run of `last_step` steps.
 
-    `held_out` is that on held-out text, by default the same.
+    Its loss falls towards `loss` and its maximum violation stays the same; `held_out` is the
+    maximum violation on held-out text, by default the same too.
     """
     folder = run.folder(workdir)
     (folder / "checkpoints" / str(last_step)).mkdir(parents=True)
@@ -87,6 +87,6 @@ def write_run(
                 "router/layer_01/load": [0.25] * 4,
             }
             if step % 5 == 0:
-                there = violation if held_out is None else held_out
-                line |= {"eval/loss": loss + 1 / step, "eval/router/max_violation": there}
+                line["eval/loss"] = loss + 1 / step
+                line["eval/router/max_violation"] = violation if held_out is None else held_out
             file.write(json.dumps(line) + "\n")

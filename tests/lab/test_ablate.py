@@ -1,6 +1,4 @@
-"""`mixtral-jax ablate` as users run it: stopped and started again, with an arm that fails, split
-over processes.
-"""
+"""`mixtral-jax ablate` as users run it: stopped and resumed, failing, and split over processes."""
 
 import json
 import signal
@@ -19,9 +17,9 @@ from mixtral_jax.lab.ablation.records import DATA, FAILURE
 from tests import scripts as runs
 from tests.cases import cpu_model_maker, mesh_of
 from tests.lab.ablations import small_ablation
-from tests.scripts import finish, lines_of, wait_for_step, write_text
+from tests.scripts import SMALL, finish, lines_of, wait_for_step, write_text
 
-STEPS = 30
+STEPS = 20
 ARMS = {"none": {"router.load_balance.weight": 0.0}, "top-1": {"router.num_experts_per_token": 1}}
 # Numbers of this size overflow in the first step.
 BROKEN = {"broken": {"model.initializer_range": 1e30}, "none": {}}
@@ -29,12 +27,13 @@ BROKEN = {"broken": {"model.initializer_range": 1e30}, "none": {}}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds a text and two ablation files; workdirs and caches lie beside them."""
+    """A folder with a text and two ablation files, for workdirs and caches too."""
     folder = tmp_path_factory.mktemp("ablations")
     write_text(folder)
     for name, arms in (("good", ARMS), ("broken", BROKEN)):
         entries = {"question": "Which?", "arms": arms, "reference": "none", "seeds": (0, 1)}
-        base = f"dict(tiny.get_config(), train=dict(num_steps={STEPS}, batch_size=8, sequence_length=32))"
+        train = f"dict(num_steps={STEPS}, batch_size=8, sequence_length=32)"
+        base = f"dict(tiny.get_config(), train={train})"
         (folder / f"{name}.py").write_text(
             "from configs.pretrain import tiny\n\n\ndef get_config():\n    return "
             f"dict({entries!r}, base={base})\n"
@@ -42,20 +41,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(folder: Path, file: str, name: str, *flags: str) -> subprocess.Popen:
-    """An ablation of the small model in the workdir `name`."""
-    chosen = (
+def flags_of(folder: Path, file: str, name: str) -> list[str]:
+    """The flags of an ablation of the small model in the workdir `name`."""
+    return [
         f"--config={folder / file}.py",
         f"--workdir={folder / name}",
         "--config.mesh.cpu_devices=1",
         "--config.model.num_layers=1",
-    )
-    more = ("--config.log.tensorboard=false", "--config.train.eval_every=10")
-    return runs.start(folder, *chosen, *more, *flags, program=("-m", "mixtral_jax", "ablate"))
+        "--config.log.tensorboard=false",
+        "--config.train.eval_every=10",
+    ]
+
+
+def start(folder: Path, file: str, name: str, *flags: str) -> subprocess.Popen:
+    """Starts an ablation in a process of its own."""
+    chosen = flags_of(folder, file, name)
+    return runs.start(folder, *chosen, *flags, program=("-m", "mixtral_jax", "ablate"))
+
+
+def ablate_here(folder: Path, name: str, *flags: str) -> int:
+    """Runs the ablation `good` in this process, with the flags that `start` gives it."""
+    data = f"--config.data.path={folder / 'text.txt'}"
+    return ablate.main([*SMALL, data, *flags_of(folder, "good", name), *flags])
 
 
 def figures_of(workdir: Path) -> dict[str, Any]:
-    """results.json without what may differ between two runs of one ablation."""
+    """Reads results.json without what may differ if the same ablation is run twice."""
     results = json.loads((workdir / "report/results.json").read_text())
     for arm in results["arms"]:
         assert arm.pop("clock")["tokens_per_second_mean"] > 0
@@ -105,11 +116,11 @@ def test_every_arm_of_a_seed_sees_the_same_rows_and_every_seed_others(
     assert not set(hashes["none", 0]) & set(hashes["none", 1])
 
 
-def test_a_stopped_ablation_that_two_tasks_go_on_with_repeats_nothing_and_reports_the_same(
+def test_a_stopped_ablation_that_two_tasks_resume_repeats_nothing_and_reports_the_same(
     folder: Path, unbroken: dict[str, Any]
 ) -> None:
     process = start(folder, "good", "stopped")
-    wait_for_step(process, folder / "stopped/arms/top-1/seed-0/metrics.jsonl", 12)
+    wait_for_step(process, folder / "stopped/arms/top-1/seed-0/metrics.jsonl", 3)
     process.send_signal(signal.SIGTERM)
     code, _, errors = finish(process)
     assert code == 75, errors
@@ -117,25 +128,24 @@ def test_a_stopped_ablation_that_two_tasks_go_on_with_repeats_nothing_and_report
     assert (folder / "stopped/arms/top-1/seed-0" / DATA).exists()  # Before its end.
     finished = folder / "stopped/arms/none/seed-0/metrics.jsonl"
     before = (finished.stat().st_mtime_ns, finished.read_bytes())
-    # At once, and both may want none/seed-1.
+    # Both start at once, and both may want to train none/seed-1.
     tasks = [start(folder, "good", "stopped", *flags) for flags in (["--arm=none"], [])]
-    (code, said, noted), (other_code, other_said, other_noted) = map(finish, tasks)
-    assert (code, other_code) == (0, 0), noted + other_noted
-    assert "1 of 2 runs are finished, and not repeated: none/seed-0" in said
-    assert "resuming after step" in other_said
+    (code, output, errors), (other_code, other_output, other_errors) = map(finish, tasks)
+    assert (code, other_code) == (0, 0), errors + other_errors
+    assert "1 of 2 runs are finished, and not repeated: none/seed-0" in output
+    assert "resuming after step" in other_output
     assert (finished.stat().st_mtime_ns, finished.read_bytes()) == before
-    assert (said + other_said).count("\ndone: ") == 3  # None of the other runs twice.
+    assert (output + other_output).count("\ndone: ") == 3  # No other run is trained twice.
     assert figures_of(folder / "stopped") == unbroken
-    assert (noted + other_noted).count("routing 4 rows") == len(
-        ARMS
-    )  # Each arm was looked at once.
+    # The routing of each arm is analysed once.
+    assert (errors + other_errors).count("routing 4 rows") == len(ARMS)
 
 
-def test_a_report_alone_shows_what_was_seen_of_routers_before(
-    folder: Path, unbroken: dict[str, Any]
+def test_a_report_alone_shows_the_routing_that_was_analysed_before(
+    folder: Path, unbroken: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, _, errors = finish(start(folder, "good", "unbroken", "--report_only"))
-    assert code == 0 and "routing" not in errors, errors
+    assert ablate_here(folder, "unbroken", "--report_only") == 0
+    assert "routing" not in capsys.readouterr().err
     report = folder / "unbroken/report"
     assert "Experts chosen together" in (report / "index.html").read_text()
     assert (report / "experts_chosen_together.png").exists()
@@ -157,21 +167,19 @@ def test_a_failing_arm_is_listed_and_the_others_are_trained(folder: Path) -> Non
 
 def test_an_arm_that_has_changed_is_refused_by_key(folder: Path, unbroken: dict[str, Any]) -> None:
     changed = ("--config.router.z_loss_weight=0.5", "--config.train.num_steps=31", "--report_only")
-    code, _, errors = finish(start(folder, "good", "unbroken", *changed))
-    assert code == 2
-    assert errors.strip().count("\n") == 0
-    assert "arm none: " in errors
-    assert "changed: router.z_loss_weight (0.001 -> 0.5), train.num_steps (30 -> 31)" in errors
+    with pytest.raises(ConfigError) as error:
+        ablate_here(folder, "unbroken", *changed)
+    message = str(error.value)
+    assert "\n" not in message and "arm none: " in message
+    assert "changed: router.z_loss_weight (0.001 -> 0.5), train.num_steps (20 -> 31)" in message
 
 
 def test_arms_that_cannot_be_are_refused_before_the_first_step(folder: Path) -> None:
-    for flag, words in (
-        ("--config.mesh.expert=3", "arm none: mesh expert=3"),
-        ("--config.data.path=nowhere", "nowhere does not exist"),
-    ):
-        code, _, errors = finish(start(folder, "good", "refused", flag))
-        assert code == 2, flag
-        assert errors.strip().count("\n") == 0 and words in errors
+    with pytest.raises(ConfigError, match="arm none: mesh expert=3"):
+        ablate_here(folder, "refused", "--config.mesh.expert=3", "--config.mesh.cpu_devices=8")
+    code, _, errors = finish(start(folder, "good", "refused", "--config.data.path=nowhere"))
+    assert code == 2
+    assert errors.strip().count("\n") == 0 and "nowhere does not exist" in errors
     assert not list((folder / "refused").rglob("metrics.jsonl"))
 
 
@@ -180,7 +188,7 @@ def test_arms_that_cannot_be_are_refused_before_the_first_step(folder: Path) -> 
     [
         ("--config.router.num_experts_per_token=9", "arm none: router.num_experts_per_token=9"),
         ("--config.nothing=1", "arm none: unknown config key nothing"),
-        ("--arm=three", "--arm=three is no arm (none, top-1)"),
+        ("--arm=three", "--arm=three is not the name of an arm (none, top-1)"),
         ("--seeds=a", "--seeds=a must be numbers"),
         ("--tokens=0", "--tokens=0 must be over 0"),
         ("--armes=none", "unknown flag '--armes=none'"),
@@ -190,6 +198,18 @@ def test_a_wrong_flag_is_named(folder: Path, flag: str, words: str) -> None:
     with pytest.raises(ConfigError) as error:
         ablate.main([f"--config={folder}/good.py", flag])
     assert words in str(error.value)
+
+
+def initial_parameters(changes: dict[str, Any]) -> dict[Any, Any]:
+    """Initialises the model of an arm with these changes."""
+    arm, _ = small_ablation(arms={"some": changes, "other": {"model.num_layers": 1}}).arms
+    with jax.set_mesh(mesh_of()):
+        return dict(nnx.to_flat_state(nnx.state(jax.jit(cpu_model_maker(arm.config))())))
+
+
+@pytest.fixture(scope="module")
+def base_parameters() -> dict[Any, Any]:
+    return initial_parameters({})
 
 
 @pytest.mark.parametrize(
@@ -202,18 +222,14 @@ def test_a_wrong_flag_is_named(folder: Path, flag: str, words: str) -> None:
     ],
 )
 def test_arms_of_a_seed_start_from_the_same_parameters_where_shapes_allow(
-    changes: dict[str, Any],
+    base_parameters: dict[Any, Any], changes: dict[str, Any]
 ) -> None:
-    ablation = small_ablation(arms={"some": {}, "other": changes})
-    with jax.set_mesh(mesh_of()):
-        some, other = (
-            nnx.to_flat_state(nnx.state(jax.jit(cpu_model_maker(arm.config))()))
-            for arm in ablation.arms
-        )
+    parameters = initial_parameters(changes)
+    assert set(parameters) == set(base_parameters)
     same = [
-        np.array_equal(one[...], two[...])
-        for (_, one), (_, two) in zip(some, other, strict=True)
-        if one.shape == two.shape
+        np.array_equal(value[...], base_parameters[path][...])
+        for path, value in parameters.items()
+        if value.shape == base_parameters[path].shape
     ]
     assert all(same)
-    assert len(same) == len(some) - (4 if "model.num_experts" in changes else 0)
+    assert len(same) == len(parameters) - (4 if "model.num_experts" in changes else 0)

@@ -1,11 +1,11 @@
-"""What an ablation file may say: everything senseless is refused before a step, by arm and key."""
+"""What an ablation file may contain: mistakes are refused before a step, by arm and key."""
 
 from typing import Any
 
 import pytest
 
 from mixtral_jax.config import ConfigError
-from mixtral_jax.lab.ablation.plan import plan_ablation, read_ablation
+from mixtral_jax.lab.ablation.definition import plan_ablation, read_ablation
 from tests.lab.ablations import MODEL, small_ablation
 
 BASE = {"model": MODEL, "train": {"num_steps": 20, "batch_size": 8, "sequence_length": 32}}
@@ -49,7 +49,7 @@ BASE = {"model": MODEL, "train": {"num_steps": 20, "batch_size": 8, "sequence_le
         ),
         (
             {"arms": {"some": {}, "2": {"router.num_experts_per_token": 1}}},
-            ["arm '2'", "no number"],
+            ["arm '2'", "is not a number"],
         ),
         (
             {"arms": {"some": {}, "../up": {"router.num_experts_per_token": 1}}},
@@ -69,7 +69,7 @@ BASE = {"model": MODEL, "train": {"num_steps": 20, "batch_size": 8, "sequence_le
         ({"armes": {}}, ["unknown entry armes"]),
     ],
 )
-def test_what_is_senseless_is_refused_by_name(entries: dict[str, Any], words: list[str]) -> None:
+def test_a_mistake_is_refused_by_name(entries: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         small_ablation(**entries)
     assert "\n" not in str(error.value)
@@ -124,5 +124,5 @@ def test_every_run_has_one_number_so_that_an_array_of_tasks_covers_all() -> None
 
 @pytest.mark.parametrize("name", ["6", "nothing", "none/seed-3"])
 def test_a_run_that_is_not_there_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"--arm={name} is no arm"):
+    with pytest.raises(ConfigError, match=f"--arm={name} is not the name of an arm"):
         small_ablation().select([name])

@@ -1,4 +1,4 @@
-"""What a report says of runs whose figures are known."""
+"""The table and the findings of runs whose metrics are known."""
 
 import json
 import math
@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mixtral_jax.lab.ablation.definition import Ablation
 from mixtral_jax.lab.ablation.findings import (
     describe_balance,
     describe_findings,
     describe_flops,
     describe_losses,
 )
-from mixtral_jax.lab.ablation.plan import Ablation
 from mixtral_jax.lab.ablation.records import FAILURE
 from mixtral_jax.lab.ablation.results import Results, read_results
 from mixtral_jax.lab.ablation.spread import compare, measure_spread
@@ -24,15 +24,12 @@ from tests.lab.ablations import small_ablation, write_run
 
 
 def write_all(ablation: Ablation, workdir: Path, **settings: float) -> Results:
-    """Every run: a seed moves both arms alike, and `none` is worse and less even, a little
-    differently by seed.
-    """
+    """Writes every run. The seed changes both arms alike; `none` is worse and less even."""
     for run in ablation.runs:
-        is_none = run.arm.name == "none"
-        loss = 4 + run.seed + (0.1 + 0.01 * run.seed if is_none else 0)
-        write_run(
-            run, workdir, loss=loss, violation=2.0 + 0.1 * run.seed if is_none else 0.5, **settings
-        )  # type: ignore[arg-type]
+        loss, violation = 4 + run.seed, 0.5
+        if run.arm.name == "none":
+            loss, violation = loss + 0.1 + 0.01 * run.seed, 2.0 + 0.1 * run.seed
+        write_run(run, workdir, loss=loss, violation=violation, **settings)  # type: ignore[arg-type]
     return read_results(ablation, workdir)
 
 
@@ -75,9 +72,10 @@ def test_figures_of_training_are_means_over_the_last_tenth(tmp_path: Path) -> No
 
 def test_words_say_which_arm_is_less_even_with_the_spread(tmp_path: Path) -> None:
     results = write_all(small_ablation(), tmp_path)
-    assert 'Clearly higher: "none" with 2.10 ± 0.10 (+1.60 [+1.35, +1.85])' in describe_balance(
-        results
+    expected = (
+        'Clearly higher: "none" with 2.10 ± 0.10 (difference +1.60, 95% interval +1.35 to +1.85).'
     )
+    assert expected in describe_balance(results)
     assert "over 3 seeds" in describe_losses(results)
 
 
@@ -87,8 +85,9 @@ def test_words_say_which_arms_are_even_in_training_alone(tmp_path: Path) -> None
         write_run(
             run, tmp_path, loss=4, violation=0.1, held_out=0.9 if run.arm.name == "none" else 0.15
         )
-    said = describe_balance(read_results(ablation, tmp_path))
-    assert said.endswith(' On held-out text it differs much: "none" with 0.90 instead of 0.10.')
+    text = describe_balance(read_results(ablation, tmp_path))
+    expected = ' On held-out text it is very different: "none" has 0.90 instead of 0.10.'
+    assert text.endswith(expected)
 
 
 def test_arms_that_can_be_uneven_by_different_amounts_are_compared_by_their_shares_of_that(
@@ -102,44 +101,41 @@ def test_arms_that_can_be_uneven_by_different_amounts_are_compared_by_their_shar
     }
     arms = {"one": {chosen: 1}, "two": {}, "all": {chosen: 4, **unasked}}
     ablation = small_ablation(arms=arms, reference="two")
-    for run in (
-        ablation.runs
-    ):  # Of 4 experts: 1.5 is half a collapse of top-1, and 0.9 nearly that of top-2.
-        violation = {"one": 1.5, "two": 0.9, "all": 0.0}[run.arm.name] + 0.01 * run.seed * (
-            run.arm.name != "all"
-        )
+    # With 4 experts, 1.5 is half of the total collapse of top-1, and 0.9 almost that of top-2.
+    violations = {"one": 1.5, "two": 0.9, "all": 0.0}
+    for run in ablation.runs:
+        violation = violations[run.arm.name]
+        if violation:
+            violation += 0.01 * run.seed
         write_run(run, tmp_path, loss=4 + run.seed, violation=violation)
     results = read_results(ablation, tmp_path)
-    said = describe_balance(results)
-    assert 'a maximum violation of E/k - 1: 3 for "one", 1 for "two".' in said
+    text = describe_balance(results)
+    assert 'the maximum violation would be E/k - 1: 3 for "one", 1 for "two".' in text
     assert (
-        'The share of total collapse in training, over its last tenth, of "two" is 0.91 ± 0.01'
-        in said
+        "as a share of total collapse, averaged over the last tenth of training, is 0.91 ±" in text
     )
-    assert 'Clearly lower: "one" with 0.50 ± 0.00 (-0.41' in said and '"all" with 0.00' in said
+    assert 'Clearly lower: "one" with 0.50 ± 0.00 (difference -0.41,' in text
+    assert '"all" with 0.00' in text
     cells = {column.heading: column.cell(results.arms[0]) for column in make_columns(results)}
-    assert cells["of total collapse (E/k - 1)"] == "0.50 ± 0.00"
-    assert (
-        'the most even routing that of "all"'
-        in draw_trade_off(results, choose_strokes(list(arms), "two")).words
-    )
+    assert cells["share of total collapse (E/k - 1)"] == "0.50 ± 0.00"
+    picture = draw_trade_off(results, choose_strokes(list(arms), "two"))
+    assert '"all" the most even routing.' in picture.words
 
 
 def test_words_claim_nothing_from_one_seed(tmp_path: Path) -> None:
-    said = describe_balance(write_all(small_ablation(seeds=(0,)), tmp_path))
-    assert "one seed" in said
-    assert "Clearly" not in said
+    text = describe_balance(write_all(small_ablation(seeds=(0,)), tmp_path))
+    assert "one seed" in text
+    assert "Clearly" not in text
 
 
 def test_words_warn_of_few_seeds_and_of_many_comparisons(tmp_path: Path) -> None:
     for seeds, num_others in (((0, 1), 2), ((0, 1, 2), 2), ((0, 1, 2), 3)):
         others = {f"w={w}": {"router.load_balance.weight": float(w)} for w in range(num_others)}
         ablation = small_ablation(seeds=seeds, arms={"some": {}, **others})
-        said = " ".join(
-            describe_findings(write_all(ablation, tmp_path / f"{len(seeds)}-{num_others}"))
-        )
-        assert ("With fewer than three seeds" in said) == (len(seeds) < 3)
-        assert ("compared 3 times" in said) == (num_others > 2)
+        results = write_all(ablation, tmp_path / f"{len(seeds)}-{num_others}")
+        text = " ".join(describe_findings(results))
+        assert ("With fewer than three seeds" in text) == (len(seeds) < 3)
+        assert ("compared 3 times" in text) == (num_others > 2)
 
 
 def test_failed_and_missing_runs_are_listed_and_do_not_count(tmp_path: Path) -> None:
@@ -186,13 +182,11 @@ def test_what_the_clock_says_is_apart_from_the_rest(tmp_path: Path) -> None:
 def test_words_say_what_an_upcycled_arm_does_not_count(tmp_path: Path) -> None:
     arms = {"up": {"upcycle.method": "copy"}, "other": {"upcycle.base": "DIR"}, "some": {}}
     results = write_all(small_ablation(arms=arms, seeds=(0,)), tmp_path)
-    said = describe_flops(results)
-    for each in (said, describe_losses(results)):  # 400 steps of 16 rows of 32.
-        assert (
-            'model that "up" (204,800 tokens), "other" (trained elsewhere) began with is not counted'
-            in each
-        )
-    assert "The models of all arms need the same arithmetic" in said
+    text = describe_flops(results)
+    # The dense model of "up" trains for 400 steps of 16 rows of 32 tokens.
+    expected = 'is not counted: "up" (204,800 tokens), "other" (trained elsewhere).'
+    assert expected in text and expected in describe_losses(results)
+    assert "The models of all arms need the same FLOPs" in text
 
 
 def test_words_say_that_a_loss_over_the_whole_batch_counts_routes_first(tmp_path: Path) -> None:
@@ -202,7 +196,6 @@ def test_words_say_that_a_loss_over_the_whole_batch_counts_routes_first(tmp_path
             name: {**changes, "train.gradient_accumulation": parts}
             for name, changes in arms.items()
         }
-        said = describe_flops(
-            write_all(small_ablation(arms=changed, reference="micro"), tmp_path / f"{parts}")
-        )
-        assert ('"global" counts routes before each step is not counted' in said) == (parts == 2)
+        ablation = small_ablation(arms=changed, reference="micro")
+        text = describe_flops(write_all(ablation, tmp_path / f"{parts}"))
+        assert ('counts routes before each step is not counted: "global".' in text) == (parts == 2)

@@ -21,6 +21,7 @@ from mixtral_jax.model.dispatch.transports import TRANSPORTS
 from mixtral_jax.model.moe import MoE
 from tests.cases import RULES, kernels_of, mesh_of, only_masked, relative_norm, small_config
 from tests.reference import mixture
+from tests.skew import prefer_experts
 
 B, T, D = 8, 12, 32
 MESHES = {
@@ -108,13 +109,6 @@ def inputs(routing, padding, num_experts):
     return x, cotangent, is_real, offsets.astype(np.float32)
 
 
-def offset_router(layer, offsets):
-    """The layer with a router that adds these offsets to the logits of every token."""
-    gate = layer.router.gate.weight
-    gate[...] = gate[...].at[0].set(jnp.asarray(offsets))
-    return layer
-
-
 @functools.cache
 def compiled(mesh_name, experts, *settings):
     """value_and_grad of a sum over y, in the layer and x; also what the router decided."""
@@ -126,7 +120,8 @@ def compiled(mesh_name, experts, *settings):
 
     @jax.jit
     def run(offsets, x, cotangent, is_real):
-        layer = offset_router(make(), offsets)
+        layer = make()
+        prefer_experts(layer.router.gate.weight, offsets)
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(layer, x, cotangent, is_real)
 
     return run, mesh_of(**MESHES[mesh_name])
@@ -143,7 +138,8 @@ def run(mesh_name, experts, settings, x, cotangent, is_real, offsets):
 def weights_of(experts, offsets):
     """The parameters of the layer, as the reference takes them."""
     with jax.set_mesh(mesh_of()):
-        layer = offset_router(jax.jit(make_layer(experts))(), offsets)
+        layer = jax.jit(make_layer(experts))()
+        prefer_experts(layer.router.gate.weight, offsets)
     matrices = (layer.experts.gate, layer.experts.up, layer.experts.down)
     return [np.asarray(p.weight[...]) for p in (layer.router.gate, *matrices)]
 

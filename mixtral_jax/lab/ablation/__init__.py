@@ -1,1 +1,4 @@
-"""From an ablation file to its runs, and from what they wrote to a table over seeds."""
+"""Ablations: what a file asks for (`definition`), what its runs wrote (`records`), and the answer.
+
+`results` makes a table over seeds with the statistics of `spread`; `findings` puts it into words.
+"""

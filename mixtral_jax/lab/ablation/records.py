@@ -1,7 +1,6 @@
-"""What the runs of an ablation wrote, read back: how each stands, and its figures.
+"""Reads the files of the runs of an ablation: the status of each run and its metrics.
 
-Needs no devices, and none of the programs that wrote it. What the figures say together is for
-`results`.
+This needs no devices. `results` compares the runs.
 """
 
 import dataclasses
@@ -12,12 +11,14 @@ from typing import Any, Literal
 import numpy as np
 
 from mixtral_jax.checkpoint.run_parameters import find_steps
-from mixtral_jax.lab.ablation.plan import Ablation, ArmRun
+from mixtral_jax.lab.ablation.definition import Ablation, ArmRun
 
-# In the folder of a run: why it broke off; what is known of it before its first step, and which
-# data it reads.
-FAILURE, FACTS, DATA = "failure.json", "facts.json", "data.json"
-# Figures of training are means over the lines of this last part of a run: one batch says little.
+# Files in the workdir of a run.
+FAILURE = "failure.json"  # Why the run failed.
+FACTS = "facts.json"  # Sizes, versions and devices, written before the first step.
+DATA = "data.json"  # Fingerprints of the data and the tokenizer.
+
+# Metrics of training are averaged over this last part of a run, since single batches are noisy.
 END_FRACTION = 0.1
 
 Status = Literal["done", "failed", "missing"]
@@ -25,10 +26,12 @@ Status = Literal["done", "failed", "missing"]
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """One run:
+    """The state and the metrics of one run.
 
-    `status`, why it is not `done`, the lines of its metrics.jsonl, and its facts (empty: not
-    started).
+    Attributes:
+        reason: why `status` is not `done`; empty if it is.
+        lines: the records of metrics.jsonl.
+        facts: the contents of `FACTS` and `DATA`; empty if the run has not started.
     """
 
     run: ArmRun
@@ -38,40 +41,40 @@ class RunRecord:
     facts: dict[str, Any]
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """The lines that have a figure, and its values: [n], and [n] or what the figure's shape
-        makes of it.
-        """
+        """Returns the indices of the lines that have a metric, [n], and its values, [n, ...]."""
         numbers = [number for number, line in enumerate(self.lines) if name in line]
-        return np.array(numbers, int), np.array(
-            [self.lines[number][name] for number in numbers], float
-        )
+        values = [self.lines[number][name] for number in numbers]
+        return np.array(numbers, int), np.array(values, float)
 
     def last(self, name: str) -> float | None:
-        """A figure where it was last measured."""
+        """Returns the last value of a metric, or None if there is none."""
         values = self.series(name)[1]
         return float(values[-1]) if len(values) else None
 
     def end(self, name: str) -> float | None:
-        """The mean of a figure over the end of the run."""
+        """Returns the mean of a metric over the last `END_FRACTION` of the steps, or None."""
         first = (1 - END_FRACTION) * self.run.config.train.num_steps
         values = [line[name] for line in self.lines if name in line and line["step"] > first]
         return float(np.mean(values)) if values else None
 
     def tokens(self) -> np.ndarray:
-        """Tokens seen at each line, [lines]."""
+        """Returns the number of tokens seen up to each line, [lines]."""
         return self.series("tokens")[1]
 
     def seconds(self) -> np.ndarray:
-        """Time spent in steps until each line, [lines]: without compiling, evaluating and saving."""
+        """Returns the seconds spent in steps up to each line, [lines].
+
+        Compilation, evaluation and saving do not count.
+        """
         return np.cumsum(np.diff(self.tokens(), prepend=0) / self.series("tokens_per_second")[1])
 
     def flops(self) -> np.ndarray:
-        """What the model needed until each line, [lines]."""
+        """Returns the model FLOPs up to each line, [lines]."""
         return self.series("step")[1] * self.facts.get("model_flops_per_step", np.nan)
 
 
 def is_finished(run: ArmRun, workdir: Path) -> bool:
-    """Whether the run has nothing left to do: its last step is saved, evaluated and logged."""
+    """True if the last step of the run is saved, evaluated and logged."""
     folder, last = run.folder(workdir), run.config.train.num_steps
     checkpoints = folder / "checkpoints"
     if not checkpoints.is_dir() or last not in find_steps(checkpoints):
@@ -81,24 +84,25 @@ def is_finished(run: ArmRun, workdir: Path) -> bool:
 
 
 def read_records(ablation: Ablation, workdir: Path) -> list[RunRecord]:
-    """How all runs stand; one that saw other rows than those of its seed before it has failed."""
+    """Reads all runs, in the order of `ablation.runs`.
+
+    A run is `failed` if its batches differ from those of an earlier run with the same seed.
+    """
     records: list[RunRecord] = []
     for run in ablation.runs:
         record = _read_record(run, workdir)
-        before = [other for other in records if other.run.seed == run.seed]
-        different = next(filter(None, (_find_other_rows(record, other) for other in before)), None)
-        records.append(
-            dataclasses.replace(record, status="failed", reason=different) if different else record
-        )
+        same_seed = [other for other in records if other.run.seed == run.seed]
+        problems = [problem for other in same_seed if (problem := _compare_rows(record, other))]
+        if problems:
+            record = dataclasses.replace(record, status="failed", reason=problems[0])
+        records.append(record)
     return records
 
 
 def _read_record(run: ArmRun, workdir: Path) -> RunRecord:
     folder = run.folder(workdir)
-    lines, facts = (
-        _read_lines(folder / "metrics.jsonl"),
-        _read_object(folder / FACTS) | _read_object(folder / DATA),
-    )
+    lines = _read_lines(folder / "metrics.jsonl")
+    facts = _read_object(folder / FACTS) | _read_object(folder / DATA)
     failure = _read_object(folder / FAILURE)
     if failure:
         return RunRecord(run, "failed", failure["reason"], lines, facts)
@@ -113,26 +117,26 @@ def _read_record(run: ArmRun, workdir: Path) -> RunRecord:
     return RunRecord(run, "missing", reason, lines, facts)
 
 
-def _find_other_rows(record: RunRecord, other: RunRecord) -> str | None:
-    """Where two runs of one seed saw different batches, in words."""
+def _compare_rows(record: RunRecord, other: RunRecord) -> str | None:
+    """Describes the first step at which two runs trained on different batches, or returns None."""
     hashes = {line["step"]: line["batch_hash"] for line in other.lines}
     for line in record.lines:
-        if hashes.get(line["step"], line["batch_hash"]) != line["batch_hash"]:
+        step, here = line["step"], line["batch_hash"]
+        if (there := hashes.get(step, here)) != here:
             return (
-                f"saw other rows than {other.run.name} at step {line['step']} (batch "
-                f"{line['batch_hash']} instead of "
-                f"{hashes[line['step']]}): the text, the tokenizer or Python differ; run both "
-                "again with the same"
+                f"saw other rows than {other.run.name} at step {step} (batch {here} instead of "
+                f"{there}): the text, the tokenizer or the version of Python differs; run both "
+                "again with the same ones"
             )
     return None
 
 
 def _read_lines(path: Path) -> tuple[dict[str, Any], ...]:
-    """The records of a metrics file, without one that is still being written."""
+    """Reads the lines of a metrics file, without a last one that is still being written."""
     text = path.read_text() if path.exists() else ""
     return tuple(json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n"))
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
+    """Reads a JSON object; an absent file gives an empty one."""
     return json.loads(path.read_text("utf-8")) if path.exists() else {}

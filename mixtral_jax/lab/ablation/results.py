@@ -1,8 +1,6 @@
-"""The table of an ablation: for each arm, means over its seeds and differences to the reference
-arm.
+"""The table of an ablation: means over the seeds of each arm, and differences to the reference.
 
-Made from what the runs wrote, whatever there is of it by now. Words and pictures are for `findings`
-and `figures`.
+It is made from the runs that have finished so far. `findings` puts it into words.
 """
 
 import dataclasses
@@ -14,28 +12,31 @@ from typing import Any, Literal
 import numpy as np
 
 from mixtral_jax.config import Config
-from mixtral_jax.lab.ablation.plan import Ablation, Arm
+from mixtral_jax.lab.ablation.definition import Ablation, Arm
 from mixtral_jax.lab.ablation.records import RunRecord, Status, read_records
 from mixtral_jax.lab.ablation.spread import Difference, Spread, compare, measure_spread
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A column: its name here, that of the figure in metrics.jsonl, and which of its values count.
+    """A number that is computed for every run.
 
-    `end` is the mean over the last tenth of the run, `last` the last value; `of_collapse` makes it
-    a share of the maximum violation of total collapse.
+    Attributes:
+        name: its name in results.json.
+        metric: the metric of metrics.jsonl that it is computed from.
+        when: `end` is the mean over the last tenth of the run, `last` the last value.
+        is_share_of_collapse: whether it is divided by the maximum violation of total collapse.
     """
 
     name: str
-    figure: str
+    metric: str
     when: Literal["end", "last"]
-    of_collapse: bool = False
+    is_share_of_collapse: bool = False
 
-    def of(self, record: RunRecord) -> float | None:
-        """None where the run has no such figure."""
-        value = record.end(self.figure) if self.when == "end" else record.last(self.figure)
-        if value is None or not self.of_collapse:
+    def compute(self, record: RunRecord) -> float | None:
+        """Returns the value for a run, or None if the run did not log the metric."""
+        value = record.end(self.metric) if self.when == "end" else record.last(self.metric)
+        if value is None or not self.is_share_of_collapse:
             return value
         return value / (collapsed_violation(record.run.config) or 1)
 
@@ -46,8 +47,8 @@ MEASURES = (
     Measure("max_violation", "router/max_violation", "end"),
     Measure("running_max_violation", "router/running_max_violation", "last"),
     Measure("eval_max_violation", "eval/router/max_violation", "last"),
-    Measure("collapse", "router/max_violation", "end", of_collapse=True),
-    Measure("eval_collapse", "eval/router/max_violation", "last", of_collapse=True),
+    Measure("collapse", "router/max_violation", "end", is_share_of_collapse=True),
+    Measure("eval_collapse", "eval/router/max_violation", "last", is_share_of_collapse=True),
     Measure("coefficient_of_variation", "router/coefficient_of_variation", "end"),
     Measure("load_entropy", "router/load_entropy", "end"),
     Measure("gate_entropy", "router/gate_entropy", "end"),
@@ -58,7 +59,7 @@ MEASURES = (
     Measure("tokens", "tokens", "last"),
 )
 SPEED = Measure("tokens_per_second", "tokens_per_second", "end")
-# Those that are compared with the reference, seed by seed.
+# Names of the measures that are compared with the reference arm, seed by seed.
 COMPARED = ("eval_loss", "max_violation", "eval_max_violation", "collapse")
 
 
@@ -66,7 +67,12 @@ COMPARED = ("eval_loss", "max_violation", "eval_max_violation", "collapse")
 class ArmResult:
     """One row of the table.
 
-    Spreads and differences are of the seeds that are done, by the name of the measure.
+    Attributes:
+        records: one for each seed, finished or not.
+        spreads: name of the measure -> its mean and standard deviation over the finished seeds.
+        differences: name of the measure -> its difference to the reference arm, over the seeds
+            that both have finished.
+        speed: tokens per second.
     """
 
     arm: Arm
@@ -77,39 +83,42 @@ class ArmResult:
 
     @property
     def done(self) -> list[RunRecord]:
-        """The runs that are."""
+        """The finished runs."""
         return [record for record in self.records if record.status == "done"]
 
     @property
     def status(self) -> Status:
-        """Of the arm: `done` where all seeds are, `failed` where one has."""
+        """`done` if all seeds are done, `failed` if at least one failed, else `missing`."""
         statuses = {record.status for record in self.records}
         return "failed" if "failed" in statuses else "missing" if "missing" in statuses else "done"
 
     @property
     def reasons(self) -> list[str]:
-        """A line for each seed that is not done."""
+        """One line for each seed that is not done."""
         return [
             f"seed {one.run.seed}: {one.reason}" for one in self.records if one.status != "done"
         ]
 
     @property
     def device_imbalance(self) -> Spread | None:
-        """None where all experts lie in one place of the expert axis, or each alone in its own:
-        then it is 0, or the maximum violation said again.
+        """The device imbalance, or None if it tells nothing new.
+
+        It is 0 if one shard of the expert axis holds all experts, and it equals the maximum
+        violation if every shard holds one expert.
         """
-        found, violation = self.spreads.get("device_imbalance"), self.spreads.get("max_violation")
-        is_new = (
-            found and violation and not np.isclose(found.mean, [0, violation.mean], rtol=1e-4).any()
-        )
-        return found if is_new else None
+        imbalance = self.spreads.get("device_imbalance")
+        violation = self.spreads.get("max_violation")
+        if imbalance is None or violation is None:
+            return None
+        is_known = np.isclose(imbalance.mean, [0, violation.mean], rtol=1e-4).any()
+        return None if is_known else imbalance
 
     def fact(self, name: str) -> Any:
-        """What the runs noted before their first step; None if none has begun."""
+        """Returns an entry of `RunRecord.facts`, or None if no run of the arm has started."""
         return next((record.facts[name] for record in self.records if name in record.facts), None)
 
     def to_json(self) -> dict[str, Any]:
-        """The row of `results.json`; what the clock had a hand in lies under `clock`."""
+        """Returns the row of `results.json`; measurements of time are under `clock`."""
         figures: dict[str, Any] = {}
         for measure in MEASURES:
             spread = self.spreads.get(measure.name)
@@ -120,7 +129,7 @@ class ArmResult:
             figures[f"{name}_difference"] = difference and dataclasses.asdict(difference)
         by_seed = [
             {"seed": record.run.seed, "status": record.status, "reason": record.reason}
-            | {measure.name: measure.of(record) for measure in MEASURES}
+            | {measure.name: measure.compute(record) for measure in MEASURES}
             for record in self.records
         ]
         return {
@@ -156,42 +165,45 @@ class Results:
 
     @property
     def others(self) -> list[ArmResult]:
-        """All but the reference."""
+        """All arms except the reference."""
         return [result for result in self.arms if result is not self.reference]
 
     @property
     def collapsed_violations(self) -> dict[str, float]:
-        """Arm -> the maximum violation of its total collapse, for those that can be uneven."""
+        """Name of the arm -> its maximum violation under total collapse, where that is not 0."""
         found = {result.arm.name: collapsed_violation(result.arm.config) for result in self.arms}
         return {name: violation for name, violation in found.items() if violation}
 
     @property
     def unevenness(self) -> str:
-        """The measure that compares arms: the maximum violation, or its share of collapse where
-        that differs.
+        """Name of the measure of imbalance by which arms are compared.
+
+        This is the maximum violation, or its share of total collapse if arms differ in the value
+        of total collapse.
         """
         return "collapse" if len(set(self.collapsed_violations.values())) > 1 else "max_violation"
 
     @property
     def failed(self) -> list[str]:
-        """The names of the runs that have."""
+        """The names of the runs that failed."""
         return [
             one.run.name for result in self.arms for one in result.records if one.status == "failed"
         ]
 
     def provenance(self, name: str) -> list[Any]:
-        """The different things that runs noted under `name` before their first step."""
-        noted = [
+        """Returns the distinct values that the runs have for an entry of `RunRecord.facts`."""
+        values = [
             record.facts[name]
             for result in self.arms
             for record in result.records
             if name in record.facts
         ]
-        return [value for number, value in enumerate(noted) if value not in noted[:number]]
+        return [value for number, value in enumerate(values) if value not in values[:number]]
 
     def to_json(self) -> dict[str, Any]:
-        """`results.json`; what may differ between two runs of one ablation lies under `clock` and
-        `provenance`.
+        """Returns `results.json`.
+
+        Whatever may differ if the same ablation is run twice is under `clock` and `provenance`.
         """
         return {
             "question": self.ablation.question,
@@ -207,7 +219,7 @@ class Results:
 
 
 def read_results(ablation: Ablation, workdir: Path) -> Results:
-    """What is known of an ablation whose runs lie in `workdir`."""
+    """Reads the runs in the workdir of an ablation and computes the table."""
     records = read_records(ablation, workdir)
     by_arm = {
         arm.name: tuple(one for one in records if one.run.arm.name == arm.name)
@@ -220,14 +232,15 @@ def read_results(ablation: Ablation, workdir: Path) -> Results:
 
 
 def collapsed_violation(config: Config) -> float:
-    """The most that the maximum violation can be, E / k - 1: all tokens choose the same k of E
-    experts.
+    """Returns the largest possible maximum violation, E / k - 1.
+
+    It is reached if all tokens choose the same k of E experts (total collapse).
     """
     return config.model.num_experts / config.router.num_experts_per_token - 1
 
 
 def hash_config(arm: Arm) -> str:
-    """What the config of an arm is called, but for its seed: 12 hex digits."""
+    """Returns 12 hexadecimal digits that identify the config of an arm, without its seed."""
     text = json.dumps(dataclasses.asdict(arm.config), sort_keys=True)
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:12]
 
@@ -241,7 +254,7 @@ def _read_arm(
     speeds = [
         speed
         for record in records
-        if record.status == "done" and (speed := SPEED.of(record)) is not None
+        if record.status == "done" and (speed := SPEED.compute(record)) is not None
     ]
     return ArmResult(
         arm,
@@ -253,11 +266,11 @@ def _read_arm(
 
 
 def _by_measure(records: tuple[RunRecord, ...]) -> dict[str, dict[int, float]]:
-    """Measure -> seed -> value, of the runs that are done."""
+    """Returns name of the measure -> seed -> value, for the finished runs."""
     done = [record for record in records if record.status == "done"]
     return {
         measure.name: {
-            one.run.seed: value for one in done if (value := measure.of(one)) is not None
+            one.run.seed: value for one in done if (value := measure.compute(one)) is not None
         }
         for measure in MEASURES
     }

@@ -1,4 +1,4 @@
-"""Means over seeds, and how sure one can be of them."""
+"""Means over seeds with their uncertainty, and how these are written."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,11 +7,16 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+# Shown in place of a value that does not exist.
+NOTHING = "-"
 
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """The mean and the standard deviation (n - 1; None for a single value) of `count` values."""
+    """Mean and standard deviation of `count` values.
+
+    `sd` is the sample standard deviation (with n - 1); None for a single value.
+    """
 
     mean: float
     sd: float | None
@@ -20,10 +25,9 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """The mean of paired differences, and the interval that holds the true mean with 95%
-    confidence.
+    """Mean of paired differences with its 95% confidence interval.
 
-    The interval is None where there are fewer than two pairs.
+    `low` and `high` are None for a single pair.
     """
 
     mean: float
@@ -33,12 +37,12 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether 0 lies outside the interval."""
+        """True if 0 lies outside the interval."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 def measure_spread(values: Sequence[float]) -> Spread | None:
-    """Of no values, None."""
+    """Returns the spread of some values, or None if there are none."""
     if not values:
         return None
     return Spread(
@@ -49,11 +53,10 @@ def measure_spread(values: Sequence[float]) -> Spread | None:
 
 
 def compare(values: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
-    """`values` less `reference`, both by seed: what a seed does to both cancels. Without a common
-    seed, None.
+    """Returns the difference `values - reference` over the seeds that both have, or None.
 
-    The interval is that of Student's t for paired samples; it takes differences to be normally
-    distributed.
+    Both map seeds to values. Pairing by seed cancels what a seed changes in both. The interval is
+    that of Student's t-test for paired samples, which assumes normally distributed differences.
     """
     differences = [value - reference[seed] for seed, value in values.items() if seed in reference]
     spread = measure_spread(differences)
@@ -61,7 +64,23 @@ def compare(values: Mapping[int, float], reference: Mapping[int, float]) -> Diff
         return None
     if spread.sd is None:
         return Difference(spread.mean, None, None, spread.count)
-    reach = (
-        float(stats.t.ppf((1 + CONFIDENCE) / 2, spread.count - 1)) * spread.sd / spread.count**0.5
-    )
-    return Difference(spread.mean, spread.mean - reach, spread.mean + reach, spread.count)
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, spread.count - 1))
+    margin = quantile * spread.sd / spread.count**0.5
+    return Difference(spread.mean, spread.mean - margin, spread.mean + margin, spread.count)
+
+
+def show_spread(spread: Spread | None, digits: int) -> str:
+    """Writes mean ± standard deviation."""
+    if spread is None:
+        return NOTHING
+    return f"{spread.mean:.{digits}f}" + ("" if spread.sd is None else f" ± {spread.sd:.{digits}f}")
+
+
+def show_difference(difference: Difference | None, digits: int) -> str:
+    """Writes the mean with its sign, then the interval in brackets."""
+    if difference is None:
+        return NOTHING
+    mean = f"{difference.mean:+.{digits}f}"
+    if difference.low is None or difference.high is None:
+        return mean
+    return f"{mean} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"

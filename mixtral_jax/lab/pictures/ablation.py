@@ -1,6 +1,6 @@
-"""All pictures of a report, in their order.
+"""All pictures of an ablation, in the order of the report.
 
-A new one is drawn in a module of its own, and gets a line here.
+To add one, write a function that draws it, in a module of its own, and call it here.
 """
 
 from mixtral_jax.lab.ablation.results import Results
@@ -10,8 +10,8 @@ from mixtral_jax.lab.pictures.loads import draw_loads
 from mixtral_jax.lab.pictures.style import Picture, choose_strokes
 
 
-def draw_pictures(results: Results) -> list[Picture]:
-    """What the finished runs allow: without any, nothing."""
+def draw_ablation(results: Results) -> list[Picture]:
+    """Draws what the finished runs allow; without finished runs the list is empty."""
     if not any(result.done for result in results.arms):
         return []
     strokes = choose_strokes(

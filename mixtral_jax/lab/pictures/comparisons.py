@@ -1,13 +1,13 @@
-"""Pictures of arms against the reference: the difference of each pair of seeds, and what evenness
-cost.
-"""
+"""Pictures that compare arms: differences to the reference, and loss against balance."""
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
-from mixtral_jax.lab.ablation.findings import describe_losses, show_difference
+from mixtral_jax.lab.ablation.findings import describe_losses
 from mixtral_jax.lab.ablation.records import RunRecord
 from mixtral_jax.lab.ablation.results import MEASURES, ArmResult, Results
+from mixtral_jax.lab.ablation.spread import show_difference
 from mixtral_jax.lab.pictures.style import (
     Picture,
     Stroke,
@@ -20,34 +20,35 @@ from mixtral_jax.lab.pictures.style import (
 
 @in_style
 def draw_differences(results: Results, strokes: dict[str, Stroke]) -> Picture:
-    """Held-out loss less that of the reference with the same seed: over the run, and at its end."""
+    """Draws held-out loss minus that of the reference with the same seed.
+
+    One panel shows the difference over the run, the other its value at the end.
+    """
     figure, (course, end) = make_figure(2, max(3.9, 0.55 * len(results.arms)), width_ratios=(3, 2))
     name = results.ablation.reference
     _draw_course(course, results, strokes)
     _draw_intervals(end, results, strokes)
     add_legend(figure, course)
     words = (
-        f"Each run is compared with the run of {name} that has the same seed: the same rows in the "
-        "same order, and the "
-        "same parameters at the start where shapes allow. Left: the mean over seeds, the band from "
-        "the lowest to the "
-        "highest. Right: the end of the run; a dot is a seed, a bar the interval that holds the "
-        "true mean with 95% "
-        f"confidence (Student's t). {describe_losses(results)}"
+        f"Each run is compared with the run of {name} that has the same seed: both see the same "
+        "rows in the same order, and start from the same parameters where shapes allow. Left: the "
+        "mean over seeds, with a band from the lowest to the highest. Right: the end of the run. A "
+        "dot is a seed, the wide bar the 95% confidence interval of the mean (Student's t). "
+        f"{describe_losses(results)}"
     )
-    return Picture("Difference of loss", words, figure)
+    return Picture("Difference in loss", words, figure)
 
 
 @in_style
 def draw_trade_off(results: Results, strokes: dict[str, Stroke]) -> Picture:
-    """What an arm's evenness is worth in loss: a dot for each run."""
+    """Draws the final held-out loss of each run against its balance on held-out text."""
     figure, (panel,) = make_figure(1, 4.2)
     (unevenness,) = (
         measure for measure in MEASURES if measure.name == f"eval_{results.unevenness}"
     )
     for result in results.arms:
         stroke = strokes[result.arm.name]
-        dots = [(unevenness.of(record), record.last("eval/loss")) for record in result.done]
+        dots = [(unevenness.compute(record), record.last("eval/loss")) for record in result.done]
         dots = [(x, y) for x, y in dots if x is not None and y is not None]
         if dots:
             x_S, y_S = np.array(dots).T
@@ -60,18 +61,19 @@ def draw_trade_off(results: Results, strokes: dict[str, Stroke]) -> Picture:
                 label=result.arm.name,
                 alpha=0.9,
             )
-    said = "busiest expert / even share - 1; 0 = even"
-    said += ", 1 = total collapse: divided by E/k - 1" if results.unevenness == "collapse" else ""
-    panel.set_xlabel(f"maximum violation on held-out text ({said})")
-    panel.set_ylabel("held-out loss (nats a token)")
+    meaning = "load of the busiest expert / even share - 1; 0 = even"
+    if results.unevenness == "collapse":
+        meaning = "as a share of total collapse, E/k - 1; 0 = even"
+    panel.set_xlabel(f"maximum violation on held-out text ({meaning})")
+    panel.set_ylabel("held-out loss (nats per token)")
     panel.set_xlim(left=0)
     add_legend(figure, panel)
     words = (
-        "A dot is a run at its end. Left is even routing, down is a better model: what lies left "
-        "of and below another "
-        f"beats it in both. {_describe_best(results)}"
+        "A dot is a run at its end. Routing is more even to the left, and the model is better "
+        "further down, so a run that lies left of and below another is better in both. "
+        f"{_describe_best(results)}"
     )
-    return Picture("Evenness against loss", words, figure)
+    return Picture("Balance against loss", words, figure)
 
 
 def _tokens_scale(results: Results) -> tuple[float, str]:
@@ -80,7 +82,7 @@ def _tokens_scale(results: Results) -> tuple[float, str]:
 
 
 def _pair_seeds(result: ArmResult, reference: ArmResult) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each seed that both have: tokens at the evaluations, and the difference of their losses."""
+    """Returns tokens and differences in loss at the evaluations, for each seed that both have."""
     by_seed = {record.run.seed: record for record in reference.done}
     return [
         _pair(record, by_seed[record.run.seed])
@@ -91,9 +93,9 @@ def _pair_seeds(result: ArmResult, reference: ArmResult) -> list[tuple[np.ndarra
 
 def _pair(record: RunRecord, other: RunRecord) -> tuple[np.ndarray, np.ndarray]:
     numbers, losses = record.series("eval/loss")
-    losses_there = other.series("eval/loss")[1]
-    count = min(len(losses), len(losses_there))
-    return record.tokens()[numbers][:count], losses[:count] - losses_there[:count]
+    other_losses = other.series("eval/loss")[1]
+    count = min(len(losses), len(other_losses))
+    return record.tokens()[numbers][:count], losses[:count] - other_losses[:count]
 
 
 def _draw_course(course: Axes, results: Results, strokes: dict[str, Stroke]) -> None:
@@ -115,7 +117,7 @@ def _draw_course(course: Axes, results: Results, strokes: dict[str, Stroke]) -> 
         )
     course.axhline(0, color=strokes[name].colour, linewidth=1.2, label=f"{name} (reference)")
     course.set_xlabel(f"tokens seen{unit}")
-    course.set_ylabel(f"held-out loss less that of {name}\n(nats a token)")
+    course.set_ylabel(f"held-out loss minus that of {name}\n(nats per token)")
 
 
 def _draw_intervals(panel: Axes, results: Results, strokes: dict[str, Stroke]) -> None:
@@ -153,20 +155,21 @@ def _draw_intervals(panel: Axes, results: Results, strokes: dict[str, Stroke]) -
     panel.set_yticks(range(len(shown)), [result.arm.name for result in shown])
     panel.set_ylim(len(shown) - 0.4, -0.7)
     panel.grid(axis="y", visible=False)
-    panel.set_xlabel("difference at the end (nats a token)")
+    panel.xaxis.set_major_locator(MaxNLocator(4))
+    panel.set_xlabel("difference at the end (nats per token)")
 
 
 def _describe_best(results: Results) -> str:
-    named = [
-        (result.spreads["eval_loss"].mean, result.arm.name)
+    losses = {
+        result.arm.name: result.spreads["eval_loss"].mean for result in results.arms if result.done
+    }
+    measure = f"eval_{results.unevenness}"
+    violations = {
+        result.arm.name: result.spreads[measure].mean
         for result in results.arms
-        if result.done
-    ]
-    name = f"eval_{results.unevenness}"
-    even = [
-        (result.spreads[name].mean, result.arm.name)
-        for result in results.arms
-        if name in result.spreads
-    ]
-    said = f'The lowest mean loss is that of "{min(named)[1]}"'
-    return f'{said}, the most even routing that of "{min(even)[1]}".' if even else f"{said}."
+        if measure in result.spreads
+    }
+    text = f'"{min(losses, key=lambda name: losses[name])}" has the lowest mean loss'
+    if not violations:
+        return f"{text}."
+    return f'{text}, "{min(violations, key=lambda name: violations[name])}" the most even routing.'

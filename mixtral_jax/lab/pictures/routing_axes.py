@@ -1,6 +1,4 @@
-"""What pictures of routing have in common: axes of layers and of shares, chance, heat of shares and
-of ratios.
-"""
+"""Parts that pictures of routing share: axes of layers and shares, lines of chance, colour maps."""
 
 import math
 from collections.abc import Sequence
@@ -14,30 +12,31 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
-# From pale to dark, of one hue.
-HEAT = "Blues"
-# Of ratios, the largest that is told apart, and its inverse the smallest.
-_FARTHEST = 4.0
-CHANCE: dict[str, Any] = {"color": "#555555", "linestyle": "--", "linewidth": 1.5}
+SHARES_COLOUR_MAP = "Blues"
+RATIOS_COLOUR_MAP = "PuOr_r"
+# Larger ratios have the same colour as this one, and smaller ones than its inverse likewise.
+_MAX_RATIO = 4.0
+_MAX_LAYER_TICKS = 16
+CHANCE_STYLE: dict[str, Any] = {"color": "#555555", "linestyle": "--", "linewidth": 1.5}
 
 
 def mark_layers(axes: Axes, num_layers: int, *, vertical: bool = False) -> None:
-    """Whole numbers on the axis of the layers, which are counted from 0."""
-    shown = range(0, num_layers, math.ceil(num_layers / 16))
+    """Labels the axis of the layers with whole numbers from 0."""
+    shown = range(0, num_layers, math.ceil(num_layers / _MAX_LAYER_TICKS))
     axis = axes.yaxis if vertical else axes.xaxis
     axis.set_ticks(shown, labels=[str(layer) for layer in shown])
     axis.set_label_text("layer")
 
 
 def mark_shares(axes: Axes, label: str, *, top: float | None = None) -> None:
-    """Shares in percent, from 0, on the y axis."""
+    """Shows shares in percent, from 0, on the y axis."""
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     axes.set_ylim(0, top)
     axes.set_ylabel(label)
 
 
 def write_numbers(axes: Axes, values: np.ndarray, highest: float) -> None:
-    """Each share on its cell, so that it can be read, where dark is high."""
+    """Writes each share on its cell of a map, in white on dark cells."""
     for (row, column), value in np.ndenumerate(values):
         color = "white" if value > 0.6 * highest else "black"
         axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=color)
@@ -46,7 +45,7 @@ def write_numbers(axes: Axes, values: np.ndarray, highest: float) -> None:
 def add_scale(
     figure: Figure, image: ScalarMappable, axes: Axes | Sequence[Axes], label: str
 ) -> None:
-    """What the colours of an image mean, in percent."""
+    """Adds a colour bar in percent."""
     decimals = 0 if image.get_clim()[1] > 0.1 else 1
     bar = figure.colorbar(
         image, ax=axes, format=PercentFormatter(1.0, decimals), label=label, shrink=0.8
@@ -55,11 +54,9 @@ def add_scale(
 
 
 def draw_ratios(axes: Axes, values: np.ndarray, **settings: Any) -> None:
-    """A map of ratios to what was to be expected: white where as much, grey for NaN; all such maps
-    share one scale.
-    """
-    colors = mpl.colormaps["PuOr_r"].with_extremes(bad="#cccccc")
-    norm = LogNorm(1 / _FARTHEST, _FARTHEST)
+    """Draws a map of ratios on a scale that all such maps share: white is 1, grey is NaN."""
+    colors = mpl.colormaps[RATIOS_COLOUR_MAP].with_extremes(bad="#cccccc")
+    norm = LogNorm(1 / _MAX_RATIO, _MAX_RATIO)
     axes.imshow(
         np.maximum(values, 1e-9), cmap=colors, norm=norm, interpolation="nearest", **settings
     )
@@ -67,7 +64,7 @@ def draw_ratios(axes: Axes, values: np.ndarray, **settings: Any) -> None:
 
 
 def add_ratio_scale(figure: Figure, panels: Sequence[Axes], label: str) -> None:
-    """What the colours of `draw_ratios` mean, above all panels."""
+    """Adds the colour bar of `draw_ratios` above all panels."""
     image = panels[0].images[0]
     bar = figure.colorbar(
         image, ax=panels, location="top", shrink=0.4, aspect=40, extend="both", label=label
@@ -77,7 +74,7 @@ def add_ratio_scale(figure: Figure, panels: Sequence[Axes], label: str) -> None:
     bar.ax.set_xticklabels(["¼", "½", "1", "2", "4"])
 
 
-def draw_chance(axes: Axes, height: float, name: str, color: str = CHANCE["color"]) -> None:
-    """A dashed line at what it would be by chance, said in the legend."""
-    style: dict[str, Any] = {**CHANCE, "color": color}
+def draw_chance(axes: Axes, height: float, name: str, color: str = CHANCE_STYLE["color"]) -> None:
+    """Draws a dashed line at the value by chance, which the legend states."""
+    style: dict[str, Any] = {**CHANCE_STYLE, "color": color}
     axes.axhline(height, label=f"{name}: {height:.1%}", **style)

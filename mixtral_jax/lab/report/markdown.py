@@ -1,6 +1,4 @@
-"""The report as Markdown: it reads in a terminal and in a code review; pictures lie beside it as
-PNG.
-"""
+"""The report as Markdown, for terminals and code reviews; pictures are PNG files beside it."""
 
 from collections.abc import Sequence
 
@@ -12,14 +10,17 @@ from mixtral_jax.lab.report.table import make_columns
 
 
 def make_markdown(results: Results, pictures: Sequence[Picture]) -> str:
-    """The whole of report.md."""
+    """Returns the text of report.md."""
     columns = make_columns(results)
     plain = ("arm", "size", "speed")
     headings = [
         one.heading if one.group in plain else f"{one.group}: {one.heading}" for one in columns
     ]
     rows = [[column.cell(result) for column in columns] for result in results.arms]
-    lines = [f"# {results.ablation.question}", "", *describe_findings(results), "", "## Arms", ""]
+    lines = [f"# {results.ablation.question}", ""]
+    for paragraph in describe_findings(results):
+        lines += [paragraph, ""]
+    lines += ["## Arms", ""]
     lines += [_row(headings), _row(["---"] * len(headings)), *map(_row, rows), ""]
     for picture in pictures:
         lines += [
@@ -35,8 +36,8 @@ def make_markdown(results: Results, pictures: Sequence[Picture]) -> str:
     ]
     if unfinished:
         lines += ["## Failed and missing runs", "", *unfinished, ""]
-    lines += ["## Where this comes from", ""]
-    lines += [f"- {name}: {said}" for name, said in describe_provenance(results)]
+    lines += ["## Where these figures come from", ""]
+    lines += [f"- {name}: {text}" for name, text in describe_provenance(results)]
     return "\n".join(lines) + "\n"
 
 

@@ -1,23 +1,28 @@
-"""The table of an ablation as text: headings and cells, for a page or a file to lay out."""
+"""The headings and cells of the table of an ablation, for `page` and `markdown` to lay out."""
 
 import dataclasses
 from collections.abc import Callable
 
-from mixtral_jax.lab.ablation.findings import NOTHING, show_difference, show_spread
 from mixtral_jax.lab.ablation.results import ArmResult, Results
+from mixtral_jax.lab.ablation.spread import NOTHING, show_difference, show_spread
 
-_LOSS, _VIOLATION, _BALANCE = (
-    "held-out loss (nats/token)",
-    "maximum violation",
-    "balance, at the end of training",
-)
-# Groups of columns about who got which tokens; the others are about what was learnt.
+_LOSS = "held-out loss (nats/token)"
+_VIOLATION = "maximum violation"
+_BALANCE = "balance, at the end of training"
+# Groups of columns on routing. `page` shows them in a table of their own.
 ROUTING_GROUPS = (_VIOLATION, _BALANCE)
+# A column with this heading is laid out as text.
+CHANGED_KEYS = "changed keys"
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A heading, the heading above it that it shares with its neighbours, and a cell for each arm."""
+    """A column of the table.
+
+    Attributes:
+        group: a heading above those of neighbouring columns.
+        cell: returns the text of the cell of an arm.
+    """
 
     group: str
     heading: str
@@ -25,7 +30,7 @@ class Column:
 
 
 def make_columns(results: Results) -> list[Column]:
-    """Those of figures that at least one arm has."""
+    """Returns the columns of the table, without those in which no arm has a value."""
     reference, is_share = results.ablation.reference, results.unevenness == "collapse"
     columns = [
         Column(
@@ -33,11 +38,11 @@ def make_columns(results: Results) -> list[Column]:
             "name",
             lambda one: one.arm.name + (" (reference)" if one.arm.name == reference else ""),
         ),
-        Column("arm", "changed keys", show_changes),
+        Column("arm", CHANGED_KEYS, show_changes),
         Column("arm", "status", lambda one: one.status),
         Column("arm", "seeds done", lambda one: f"{len(one.done)} of {len(one.records)}"),
         Column("size", "parameters", lambda one: _show_count(one.fact("parameters_total"))),
-        Column("size", "active", lambda one: _show_count(one.fact("parameters_active"))),
+        Column("size", "active parameters", lambda one: _show_count(one.fact("parameters_active"))),
         Column(
             "size",
             "tokens",
@@ -46,15 +51,19 @@ def make_columns(results: Results) -> list[Column]:
         _spread(_LOSS, "mean ± sd", "eval_loss", 4),
         _difference(results, _LOSS, "eval_loss", 4),
         _spread(_VIOLATION, "training, mean ± sd", "max_violation", 2),
-        *([_spread(_VIOLATION, "of total collapse (E/k - 1)", "collapse", 2)] if is_share else []),
+        *(
+            [_spread(_VIOLATION, "share of total collapse (E/k - 1)", "collapse", 2)]
+            if is_share
+            else []
+        ),
         _difference(results, _VIOLATION, results.unevenness, 2),
-        _spread(_VIOLATION, "recent steps together", "running_max_violation", 2),
-        _spread(_VIOLATION, "held-out", "eval_max_violation", 2),
+        _spread(_VIOLATION, "running load", "running_max_violation", 2),
+        _spread(_VIOLATION, "held-out text", "eval_max_violation", 2),
         _spread(_BALANCE, "CV", "coefficient_of_variation", 2),
         _spread(_BALANCE, "load entropy", "load_entropy", 3),
         _spread(_BALANCE, "gate entropy", "gate_entropy", 3),
         Column(_BALANCE, "dropped", lambda one: _show_share(one, "dropped_fraction")),
-        _spread(_BALANCE, "dead experts (mean of layers)", "dead_experts", 1),
+        _spread(_BALANCE, "dead experts (mean over layers)", "dead_experts", 1),
         Column(_BALANCE, "device imbalance", lambda one: show_spread(one.device_imbalance, 2)),
         Column("speed", "tokens/s", lambda one: f"{one.speed.mean:,.0f}" if one.speed else NOTHING),
     ]
@@ -66,10 +75,9 @@ def make_columns(results: Results) -> list[Column]:
 
 
 def show_changes(result: ArmResult) -> str:
-    """As on a command line, but without --config."""
-    return (
-        ", ".join(f"{key}={value}" for key, value in result.arm.changes.items()) or "none: the base"
-    )
+    """Writes the changed keys of an arm as `key=value`."""
+    changes = [f"{key}={value}" for key, value in result.arm.changes.items()]
+    return ", ".join(changes) or "none (the base config)"
 
 
 def _spread(group: str, heading: str, name: str, digits: int) -> Column:
@@ -80,11 +88,9 @@ def _difference(results: Results, group: str, name: str, digits: int) -> Column:
     reference = results.ablation.reference
 
     def show(one: ArmResult) -> str:
-        return (
-            NOTHING
-            if one.arm.name == reference
-            else show_difference(one.differences.get(name), digits)
-        )
+        if one.arm.name == reference:
+            return NOTHING
+        return show_difference(one.differences.get(name), digits)
 
     return Column(group, f"difference to {reference} [95% interval]", show)
 

@@ -1,8 +1,7 @@
-"""Which experts tokens visit, counted on the devices: sums over real tokens, the same on every
-mesh.
+"""Counts on the devices which experts the tokens of a text choose.
 
-Each device counts its own rows in whole numbers, batch after batch; they are added up over devices
-once, at the end. What the counts mean is for `routing_analysis`.
+Only real tokens count, not padding. Each device counts its own rows in whole numbers, batch after
+batch; the devices are added up once, at the end. So the counts are the same on every mesh.
 """
 
 import dataclasses
@@ -22,34 +21,34 @@ from mixtral_jax.parallel.rules import AxisRules
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RouteCounts:
-    """Counts of real tokens, uint32. On devices, with a leading dimension of the devices that hold
-    rows.
+    """Counts of real tokens, uint32.
 
-    A token's first choice is the expert that its router puts first. `tokens_by_label` and
-    `chosen_by_label`: one of each for every labelling, of X labels and first of tokens without one.
+    On the devices, every array has a leading dimension of the devices that hold rows. The first
+    choice of a token is the expert that the router ranks first. A labelling of X - 1 labels has
+    counts of length X, which begin with the tokens that have no label.
     """
 
-    tokens: Any  # []
-    first_LE: Any  # tokens whose first choice it is
-    together_LEE: Any  # tokens that chose both; of one expert with itself, all that chose it
-    neighbours: Any  # [], pairs of a token and the next of its document
-    same_first_L: Any  # such pairs with the same first choice
-    any_shared_L: Any  # such pairs with an expert in common
-    tokens_V: Any
-    first_LVE: Any  # tokens of an id whose first choice it is
-    tokens_by_label: tuple[Any, ...]  # [X] each
-    chosen_by_label: tuple[Any, ...]  # [L, X, E] each
+    tokens: Any  # [], all tokens
+    first_LE: Any  # tokens whose first choice is the expert
+    together_LEE: Any  # tokens that chose both experts; on the diagonal, tokens that chose the one
+    neighbours: Any  # [], pairs of consecutive tokens of the same document
+    same_first_L: Any  # pairs of neighbours with the same first choice
+    any_shared_L: Any  # pairs of neighbours with an expert in common
+    tokens_V: Any  # tokens with the id
+    first_LVE: Any  # tokens with the id whose first choice is the expert
+    tokens_by_label: tuple[Any, ...]  # for each labelling, tokens with the label, [X]
+    chosen_by_label: tuple[Any, ...]  # for each labelling, tokens that chose the expert, [L, X, E]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OverlapCounts:
-    """How far two models agree about the same real tokens, uint32."""
+    """How far two models agree on the experts of the same real tokens, uint32."""
 
-    tokens: Any  # []
-    common_L: Any  # experts that both chose, summed over tokens
-    same_set_L: Any  # tokens of which all experts are the same
-    same_first_L: Any
+    tokens: Any  # [], all tokens
+    common_L: Any  # experts that both models chose, summed over tokens
+    same_set_L: Any  # tokens with the same set of experts
+    same_first_L: Any  # tokens with the same first choice
 
 
 CountsT = TypeVar("CountsT", RouteCounts, OverlapCounts)
@@ -62,8 +61,9 @@ def _route(model: Any, batch: Batch) -> jax.Array:
 
 
 def route(model: Any, batch: Batch, dtype: str) -> jax.Array:
-    """The experts of each token, best first, int32 [L, B, T, A], by a `Transformer` that computes
-    in `dtype`.
+    """Returns the experts of each token, best first, int32 [L, B, T, A].
+
+    `model` is a `Transformer` that computes in `dtype`; `batch` has a leading dimension of 1.
     """
     with jax.default_matmul_precision(matmul_precision(dtype)):
         return _route(model, batch)
@@ -77,12 +77,14 @@ def count_routes(
     num_labels: Sequence[int],
     rules: AxisRules,
 ) -> RouteCounts:
-    """Counts of all batches, over all devices, on this host; under `jax.set_mesh`.
+    """Counts the routes of all batches over all devices; the result is on this host.
+
+    `jax.set_mesh` must be in force.
 
     Args:
-        routed: of each batch, itself; a number from 0 for each token by each labelling,
-            [len(num_labels), B, T]; and what `route` gives for it.
-        num_labels: how many numbers each labelling has, 0 for none among them.
+        routed: for each batch: the batch; its label numbers by each labelling, [len(num_labels), B,
+            T]; and its experts from `route`.
+        num_labels: for each labelling, the number of label numbers, including 0 for no label.
     """
     count_rows = functools.partial(_count_rows, sizes=(num_experts, vocab_size, *num_labels))
 
@@ -96,14 +98,19 @@ def count_routes(
 
 
 def count_overlap(compared: Iterable[tuple[Batch, jax.Array, jax.Array]]) -> OverlapCounts:
-    """Over batches, each with the experts of its tokens by one model and by another; on this host."""
+    """Counts how far two models agree; the result is on this host.
+
+    Each item is a batch with the experts of its tokens by one model and by the other, as `route`
+    returns them.
+    """
     counts = (_overlap(batch.segment_ids, *both) for batch, *both in compared)
     return jax.tree.map(np.asarray, _add_up(counts))
 
 
 def _add_up(counts: Iterable[CountsT]) -> CountsT:
-    """The sum, of which the host is never more than a batch ahead: else batches would pile up
-    before the devices.
+    """Adds counts up.
+
+    The host waits for the sum before it makes the next batch, or batches would pile up in memory.
     """
 
     def add(total: CountsT, each: CountsT) -> CountsT:
@@ -149,7 +156,7 @@ def _count_rows(
     *,
     sizes: tuple[int, ...],
 ) -> RouteCounts:
-    """The counts of one device's rows, with the leading dimension of one."""
+    """Counts the rows of one device; every count gets a leading dimension of 1."""
     E, V, *num_labels = sizes
     is_real_BT = segment_ids_BT > 0
     is_pair_BT = is_real_BT[:, 1:] & (segment_ids_BT[:, 1:] == segment_ids_BT[:, :-1])
@@ -177,7 +184,7 @@ def _count_rows(
         }
 
     real_M = is_real_BT.reshape(-1).astype(jnp.uint32)
-    # One layer after another: [M, A, E] of all of them at once would be large.
+    # Layers are counted one after another, because [M, A, E] of all layers at once would be large.
     counts = RouteCounts(
         tokens=_count(is_real_BT),
         neighbours=_count(is_pair_BT),
@@ -196,11 +203,11 @@ def _count(is_so: jax.Array) -> jax.Array:
 
 
 def _count_together(chosen_ME: jax.Array) -> jax.Array:
-    # float32 holds every count of a device's batch, and every back end multiplies it.
+    # float32 is exact for the counts of one batch on one device, and all back ends multiply it.
     chosen_ME = chosen_ME.astype(jnp.float32)
     return jnp.einsum("me,mf->ef", chosen_ME, chosen_ME, precision="highest").astype(jnp.uint32)
 
 
 def _tabulate(ids_M: jax.Array, values: jax.Array, size: int) -> jax.Array:
-    """The sum of the values, [M, ...], of each id below `size`."""
+    """Sums the values, [M, ...], of each id; returns [size, ...]."""
     return jnp.zeros((size, *values.shape[1:]), values.dtype).at[ids_M].add(values)

@@ -1,5 +1,6 @@
-"""Which experts are for what: for kinds of text, and for single tokens (OLMoE, arXiv 2409.02060,
-sections 5.3, 5.4).
+"""Measures which experts specialize in which kinds of text and in which token ids.
+
+The figures follow OLMoE (arXiv 2409.02060), sections 5.3 and 5.4.
 """
 
 import dataclasses
@@ -9,15 +10,22 @@ import numpy as np
 
 from mixtral_jax.lab.routing.counts import RouteCounts
 
-# Ids with fewer tokens are left out: their largest share would be large by chance.
-FEWEST_TOKENS = 24
-_NUM_TOP = 8
+# Token ids with fewer tokens are left out, because their largest share would be large by chance.
+MIN_TOKENS_PER_ID = 24
+_NUM_TOP_TOKENS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelShares:
-    """Of the tokens of each of X names, the share that chose each expert; `uniform`, k / E, if the
-    name did not matter and loads were even. `of_all_LE`: the share of all tokens that have a name.
+    """Which experts the tokens of each label chose, for one labelling with X labels.
+
+    Attributes:
+        title: what the labels tell apart, such as `file type`.
+        names: the names of the labels, [X].
+        tokens_X: number of tokens with each label.
+        share_LXE: of the tokens with a label, the share that chose each expert.
+        of_all_LE: of all tokens with any label, the share that chose each expert.
+        uniform: `share_LXE` if labels did not matter and loads were even, k / E.
     """
 
     title: str
@@ -30,8 +38,12 @@ class LabelShares:
 
 @dataclasses.dataclass(frozen=True)
 class TopToken:
-    """A token that an expert sees much of: its text, how many there were, and the share of which it
-    is first choice.
+    """A token id that often has an expert as its first choice.
+
+    Attributes:
+        piece: the text of the id.
+        tokens: number of tokens with this id.
+        share: the share of them whose first choice is the expert.
     """
 
     piece: str
@@ -41,14 +53,15 @@ class TopToken:
 
 @dataclasses.dataclass(frozen=True)
 class VocabularyShares:
-    """How far a token's id decides its first choice, over ids of at least `fewest_tokens` tokens.
+    """How far the id of a token decides its first choice.
 
     Attributes:
-        share_L: of the tokens of an id, the share with that id's most frequent first choice; the
-            mean over ids.
-        chance_L: the same, if first choices were as frequent as here and drawn without a look at
-            the id.
-        top_tokens: of each layer and expert, the ids of which it takes the largest shares.
+        num_ids: number of ids that have at least `fewest_tokens` tokens; only these count.
+        share_L: of the tokens of an id, the share with that id's most frequent first choice,
+            averaged over ids.
+        chance_L: `share_L` if first choices were as frequent as measured, but drawn without regard
+            to the id.
+        top_tokens: for each layer and expert, the ids that have it as first choice most often.
     """
 
     num_ids: int
@@ -61,21 +74,22 @@ class VocabularyShares:
 def find_label_shares(
     counts: RouteCounts, names: Mapping[str, Sequence[str]], k: int
 ) -> tuple[LabelShares, ...]:
-    """Of each labelling whose names at least two have tokens; those without any are left out."""
+    """Computes the shares of each labelling that has tokens with at least two of its labels.
+
+    Labels without tokens are left out. `names` maps the title of each labelling to its labels.
+    """
     found = []
     for (title, all_names), tokens_X, chosen_LXE in zip(
         names.items(), counts.tokens_by_label, counts.chosen_by_label, strict=True
     ):
-        (there,) = np.nonzero(tokens_X[1:])
-        if len(there) > 1:
-            tokens_X, chosen_LXE = (
-                tokens_X[1 + there].astype(np.int64),
-                chosen_LXE[:, 1 + there].astype(np.int64),
-            )
+        (present,) = np.nonzero(tokens_X[1:])
+        if len(present) > 1:
+            tokens_X = tokens_X[1 + present].astype(np.int64)
+            chosen_LXE = chosen_LXE[:, 1 + present].astype(np.int64)
             found.append(
                 LabelShares(
                     title=title,
-                    names=tuple(all_names[number] for number in there.tolist()),
+                    names=tuple(all_names[number] for number in present.tolist()),
                     tokens_X=tokens_X,
                     share_LXE=chosen_LXE / tokens_X[None, :, None],
                     of_all_LE=chosen_LXE.sum(axis=1) / tokens_X.sum(),
@@ -86,13 +100,13 @@ def find_label_shares(
 
 
 def find_vocabulary_shares(counts: RouteCounts, pieces: Sequence[str]) -> VocabularyShares:
-    """Of all ids that there are enough of; `pieces` are their texts."""
-    (ids,) = np.nonzero(counts.tokens_V >= FEWEST_TOKENS)
+    """Computes how far ids decide first choices; `pieces` are the texts of all ids."""
+    (ids,) = np.nonzero(counts.tokens_V >= MIN_TOKENS_PER_ID)
     tokens_I = counts.tokens_V[ids].astype(np.int64)
     share_LIE = counts.first_LVE[:, ids] / tokens_I[None, :, None]
     first_LE = counts.first_LE / np.maximum(counts.tokens, 1)
-    # Of few draws the largest share is more than its mean: drawn rather than computed, always with
-    # the same seed.
+    # The largest share of a few draws is larger than that of many, so the value by chance is found
+    # by drawing, always with the same seed.
     draws_LIE = np.stack(
         [
             np.random.default_rng(0).multinomial(tokens_I, first_E)
@@ -101,7 +115,7 @@ def find_vocabulary_shares(counts: RouteCounts, pieces: Sequence[str]) -> Vocabu
     )
     return VocabularyShares(
         num_ids=len(ids),
-        fewest_tokens=FEWEST_TOKENS,
+        fewest_tokens=MIN_TOKENS_PER_ID,
         share_L=_mean_of_largest(share_LIE),
         chance_L=_mean_of_largest(draws_LIE / tokens_I[None, :, None]),
         top_tokens=tuple(
@@ -123,10 +137,10 @@ def _mean_of_largest(share_LIE: np.ndarray) -> np.ndarray:
 def _find_top(
     share_IE: np.ndarray, tokens_I: np.ndarray, pieces: list[str]
 ) -> tuple[tuple[TopToken, ...], ...]:
-    """For each expert; among equal shares, the more frequent first."""
+    """Returns the top ids of each expert; among equal shares, the more frequent id comes first."""
 
     def find(share_I: np.ndarray) -> tuple[TopToken, ...]:
-        order: list[int] = np.lexsort((-tokens_I, -share_I))[:_NUM_TOP].tolist()
+        order: list[int] = np.lexsort((-tokens_I, -share_I))[:_NUM_TOP_TOKENS].tolist()
         return tuple(
             TopToken(pieces[i], int(tokens_I[i]), float(share_I[i]))
             for i in order

@@ -1,8 +1,8 @@
-"""What an ablation file says: a question, a base config, arms that each change some keys of it,
-seeds, tokens.
+"""What an ablation is: a question, a base config, arms that change some of its keys, and seeds.
 
-All of it is checked here, before anything runs. Running is for `cli`, reading what was written for
-`records`.
+`read_ablation` takes the dict of an ablation file apart, `plan_ablation` builds and checks the
+config of every arm before anything runs. `mixtral_jax.runs` trains the arms; `records` reads what
+the runs have written.
 """
 
 import dataclasses
@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 
 from mixtral_jax.config import Config, ConfigError, build, require, set_key
 
-# The same in every arm: they see the same rows, learn by the same schedule and are judged at the
-# same steps; and a process computes in one precision, on the devices that it started with.
+# Keys that no arm may change. All arms see the same rows, follow the same learning rate schedule
+# and are evaluated at the same steps, or their losses could not be compared. A process cannot
+# change its precision or its devices after it has started.
 FIXED_KEYS = (
     "data",
     "finetune",
@@ -38,19 +39,24 @@ FIXED_KEYS = (
     "train.log_every",
 )
 
-_FIELDS = ("question", "base", "arms", "reference", "seeds", "tokens")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
+_REQUIRED_ENTRIES = ("question", "base", "arms", "reference")
+_ENTRIES = (*_REQUIRED_ENTRIES, "seeds", "tokens")
+_DEFAULT_SEEDS = (0, 1, 2)
+_ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 
 
 @dataclasses.dataclass(frozen=True)
 class AblationFile:
-    """What the file says, taken apart but not yet checked; the command line may still change it.
+    """The entries of an ablation file, before the command line changes them and they are checked.
 
     Attributes:
-        base: sections of a config. Where it has no `train.num_steps`, `tokens` gives the length of
-            the runs.
-        arms: name -> changed keys, dotted, with their values.
-        reference: the arm that the others are compared with.
+        question: the heading of the report.
+        base: sections of a config. If it has no `train.num_steps`, `tokens` sets the number of
+            steps.
+        arms: name of the arm -> dotted keys that it changes -> their new values.
+        reference: name of the arm that the others are compared with.
+        seeds: every arm is trained once per seed.
+        tokens: number of training tokens per run, or None.
     """
 
     question: str
@@ -63,7 +69,7 @@ class AblationFile:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One setting that is tried; `config` is that of its runs but for the seed."""
+    """One variant of the base config. `config` is the config of its runs, apart from the seed."""
 
     name: str
     changes: Mapping[str, Any]
@@ -72,31 +78,31 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class ArmRun:
-    """An arm with one seed: what is trained."""
+    """One training run: an arm with one seed."""
 
     arm: Arm
     seed: int
 
     @property
     def name(self) -> str:
-        """As in its folder, and on the command line."""
+        """`ARM/seed-N`, as in the path of its folder and in the flag `--arm`."""
         return f"{self.arm.name}/seed-{self.seed}"
 
     @property
     def config(self) -> Config:
-        """Everything about the run."""
+        """The full config of this run: that of the arm, with the seed."""
         return dataclasses.replace(
             self.arm.config, train=dataclasses.replace(self.arm.config.train, seed=self.seed)
         )
 
     def folder(self, workdir: Path) -> Path:
-        """The run's own workdir, in that of the ablation."""
+        """The workdir of this run, inside the workdir of the ablation."""
         return workdir / "arms" / self.name
 
 
 @dataclasses.dataclass(frozen=True)
 class Ablation:
-    """A question, and the runs that shall answer it."""
+    """A question with the arms and seeds that are trained to answer it; everything is checked."""
 
     question: str
     arms: tuple[Arm, ...]
@@ -105,15 +111,17 @@ class Ablation:
 
     @property
     def runs(self) -> list[ArmRun]:
-        """All of them, seed after seed: whenever they are stopped, what there is can be compared."""
+        """All runs, seed after seed, so that a stopped ablation has all arms of its first seeds."""
         return [ArmRun(arm, seed) for seed in self.seeds for arm in self.arms]
 
     def select(self, names: Sequence[str]) -> list[ArmRun]:
-        """The runs that `names` name, in their order: an arm, `ARM/seed-N`, or the number of a run
-        from 0.
+        """Returns the runs that match any of `names`, in the order of `runs`.
+
+        Args:
+            names: each is the name of an arm, `ARM/seed-N`, or the number of a run, from 0.
 
         Raises:
-            ConfigError: a name is none of these.
+            ConfigError: a name matches no run.
         """
         runs = self.runs
         chosen = set()
@@ -126,71 +134,73 @@ class Ablation:
             arms = ", ".join(arm.name for arm in self.arms)
             require(
                 found,
-                f"--arm={name} is no arm ({arms}), no run (as {runs[0].name}) and no number below "
-                f"{len(runs)}",
+                f"--arm={name} is not the name of an arm ({arms}), not a run such as "
+                f"{runs[0].name}, and not a number below {len(runs)}",
             )
             chosen.update(found)
         return [run for number, run in enumerate(runs) if number in chosen]
 
 
 def read_ablation(returned: Any) -> AblationFile:
-    """Takes apart what `get_config()` of an ablation file returned: a dict, in which `base` may be
-    a ConfigDict.
+    """Takes apart the dict that `get_config()` of an ablation file returned.
+
+    `base` may be a ConfigDict. If the file has `tokens`, the number of steps that `base` inherited
+    from its parent config is dropped.
 
     Raises:
-        ConfigError: an entry is missing, unknown, or of another kind.
+        ConfigError: an entry is missing, unknown, or has the wrong type.
     """
-    said = _to_dict(returned)
-    require(isinstance(said, dict), "get_config() of an ablation must return a dict")
-    unknown = [name for name in said if name not in _FIELDS]
+    entries = _to_dict(returned)
+    require(isinstance(entries, dict), "get_config() of an ablation must return a dict")
+    unknown = [name for name in entries if name not in _ENTRIES]
     require(
-        not unknown, f"unknown entry {', '.join(unknown)}; an ablation has {', '.join(_FIELDS)}"
+        not unknown, f"unknown entry {', '.join(unknown)}; an ablation has {', '.join(_ENTRIES)}"
     )
-    missing = [name for name in ("question", "base", "arms", "reference") if name not in said]
-    require(not missing, f"an ablation lacks {', '.join(missing)}; it has {', '.join(_FIELDS)}")
+    missing = [name for name in _REQUIRED_ENTRIES if name not in entries]
+    require(not missing, f"an ablation lacks {', '.join(missing)}; it has {', '.join(_ENTRIES)}")
     for name in ("base", "arms"):
         require(
-            isinstance(said[name], dict) and said[name],
-            f"{name} of an ablation must be a dict, not empty",
+            isinstance(entries[name], dict) and entries[name],
+            f"{name} of an ablation must be a dict that is not empty",
         )
-    tokens = said.get("tokens")
+    tokens = entries.get("tokens")
     require(
         tokens is None or (type(tokens) is int and tokens > 0),
         f"tokens={tokens!r} must be a whole number over 0",
     )
-    base = said["base"]
+    base = entries["base"]
     if tokens is not None and isinstance(base.get("train"), dict):
-        base["train"].pop("num_steps", None)  # Of the parent that the base was made from.
-    for name, changes in said["arms"].items():
+        base["train"].pop("num_steps", None)
+    for name, changes in entries["arms"].items():
         require(isinstance(changes, dict), f"arm {name} must be a dict from changed keys to values")
     return AblationFile(
-        said["question"],
-        base,
-        said["arms"],
-        said["reference"],
-        said.get("seeds", (0, 1, 2)),
-        tokens,
+        question=entries["question"],
+        base=base,
+        arms=entries["arms"],
+        reference=entries["reference"],
+        seeds=entries.get("seeds", _DEFAULT_SEEDS),
+        tokens=tokens,
     )
 
 
 def plan_ablation(file: AblationFile) -> Ablation:
-    """Builds the config of every arm.
+    """Builds the config of every arm and checks the whole ablation.
 
     Raises:
-        ConfigError: names the arm, the key and the rule.
+        ConfigError: something is wrong. The message names the arm, the key and the rule.
     """
     require(
         isinstance(file.question, str) and file.question.strip(),
-        "question must say what shall be found out",
+        f"question={file.question!r} must be the text of a question",
     )
     seeds = tuple(file.seeds)
     require(
         seeds
         and len(set(seeds)) == len(seeds)
         and all(type(seed) is int and seed >= 0 for seed in seeds),
-        f"seeds={seeds} must be different whole numbers, at least one",
+        f"seeds={seeds} must be different whole numbers from 0, at least one",
     )
-    base = _with_length(file)
+    base = _set_num_steps(file)
     arms = tuple(_build_arm(name, changes, base) for name, changes in file.arms.items())
     names = [arm.name for arm in arms]
     require(
@@ -201,13 +211,13 @@ def plan_ablation(file: AblationFile) -> Ablation:
         same = next((other for other in arms[:number] if other.config == arm.config), None)
         require(
             same is None,
-            f"arm {arm.name} is the same config as arm {same and same.name}: change a key of it",
+            f"arm {arm.name} has the same config as arm {same and same.name}: change a key of it",
         )
     return Ablation(file.question.strip(), arms, file.reference, seeds)
 
 
-def _with_length(file: AblationFile) -> dict[str, Any]:
-    """The base, with as many steps as it takes to see the tokens."""
+def _set_num_steps(file: AblationFile) -> dict[str, Any]:
+    """Returns the base config with the number of steps that `tokens` needs, if it has none."""
     train = file.base.get("train", {})
     if file.tokens is None or "num_steps" in train:
         return file.base
@@ -216,17 +226,19 @@ def _with_length(file: AblationFile) -> dict[str, Any]:
     except (KeyError, ValueError):
         per_step = 0
     require(
-        per_step > 0, "tokens needs train.batch_size and train.sequence_length in the base, over 0"
+        per_step > 0,
+        f"tokens={file.tokens} needs train.batch_size and train.sequence_length over 0: set both "
+        "in base",
     )
     return {**file.base, "train": {**train, "num_steps": math.ceil(file.tokens / per_step)}}
 
 
 def _build_arm(name: str, changes: Mapping[str, Any], base: Mapping[str, Any]) -> Arm:
     require(
-        _NAME.fullmatch(name) and not name.isdecimal(),
-        f"arm {name!r}: a name is of letters, digits and . _ + = -, and no number, as in top-2: it "
-        "names a folder, and "
-        "numbers are those of runs",
+        _ARM_NAME.fullmatch(name) and not name.isdecimal(),
+        f"arm {name!r}: a name has letters, digits and . _ + = -, begins with a letter or digit, "
+        "and is not a number, because it names a folder and numbers select runs: use a name such "
+        "as top-2",
     )
     config = _to_dict(base)
     try:
@@ -235,17 +247,18 @@ def _build_arm(name: str, changes: Mapping[str, Any], base: Mapping[str, Any]) -
             require(
                 not is_fixed,
                 f"{key} must be the same in all arms, or their losses could not be compared: set "
-                "it in base",
+                "it in base instead",
             )
             set_key(config, key, value)
         upcycle = config.get("upcycle")
         if isinstance(upcycle, dict) and not (upcycle.get("base") or upcycle.get("method")):
-            del config[
-                "upcycle"
-            ]  # The base says how arms upcycle that have a method; this one has none.
+            # The section of the base is for arms that set a method. This one sets none, so it does
+            # not upcycle.
+            del config["upcycle"]
         built = build(Config, config)
         require(
-            built.finetune is None, "it has a section finetune: ablations pretrain, leave it out"
+            built.finetune is None,
+            "the section finetune must be left out: ablations only pretrain",
         )
         return Arm(name, dict(changes), built)
     except ConfigError as error:
@@ -253,6 +266,6 @@ def _build_arm(name: str, changes: Mapping[str, Any], base: Mapping[str, Any]) -
 
 
 def _to_dict(value: Any) -> Any:
-    """A copy in plain dicts."""
+    """Copies nested mappings into plain dicts."""
     is_mapping = isinstance(value, Mapping | ConfigDict)
     return {key: _to_dict(inner) for key, inner in value.items()} if is_mapping else value
