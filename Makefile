@@ -2,6 +2,10 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+# A file's tests share a worker, and with it what they compile; files start in the order of
+# tests/conftest.py. The slowest tests are named at the end.
+PYTEST_FLAGS = --ignore=tests/parity --ignore=tests/eval --ignore=tests/tpu -n $(WORKERS) \
+  --dist loadscope --no-loadscope-reorder --durations=15
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -27,11 +31,11 @@ train: install
 	$(BIN)/python train.py
 
 test: install
-	$(BIN)/python -m pytest --ignore=tests/parity --ignore=tests/eval --ignore=tests/tpu -n $(WORKERS) --dist loadscope
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 # The whole products of settings too.
 test-all: install
-	$(BIN)/python -m pytest --ignore=tests/parity --ignore=tests/eval --ignore=tests/tpu -n $(WORKERS) --dist loadscope -m ''
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m ''
 
 test-parity: $(PARITY_VENV)/.installed
 	$(PARITY_VENV)/bin/python -m pytest tests/parity

@@ -1,4 +1,4 @@
-"""Mixtral as loops over sequences, tokens and experts, in numpy: slow, and small enough to believe."""
+"""Mixtral in numpy, as loops over sequences, tokens and experts: slow, but easy to check by eye."""
 
 import math
 from fractions import Fraction

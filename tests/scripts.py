@@ -47,14 +47,11 @@ def write_chats(folder: Path) -> Path:
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
-    """That of a run whose caches lie in `folder`; every start there shares one set of executables."""
+    """The environment of a run whose caches of data lie in `folder`.
+
+    XLA_FLAGS and the cache of compiled programs are those of the tests (see conftest.py).
+    """
     variables = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
-    # Compiling is most of the time of a run this short; XLA_FLAGS stay those of the tests, which
-    # make it shorter.
-    variables |= {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
     return variables | more
 
 
@@ -65,7 +62,7 @@ def start(
     place: Path | None = None,
     **variables: str,
 ) -> subprocess.Popen:
-    """Starts a run of the small model in the folder `place`; what it prints is kept for `finish`."""
+    """Starts a run of the small model in the folder `place`; `finish` returns what it prints."""
     command = [
         sys.executable,
         *program,

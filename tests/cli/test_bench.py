@@ -1,36 +1,65 @@
-"""The bench verb, on a model small enough to compile in seconds."""
+"""The bench verb, on a model small enough to compile in seconds and with a clock of its own."""
 
+import itertools
 import json
-import subprocess
-import sys
-from pathlib import Path
+import types
 
-ROOT = Path(__file__).parents[2]
+import pytest
+
+from mixtral_jax.bench import step
+from mixtral_jax.cli import bench
+
+ROWS, LENGTH, D, F, V = 16, 32, 64, 256, 2048
+NUM_LAYERS, NUM_EXPERTS, HEADS, KV_HEADS, HEAD_DIM = 1, 8, 4, 2, 32
+FLAGS = [f"--config.model.num_layers={NUM_LAYERS}", f"--config.model.hidden_size={D}"]
+FLAGS += [f"--config.train.sequence_length={LENGTH}", f"--config.train.batch_size={ROWS}"]
 
 
-def test_bench_prints_one_json_line_with_its_figures():
-    flags = [
-        "--config.model.num_layers=1",
-        "--config.model.hidden_size=64",
-        "--config.train.sequence_length=32",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "mixtral_jax",
-        "bench",
-        f"--config={ROOT / 'configs/pretrain/tiny.py'}",
-        "--json",
-    ]
-    done = subprocess.run(command + flags, capture_output=True, text=True, timeout=300, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
-    assert set(figures) >= {
-        "tokens_per_second",
-        "step_seconds_median",
-        "model_flops_per_step",
-        "ceiling_flops_per_second",
-        "utilization",
-        "peak_memory_bytes",
+def clock_of(*seconds):
+    """A stand-in for `time`: what is timed first takes the first of `seconds`, and so on."""
+    ticks = itertools.accumulate(
+        itertools.chain.from_iterable((1000.0, taken) for taken in seconds)
+    )
+    return types.SimpleNamespace(perf_counter=lambda: next(ticks))
+
+
+def test_bench_prints_one_json_line_whose_figures_are_those_of_the_clock(monkeypatch, capsys):
+    matmul, warmup, steps = 2.0, [50.0, 20.0], [0.5, 0.25, 0.5, 0.5, 9.0, 0.5, 0.5, 0.5]
+    monkeypatch.setattr(step, "time", clock_of(matmul, *warmup, *steps))
+    assert bench.main([*FLAGS, "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    figures = json.loads(line)
+    assert figures["step_seconds_median"] == 0.5
+    assert figures["tokens_per_second"] == ROWS * LENGTH / 0.5
+
+    attention = 2 * D * HEADS * HEAD_DIM + 2 * D * KV_HEADS * HEAD_DIM
+    outside = D * NUM_EXPERTS + attention + 2 * D  # The router, and a scale for each of two norms.
+    layer, expert = NUM_LAYERS * outside, NUM_LAYERS * 3 * D * F
+    active = layer + 2 * expert + D + V * D  # With the last norm and the unembedding.
+    scores = NUM_LAYERS * HEADS * HEAD_DIM * LENGTH
+    flops = 6 * (active + scores) * ROWS * LENGTH
+    assert figures["model_flops_per_step"] == flops
+    pair = 4 * 2048 * D * F  # Up and down again, for 2048 rows.
+    ceiling = pair * int(2e10 / (pair / 2)) / matmul
+    assert figures["ceiling_flops_per_second"] == pytest.approx(ceiling)
+    assert figures["utilization"] == pytest.approx(flops / 0.5 / ceiling)
+
+    # A device holds an expert, and parameters with two moments and a gradient in float32; a whole
+    # copy of the model on each would be more than all that a step needs.
+    least = 3 * 4 * expert
+    whole = 4 * 4 * (layer + NUM_EXPERTS * expert + 2 * V * D)
+    logits = 4 * ROWS // 8 * LENGTH * V
+    assert least < figures["peak_memory_bytes"] < whole + 4 * logits
+
+
+def test_the_line_for_people_has_the_same_figures():
+    figures = {
+        "tokens_per_second": 12345.6,
+        "step_seconds_median": 0.1234,
+        "model_flops_per_step": 1e9,
+        "ceiling_flops_per_second": 45.6e9,
+        "utilization": 0.178,
+        "peak_memory_bytes": 3 * 2**20,
     }
-    assert figures["utilization"] > 0
+    expected = "12,346 tokens/s, 0.123 s a step, 18% of a dense matmul's 46 GFLOP/s, 3 MiB a device"
+    assert step.describe_step(figures) == expected

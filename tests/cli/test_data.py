@@ -1,4 +1,4 @@
-"""`data inspect` and `data validate`: every row, in order, by name; with the golden conversations."""
+"""`data inspect` and `data validate`: every row by name and in order, and golden conversations."""
 
 import json
 import time

@@ -1,52 +1,91 @@
 """The doctor verb, and each of its checks on a machine that is wrong in one thing."""
 
+import io
 import json
+import os
+import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import jax
 import pytest
 
+from mixtral_jax.cli.doctor import show
+from mixtral_jax.cli.flags import parse_run_flags
 from mixtral_jax.config import ConfigError
 from mixtral_jax.parallel.agreement import introduce
 from mixtral_jax.parallel.coordinator import Scheduler
+from mixtral_jax.parallel.mesh import MESH_AXES
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs import checkup
+from mixtral_jax.runs.examine import examine
 from mixtral_jax.runs.workdir import open_workdir
 from tests.cases import mesh_of, small_config
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
+# The model of configs/pretrain/tiny.py: 4 layers of hidden size 128, 8 experts, 2048 tokens.
+LAYERS, D, F, V, EXPERTS = 4, 128, 256, 2048, 8
+ATTENTION = 2 * D * 4 * 32 + 2 * D * 2 * 32  # 4 query heads and 2 of keys and values, of 32 each.
+EXPERT_PARAMETERS = LAYERS * EXPERTS * 3 * D * F
+NORMS = LAYERS * 2 * D + D
+ROUTERS = LAYERS * D * EXPERTS
+PARAMETERS = EXPERT_PARAMETERS + LAYERS * ATTENTION + ROUTERS + NORMS + 2 * V * D
 
 
 def doctor(*flags):
-    command = [
-        sys.executable,
-        "-m",
-        "mixtral_jax",
-        "doctor",
-        f"--config={ROOT / 'configs/pretrain/tiny.py'}",
-        *flags,
-    ]
+    command = [sys.executable, "-m", "mixtral_jax", "doctor", *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
 
 
-def test_doctor_finds_nothing_wrong_with_the_default_run(tmp_path):
-    done = doctor(f"--workdir={tmp_path / 'run'}")
-    assert done.returncode == 0, done.stderr
+def test_doctor_finds_nothing_wrong_with_the_default_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(checkup, "time_sum", lambda mesh: 0.0125)
+    workdir = tmp_path / "run"
+    flags = parse_run_flags([], description="", default_config="pretrain/tiny.py")
+    report = examine(flags.config, workdir, Processes())
+    assert report["problems"] == []
+    (process,) = report["processes"]
+    assert (process["pid"], process["num_devices"], process["platform"]) == (os.getpid(), 8, "cpu")
+    assert process["workdir"] == str(workdir)
+    assert report["mesh"] == {axis: 8 if axis == "expert" else 1 for axis in MESH_AXES}
+    assert report["experts"] == [f"expert {number} on device {number}" for number in range(8)]
+    assert report["parameters"] == PARAMETERS
+    # Parameters and two moments in float32; what counts steps and load is below a kilobyte.
+    assert 0 <= report["checkpoint_bytes"] - 3 * 4 * PARAMETERS < 1024
+    # Norms and routers are on every device; all else is cut over the eight.
+    here = NORMS + ROUTERS + V * D + (PARAMETERS - NORMS - ROUTERS - V * D) // 8
+    assert 0 <= report["state_bytes_per_device"] - 3 * 4 * here < 1024
+    assert report["free_bytes"] == pytest.approx(shutil.disk_usage(tmp_path).free, abs=GIB)
+    assert report["versions"]["jax"] == jax.__version__
+    assert report["cache"] == str(tmp_path / "cache" / "mixtral_jax")
+    assert {name: choice["name"] for name, choice in report["kernels"].items()} == {
+        "attention": "xla",
+        "matmul": "blocks",
+        "transport": "all_gather",
+    }
+
+    shown = io.StringIO()
+    show(report, shown)
+    lines = shown.getvalue()
     for words in (
         "8 x cpu",
         "expert=8",
         "expert 7 on device 7",
-        "jax 0.",
+        f"jax {jax.__version__}",
         "blocks (",
         "all_gather (",
-        "free",
-        "a checkpoint takes",
+        f"parameters  {PARAMETERS:,}; with the optimizer's state "
+        f"{report['state_bytes_per_device'] / 2**20:.2f} MiB a device",
+        "a sum over them takes 12.5 ms",
+        "GiB free",
+        f"a checkpoint takes {report['checkpoint_bytes'] / 2**20:.2f} MiB",
         "no problem found",
     ):
-        assert words in done.stdout
-    assert not (tmp_path / "run").exists()
+        assert words in lines, words
+    assert not workdir.exists()
 
 
 def test_doctor_lists_every_problem_with_its_fix(tmp_path):
@@ -163,5 +202,13 @@ def test_an_unwritable_cache_is_a_problem(tmp_path, monkeypatch):
     assert "XDG_CACHE_HOME" in problem.fix
 
 
-def test_a_sum_over_all_devices_is_timed():
-    assert checkup.time_sum(mesh_of(data=2, expert=4)) > 0
+def test_a_sum_over_all_devices_is_timed(monkeypatch):
+    ticks = iter([10.0, 10.25])
+    monkeypatch.setattr(checkup, "time", types.SimpleNamespace(monotonic=lambda: next(ticks)))
+    assert checkup.time_sum(mesh_of(data=2, expert=4)) == 0.25
+
+
+def test_devices_that_add_up_wrongly_are_noticed(monkeypatch):
+    monkeypatch.setattr(jax.numpy, "sum", lambda numbers: numbers.max())
+    with pytest.raises(AssertionError):
+        checkup.time_sum(mesh_of(data=2, expert=4))

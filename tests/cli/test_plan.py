@@ -66,18 +66,18 @@ def test_without_libtpu_the_command_that_installs_it_is_named(
     assert len(target.devices) == 8
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    small = [
-        "--config.model.num_layers=1",
-        "--config.model.hidden_size=64",
-        "--config.train.sequence_length=32",
-    ]
-    command = [sys.executable, "-m", "mixtral_jax", "plan", TINY, *small, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+SMALL = [
+    TINY,
+    "--config.model.num_layers=1",
+    "--config.model.hidden_size=64",
+    "--config.train.sequence_length=32",
+]
 
 
 def test_json_is_alone_on_standard_output() -> None:
-    done = run("--topology=h100:16", "--json")
+    """In a process of its own, which has sixteen virtual devices."""
+    command = [sys.executable, "-m", "mixtral_jax", "plan", *SMALL, "--topology=h100:16", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert (figures["topology"], figures["num_devices"], figures["is_estimate"]) == (
@@ -88,16 +88,16 @@ def test_json_is_alone_on_standard_output() -> None:
     assert figures["mesh"]["expert"] * figures["mesh"]["data"] == 16
 
 
-def test_an_estimate_says_so() -> None:
-    done = run("--topology=h200:2")
-    assert done.returncode == 0, done.stderr
-    assert "an estimate: compiled on virtual CPU devices, not for h200" in done.stdout
-    assert "fits" in done.stdout
+def test_an_estimate_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main([*SMALL, "--topology=h200:8"]) == 0
+    shown = capsys.readouterr().out
+    assert "an estimate: compiled on virtual CPU devices, not for h200" in shown
+    assert "fits" in shown
 
 
-def test_a_mesh_that_does_not_fill_it_exits_2_with_one_line() -> None:
-    done = run("--topology=h100:16", "--config.mesh.expert=4", "--config.mesh.data=1")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.strip().count("\n") == 0
-    assert "meshes that fit: " in done.stderr
+def test_a_mesh_that_does_not_fill_it_is_refused_with_those_that_would() -> None:
+    mesh = ["--config.mesh.expert=4", "--config.mesh.data=1"]
+    with pytest.raises(ConfigError) as error:
+        plan.main([*SMALL, "--topology=h100:8", *mesh])
+    assert "\n" not in str(error.value)
+    assert "meshes that fit: " in str(error.value)

@@ -96,7 +96,10 @@ def test_what_is_left_out_is_said_with_counts(open_run, tmp_path):
         file.write("\n".join(map(json.dumps, long)))
     settings = {"data__max_bad_fraction": 0.1, "data__held_out_fraction": 0.001}
     _, said, _ = open_run(tmp_path / "f.jsonl", **settings)
-    expected = "15 bad rows, 2 conversations longer than a row (cut), 1 without an answer to learn in a row's length"
+    expected = (
+        "15 bad rows, 2 conversations longer than a row (cut), "
+        "1 without an answer to learn in a row's length"
+    )
     assert expected in said
     _, said, _ = open_run(tmp_path / "f.jsonl", **settings, data__chat__long_rows="drop")
     assert "15 bad rows, 2 conversations longer than a row (dropped)" in said

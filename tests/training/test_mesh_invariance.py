@@ -1,18 +1,13 @@
-"""The main test: the same losses, gradients and routes on every mesh, dropless and with capacity."""
+"""The main test: the same losses, gradients and routes on every mesh, with and without capacity."""
 
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from mixtral_jax.training.assemble import make_training
-from mixtral_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from mixtral_jax.training.state import init_state
-from mixtral_jax.training.step import make_train_step
 from tests.cases import mesh_of, on_mesh, packed_batch, relative_norm, small_config
+from tests.training.steps import prepare
 
 STEPS = 12
 MESHES = {
@@ -24,21 +19,11 @@ MESHES = {
 }
 
 
-def remember_gradients():
-    """An optimizer stage whose state is the gradient that it saw."""
-    return optax.GradientTransformation(
-        lambda p: jax.tree.map(jnp.zeros_like, p), lambda grads, *_: (grads, grads)
-    )
-
-
 @functools.cache
 def trajectory(capacity_factor, **sizes):
-    """Losses and drops of 12 steps at learning rate 3e-4, first gradients, first and last routes."""
-    config = small_config(dispatch__capacity_factor=capacity_factor, train__gradient_accumulation=1)
-    mesh, tunable = mesh_of(**sizes), make_training(config, "cpu")
-    schedule = learning_rate_schedule(config.optimizer, STEPS)
-    optimizer = optax.chain(remember_gradients(), make_optimizer(config.optimizer, schedule))
-    step_fn = make_train_step(optimizer, config.router, schedule, tunable.perturb)
+    """Losses and drops of 12 steps, the first gradients, the first and last routes."""
+    config = small_config(dispatch__capacity_factor=capacity_factor)
+    mesh, prepared = mesh_of(**sizes), prepare(config)
 
     @jax.jit
     def route(state, batch):
@@ -47,12 +32,12 @@ def trajectory(capacity_factor, **sizes):
 
     losses, gradients, routes, dropped = [], None, [], []
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        state = init_state(tunable.make_model, optimizer)
+        state = prepared.init()
         host_batch = packed_batch(config)
         batch = on_mesh(host_batch, mesh)
         routes.append(np.asarray(route(state, batch)))
         for _ in range(STEPS):
-            state, metrics = step_fn(state, batch)
+            state, metrics = prepared.training.train_step(state, batch)
             losses.append(
                 {name: float(metrics[name]) for name in ("loss", "total_loss", "load_balance_loss")}
             )

@@ -1,5 +1,6 @@
 """A run that is stopped and started again writes what an unbroken one writes, bit for bit."""
 
+import json
 import signal
 
 import pytest
@@ -30,7 +31,13 @@ def start(folder, name, *flags):
 
 
 @pytest.fixture(scope="module")
-def unbroken(folder):
+def failed(folder):
+    """The exit code of a start in the workdir of the unbroken run, before it, without a text."""
+    return finish(start(folder, "unbroken", "--config.data.path=nowhere"))[0]
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder, failed):
     code, _, errors = finish(start(folder, "unbroken"))
     assert code == 0, errors
     return lines_of(folder / "unbroken")
@@ -41,6 +48,12 @@ def test_an_unbroken_run_logs_every_step_and_learns(unbroken):
     assert [line["step"] for line in unbroken if "eval/loss" in line] == [20, 40, 60]
     assert unbroken[-1]["eval/loss"] < unbroken[19]["eval/loss"] < unbroken[0]["loss"]
     assert len({line["batch_hash"] for line in unbroken}) == STEPS
+
+
+def test_a_start_that_failed_does_not_bind_its_workdir(folder, failed, unbroken):
+    assert failed == 2
+    config = json.loads((folder / "unbroken" / "config.json").read_text())
+    assert config["data"]["path"] == str(folder / "text.txt")
 
 
 def test_resume_after_sigterm_equals_straight_through(folder, unbroken):
@@ -75,10 +88,3 @@ def test_a_changed_config_is_refused_by_name_and_a_longer_run_is_not(folder, unb
     )
     assert code == 0, errors
     assert [line["step"] for line in lines_of(folder / "unbroken")] == list(range(1, 63))
-
-
-def test_a_start_that_failed_does_not_bind_its_workdir(folder):
-    wrong = start(folder, "mended", "--config.data.path=nowhere")
-    assert finish(wrong)[0] == 2
-    code, _, errors = finish(start(folder, "mended", "--config.train.num_steps=2"))
-    assert code == 0, errors
