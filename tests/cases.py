@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +15,11 @@ from mixtral_jax.model.tokens import Tokens
 from mixtral_jax.model.transformer import Transformer, model_maker
 from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.mesh import MESH_AXES
+from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.parallel.rules import AxisRules
+from mixtral_jax.runs.console import make_console
+from mixtral_jax.runs.run import Run
+from mixtral_jax.training.assemble import make_training
 
 RULES = AxisRules()
 
@@ -82,6 +87,12 @@ def packed_batch(config: Config, seed: int = 0) -> Batch:
     ends_document = np.diff(segments, axis=-1, append=-1) != 0
     loss_mask = ((segments > 0) & ~ends_document).astype(np.int32)
     return Batch(tokens[..., :-1], tokens[..., 1:], loss_mask, segments, positions)
+
+
+def make_run(config: Config, mesh: jax.sharding.Mesh, workdir: Path, output: Any = None) -> Run:
+    """A run of one process whose devices are up; its workdir is not opened. Prints to `output`."""
+    console = make_console(is_writer=output is not None, output=output)
+    return Run(config, mesh, workdir, console, Processes(), make_training(config, "cpu"))
 
 
 def only_masked(is_real_BT: Any) -> Tokens:

@@ -7,14 +7,14 @@ import signal
 
 import numpy as np
 import pytest
-from mixtral_jax.runs.tuning_base import find_base
 
 import mixtral_jax
+from mixtral_jax.cli.tune_flags import parse_tuning_flags
 from mixtral_jax.config import ConfigError
 from mixtral_jax.data.chat.template import ChatTemplate
 from mixtral_jax.parallel.processes import Processes
-from mixtral_jax.runs.tune import parse_tuning_flags
-from mixtral_jax.training.loop import StopSignal
+from mixtral_jax.runs.stop import StopSignal
+from mixtral_jax.runs.tune import find_base
 from tests.scripts import (
     TINY,
     finish,
@@ -218,4 +218,4 @@ def test_a_base_that_is_not_there_is_named(tmp_path):
         ["--config.finetune.base=nowhere"], description="", default_config="instruct/tiny.py"
     )
     with pytest.raises(ConfigError, match=r"finetune\.base=nowhere is no folder"):
-        find_base(flags.run, tmp_path, Processes(), StopSignal())
+        find_base(flags.run.config, tmp_path, Processes(), StopSignal())

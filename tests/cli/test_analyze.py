@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from mixtral_jax.cli.analyze import analyze_run
 from mixtral_jax.cli.main import run_verb
 from mixtral_jax.config import ConfigError
 from mixtral_jax.parallel.processes import Processes
+from mixtral_jax.runs.analysis import analyze_run
 from tests.cases import mesh_of
 from tests.cli.test_asking import GOLDEN
 from tests.scripts import environment, finish, free_port, start, write_text

@@ -1,6 +1,5 @@
 """The verbs that ask a model: what they write, and where; what they refuse."""
 
-import argparse
 import dataclasses
 import io
 import json
@@ -14,13 +13,12 @@ import numpy as np
 import pytest
 
 import mixtral_jax
-from mixtral_jax.cli import evaluate
 from mixtral_jax.cli.chat import Conversation, read_messages
-from mixtral_jax.cli.evaluate import Task, plan_task, score
 from mixtral_jax.cli.main import run_verb
 from mixtral_jax.config import ConfigError, DataConfig
 from mixtral_jax.generate.settings import Settings
 from mixtral_jax.parallel.processes import Processes
+from mixtral_jax.runs.eval_data import EvalTask, plan_task, score
 from tests.cases import mesh_of, small_config
 from tests.data.chat_cases import train_tokenizer
 from tests.scripts import environment, free_port
@@ -167,7 +165,7 @@ def test_answers_of_conversations_are_scored_alone(loaded, tmp_path, monkeypatch
         {"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats
     ]
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    task = Task(DataConfig(path=str(tmp_path / "chats.jsonl")), "all", True, 64, None)
+    task = EvalTask(DataConfig(path=str(tmp_path / "chats.jsonl")), "all", True, 64, None)
     answers = sum(
         len(loaded.tokenizer.encode(f"parser {word}")) + 1 for word in ("one", "two", "three")
     )
@@ -190,24 +188,24 @@ def test_what_a_run_was_trained_on_is_judged_as_the_run_does(tmp_path):
     def plan(path, checkpoint=tmp_path, **flags):
         Loaded.config = config
         asked = {
-            "chat": False,
+            "is_chat": False,
             "part": None,
             "sequence_length": None,
             "num_sequences": None,
         } | flags
-        return plan_task(
-            argparse.Namespace(checkpoint=checkpoint, **asked), DataConfig(path=path), Loaded
-        )
+        return plan_task(checkpoint, DataConfig(path=path), Loaded, **asked)
 
-    own = Task(config.data, "held_out", False, 24, 7)
+    own = EvalTask(config.data, "held_out", False, 24, 7)
     assert plan("own.txt") == plan("own.txt", tmp_path / "checkpoints" / "3") == own
     assert plan("own.txt", part="all", num_sequences=5) == dataclasses.replace(
         own, part="all", num_sequences=5
     )
-    assert plan("own.txt", Path("/folder-of-the-root")) == Task(
+    assert plan("own.txt", Path("/folder-of-the-root")) == EvalTask(
         DataConfig(path="own.txt"), "all", False, 24, None
     )
-    assert plan("other.txt", chat=True) == Task(DataConfig(path="other.txt"), "all", True, 24, None)
+    assert plan("other.txt", is_chat=True) == EvalTask(
+        DataConfig(path="other.txt"), "all", True, 24, None
+    )
     with pytest.raises(ConfigError, match="sequence_length=1"):
         plan("own.txt", sequence_length=1)
 
@@ -240,7 +238,7 @@ def test_text_needs_a_tokenizer():
     with pytest.raises(ConfigError, match="needs a tokenizer"):
         loaded.chat([{"role": "user", "content": "text"}])
     with pytest.raises(ConfigError, match=r"data\.tokenizer"):
-        evaluate.score(loaded, Task(DataConfig(), "all", False, 64, None), Processes())
+        score(loaded, EvalTask(DataConfig(), "all", False, 64, None), Processes())
 
 
 def test_a_prompt_gives_what_it_is_itself(loaded):

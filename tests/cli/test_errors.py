@@ -147,7 +147,7 @@ def test_train_exits_2_with_one_line(tmp_path, argument, words):
 
 def test_float16_is_not_trained_in():
     with pytest.raises(ConfigError, match=r"model\.param_dtype=float16 .* use float32 or bfloat16"):
-        start_run(parse("--config.model.param_dtype=float16"), Processes())
+        start_run(parse("--config.model.param_dtype=float16").config, Path("run"), Processes())
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):

@@ -13,12 +13,9 @@ from mixtral_jax.checkpoint.upcycled import copy_experts
 from mixtral_jax.checkpoint.weights import Weights
 from mixtral_jax.config import Config, ConfigError, PretrainConfig
 from mixtral_jax.finetune.upcycling import choose_units, redraw
-from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs.base import Base, plan_base
-from mixtral_jax.runs.console import make_console
-from mixtral_jax.runs.run import Run
 from mixtral_jax.runs.upcycle import dense_loader, find_misfits, plan_dense
-from tests.cases import RULES, cpu_model_maker, mesh_of, packed_batch, small_config
+from tests.cases import RULES, cpu_model_maker, make_run, mesh_of, packed_batch, small_config
 from tests.checkpoint.folders import architecture_of, in_memory, random_parameters
 from tests.reference import mixture, rms_norm, swiglu
 
@@ -39,7 +36,7 @@ def upcycled(sizes: dict[str, int], **changes: Any) -> Any:
     config, mesh = config_of(**changes), mesh_of(**sizes)
     weights = Weights(architecture_of(DENSE, 1), in_memory(WEIGHTS, DENSE), None, "memory")
     tokenizer: Any = None
-    run = Run(config, mesh, Path("run"), make_console(False), Processes())
+    run = make_run(config, mesh, Path("run"))
     with jax.set_mesh(mesh):
         return dense_loader(Base(Path("dense"), weights, tokenizer), run)()
 

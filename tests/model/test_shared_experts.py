@@ -21,7 +21,7 @@ from mixtral_jax.generate.settings import Settings
 from mixtral_jax.model.dispatch.transports import TRANSPORTS
 from mixtral_jax.model.transformer import count_parameters
 from mixtral_jax.plan.flops import model_flops_per_step
-from mixtral_jax.runs.run import describe_choice
+from mixtral_jax.runs.describe import describe_experts_per_token
 from mixtral_jax.training.assemble import make_training
 from tests.cases import (
     RULES,
@@ -141,8 +141,8 @@ def test_shared_parameters_are_all_active_and_counted_everywhere():
         model_flops_per_step(c, count, count) for c, count in ((plain, before), (config, after))
     ]
     assert flops[1] - flops[0] == 6 * more * tokens
-    assert describe_choice(config) == "top-2 of 8 experts, and 3 shared"
-    assert describe_choice(plain) == "top-2 of 8 experts"
+    assert describe_experts_per_token(config) == "top-2 of 8 experts, and 3 shared"
+    assert describe_experts_per_token(plain) == "top-2 of 8 experts"
 
 
 @pytest.mark.parametrize("changes", [{}, SHARED, FINE])

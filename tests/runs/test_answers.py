@@ -1,18 +1,14 @@
 """What a base said is kept for the same question, and for no other."""
 
 import dataclasses
-import io
 import types
 from pathlib import Path
 
 import pytest
 
-from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs import answers
 from mixtral_jax.runs.answers import Answer, Answers, ask_base
-from mixtral_jax.runs.console import make_console
-from mixtral_jax.runs.run import Run
-from tests.cases import mesh_of, small_config
+from tests.cases import make_run, mesh_of, small_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +26,7 @@ def test_a_base_is_asked_once_until_it_or_the_conversations_change(tmp_path, mon
     said = [Answers(float(number), 0.5, [Answer("caf\u00e9 \ufffd", True)]) for number in range(4)]
     left = iter(said)
     monkeypatch.setattr(answers, "ask", lambda *_: next(left))
-    run = Run(small_config(), mesh_of(), tmp_path, make_console(output=io.StringIO()), Processes())
+    run = make_run(small_config(), mesh_of(), tmp_path)
     questions = [
         ("a", "step 3 of a run", "f"),
         ("a", "step 4 of a run", "f"),

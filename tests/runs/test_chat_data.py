@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import ConfigError
-from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs.chat_data import open_chat
-from mixtral_jax.runs.console import make_console
-from mixtral_jax.runs.run import Run
-from tests.cases import cpu_model_maker, mesh_of, small_config
+from tests.cases import cpu_model_maker, make_run, mesh_of, small_config
 from tests.data.chat_cases import good_line, train_tokenizer, write_mixed_rows
 
 LENGTH = 96
@@ -36,7 +33,7 @@ def open_run(tmp_path, monkeypatch, tokenizer):
             model__vocab_size=tokenizer.vocab_size, data__path=str(path), **settings
         )
         said = io.StringIO()
-        run = Run(config, mesh_of(), tmp_path, make_console(output=said), Processes())
+        run = make_run(config, mesh_of(), tmp_path, said)
         return open_chat(run, tokenizer), said.getvalue(), run
 
     return open_it

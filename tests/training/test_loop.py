@@ -10,7 +10,8 @@ from rich.console import Console
 
 from mixtral_jax.config import CheckpointConfig
 from mixtral_jax.runs.console import RunProgress
-from mixtral_jax.training.loop import StopSignal, TrainLoop
+from mixtral_jax.runs.stop import StopSignal
+from mixtral_jax.training.loop import TrainLoop
 from tests.cases import small_config
 
 RECORD = {
@@ -51,8 +52,8 @@ def test_a_signal_before_the_first_step_ends_the_run_before_it_compiles():
             evaluate=unused,
             checkpoints=unused,
             log=unused,
-            console=Console(file=said),
-            stop=stop,
+            progress=RunProgress(Console(file=said), 7, 12),
+            is_stop_requested=stop.is_due,
             record={},
         )
         ending = loop.run(Mock(step=7))
