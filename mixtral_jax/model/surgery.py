@@ -1,6 +1,6 @@
-"""Copies of a model with parts replaced: what adapters and dropout are put into a model with.
+"""Copies a model with some of its parts replaced, for adapters and dropout.
 
-The arrays are shared with the model that is copied. The model itself stays as it was.
+A copy shares its arrays with the model, and the model stays as it was.
 """
 
 import functools

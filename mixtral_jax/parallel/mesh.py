@@ -131,5 +131,5 @@ def _check_divisibility(config: Config, num_devices: int) -> None:
             fitting = ", ".join(str(fits) for fits in range(1, common + 1) if common % fits == 0)
             raise ConfigError(
                 f"{name}={value} must be a multiple of {axis}={size}: with {num_devices} devices, "
-                f"{axis} may be {fitting}"
+                f"{axis} may take {fitting}"
             )
