@@ -7,8 +7,11 @@ The base is --config.finetune.base=DIR; without it, a tiny one is pretrained fir
 SGLang. What a tuning does, from top to bottom: mixtral_jax/runs/tune.py.
 """
 
+from pathlib import Path
+
 from mixtral_jax.cli.flags import run_command, tell_others
 from mixtral_jax.cli.tune_flags import parse_tuning_flags
+from mixtral_jax.config import Config
 
 
 def main(arguments: list[str]) -> int:
@@ -22,7 +25,7 @@ def main(arguments: list[str]) -> int:
     from mixtral_jax.runs.export import export_run
     from mixtral_jax.runs.run import choose_workdir, start_run
     from mixtral_jax.runs.stop import EXIT_CODES, StopSignal
-    from mixtral_jax.runs.tune import find_base, tune, tune_seeds
+    from mixtral_jax.runs.tune import Tuned, find_base, tune, tune_seeds
 
     run_flags = flags.run
     with join_processes(run_flags.launch) as processes, StopSignal(processes) as stop:
@@ -31,7 +34,7 @@ def main(arguments: list[str]) -> int:
         if base is None:
             return EXIT_CODES["stopped"]
 
-        def tune_one(config, folder):
+        def tune_one(config: Config, folder: Path) -> Tuned | None:
             return tune(start_run(base.fit(config), folder, processes), base, stop)
 
         tuned = tune_seeds(flags.num_seeds, run_flags.config, workdir, tune_one)

@@ -42,6 +42,7 @@ class RunResult:
         config: of the run, its mesh as numbers.
         workdir: holds its checkpoints and all other files.
         metrics: the rows of metrics.jsonl, one per logged step.
+        mesh: the devices of the run; None if it was stopped before it had any.
     """
 
     outcome: Outcome
