@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> int:
         base = find_base(run_flags.config, workdir, processes, stop)
         if base is None:
             return EXIT_CODES["stopped"]
+        run_flags.tell_workdir(workdir)
 
         def tune_one(config: Config, folder: Path) -> Tuned | None:
             return tune(start_run(base.fit(config), folder, processes), base, stop)

@@ -25,6 +25,7 @@ def main(arguments: list[str]) -> int:
     with join_processes(flags.launch) as processes, StopSignal(processes) as stop:
         workdir = choose_workdir(flags.workdir, flags.config_path.stem, processes)
         run = start_run(flags.config, workdir, processes)
+        flags.tell_workdir(workdir)
         return EXIT_CODES[pretrain(run, stop)]
 
 

@@ -29,6 +29,10 @@ _MODULES = {
 __all__ = ["Pretrained", "RunResult", "load_config", "load_pretrained", "train", "tune"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -222,8 +222,9 @@ def load_pretrained(
             format of Hugging Face or Mistral.
         dtype: the dtype that weights are held in and computed in, except that float16 is computed
             in float32. None keeps the dtype of the folder.
-        mesh: a mesh, or the sizes of one over all devices. By default `expert` takes as many
-            devices as divide the experts, and `data` takes the rest.
+        mesh: a mesh, or the sizes of one over all devices. By default `expert` is the
+            greatest common divisor of the numbers of experts and devices, and `data` takes the
+            rest.
 
     Raises:
         ConfigError: the folder holds no Mixtral or a damaged one, or the mesh does not fit. The

@@ -59,7 +59,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path, mark: str | None = None, *, is_writer: bool = True) -> Iterator[Path]:
+def whole_folder(
+    path: Path, mark: str | None = None, *, is_writer: bool = True, is_flushed: bool = True
+) -> Iterator[Path]:
     """Gives a temporary folder to fill; it takes the place of `path` when the block ends.
 
     If the block raises, the temporary folder is deleted. Folders above `path` are made.
@@ -69,6 +71,8 @@ def whole_folder(path: Path, mark: str | None = None, *, is_writer: bool = True)
             pass the same mark; by default it is random.
         is_writer: whether this process renames or deletes the temporary folder. It must end its
             block last.
+        is_flushed: whether all files are on the disk before the folder is renamed, which a crash of
+            the machine then cannot undo. It takes as long as the disk needs to write them.
 
     Raises:
         OSError: the folder cannot be made, flushed or renamed; for example, `path` is a folder
@@ -80,7 +84,8 @@ def whole_folder(path: Path, mark: str | None = None, *, is_writer: bool = True)
         temporary.mkdir(parents=True, exist_ok=True)
         yield temporary
         if is_writer:
-            _flush_tree(temporary)
+            if is_flushed:
+                _flush_tree(temporary)
             temporary.replace(path)
             _flush_entries(path.parent)
     finally:

@@ -35,7 +35,6 @@ _TRAINING_PARTS = tuple(
 _RESULT_TYPES = (
     "model.balance",
     "model.routing_metrics",
-    "model.router.Routing",
     "model.router.BalanceBias",
     "model.transformer.ModelOutput",
 )
@@ -161,6 +160,7 @@ PLATFORMS = {"cpu", "gpu", "tpu", "cuda", "rocm"}
 MAY_ASK_FOR_THE_PLATFORM = {
     "mixtral_jax.kernels": "chooses by back end",
     "mixtral_jax.plan": "compiles for one that is not here",
+    "mixtral_jax.parallel.mesh": "jax splits only a CPU, and only before it starts",
     "mixtral_jax.model.dispatch.ragged_all_to_all": "XLA:CPU lacks the collective",
     "mixtral_jax.training.step": "XLA:CPU leaves temporaries out of its peak memory",
     "mixtral_jax.bench.step": "virtual CPU devices share their cores",

@@ -46,7 +46,8 @@ def find_missing_paths(page: Path) -> Iterator[str]:
     text = page.read_text()
     rooms = {path.name for start in STARTS for path in start.iterdir() if path.is_dir()}
     for path in {*CODE_PATH.findall(text), *SHIPPED_PATH.findall(text)}:
-        is_ours = path.split("/")[0] in rooms and (path.endswith("/") or "." in path)
+        is_in_room = path.split("/")[0] in rooms and (path.endswith("/") or "." in path)
+        is_ours = is_in_room or path.endswith(".py")
         if is_ours and not any((start / path).exists() for start in (*STARTS, page.parent)):
             yield path
 
@@ -96,8 +97,12 @@ def test_a_missing_file_and_heading_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
         "# A page\n[one](page.md#a-page) [two](page.md#no) [three](gone.md) [site](https://a.b/c)\n"
-        "`model/gone.py` `model/moe.py` `gs://bucket/x` `DIR/export/`\n"
+        "`model/gone.py` `model/moe.py` `no_room/gone.py` `gs://bucket/x` `DIR/export/`\n"
         "```\npython train.py --config=configs/gone.py\n```\n"
     )
     assert list(find_broken_links(page)) == ["page.md#no", "gone.md"]
-    assert sorted(find_missing_paths(page)) == ["configs/gone.py", "model/gone.py"]
+    assert sorted(find_missing_paths(page)) == [
+        "configs/gone.py",
+        "model/gone.py",
+        "no_room/gone.py",
+    ]

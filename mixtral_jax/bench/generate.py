@@ -1,5 +1,6 @@
-"""Reading a prompt and writing after it, beside transformers on the same weights and prompts, in
-the same minutes.
+"""Times reading a prompt and writing after it, in turn with transformers.
+
+Both have the same weights and prompts, and run in the same minutes.
 """
 
 import dataclasses
@@ -24,8 +25,12 @@ BATCHES = (1, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """What was written, [B, NUM_TOKENS], and how many tokens a second were read, and written after
-    the first.
+    """One generation: its tokens and its speed.
+
+    Attributes:
+        tokens: the tokens that were written, [B, NUM_TOKENS].
+        prefill_per_second: tokens of the prompts that were read per second.
+        decode_per_second: tokens written per second, without the first of each prompt.
     """
 
     tokens: np.ndarray
@@ -33,11 +38,11 @@ class Timing:
     decode_per_second: float
 
 
-Run = Callable[[np.ndarray], Timing]
+Measure = Callable[[np.ndarray], Timing]
 
 
 def describe_generate(figures: dict[str, dict[str, float]]) -> str:
-    """A line a batch size and program."""
+    """One line per batch size and program."""
     return "\n".join(
         f"{name}: prefill {rates['prefill']:,.0f} tokens/s, decode {rates['decode']:,.1f} tokens/s"
         for name, rates in figures.items()
@@ -45,8 +50,9 @@ def describe_generate(figures: dict[str, dict[str, float]]) -> str:
 
 
 def measure_generate(config: Config, mesh: jax.sharding.Mesh) -> dict[str, dict[str, float]]:
-    """Tokens per second of both programs for prompts of the config's sequence length: medians,
-    after warming up.
+    """Measures the tokens per second of both programs, as medians after warming up.
+
+    The prompts have the config's sequence length.
 
     Raises:
         ConfigError: torch and transformers are not installed, or more than one device was asked
@@ -84,7 +90,7 @@ def measure_generate(config: Config, mesh: jax.sharding.Mesh) -> dict[str, dict[
     return figures
 
 
-def _run_ours(folder: Path, mesh: jax.sharding.Mesh) -> Run:
+def _run_ours(folder: Path, mesh: jax.sharding.Mesh) -> Measure:
     loaded = load_pretrained(folder, mesh=mesh)
 
     def run(prompts: np.ndarray) -> Timing:
@@ -126,7 +132,7 @@ def _make_model(config: Config) -> Any:
     return transformers.MixtralForCausalLM(theirs).eval()
 
 
-def _run_theirs(model: Any) -> Run:
+def _run_theirs(model: Any) -> Measure:
     import torch  # type: ignore[import-not-found]
 
     def generate(prompts: np.ndarray, count: int) -> tuple[np.ndarray, float]:

@@ -1,5 +1,6 @@
-"""One MoE layer, forward and gradient, beside transformers' on the same weights and tokens, in the
-same minutes.
+"""Times one MoE layer, forward and gradient, in turn with that of transformers.
+
+Both have the same weights and tokens, and run in the same minutes.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from mixtral_jax.model.tokens import Tokens
 from mixtral_jax.parallel.rules import AxisRules
 
 ALTERNATIONS = 10
-Run = Callable[[], Any]
+Measure = Callable[[], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,9 @@ class Case:
 
 
 def make_case(config: Config, routing: str) -> Case:
-    """Random weights and tokens; the router's logits are noise plus, from a feature that is 1, an
-    offset an expert.
+    """Makes random weights and tokens, routed as `routing` names.
+
+    The router's logits are noise plus one offset per expert, which comes from a feature that is 1.
     """
     model, M = config.model, config.train.micro_batch_size * config.train.sequence_length
     D, F, E = model.hidden_size, model.intermediate_size, model.num_experts
@@ -59,7 +61,7 @@ def make_case(config: Config, routing: str) -> Case:
 
 
 def describe_layer(figures: dict[str, dict[str, float]]) -> str:
-    """A line a routing."""
+    """One line per routing."""
     return "\n".join(
         f"MoE layer, forward and gradient, {routing:<10}: {times['seconds']:.3f} s; transformers "
         f"{times['transformers_seconds']:.3f} s; {times['times_as_fast']:.2f} times as fast"
@@ -68,8 +70,9 @@ def describe_layer(figures: dict[str, dict[str, float]]) -> str:
 
 
 def measure_layer(config: Config, mesh: jax.sharding.Mesh) -> dict[str, dict[str, float]]:
-    """Figures of each routing: seconds of ours and theirs, medians of alternations, and how many
-    times faster we are.
+    """Measures, for each routing, the seconds of ours and theirs and how many times faster ours is.
+
+    The seconds are medians over runs that alternate between the two.
 
     Raises:
         ConfigError: torch and transformers are not installed, or more than one device was asked
@@ -89,11 +92,11 @@ def measure_layer(config: Config, mesh: jax.sharding.Mesh) -> dict[str, dict[str
     return figures
 
 
-def _alternate(ours: Run, theirs: Run) -> dict[str, float]:
+def _alternate(ours: Measure, theirs: Measure) -> dict[str, float]:
     for mine, other in zip(ours(), theirs(), strict=True):  # Also warms both up.
         difference = np.linalg.norm(mine - other) / np.linalg.norm(other)
         assert difference < 1e-4, f"the layers differ by {difference}: they do not do the same work"
-    seconds: dict[Run, list[float]] = {ours: [], theirs: []}
+    seconds: dict[Measure, list[float]] = {ours: [], theirs: []}
     for _ in range(ALTERNATIONS):
         for run, times in seconds.items():
             start = time.perf_counter()
@@ -103,8 +106,8 @@ def _alternate(ours: Run, theirs: Run) -> dict[str, float]:
     return {"seconds": mine, "transformers_seconds": other, "times_as_fast": other / mine}
 
 
-def make_ours(config: Config, case: Case) -> Run:
-    """Gives y and the gradient of x, after computing all gradients."""
+def make_ours(config: Config, case: Case) -> Measure:
+    """Returns a function that computes all gradients and returns y and the gradient of x."""
     platform = jax.devices()[0].platform
     layer = jax.jit(
         lambda: MoE(
@@ -140,8 +143,8 @@ def make_ours(config: Config, case: Case) -> Run:
     return run
 
 
-def make_theirs(config: Config, case: Case) -> Run:
-    """The same of transformers' Mixtral block with its `grouped_mm` experts."""
+def make_theirs(config: Config, case: Case) -> Measure:
+    """Returns the same for transformers' Mixtral block with its `grouped_mm` experts."""
     try:
         import torch  # type: ignore[import-not-found]
         from transformers.models.mixtral import MixtralConfig, modeling_mixtral  # type: ignore[import-not-found]

@@ -6,9 +6,10 @@ before anything is written.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
-import typing
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,30 +19,19 @@ from mixtral_jax.checkpoint.files.stored import StoredArray, run_jobs, scratch
 from mixtral_jax.checkpoint.formats import huggingface, mistral
 from mixtral_jax.checkpoint.formats.architecture import require_mixtral
 from mixtral_jax.checkpoint.formats.chat_templates import CHAT_TEMPLATES, find_version
-from mixtral_jax.checkpoint.formats.layouts import HUGGING_FACE, MISTRAL
+from mixtral_jax.checkpoint.formats.layouts import HUGGING_FACE, MISTRAL, Layout
 from mixtral_jax.checkpoint.formats.relayout import as_tensors
 from mixtral_jax.checkpoint.formats.tokenizer_json import make_tokenizer_config, make_tokenizer_json
 from mixtral_jax.checkpoint.model_card import make_model_card
 from mixtral_jax.checkpoint.weights import Weights
-from mixtral_jax.data.tokenizer import Tokenizer
 
 Format = Literal["hf", "mistral"]
-FORMATS = typing.get_args(Format)
 
 # Ids in Mixtral's tokenizer, used for a model that has no tokenizer.
 _BOS_ID, _EOS_ID = 1, 2
-MAX_SHARD_BYTES = 5_000_000_000
 
 
-def make_small_files(weights: Weights, format_: Format) -> dict[str, str]:
-    """The contents of all files except the weights and tokenizer.model, by file name.
-
-    Raises:
-        ConfigError: the format cannot express the model or its tokenizer.
-    """
-    require_mixtral(weights.architecture)
-    if format_ == "mistral":
-        return {"params.json": _to_json(mistral.make_params(weights.architecture))}
+def _make_hugging_face_files(weights: Weights) -> dict[str, str]:
     tokenizer, architecture = weights.tokenizer, weights.architecture
     bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (_BOS_ID, _EOS_ID)
     dtype = architecture.model.param_dtype
@@ -60,6 +50,47 @@ def make_small_files(weights: Weights, format_: Format) -> dict[str, str]:
     }
 
 
+def _make_mistral_files(weights: Weights) -> dict[str, str]:
+    return {"params.json": _to_json(mistral.make_params(weights.architecture))}
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderFormat:
+    """How another program wants its folder.
+
+    Attributes:
+        stem: the beginning of the names of the weight files.
+        make_small_files: gives the contents of all other files except the tokenizer's, by name.
+        v3_tokenizer: the name of the file of a v3 tokenizer.
+    """
+
+    layout: Layout
+    stem: str
+    max_shard_bytes: float
+    make_small_files: Callable[[Weights], dict[str, str]]
+    v3_tokenizer: str
+
+
+FORMATS: dict[Format, FolderFormat] = {
+    "hf": FolderFormat(HUGGING_FACE, "model", 5e9, _make_hugging_face_files, "tokenizer.model"),
+    # mistral-inference reads exactly one file of weights. It reads the tokenizer's version from the
+    # file name, and assumes v1 if there is none.
+    "mistral": FolderFormat(
+        MISTRAL, "consolidated", math.inf, _make_mistral_files, "tokenizer.model.v3"
+    ),
+}
+
+
+def make_small_files(weights: Weights, format_: Format) -> dict[str, str]:
+    """The contents of all files except the weights and tokenizer.model, by file name.
+
+    Raises:
+        ConfigError: the format cannot express the model or its tokenizer.
+    """
+    require_mixtral(weights.architecture)
+    return FORMATS[format_].make_small_files(weights)
+
+
 def write_folder(
     weights: Weights, folder: Path, format_: Format, report: Callable[[int], None]
 ) -> None:
@@ -70,36 +101,39 @@ def write_folder(
             file of the source is damaged.
         OSError: a file cannot be written.
     """
+    target = FORMATS[format_]
     small_files = make_small_files(weights, format_)
-    layout = MISTRAL if format_ == "mistral" else HUGGING_FACE
-    tensors = as_tensors(layout, weights.parameters, weights.architecture.model)
-    # mistral-inference reads exactly one file.
-    shards = [tensors] if format_ == "mistral" else _cut_into_shards(tensors)
-    stem = "consolidated" if format_ == "mistral" else "model"
+    tensors = as_tensors(target.layout, weights.parameters, weights.architecture.model)
+    shards = _cut_into_shards(tensors, target.max_shard_bytes)
     names = [
-        f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
+        f"{target.stem}-{number:05}-of-{len(shards):05}.safetensors"
         for number in range(1, len(shards) + 1)
     ]
     if len(shards) == 1:
-        names = [f"{stem}.safetensors"]
+        names = [f"{target.stem}.safetensors"]
     else:
         index = _make_index(dict(zip(names, shards, strict=True)), weights)
-        small_files[f"{stem}.safetensors.index.json"] = _to_json(index)
+        small_files[f"{target.stem}.safetensors.index.json"] = _to_json(index)
     for name, text in small_files.items():
         (folder / name).write_text(text, "utf-8")
     if weights.tokenizer is not None:
-        weights.tokenizer.save(folder / _tokenizer_name(weights.tokenizer, format_))
+        is_v3 = find_version(weights.tokenizer) == "v3"
+        weights.tokenizer.save(folder / (target.v3_tokenizer if is_v3 else "tokenizer.model"))
     for name, shard in zip(names, shards, strict=True):
         _write_shard(folder / name, shard, report)
 
 
-def _cut_into_shards(tensors: Mapping[str, StoredArray]) -> list[dict[str, StoredArray]]:
+def _cut_into_shards(
+    tensors: Mapping[str, StoredArray], max_bytes: float
+) -> list[dict[str, StoredArray]]:
     shards: list[dict[str, StoredArray]] = [{}]
+    num_bytes = 0
     for name, tensor in tensors.items():
-        num_bytes = sum(stored.nbytes for stored in shards[-1].values())
-        if shards[-1] and num_bytes + tensor.nbytes > MAX_SHARD_BYTES:
+        if shards[-1] and num_bytes + tensor.nbytes > max_bytes:
             shards.append({})
+            num_bytes = 0
         shards[-1][name] = tensor
+        num_bytes += tensor.nbytes
     return shards
 
 
@@ -127,15 +161,6 @@ def _copy(writer: FileWriter, name: str, tensor: StoredArray) -> int:
     tensor.read_into(tensor.whole, numbers)
     writer.write(name, numbers)
     return tensor.nbytes
-
-
-def _tokenizer_name(tokenizer: Tokenizer, format_: Format) -> str:
-    """The file name of the tokenizer.
-
-    mistral-inference reads the version from the file name, and assumes v1 if there is none.
-    """
-    is_v3 = format_ == "mistral" and find_version(tokenizer) == "v3"
-    return "tokenizer.model.v3" if is_v3 else "tokenizer.model"
 
 
 def _to_json(value: Mapping[str, Any]) -> str:

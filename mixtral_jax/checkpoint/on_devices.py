@@ -17,7 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import P
 
-from mixtral_jax.checkpoint.files.stored import NUM_THREADS, Block, StoredArray, blocks_of
+from mixtral_jax.checkpoint.files.stored import (
+    NUM_THREADS,
+    Block,
+    StoredArray,
+    blocks_of,
+    shift_block,
+)
 from mixtral_jax.config import require
 
 Model = TypeVar("Model")
@@ -102,20 +108,13 @@ def _read_ahead(
     )
     for number in range(len(steps) + depth):
         if number < len(steps):
-            blocks = {start: _shift(steps[number], start) for start in distinct}
+            blocks = {start: shift_block(steps[number], start) for start in distinct}
             pending.append(
                 {start: pool.submit(stored.read, block) for start, block in blocks.items()}
             )
         if number >= depth:
             ready = {start: future.result() for start, future in pending.popleft().items()}
             yield [ready[start] for start in starts]
-
-
-def _shift(block: Block, start: tuple[int, ...]) -> Block:
-    return tuple(
-        slice(part.start + first, part.stop + first)
-        for part, first in zip(block, start, strict=True)
-    )
 
 
 def _assemble(

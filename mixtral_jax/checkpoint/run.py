@@ -71,6 +71,12 @@ class RunCheckpoints:
         """
         wanted = _flatten(abstract)
         saved = self._manager.item_metadata(step).state
+        differing = sorted(wanted.keys() ^ saved.keys())
+        if differing:
+            raise ValueError(
+                f"checkpoint of step {step} has other leaves than the state that resumes, such as "
+                f"{differing[0]}"
+            )
         # Orbax would cast a leaf of another dtype without a warning.
         wrong = [
             name for name in wanted if name in saved and saved[name].dtype != wanted[name].dtype

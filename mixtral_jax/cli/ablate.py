@@ -30,19 +30,21 @@ def main(arguments: list[str]) -> int:
 
     from mixtral_jax.parallel.agreement import ALIKE, require_same
     from mixtral_jax.parallel.processes import join_processes
-    from mixtral_jax.runs.ablation import check_saved, report_ablation, run_ablation
+    from mixtral_jax.runs.ablation import check_saved_arms, report_ablation, run_ablation
     from mixtral_jax.runs.run import choose_workdir
     from mixtral_jax.runs.stop import EXIT_CODES, StopSignal
 
     with join_processes(launch) as processes, StopSignal(processes) as stop:
         require_same(processes, "ablation", repr(ablation), ALIKE)
         workdir = choose_workdir(flags.workdir, flags.config.stem, processes)
-        check_saved(ablation, workdir)
+        check_saved_arms(ablation, workdir)
         if not flags.report_only:
             outcome = run_ablation(ablation, chosen, workdir, processes, stop)
             if outcome == "stopped":
                 return EXIT_CODES[outcome]
         analyzes_models = not flags.report_only
+        if flags.workdir is None and processes.index == 0:
+            print(f"this ablation is in {workdir}: --workdir={workdir} resumes it")
         return report_ablation(
             ablation, chosen, workdir, processes, analyzes_models=analyzes_models
         )

@@ -23,10 +23,12 @@ def main(arguments: list[str]) -> int:
     from mixtral_jax.bench.generate import describe_generate, measure_generate
     from mixtral_jax.bench.layer import describe_layer, measure_layer
     from mixtral_jax.bench.step import describe_step, measure_step
+    from mixtral_jax.parallel.mesh import make_mesh
     from mixtral_jax.parallel.processes import Processes
     from mixtral_jax.runs.run import start_devices
 
-    config, mesh = start_devices(config, Processes())
+    config = start_devices(config, Processes())
+    mesh = make_mesh(config.mesh)
     if flags.layer:
         figures, describe = measure_layer(config, mesh), describe_layer
     elif flags.generate:

@@ -4,7 +4,7 @@ import importlib
 
 from mixtral_jax.config import ConfigError
 
-_USAGE = """usage: mixtral-jax data inspect FILE ...   the tokens of every row, and which are learnt
+_USAGE = """usage: mixtral-jax data inspect FILE ...   the tokens of each row, and which are learned
        mixtral-jax data validate FILE ...  every bad row by line and reason; 1 if any is bad
 
 (mixtral-jax data inspect --help lists the flags; FILE is anything that data.path takes)"""

@@ -1,4 +1,4 @@
-"""Shows the tokens of every conversation in a file, and which of them are learnt."""
+"""Shows the tokens of every conversation in a file, and which of them are learned."""
 
 import itertools
 import json
@@ -13,11 +13,12 @@ from mixtral_jax.runs.console import make_console
 
 
 def main(arguments: list[str]) -> int:
-    """`data inspect FILE` with --json: a line a row; without: the pieces, those that are learnt
-    behind a `+`.
+    """`data inspect FILE`: prints the pieces of every row, those that are learned behind a `+`.
+
+    With `--json` it prints one line of JSON per row.
     """
     parser = make_rows_parser("inspect", __doc__)
-    parser.add_argument("--json", action="store_true", help="a line of JSON for each row")
+    parser.add_argument("--json", action="store_true", help="one line of JSON per row")
     flags = parser.parse_args(arguments)
     opened = open_rows(flags, only_supervised=flags.mode == "training")
     console = make_console()

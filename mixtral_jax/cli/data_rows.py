@@ -1,4 +1,4 @@
-"""The flags of the `data` verbs, and the conversations that they name, tokenised."""
+"""The flags of the `data` verbs, and the conversations that they name, tokenized."""
 
 import argparse
 import dataclasses
@@ -64,8 +64,9 @@ def make_rows_parser(verb: str, description: str | None) -> argparse.ArgumentPar
 
 
 def open_rows(flags: argparse.Namespace, *, only_supervised: bool) -> Rows:
-    """The rows that the flags name; `only_supervised` makes those without a token to be learnt bad
-    ones.
+    """Opens the rows that the flags name.
+
+    With `only_supervised`, a row without a token that is learned counts as bad.
 
     Raises:
         ConfigError: no tokenizer, no such file, or a template that does not fit.

@@ -1,5 +1,6 @@
-"""Names every row of a file that no conversation can be made of, by line and reason; counts the
-others.
+"""Names every bad row of a file by line and reason, and counts the others.
+
+A row is bad if no conversation can be made of it.
 """
 
 import collections
@@ -51,7 +52,7 @@ class Tally:
         return self.bad_kinds.total()
 
     def add(self, row: EncodedRow | BadRow) -> str:
-        """Counts a row; a line on what is to be said of it, if anything."""
+        """Counts a row; returns a line about it if there is something to report."""
         self.num_rows += 1
         if isinstance(row, BadRow):
             self.bad_kinds[row.kind] += 1

@@ -106,7 +106,7 @@ def add_settings_flags(parser: argparse.ArgumentParser, defaults: Settings) -> N
     """Adds a flag for each field of `Settings`."""
     descriptions = {
         "max_new_tokens": "the max number of tokens to write",
-        "temperature": "0 takes the likeliest token, 1 samples as learnt",
+        "temperature": "0 takes the likeliest token, 1 samples as learned",
         "top_p": "sample from the likeliest tokens that have this probability together",
         "top_k": "sample from this number of likeliest tokens; 0: all",
         "seed": "of the sampling",

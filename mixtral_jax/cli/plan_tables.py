@@ -21,7 +21,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(
         f"[bold]{topology.name}[/]: {topology.num_devices} devices as {mesh}; {train.batch_size} "
         "sequences of "
-        f"{train.sequence_length:,} tokens a step\n"
+        f"{train.sequence_length:,} tokens per step\n"
         f"{step.parameters.total:,} parameters, {step.parameters.active:,} active{part}"
     )
     if plan.target.is_estimate:
@@ -45,7 +45,7 @@ def print_sweep(attempts: Sequence[Attempt], console: Console) -> None:
         ">memory",
         "fits",
         ">MFU at most",
-        ">tokens/s a device",
+        ">tokens/s per device",
         "bound by",
     )
     for attempt in attempts:
@@ -113,7 +113,7 @@ def _print_roofline(plan: Plan, console: Console) -> None:
     console.print(table)
     console.print(
         f"bound by [bold]{roofline.bound_by}[/]: at most {roofline.mfu_bound:.1%} MFU, "
-        f"{roofline.tokens_per_second_per_device:,.0f} tokens/s a device\n"
+        f"{roofline.tokens_per_second_per_device:,.0f} tokens/s per device\n"
         f"{plan.model_flops:.4g} FLOPs on all devices that the model needs, "
         f"{plan.hardware_flops:.4g} that are done\n"
     )

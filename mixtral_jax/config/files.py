@@ -1,6 +1,6 @@
-"""Config files:
+"""Reads config files: Python files with a function get_config().
 
-Python with a function get_config(), which imports its parents from the folder `configs`.
+They import their parents from the folder `configs`.
 """
 
 import runpy
@@ -55,6 +55,7 @@ def run_config_file(path: Path, read: Callable[[Any], Read]) -> Read:
     # Config files import their parents from the `configs` folder that they live in, or that of the
     # current one.
     roots = [str(folder.parent) for folder in path.resolve().parents if folder.name == "configs"]
+    search_path = sys.path.copy()
     sys.path[:0] = [root for root in roots[:1] if root not in sys.path]
     sys.path.append(str(Path.cwd()))
     try:
@@ -70,6 +71,8 @@ def run_config_file(path: Path, read: Callable[[Any], Read]) -> Read:
         raise ConfigError(
             f"--config={path} does not run: {type(error).__name__}: {error}"
         ) from error
+    finally:
+        sys.path[:] = search_path
 
 
 def _to_mapping(returned: Any) -> dict[str, Any]:

@@ -28,6 +28,12 @@ _NUM_PREFETCHED = 2
 _NO_ROW = -1
 
 
+@dataclasses.dataclass(frozen=True)
+class _HashedBatch:
+    batch: Batch
+    row_hash: str
+
+
 class TrainBatches:
     """The endless batches of a run: epoch after epoch, each in its own order.
 
@@ -79,7 +85,8 @@ class TrainBatches:
             )
             for number in itertools.count(start + _NUM_PREFETCHED):
                 made.append(maker.submit(self._make, number))
-                yield made.popleft().result()
+                next_one = made.popleft().result()
+                yield next_one.batch, next_one.row_hash
         finally:
             maker.shutdown(cancel_futures=True)
 
@@ -90,7 +97,7 @@ class TrainBatches:
             [self._order[i] for i in range(number * size, (number + 1) * size)], np.int64
         )
 
-    def _make(self, number: int) -> tuple[Batch, str]:
+    def _make(self, number: int) -> _HashedBatch:
         row_ids = self.row_ids(number)
         require(
             self._plan.num_supervised[row_ids].any(),
@@ -98,7 +105,8 @@ class TrainBatches:
             "without an answer that is trained on out of data.path, or raise train.batch_size",
         )
         digest = hashlib.sha256(self._plan.fingerprint.encode() + row_ids.tobytes())
-        return self._place(row_ids.reshape(self._shape)), digest.hexdigest()[:16]
+        batch = self._place(row_ids.reshape(self._shape))
+        return _HashedBatch(batch, digest.hexdigest()[:16])
 
 
 def held_out_batches(

@@ -1,7 +1,8 @@
-"""Documents: rows that hold one text each, to be trained on whole."""
+"""Documents: rows that hold one text each, or its token ids, to be trained on whole."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from mixtral_jax.data.domains import UNKNOWN, Category
 from mixtral_jax.data.readers import (
@@ -19,23 +20,26 @@ class Document:
     """One text to train on.
 
     Attributes:
+        text: empty if the row holds token ids.
         origin: where it was read, such as `file.jsonl:17`.
         category: the kind of text, judged by its row or its file (`domains`).
+        ids: token ids in place of a text; None if there is a text.
     """
 
     text: str
     origin: str
     category: Category = UNKNOWN
+    ids: tuple[int, ...] | None = None
 
     @property
     def key(self) -> str:
         """Documents with equal keys are on the same side of the held-out split."""
-        return self.text
+        return self.text if self.ids is None else str(self.ids)
 
     @property
     def num_characters(self) -> int:
         """Number of characters to encode."""
-        return len(self.text)
+        return len(self.text if self.ids is None else self.ids)
 
 
 def read_documents(
@@ -45,7 +49,7 @@ def read_documents(
 
     Args:
         path: the path of a `Source`.
-        text_field: the field or column that holds the text of a row.
+        text_field: the field or column that holds the text of a row, or a list of token ids.
         domain_field: the field that names the domain of a text; None: the folder of its file does
             (`domains`).
         suffixes: which files to read, as in `DataConfig`.
@@ -69,7 +73,12 @@ def _read_row(row: RawRow, text_field: str, domain_field: str | None) -> Documen
         names = ", ".join(map(str, value)) or "none"
         reason = f"no field {text_field!r}: set data.text_field to a field of the row ({names})"
         return BadRow(origin, reason, "no text field")
+    category = row.category
+    if domain_field:
+        category = category._replace(domain=str(value.get(domain_field, "")))
     text = value[text_field]
+    if isinstance(text, list):
+        return _read_ids(text, origin, category)
     if not isinstance(text, str):
         reason = f"field {text_field!r} must be text, not {name_type(text)}"
         return BadRow(origin, f"{reason}: mend the row, or leave it out", "no text")
@@ -81,7 +90,14 @@ def _read_row(row: RawRow, text_field: str, domain_field: str | None) -> Documen
         # A lone surrogate: \ud800 in JSON, or a byte that a reader could not decode.
         reason = describe_invalid_utf8(f"character {error.start}")
         return BadRow(origin, reason, INVALID_UTF8)
-    category = row.category
-    if domain_field:
-        category = category._replace(domain=str(value.get(domain_field, "")))
     return Document(text, origin, category)
+
+
+def _read_ids(ids: list[Any], origin: str, category: Category) -> Document | BadRow:
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            reason = f"a list must hold token ids, whole numbers from 0: found {token!r:.40}"
+            return BadRow(origin, f"{reason}: mend the row, or leave it out", "no token id")
+    if not ids:
+        return BadRow(origin, "no token ids: leave the row out", "empty text")
+    return Document("", origin, category, tuple(ids))

@@ -76,7 +76,8 @@ def read_file(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     """
     try:
         yield from READERS.get(file.suffix, _read_text)(file, fields)
-    except (OSError, ValueError, RuntimeError, csv.Error) as error:  # As pyarrow's own errors are.
+    # pyarrow's errors are subclasses of these.
+    except (OSError, ValueError, RuntimeError, csv.Error) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"{file}: unreadable {file.suffix} file ({reason}): mend it, or move it out of "

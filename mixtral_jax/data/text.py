@@ -113,6 +113,10 @@ def _split(config: DataConfig, corpus: Corpus[Document]) -> Iterator[Placed[Docu
         yield from corpus.items()
         return
     document = next(corpus.items()).item
+    require(
+        document.ids is None,
+        f"data.path={config.path} holds one document of token ids: add others, to hold one out",
+    )
     text = document.text
     require(len(text) > 1, f"data.path={config.path} holds a single character: add more text")
     wanted = round(len(text) * (1 - config.held_out_fraction))
@@ -123,12 +127,38 @@ def _split(config: DataConfig, corpus: Corpus[Document]) -> Iterator[Placed[Docu
 
 
 def _train_texts(config: DataConfig, corpus: Corpus[Document]) -> Iterator[str]:
-    return (placed.item.text for placed in _split(config, corpus) if not placed.is_held_out)
+    for placed in _split(config, corpus):
+        require(
+            placed.item.ids is None,
+            f"{placed.item.origin} holds token ids: set data.tokenizer to the tokenizer that made "
+            "them",
+        )
+        if not placed.is_held_out:
+            yield placed.item.text
 
 
 def _encode(tokenizer: Tokenizer, documents: list[Document]) -> Iterator[Tokenized]:
-    for ids in tokenizer.encode_all([document.text for document in documents]):
-        yield Tokenized(np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]))
+    encoded = iter(
+        tokenizer.encode_all([document.text for document in documents if document.ids is None])
+    )
+    for document in documents:
+        if document.ids is not None:
+            yield Tokenized(_mark_ends(tokenizer, document))
+        else:
+            yield Tokenized(np.concatenate([[tokenizer.bos_id], next(encoded), [tokenizer.eos_id]]))
+
+
+def _mark_ends(tokenizer: Tokenizer, document: Document) -> np.ndarray:
+    """The token ids of a row, with BOS and EOS where they lack them."""
+    ids = list(document.ids or ())
+    require(
+        max(ids) < tokenizer.vocab_size,
+        f"{document.origin}: token id {max(ids)} is not below the {tokenizer.vocab_size} pieces of "
+        "the tokenizer: set data.tokenizer to the tokenizer that made it",
+    )
+    bos = [tokenizer.bos_id] if ids[0] != tokenizer.bos_id else []
+    eos = [tokenizer.eos_id] if ids[-1] != tokenizer.eos_id else []
+    return np.array([*bos, *ids, *eos])
 
 
 def _fingerprint_data(config: DataConfig) -> str:

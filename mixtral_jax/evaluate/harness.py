@@ -30,8 +30,8 @@ class HarnessModel(TemplateLM):
 
     Args:
         max_length: the maximum number of tokens that the model sees at once. By default the
-            sequence length in its config. Of longer contexts the beginning is dropped, and longer
-            texts are scored in windows.
+            sequence length in its config. The beginning of a longer context is dropped; a longer
+            text is scored in windows.
         batch_size: the number of prompts that are continued together.
 
     Raises:

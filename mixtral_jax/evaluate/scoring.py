@@ -75,9 +75,23 @@ def _score_rows(loaded: Pretrained, pairs: Sequence[Pair], T: int) -> Iterator[S
         jax.default_matmul_precision(matmul_precision(loaded.config.model.dtype)),
     ):
         rows = (place(array, loaded.mesh, loaded.model.rules) for array in arrays)
-        nats_B, misses_B = (np.asarray(x_B) for x_B in _sum_rows(loaded.model, *rows))
-    for nats, misses in zip(nats_B[: len(pairs)], misses_B[: len(pairs)], strict=True):
+        sums = jax.tree.map(np.asarray, _sum_rows(loaded.model, *rows))
+    for nats, misses in zip(sums.nats_B[: len(pairs)], sums.misses_B[: len(pairs)], strict=True):
         yield Score(-float(nats), bool(misses == 0))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _RowSums:
+    """Sums over the masked targets of each row.
+
+    Attributes:
+        nats_B: the loss in nats.
+        misses_B: the number of targets that are not the most likely token.
+    """
+
+    nats_B: jax.Array
+    misses_B: jax.Array
 
 
 @jax.jit
@@ -87,11 +101,8 @@ def _sum_rows(
     targets_BT: jax.Array,
     mask_BT: jax.Array,
     segment_ids_BT: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Sums over the masked targets of each row: their loss in nats, and the number of misses.
-
-    A target is a miss if it is not the most likely token. The results are replicated.
-    """
+) -> _RowSums:
+    """Sums over the masked targets of each row. The results are replicated."""
     x_BTD = model.run_blocks(tokens_BT, segment_ids_BT=segment_ids_BT).x_BTD
     size = min(tokens_BT.shape[1], _MAX_LOGITS_PER_ROW)
 
@@ -104,12 +115,12 @@ def _sum_rows(
         nats_Bt = cross_entropy(logits_BtV, targets_Bt) * mask_Bt.astype(jnp.float32)
         nats_B = jnp.sum(nats_Bt, axis=1)
         misses_B = jnp.sum((jnp.argmax(logits_BtV, axis=-1) != targets_Bt) & (mask_Bt > 0), axis=1)
-        return jax.tree.map(jnp.add, sums, (nats_B, misses_B)), None
+        return jax.tree.map(jnp.add, sums, _RowSums(nats_B, misses_B)), None
 
     B, T = tokens_BT.shape
     zeros = [
         jnp.zeros(B, dtype, out_sharding=model.rules.spec("batch"))
         for dtype in (jnp.float32, jnp.int32)
     ]
-    sums, _ = jax.lax.scan(add_part, tuple(zeros), jnp.arange(0, T, size))
+    sums, _ = jax.lax.scan(add_part, _RowSums(*zeros), jnp.arange(0, T, size))
     return jax.tree.map(lambda x_B: jax.reshard(x_B, jax.P(None)), sums)

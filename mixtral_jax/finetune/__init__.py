@@ -1,5 +1,5 @@
 """Tuning an existing model: which of its parameters are trained, and adapters for the others.
 
-Everything here changes a model from outside: `model/` does not know adapters, and `train/` does not
-know which parameters are trained.
+Everything here changes a model from outside: `model/` does not know adapters, and `training/` does
+not know which parameters are trained.
 """

@@ -1,6 +1,7 @@
-"""What a config with adapters changes of a training: the frozen base, its adapters, their dropout.
+"""Builds the model of a tuning from the config: the frozen base, its adapters and their dropout.
 
-Leaves to `checkpoint` where the weights of the base come from, and to `train` how adapters learn.
+Leaves to `checkpoint` where the weights of the base come from, and to `training` how adapters
+learn. Each function returns something new and does not change its arguments.
 """
 
 import dataclasses
@@ -9,8 +10,15 @@ import jax
 from flax import nnx
 
 from mixtral_jax.config import Config
-from mixtral_jax.finetune.surgery import add_adapters, drop_inputs
-from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.finetune.lora import Adapted, Plain, adapt
+from mixtral_jax.finetune.targets import match_targets
+from mixtral_jax.model.surgery import (
+    drop_inputs_of,
+    find_modules,
+    replace_blocks,
+    replace_modules,
+)
+from mixtral_jax.model.transformer import Block, Transformer
 
 # Adapters are drawn from random numbers of their own, apart from those of the base.
 _ADAPTER_STREAM = 1
@@ -25,13 +33,51 @@ def plan_base_model(config: Config) -> Config:
 
 
 def add_adapters_to(base: Transformer, config: Config) -> Transformer:
-    """The base with the adapters that the config names, initialised from the run's seed."""
+    """The base with an adapter on each projection that `finetune.lora.targets` names.
+
+    It computes the same as before. Adapters are initialised from the run's seed and stored in
+    `model.param_dtype`; the other parameters keep their dtypes.
+
+    Raises:
+        ConfigError: a pattern of the targets matches no projection.
+    """
+    assert config.finetune is not None
+    lora, factor = config.finetune.lora, config.router.learning_rate_factor
+    names = match_targets(lora.targets, list(find_modules(base.blocks, Plain)), factor)
+    adapter_config = dataclasses.replace(base.config, param_dtype=config.model.param_dtype)
+
+    def adapt_block(block: Block, rngs: nnx.Rngs) -> Block:
+        return replace_modules(block, names, lambda plain: adapt(plain, lora, adapter_config, rngs))
+
     key = jax.random.fold_in(jax.random.key(config.train.seed), _ADAPTER_STREAM)
-    return add_adapters(base, config, nnx.Rngs(key))
+    rngs_L = nnx.Rngs(key).split(base.config.num_layers)
+    return replace_blocks(base, jax.vmap(adapt_block)(base.blocks, rngs_L))
 
 
 def drop_adapter_inputs(model: Transformer, config: Config, key: jax.Array) -> Transformer:
-    """The model for one micro-batch, its adapters without a random share of their inputs."""
+    """The model for one micro-batch: a share of each adapter's input features dropped at random.
+
+    Sets a share `finetune.lora.dropout` of the rows of A to zero and scales the others up, drawn
+    separately for each layer, expert and adapter, but the same for all tokens (LoRA Dropout,
+    arXiv 2404.09610, without dropping columns of B). A mask per token would cost more than the
+    adapters: R x F random numbers per layer, drawn again when the layer is recomputed. Experts
+    would also need to know which token a row belongs to. One mask for all tokens is also the same
+    on every mesh and with every transport.
+    """
     assert config.finetune is not None
     lora = config.finetune.lora
-    return drop_inputs(model, lora.dropout, key) if lora.rank and lora.dropout else model
+    if not (lora.rank and lora.dropout):
+        return model
+    names = list(find_modules(model.blocks, Adapted))
+
+    def drop_in_block(block: Block, key: jax.Array) -> Block:
+        keys = iter(jax.random.split(key, len(names)))
+
+        def drop(adapted: Adapted) -> Adapted:
+            drop_inputs_of(adapted.lora_a, lora.dropout, next(keys))
+            return adapted
+
+        return replace_modules(block, names, drop)
+
+    keys_L = jax.random.split(key, model.config.num_layers)
+    return replace_blocks(model, jax.vmap(drop_in_block)(model.blocks, keys_L))

@@ -18,8 +18,8 @@ from mixtral_jax.generate.text import TextStream
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.parallel.mesh import matmul_precision
 
-# The number of tokens that `decode` writes before Python looks at them. A stream is to be shown
-# soon; otherwise Python only looks for stop strings.
+# Number of tokens that `decode` writes before Python looks at them: few for a stream, whose text is
+# to be shown soon, and more if Python only looks for stop strings.
 STREAMED_TOKENS_AT_ONCE = 4
 MAX_TOKENS_AT_ONCE = 32
 

@@ -69,7 +69,7 @@ def _keep_head(logits_V: jax.Array, weight_V: jax.Array, wanted: jax.Array) -> j
     """Marks the fewest of the largest logits whose weights sum to `wanted`.
 
     Of equal logits, those with the lowest ids are marked. The smallest marked logit is found by
-    bisection, not by sorting: to sort 32,000 logits takes longer than a small model.
+    bisection: sorting 32,000 logits takes longer than running a small model.
     """
     rank_V = _as_integers(logits_V)
 
@@ -79,7 +79,8 @@ def _keep_head(logits_V: jax.Array, weight_V: jax.Array, wanted: jax.Array) -> j
         is_enough = jnp.sum(jnp.where(rank_V > middle, weight_V, 0)) >= wanted
         return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
 
-    # The logits above `low` weigh enough, unless all together do not; those above `high` do not.
+    # Invariant: the logits above `low` weigh at least `wanted` (unless all together weigh less);
+    # those above `high` weigh less.
     limits = jnp.iinfo(jnp.int32)
     bounds = (jnp.full_like(rank_V[0], limits.min), jnp.full_like(rank_V[0], limits.max))
     _, least = jax.lax.fori_loop(0, 32, halve, bounds)

@@ -9,7 +9,7 @@ from mixtral_jax.data.tokenizer import Tokenizer
 # of an unfinished character can be waiting for the rest of it.
 _REPLACEMENT_CHARACTER = "\ufffd"
 _MAX_UNFINISHED_BYTES = 3
-# The ids before the new ones decide whether the new text begins with a space. So many are kept.
+# Number of ids kept from before the new ones. They decide whether the new text begins with a space.
 _NUM_CONTEXT_IDS = 8
 # The window of ids that are decoded again is shortened when it is longer than this.
 _MAX_WINDOW_IDS = 32

@@ -175,7 +175,7 @@ class _Tail:
     end: jax.Array
 
     def fold(self, body: Callable[[_Block, Any], Any], carry: Any) -> Any:
-        """Folds `body(block, carry)` over as many full large blocks as fit, then small blocks."""
+        """Folds `body(block, carry)` over all full large blocks, then over small blocks."""
         num_large = (self.end - self.start) // LARGE_BLOCK_ROWS
         rest = self.start + num_large * LARGE_BLOCK_ROWS
         num_small = (self.end - rest + SMALL_BLOCK_ROWS - 1) // SMALL_BLOCK_ROWS

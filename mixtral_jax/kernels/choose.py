@@ -1,4 +1,4 @@
-"""Which implementation computes or moves what in a run: chosen once, with the reason.
+"""Chooses the attention, the grouped matmul and the transport of a run, once, each with its reason.
 
 A choice needs only names, a config and a platform. What the names stand for is in `attention` and
 `grouped_matmul` beside this file, and for transports in `model.dispatch.transports`.
@@ -111,7 +111,7 @@ def choose_transport(config: Config, platform: str) -> Choice[TransportName]:
     num_chosen = config.router.num_experts_per_token
     if num_places <= num_chosen:
         limit = f"mesh.expert={num_places} is at most top-{num_chosen}"
-        return Choice("all_gather", f"moves no more than others where {limit}")
+        return Choice("all_gather", f"{limit}, so it moves no more rows than the others")
     if platform == "cpu":
         return Choice("all_gather", "XLA:CPU has no ragged all-to-all")
     if is_too_large:

@@ -2,7 +2,7 @@
 
 A step of text generation has one or two rows per sequence, so its time is that of reading weights.
 Slicing a layer out of the stack of all layers would copy all its experts, most of which are not
-visited. Has no gradient.
+visited. It has no gradient.
 """
 
 import jax

@@ -73,8 +73,8 @@ def swiglu_of_layer(
 ) -> jax.Array:
     """`grouped_swiglu` with the matrices of one layer of a stack; has no gradient.
 
-    Slicing the layer out of the stack would copy all its experts, so kernels that can read the
-    matrices in place.
+    Slicing the layer out of the stack would copy all its experts. A kernel that is able to read the
+    matrices in place does so.
     """
     if kernel == "blocks":
         return few_rows.grouped_swiglu(

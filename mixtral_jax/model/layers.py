@@ -60,8 +60,8 @@ class Projection(nnx.Module):
 def gather_weight(weight: jax.Array, axes: tuple[str | None, ...], rules: AxisRules) -> jax.Array:
     """Lays out a dense weight as `rules.gathered`, for each device to use on its own tokens.
 
-    `reduced` tells jax that each device uses the weight on other tokens, so that its gradient is
-    still to be summed over devices. The weight is gathered in two steps. The transpose is then a
+    `reduced` tells jax that each device uses the weight on its own tokens, so the gradient must
+    still be summed over devices. The weight is gathered in two steps. The transpose is then a
     reduce-scatter over `fsdp`, followed by a sum of those shards over the other axes. In one step,
     XLA would sum over all axes first and scatter nothing.
     """

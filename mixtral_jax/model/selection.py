@@ -37,7 +37,7 @@ class Candidates:
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """The number of experts, E."""
         return self.preference_BTE.shape[-1]
 
 
@@ -46,7 +46,8 @@ class Candidates:
 class Selection:
     """Experts of each token, int32, best first.
 
-    `is_chosen_BTA` is False where a token has fewer than A experts. None: every token has A.
+    `is_chosen_BTA` is False where a token has fewer than A experts. It is None if every token has A
+    experts.
     """
 
     experts_BTA: jax.Array
@@ -111,8 +112,8 @@ def select_tokens(candidates: Candidates, router: RouterConfig) -> Selection:
     """Expert choice: each expert takes the ceil(k n / E) tokens of a sequence it scores highest.
 
     Source: arXiv 2202.09368. This is not causal: whether a token is taken depends on later tokens.
-    So it is done in training only, whose loss is then not that of a language model. In evaluation
-    and generation each token takes its k best experts.
+    So it is used only in training, and the training loss is then not that of a language model. In
+    evaluation and generation each token takes its k best experts.
     """
     if not candidates.is_training:
         return _top_k(candidates.preference_BTE, router)

@@ -25,7 +25,7 @@ def drop_hidden(model: Transformer, rate: float, key: jax.Array) -> Transformer:
     The other units grow to make up for them. This is expert dropout (Switch Transformer, arXiv
     2101.03961, section 2.4), but with one mask for all tokens of a micro-batch. A mask per token
     would take R x F random numbers per layer, and experts would need to know which token a row is.
-    So the mask is the same on every mesh and with every transport.
+    One mask for all tokens is also the same on every mesh and with every transport.
     """
 
     def drop_in_block(block: Block, key: jax.Array) -> Block:

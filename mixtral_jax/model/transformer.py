@@ -77,7 +77,8 @@ class Transformer(nnx.Module):
     """Mixtral: decoder-only, every block sparse. Blocks are stacked on a leading layer axis.
 
     Build and call it under `jax.set_mesh`, best inside `jax.jit`, so that parameters are sharded
-    from the start. `kernels` decides what computes and moves, whatever the configs ask for.
+    from the start. `kernels` names the attention, the grouped matmul and the transport; what the
+    configs request for them is ignored.
     """
 
     def __init__(
@@ -201,7 +202,7 @@ class ParameterCount:
 def count_parameters(model: Transformer, kind: Filter = nnx.Param) -> ParameterCount:
     """Counts the parameters of `kind` in a model.
 
-    The shapes of a model will do: `jax.eval_shape` of its maker.
+    `model` may also be the shapes of one, as `jax.eval_shape` of its maker returns them.
     """
     E, chosen = model.config.num_experts, model.num_experts_per_token
     total = active = looked_up = 0

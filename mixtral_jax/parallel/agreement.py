@@ -1,6 +1,6 @@
 """Checks that the processes of a run agree: on the config, the software, the devices and the data.
 
-Processes that differ compile different programs, and then wait for each other for ever. So each
+Processes that differ compile different programs, and then wait for each other forever. So each
 process sends what it is to all others, before it touches a device. All processes then compare the
 same table, and stop with the same line if anything differs.
 """
@@ -88,7 +88,7 @@ def introduce(processes: Processes, config: Config, workdir: Path | None) -> lis
 def find_disagreements(
     processes: Processes, config: Config, members: Sequence[Member]
 ) -> list[str]:
-    """One line per difference that must not be: in config keys, versions, or our own code."""
+    """One line per difference that is not allowed: in config keys, versions or our own code."""
     found = []
     if len({member.config for member in members}) > 1:
         configs = processes.share("config", flatten(config), _INTRODUCE_TIMEOUT_SECONDS)
@@ -115,7 +115,7 @@ def require_agreement(processes: Processes, config: Config, workdir: Path | None
 def require_same(processes: Processes, name: str, value: str, fix: str) -> None:
     """Checks that all processes have the same value of `name`.
 
-    If one differed, the others would later wait for it for ever. There is no timeout, because one
+    If one differed, the others would later wait for it forever. There is no timeout, because one
     process may have prepared its value for hours.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Where the processes of a run meet: the coordinator's address, and what a scheduler says of them.
+"""Where the processes of a run meet: the coordinator's address, and what a scheduler tells them.
 
 jax waits minutes for processes that can never meet, and then aborts with a stack trace. The checks
 here run before jax tries, and end the process with one clear line instead. They do not import jax.
@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from mixtral_jax.config import ConfigError, require
 
@@ -94,7 +94,7 @@ def is_loopback(host: str) -> bool:
 
 
 def find_scheduler() -> Scheduler | None:
-    """The scheduler that started this process, found by the variables that it sets, or None."""
+    """The scheduler that started this process, found by the environment that it sets, or None."""
 
     def number(name: str) -> int | None:
         value = os.environ.get(name, "")
@@ -115,15 +115,15 @@ def find_scheduler() -> Scheduler | None:
     return None
 
 
-def find_local_device_ids(environment: Mapping[str, str]) -> list[int] | None:
+def find_local_device_ids() -> list[int] | None:
     """The ids of all GPUs of a node, if this process is the node's only Slurm task.
 
     jax would give such a task the first GPU alone. None leaves the choice to jax.
     """
-    tasks, nodes = environment.get("SLURM_NTASKS"), environment.get("SLURM_STEP_NUM_NODES")
-    gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+    tasks, nodes = os.environ.get("SLURM_NTASKS"), os.environ.get("SLURM_STEP_NUM_NODES")
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
     is_only_task = tasks is not None and tasks == nodes
-    if "JAX_LOCAL_DEVICE_IDS" in environment or not gpus.isdigit() or not is_only_task:
+    if "JAX_LOCAL_DEVICE_IDS" in os.environ or not gpus.isdigit() or not is_only_task:
         return None
     return list(range(int(gpus)))
 

@@ -14,8 +14,20 @@ MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 def use_virtual_cpu_devices(count: int) -> None:
-    """Splits the CPU into `count` virtual devices. Call it before jax first touches a device."""
-    jax.config.update("jax_num_cpu_devices", count)
+    """Splits the CPU into `count` virtual devices. Call it before jax first touches a device.
+
+    Raises:
+        ConfigError: jax has started with another number of CPU devices.
+    """
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # jax has started. That does no harm if its devices are those wanted.
+        devices = jax.local_devices()
+        require(
+            devices[0].platform != "cpu" or len(devices) == count,
+            f"mesh.cpu_devices={count}: jax has started with {len(devices)} already, and cannot "
+            "change that: restart Python, or set mesh.cpu_devices to that number",
+        )
 
 
 def matmul_precision(dtype: str) -> str | None:

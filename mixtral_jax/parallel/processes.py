@@ -2,7 +2,7 @@
 
 jax's coordination service, which process 0 hosts, carries the messages. It works before any device
 is touched and while a collective hangs. A process that stops tells the others why, and they stop
-within seconds. Without these messages they would wait until jax's heartbeat timeout, or for ever.
+within seconds. Without these messages they would wait until jax's heartbeat timeout, or forever.
 `agreement` decides what the processes compare; `coordinator` checks that they can meet.
 """
 
@@ -36,18 +36,19 @@ from mixtral_jax.parallel.coordinator import (
 # If a process vanishes without a message, jax aborts the others after this time, even while they
 # hang in a collective. A host that swaps or migrates may be silent for some tens of seconds.
 HEARTBEAT_TIMEOUT_SECONDS = 60
-# By the time jax shuts down, all processes have reached the end (`Processes.__exit__`).
+# Timeout of jax's own shutdown. It is rarely used up, because all processes have reached the end by
+# then (`Processes.__exit__`).
 SHUTDOWN_TIMEOUT_SECONDS = 60
 # Added to jax's own timeout for joining, so that our clear message comes before jax's abort.
 _JAX_JOIN_MARGIN_SECONDS = 60
 
 _POLL_INTERVAL_SECONDS = 0.5
-# After another process has stopped, this one has so long to find the cause by itself.
+# How long this process may look for the cause by itself after another process has stopped.
 _GRACE_SECONDS = 2.0
 # Process 0 hosts the messages, so it waits this long for the others to read the last one.
 _FAREWELL_TIMEOUT_SECONDS = 10.0
 _FAREWELL_POLL_SECONDS = 0.1
-# A process ends shortly after it has written that it leaves.
+# Process 0 waits this long after all have written that they leave, so that they end before it does.
 _EXIT_DELAY_SECONDS = 0.2
 _MIN_SHARE_POLL_SECONDS = 0.01
 _MAX_SHARE_POLL_SECONDS = 1.0
@@ -224,7 +225,7 @@ def join_processes(launch: Launch, code_if_alone: int = 1) -> Processes:
                 launch.coordinator,
                 launch.num_processes,
                 launch.process_id,
-                local_device_ids=find_local_device_ids(os.environ),
+                local_device_ids=find_local_device_ids(),
                 # With flags, jax need not detect a cluster, which could contradict them or warn.
                 cluster_detection_method="deactivate" if launch.coordinator else None,
                 initialization_timeout=int(seconds) + _JAX_JOIN_MARGIN_SECONDS,

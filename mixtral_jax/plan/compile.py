@@ -21,6 +21,7 @@ from mixtral_jax.plan.hlo import Program, parse_program
 from mixtral_jax.plan.meshes import describe_mesh, meshes_that_fit
 from mixtral_jax.plan.topology import Target
 from mixtral_jax.training.assemble import Training, make_training
+from mixtral_jax.training.state import TrainState
 from mixtral_jax.training.step import peak_memory_bytes
 
 _MAX_SHOWN_MESHES = 4
@@ -42,10 +43,10 @@ class StepMemory:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """A step compiled for `mesh`, and what the compiler says of it.
+    """A step compiled for `mesh`, and what the compiler reports about it.
 
     `config` has a number for every mesh axis. `traced` is the jaxpr of the step. `trained` counts
-    the parameters that learn, and `seconds` is the time to trace and compile.
+    the parameters that are trained, and `seconds` is the time to trace and compile.
     """
 
     config: Config
@@ -72,7 +73,8 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
     training = make_training(config, target.platform)
     start = time.perf_counter()
     with _as_if_on(config, mesh):
-        state, traced = training.abstract_state(), _trace(training, mesh)
+        state = training.abstract_state()
+        traced = _trace(training, state, mesh)
         # Otherwise the compiler refuses what does not fit, and reports nothing about it.
         options: dict[str, str | bool] = {"xla_tpu_no_crash_on_oom": True}
         compiled = traced.lower().compile(options if target.platform == "tpu" else {})
@@ -112,7 +114,8 @@ def trace_grouped(config: Config, target: Target) -> Any:
     config = dataclasses.replace(config, dispatch=dispatch)
     mesh = make_mesh(config.mesh, target.devices)
     with _as_if_on(config, mesh):
-        return _trace(make_training(config, target.platform), mesh).jaxpr
+        training = make_training(config, target.platform)
+        return _trace(training, training.abstract_state(), mesh).jaxpr
 
 
 def fit_mesh(config: Config, target: Target) -> Config:
@@ -142,7 +145,7 @@ def fit_mesh(config: Config, target: Target) -> Config:
 def count_routed_rows(config: Config) -> int:
     """The rows of one device's experts in a micro-batch under balanced routing.
 
-    They are as many as the rows that the device's own tokens send to experts.
+    This equals the number of rows that the device's own tokens send to experts.
     """
     mesh, train = config.mesh, config.train
     holders = (mesh.data or 1) * mesh.fsdp * (mesh.expert or 1)
@@ -162,7 +165,7 @@ def _as_if_on(config: Config, mesh: jax.sharding.Mesh) -> Iterator[None]:
         yield
 
 
-def _trace(training: Training, mesh: jax.sharding.Mesh) -> jax.stages.Traced:
+def _trace(training: Training, state: TrainState, mesh: jax.sharding.Mesh) -> jax.stages.Traced:
     """Traces the train step with a batch of shapes."""
     train = training.config.train
     rows: Any = jax.ShapeDtypeStruct(
@@ -171,7 +174,7 @@ def _trace(training: Training, mesh: jax.sharding.Mesh) -> jax.stages.Traced:
         sharding=jax.NamedSharding(mesh, batch_spec(AxisRules())),
     )
     batch = Batch(rows, rows, rows, rows, rows)
-    return training.train_step.trace(training.abstract_state(), batch)
+    return training.train_step.trace(state, batch)
 
 
 def _bytes_per_device(tree: Any) -> int:

@@ -31,7 +31,7 @@ def model_flops_per_step(
 
     Args:
         parameters: all parameters of the model.
-        trained: those that learn.
+        trained: the parameters that are trained.
     """
     model, train = config.model, config.train
     per_token = 4 * parameters.multiplying + 2 * trained.multiplying

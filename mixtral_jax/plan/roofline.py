@@ -80,8 +80,8 @@ def transfer_seconds(collective: Collective, topology: Topology, coordinates: np
     links = _links(members, topology)
     hops, links = _hops(members, topology)[links > 0], links[links > 0]
     if goes_to_all:
-        # On a shortest path, data crosses in each dimension as many links as the distance of the
-        # two members.
+        # On a shortest path, the number of links that data crosses in a dimension is the distance
+        # of the two members in it.
         others = len(members) - 1
         hops_per_link = np.max(np.sum(hops, axis=(1, 2)) / len(members) / others / links)
     else:
@@ -122,7 +122,11 @@ def _wraps(topology: Topology, dimension: int) -> bool:
 
 
 def _gpu_seconds(sent: int, chip: Chip, members: np.ndarray, *, goes_to_all: bool) -> float:
-    """NVLink carries data inside a node, the network card data to other nodes, at the same time."""
+    """Seconds between GPUs.
+
+    NVLink carries data within a node and, at the same time, the network card carries data to other
+    nodes.
+    """
     nodes = np.unique(members // chip.node_size)
     others = len(members) - 1
     # If all members get the same data, one copy enters each node, and its members share that work.

@@ -11,7 +11,10 @@ from mixtral_jax.plan.topology import Target
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """A mesh and a batch size that were compiled. The best has rank 1; None does not fit."""
+    """A mesh and a batch size that were compiled.
+
+    The best has rank 1; the rank is None if the step does not fit.
+    """
 
     plan: Plan
     rank: int | None

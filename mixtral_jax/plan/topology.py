@@ -137,6 +137,6 @@ def _nearest(size: str, slices: Sequence[str]) -> str:
         key=chips.__getitem__,
     )
     return (
-        f"{', '.join(nearest)} with about as many chips, and in all {len(slices)} slices from "
-        f"{slices[0]} to {slices[-1]}"
+        f"{len(slices)} slices from {slices[0]} to {slices[-1]}; those nearest in number of "
+        f"chips are {', '.join(nearest)}"
     )

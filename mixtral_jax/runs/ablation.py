@@ -61,7 +61,7 @@ def run_ablation(
         return _train_all(left, workdir, processes, stop)
 
 
-def check_saved(ablation: Ablation, workdir: Path) -> None:
+def check_saved_arms(ablation: Ablation, workdir: Path) -> None:
     """Makes sure that the runs in the workdir are of this ablation.
 
     Raises:
@@ -98,9 +98,10 @@ def report_ablation(
         return 0
     # If several tasks end together, the last one in here sees the runs of all.
     with one_at_a_time(workdir / "report"), _shared_compilations(processes):
-        results, page = _write_report(ablation, workdir)
+        results = read_results(ablation, workdir)
+        page = _write_report(results, ablation, workdir)
         if analyzes_models and analyze_arms(ablation, workdir, processes):
-            results, page = _write_report(ablation, workdir)
+            _write_report(results, ablation, workdir)
     _print_status(results)
     print(f"report: {page}")
     return 1 if any(run.name in results.failed for run in chosen) else 0
@@ -172,10 +173,9 @@ def _shared_compilations(processes: Processes) -> Iterator[None]:
             compilation_cache.reset_cache()
 
 
-def _write_report(ablation: Ablation, workdir: Path) -> tuple[Results, Path]:
-    results = read_results(ablation, workdir)
+def _write_report(results: Results, ablation: Ablation, workdir: Path) -> Path:
     pictures = picture_routing(ablation, workdir)
-    return results, write_report(results, workdir / "report", pictures)
+    return write_report(results, workdir / "report", pictures)
 
 
 def _print_status(results: Results) -> None:

@@ -25,7 +25,7 @@ from mixtral_jax.runs.eval_data import (
     open_task,
     read_run,
 )
-from mixtral_jax.whole_files import write_json
+from mixtral_jax.whole_files import write_json, write_whole
 
 # Loads the checkpoint of a step.
 LoadStep = Callable[[], Pretrained]
@@ -120,11 +120,11 @@ def write_analysis(folder: Path, summary: dict[str, Any], analysis: RoutingAnaly
     path = folder / "analysis.json"
     before = json.loads(path.read_text("utf-8")).get("pictures", []) if path.exists() else []
     pictures = {f"{picture.name}.png": picture for picture in draw_routing(analysis)}
+    for name, picture in pictures.items():
+        write_whole(folder / name, picture.to_png())
     write_json(path, summary | {"pictures": list(pictures)})
     for name in set(before) - set(pictures):
         (folder / Path(name).name).unlink(missing_ok=True)
-    for name, picture in pictures.items():
-        (folder / name).write_bytes(picture.to_png())
     note(f"wrote analysis.json and figures into {folder}")
 
 

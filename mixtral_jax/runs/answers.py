@@ -32,7 +32,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """A model's answers to `pick_questions`, and its loss on all held-out answers.
+    """A model's answers to `pick_asked`, and its loss on all held-out answers.
 
     Attributes:
         loss: in nats per token.
@@ -56,7 +56,7 @@ def ask(folder: Path, run: Run, data: ChatData) -> Answers:
         ConfigError: what `load_pretrained` raises.
     """
     loaded = load_pretrained(folder, run.config.model.dtype, run.mesh)
-    prompts = [question.prompt.tolist() for question in pick_questions(data)]
+    prompts = [question.prompt.tolist() for question in pick_asked(data)]
     max_new_tokens = min(MAX_NEW_TOKENS, run.config.train.sequence_length)
     *_, continuations = loaded.generator.stream(
         prompts,
@@ -101,7 +101,7 @@ def report_answers(run: Run, data: ChatData, base: Answers, tuned: Answers) -> N
     """Prints what changed, with some answers, and writes all of them to `answers.json`."""
     say, count = run.console.print, len(tuned.answers)
     decode = data.tokenizer.decode
-    questions = pick_questions(data)
+    questions = pick_asked(data)
     rows = [
         {
             "question": decode(question.prompt),
@@ -134,6 +134,6 @@ def report_answers(run: Run, data: ChatData, base: Answers, tuned: Answers) -> N
         write_json(run.workdir / "answers.json", {"asked": count, **summary, "answers": rows})
 
 
-def pick_questions(data: ChatData) -> list[Question]:
+def pick_asked(data: ChatData) -> list[Question]:
     """The questions that models are asked, spread over those held out."""
     return data.questions[:: max(1, len(data.questions) // NUM_QUESTIONS)][:NUM_QUESTIONS]

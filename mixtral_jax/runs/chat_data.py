@@ -5,7 +5,6 @@ import hashlib
 import time
 
 from mixtral_jax.data.chat.prepare import PreparedChats, Question, pick_questions, prepare_chats
-from mixtral_jax.data.chat.template import ChatTemplate
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.evaluate.perplexity import TokenBytes, make_evaluator
 from mixtral_jax.parallel.agreement import require_same
@@ -29,17 +28,15 @@ class ChatData(TrainingData):
 
     Attributes:
         questions: at most `MAX_QUESTIONS` held-out questions with their answers, as ids.
-        template: for more questions.
         tokenizer: of the model that is tuned.
     """
 
     questions: list[Question]
-    template: ChatTemplate
     tokenizer: Tokenizer
 
 
 def open_chat(run: Run, tokenizer: Tokenizer) -> ChatData:
-    """Reads, tokenises and packs the conversations that the config names.
+    """Reads, tokenizes and packs the conversations that the config names.
 
     Prints what there is to train on and what was left out.
 
@@ -51,7 +48,7 @@ def open_chat(run: Run, tokenizer: Tokenizer) -> ChatData:
             processes read different data.
     """
     data, say = run.config.data, run.console.print
-    say(f"reading {data.path} (tokenised once, then cached) ...")
+    say(f"reading {data.path} (tokenized once, then cached) ...")
     start = time.monotonic()
     if run.is_writer:
         tokenizer.save(run.workdir / "tokenizer.model")
@@ -72,13 +69,12 @@ def open_chat(run: Run, tokenizer: Tokenizer) -> ChatData:
         evaluate=make_evaluator(packed.held_out, TokenBytes.of(tokenizer)),
         fingerprint=fingerprint,
         questions=pick_questions(chats.held_out, MAX_QUESTIONS),
-        template=chats.template,
         tokenizer=tokenizer,
     )
 
 
 def _describe(chats: PreparedChats, packed: PackedStores, long_rows: str) -> list[str]:
-    """A line on what there is to train on, and one on what was left out, if anything was."""
+    """Describes what there is to train on and, if anything was left out, what."""
     plan = packed.plan
     lines = [
         f"[bold]chats[/]       {chats.train.num_documents:,} conversations in template "

@@ -1,4 +1,4 @@
-"""Which state of the sources this is, where they lie in a git repository."""
+"""The git commit of the sources, if they are in a repository."""
 
 import shutil
 import subprocess
@@ -7,9 +7,9 @@ from mixtral_jax.config import SHIPPED
 
 
 def find_commit() -> str | None:
-    """The commit of the clone that this package runs from, `+changes` if files differ from it;
+    """The commit of the clone that this package runs from; None without a clone.
 
-    None without a clone.
+    It ends in `+changes` if files differ from the commit.
     """
     root = SHIPPED.parent
     if not (root / ".git").exists() or shutil.which("git") is None:

@@ -112,7 +112,7 @@ def plan_task(
 
 
 def open_task(loaded: Pretrained, task: EvalTask, processes: Processes) -> PackedText:
-    """Reads, tokenises and packs the text.
+    """Reads, tokenizes and packs the text.
 
     Raises:
         ConfigError: there is nothing to read, or no tokenizer to read it with, or the processes
@@ -192,7 +192,7 @@ def read_run(checkpoint: Path) -> TrainedRun | None:
 
 
 def _open_stores(task: EvalTask, tokenizer: Tokenizer, *, is_shown: bool) -> list[TokenStore]:
-    note(f"reading {task.data.path} (tokenised once, then cached) ...", is_shown=is_shown)
+    note(f"reading {task.data.path} (tokenized once, then cached) ...", is_shown=is_shown)
     prepare = prepare_chats if task.is_chat else tokenize_text
     prepared = prepare(task.data, tokenizer)
     if task.part == "held_out":

@@ -1,44 +1,29 @@
 """The recipe of pretraining: text, and random weights or those of a dense model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from mixtral_jax.data.tokenizer import read_tokenizer
 from mixtral_jax.runs.base import Base, saved_steps
 from mixtral_jax.runs.describe import describe_run
 from mixtral_jax.runs.run import Run
 from mixtral_jax.runs.stop import StopSignal
-from mixtral_jax.runs.text_data import TrainingData, open_text
+from mixtral_jax.runs.text_data import open_text
 from mixtral_jax.runs.training import Callback, train_model
 from mixtral_jax.runs.upcycle import dense_loader, open_dense, start_dense
 from mixtral_jax.training.loop import Outcome
 
-# Reads the data of a run, with the tokenizer given; None takes or trains that of the config.
-OpenData = Callable[..., TrainingData]
 
-
-def pretrain(
-    run: Run,
-    stop: StopSignal,
-    *,
-    open_data: OpenData = open_text,
-    callbacks: Sequence[Callback] = (),
-) -> Outcome:
-    """Trains on the text of a run; with a section `upcycle`, from the weights of a dense model.
-
-    Args:
-        open_data: reads the data, by default as `data.path` says.
-    """
+def pretrain(run: Run, stop: StopSignal, callbacks: Sequence[Callback] = ()) -> Outcome:
+    """Trains on the text of a run; with a section `upcycle`, from the weights of a dense model."""
     if run.config.upcycle:
-        return _upcycle(run, stop, open_data=open_data, callbacks=callbacks)
+        return _upcycle(run, stop, callbacks)
     describe_run(run)
     with stop.at_once():
-        data = open_data(run)
+        data = open_text(run)
     return train_model(run, data, stop, callbacks=callbacks).outcome
 
 
-def _upcycle(
-    run: Run, stop: StopSignal, *, open_data: OpenData, callbacks: Sequence[Callback]
-) -> Outcome:
+def _upcycle(run: Run, stop: StopSignal, callbacks: Sequence[Callback]) -> Outcome:
     dense: Base | None = None
     # A run that has saved a step needs its dense model no more: its workdir has all weights.
     if not saved_steps(run):
@@ -49,7 +34,7 @@ def _upcycle(
     describe_run(run)
     with stop.at_once():
         kept = run.workdir / "tokenizer.model"
-        data = open_data(run, dense.tokenizer if dense else read_tokenizer(f"{kept}"))
+        data = open_text(run, dense.tokenizer if dense else read_tokenizer(f"{kept}"))
     load = dense_loader(dense, run) if dense else None
     return train_model(run, data, stop, load, callbacks=callbacks).outcome
 

@@ -18,18 +18,21 @@ from mixtral_jax.config import Config, ConfigError, require
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.pretrained import Pretrained, load_pretrained
 from mixtral_jax.runs.export import export_run
-from mixtral_jax.runs.own_data import Conversation, Text, TokenIds, keep_conversations, keep_texts
+from mixtral_jax.runs.own_data import (
+    Conversation,
+    Document,
+    keep_conversations,
+    keep_documents,
+)
 from mixtral_jax.runs.pretrain import pretrain
 from mixtral_jax.runs.run import Run, choose_workdir, start_run
-from mixtral_jax.runs.stop import StopSignal
-from mixtral_jax.runs.text_data import open_text
+from mixtral_jax.runs.stop import EXIT_CODES, StopSignal
 from mixtral_jax.runs.training import Callback
 from mixtral_jax.runs.tune import find_base
 from mixtral_jax.runs.tune import tune as tune_base
+from mixtral_jax.runs.workdir import release_workdirs
 from mixtral_jax.training.loop import Outcome
-from mixtral_jax.training.loss import Loss, next_token_loss
-
-PathLike = str | Path
+from mixtral_jax.training.loss import Loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +42,10 @@ class RunResult:
     Attributes:
         outcome: `finished`, or `stopped` by Ctrl-C or SIGTERM after a step that is saved; the same
             call then goes on.
-        config: of the run, its mesh as numbers.
+        config: of the run; its mesh is numbers, unless the run was stopped before it had one.
         workdir: holds its checkpoints and all other files.
         metrics: the rows of metrics.jsonl, one per logged step.
-        mesh: the devices of the run; None if it was stopped before it had any.
+        mesh: the devices of the run; None if it was stopped before it had one.
     """
 
     outcome: Outcome
@@ -60,8 +63,8 @@ class RunResult:
 def train(
     config: Config,
     *,
-    workdir: PathLike | None = None,
-    data: Iterable[Text] | Iterable[TokenIds] | None = None,
+    workdir: str | Path | None = None,
+    data: Iterable[Document] | None = None,
     optimizer: optax.GradientTransformation | None = None,
     loss: Loss | None = None,
     callbacks: Sequence[Callback] = (),
@@ -71,35 +74,39 @@ def train(
     Args:
         config: as of `load_config`.
         workdir: where everything is written; by default a new folder under runs/.
-        data: texts, or arrays of token ids, one per document; None reads `config.data.path`.
-        optimizer: any optax transformation, in place of the config's.
+        data: documents, each a text or a list of token ids; None reads `config.data.path`. Token
+            ids need `data.tokenizer` to name the tokenizer that made them; BOS and EOS are added
+            where a document lacks them.
+        optimizer: an optax transformation in place of the config's, whose update takes gradients
+            and parameters. `router.learning_rate_factor` then does nothing. A resumed run needs the
+            same one.
         loss: of the task, in place of the cross entropy of the next token: a function of the
             output, the micro-batch and the totals of the step (`mixtral_jax.training.loss.Loss`).
+            Held-out loss stays cross entropy. A resumed run needs the same one; it is not saved.
         callbacks: each is called with the row of every logged step; rows of evaluations have
             `eval/` figures in them.
 
+    A dense model that is pretrained on the way (`upcycle`) gets none of the last three.
+
     Raises:
         ConfigError: what train.py exits with code 2 for.
+        KeyboardInterrupt: Ctrl-C before the first step, when there is nothing to save.
     """
     require(config.finetune is None, "the config has a section finetune: call mixtral_jax.tune")
     with _session() as (processes, stop):
         folder = choose_workdir(_to_path(workdir), "python", processes)
-        open_data = open_text
         if data is not None:
-            own = keep_texts(data, config, folder)
-            config, open_data = own.config, own.open_data
-        run = start_run(
-            config, folder, processes, optimizer=optimizer, loss=loss or next_token_loss
-        )
-        outcome = pretrain(run, stop, open_data=open_data, callbacks=callbacks)
+            config = keep_documents(data, config, folder)
+        run = start_run(config, folder, processes, optimizer=optimizer, loss=loss)
+        outcome = pretrain(run, stop, callbacks)
     return _result(run, outcome)
 
 
 def tune(
     config: Config,
     *,
-    workdir: PathLike | None = None,
-    base: PathLike | None = None,
+    workdir: str | Path | None = None,
+    base: str | Path | None = None,
     data: Iterable[Conversation] | None = None,
     optimizer: optax.GradientTransformation | None = None,
     loss: Loss | None = None,
@@ -116,10 +123,11 @@ def tune(
         data: conversations, each a list of messages or a row of any chat format; None reads
             `config.data.path`.
 
-    The other arguments are those of `train`.
+    The other arguments are those of `train`; a base that is pretrained gets none of them.
 
     Raises:
         ConfigError: what finetune_instruct.py exits with code 2 for.
+        KeyboardInterrupt: Ctrl-C before the first step, when there is nothing to save.
     """
     if config.finetune is None:
         raise ConfigError("the config has no section finetune: call mixtral_jax.train")
@@ -133,21 +141,25 @@ def tune(
         found = find_base(config, folder, processes, stop)
         if found is None:
             return RunResult("stopped", config, folder, metrics=[], mesh=None)
-        run = start_run(
-            found.fit(config), folder, processes, optimizer=optimizer, loss=loss or next_token_loss
-        )
+        fitted = found.fit(config)
+        run = start_run(fitted, folder, processes, optimizer=optimizer, loss=loss)
         tuned = tune_base(run, found, stop, callbacks)
         if tuned is not None:
-            export_run(run, folder / "export")
+            with stop.at_once():
+                export_run(run, folder / "export")
     return _result(run, "stopped" if tuned is None else "finished")
 
 
 @contextlib.contextmanager
 def _session() -> Iterator[tuple[Processes, StopSignal]]:
-    """One process and its signals; jax's settings are those of before when it ends.
+    """One process and its signals.
+
+    At its end workdirs are released, and jax's matmul precision is what it was. The number of
+    virtual CPU devices stays: jax cannot change it once it has started.
 
     Raises:
         ConfigError: this is one of several processes.
+        KeyboardInterrupt: a signal came while there was nothing to save.
     """
     require(
         not jax.distributed.is_initialized(),
@@ -159,11 +171,16 @@ def _session() -> Iterator[tuple[Processes, StopSignal]]:
     try:
         with processes, StopSignal(processes) as stop:
             yield processes, stop
+    except SystemExit as error:
+        if error.code == EXIT_CODES["stopped"]:
+            raise KeyboardInterrupt from None  # A library does not end its caller's program.
+        raise
     finally:
+        release_workdirs()
         jax.config.update("jax_default_matmul_precision", precision)
 
 
-def _to_path(path: PathLike | None) -> Path | None:
+def _to_path(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path).expanduser()
 
 

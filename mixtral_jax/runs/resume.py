@@ -52,6 +52,12 @@ def resume_or_init(
             f"on ({record['data'][:12]} -> {data_fingerprint[:12]}): restore the data, or use "
             "another --workdir"
         )
-    state = checkpoints.restore(step, run.training.abstract_state())
+    try:
+        state = checkpoints.restore(step, run.training.abstract_state())
+    except ValueError as error:
+        raise ConfigError(
+            f"{run.workdir} cannot be resumed ({error}): resume with the model and the optimizer "
+            "that it began with, or use another --workdir"
+        ) from error
     run.console.print(f"resuming after step {step} of {run.config.train.num_steps}")
     return StartState(step, state, record)

@@ -25,7 +25,7 @@ from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs.console import make_console
 from mixtral_jax.runs.workdir import NEEDED, open_workdir
 from mixtral_jax.training.assemble import Training, make_training
-from mixtral_jax.training.loss import Loss, next_token_loss
+from mixtral_jax.training.loss import Loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +56,13 @@ def start_run(
     processes: Processes,
     *,
     optimizer: optax.GradientTransformation | None = None,
-    loss: Loss = next_token_loss,
+    loss: Loss | None = None,
 ) -> Run:
     """Makes sure that the processes agree, starts the devices, and opens the workdir.
 
     Args:
         optimizer: in place of the config's.
-        loss: of the task.
+        loss: of the task, in place of that of the next token.
 
     Raises:
         ConfigError: the processes differ, the mesh does not fit, or the workdir holds a run of
@@ -70,9 +70,10 @@ def start_run(
     """
     require_trainable(config)
     require_agreement(processes, config, workdir)
-    config, mesh = start_devices(config, processes)
-    open_workdir(workdir, config, processes)
+    config = start_devices(config, processes)
+    mesh = make_mesh(config.mesh)
     training = make_training(config, platform_of(mesh), optimizer=optimizer, loss=loss)
+    open_workdir(workdir, config, processes)
     return Run(config, mesh, workdir, make_console(processes.index == 0), processes, training)
 
 
@@ -83,9 +84,9 @@ def start_part(run: Run, config: Config, workdir: Path) -> Run:
         ConfigError: the config does not fit the devices, or the workdir holds another run.
     """
     config = resolve_mesh(config, run.mesh.size)
-    open_workdir(workdir, config, run.processes)
     mesh = make_mesh(config.mesh)
     training = make_training(config, platform_of(mesh))
+    open_workdir(workdir, config, run.processes)
     return dataclasses.replace(run, config=config, mesh=mesh, workdir=workdir, training=training)
 
 
@@ -111,21 +112,20 @@ def choose_workdir(workdir: Path | None, name: str, processes: Processes) -> Pat
     if workdir is not None:
         return workdir
     require(processes.count == 1, NEEDED)
-    workdir = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    print(f"this run is in {workdir}: if it is stopped, --workdir={workdir} resumes it")
-    return workdir
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def start_devices(config: Config, processes: Processes) -> tuple[Config, jax.sharding.Mesh]:
-    """The config with its mesh as numbers, and that mesh. Call before jax first touches a device.
+def start_devices(config: Config, processes: Processes) -> Config:
+    """Starts the devices, and gives the config with its mesh as numbers.
+
+    Call it before jax first touches a device.
 
     Raises:
         ConfigError: the processes have unequal devices, or the mesh does not fit them.
     """
     prepare_devices(config)
     require_equal_devices(processes)
-    config = resolve_mesh(config, jax.device_count())
-    return config, make_mesh(config.mesh)
+    return resolve_mesh(config, jax.device_count())
 
 
 def require_equal_devices(processes: Processes) -> None:

@@ -9,7 +9,7 @@ from mixtral_jax.data.batches import TrainBatches, held_out_batches
 from mixtral_jax.data.packing import LongDocuments, PackPlan, plan_rows
 from mixtral_jax.data.sources import find_weights
 from mixtral_jax.data.store import TokenStore
-from mixtral_jax.data.text import PreparedText, prepare_text, tokenize_text
+from mixtral_jax.data.text import prepare_text, tokenize_text
 from mixtral_jax.data.tokenizer import Tokenizer, check_vocabulary, read_tokenizer
 from mixtral_jax.evaluate.ngram import measure_ngrams
 from mixtral_jax.evaluate.perplexity import Evaluator, TokenBytes, make_evaluator
@@ -57,7 +57,7 @@ class PackedStores:
 
 
 def open_text(run: Run, tokenizer: Tokenizer | None = None) -> TrainingData:
-    """Reads, tokenises and packs the text that the config names; prints its size and baselines.
+    """Reads, tokenizes and packs the text that the config names; prints its size and baselines.
 
     Args:
         tokenizer: of the model that the run starts from; None takes or trains that of the config.
@@ -66,7 +66,7 @@ def open_text(run: Run, tokenizer: Tokenizer | None = None) -> TrainingData:
         ConfigError: there is nothing to read, too many bad rows, or no tokenizer that fits.
     """
     config = run.config
-    run.console.print(f"reading {config.data.path} (tokenised once, then cached) ...")
+    run.console.print(f"reading {config.data.path} (tokenized once, then cached) ...")
     start = time.monotonic()
     kept = run.workdir / "tokenizer.model"
     if tokenizer is None:
@@ -76,15 +76,6 @@ def open_text(run: Run, tokenizer: Tokenizer | None = None) -> TrainingData:
         text = tokenize_text(config.data, tokenizer)
         if run.is_writer:
             tokenizer.save(kept)
-    return pack_text(run, text, start)
-
-
-def pack_text(run: Run, text: PreparedText, start: float) -> TrainingData:
-    """Packs tokenised text into batches, and fits the n-gram models that the run is to beat.
-
-    Args:
-        start: when reading began, by `time.monotonic`.
-    """
     say = run.console.print
     packed = pack_stores(run, text.train, text.held_out)
     say(

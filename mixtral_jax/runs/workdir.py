@@ -85,12 +85,12 @@ def _find_blind(workdir: Path, processes: Processes) -> list[int]:
     return [index for index, is_seen in enumerate(sees) if not is_seen]
 
 
-# Workdirs that this process holds. Their files are never closed: closing would unlock them.
+# Workdirs that this process holds, with their lock files: closing one unlocks it.
 _held: dict[Path, int] = {}
 
 
 def _lock(workdir: Path) -> None:
-    """Keeps other runs on this host out of the folder for as long as this process lives."""
+    """Keeps runs of other processes on this host out of the folder, until `release_workdirs`."""
     folder = workdir.resolve()
     if folder in _held:
         return
@@ -106,6 +106,12 @@ def _lock(workdir: Path) -> None:
     except OSError:
         # Some network file systems have no locks: there, two runs are not kept apart.
         os.close(descriptor)
+
+
+def release_workdirs() -> None:
+    """Lets other runs into the workdirs that this process holds, without ending it."""
+    while _held:
+        os.close(_held.popitem()[1])
 
 
 @contextlib.contextmanager

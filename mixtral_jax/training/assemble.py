@@ -85,8 +85,8 @@ class Training:
             router,
             self.schedule,
             self.perturb,
-            bias_rate_schedule(router.bias, self.config.train.num_steps),
-            self.loss,
+            bias_rate=bias_rate_schedule(router.bias, self.config.train.num_steps),
+            loss=self.loss,
         )
 
 
@@ -95,7 +95,7 @@ def make_training(
     platform: str,
     *,
     optimizer: optax.GradientTransformation | None = None,
-    loss: Loss = next_token_loss,
+    loss: Loss | None = None,
 ) -> Training:
     """Assembles training as the config says, for devices of `platform` (`cpu`, `gpu`, `tpu`).
 
@@ -103,7 +103,7 @@ def make_training(
         config: its mesh resolved.
         optimizer: in place of the config's; `learning_rate` in the metrics is then that of the
             config all the same.
-        loss: of the task.
+        loss: of the task; by default that of the next token.
 
     Raises:
         ConfigError: a kernel or a transport that the config asks for does not work there.
@@ -124,7 +124,7 @@ def make_training(
         perturb=functools.partial(_perturb, config),
         optimizer=optimizer,
         schedule=schedule,
-        loss=loss,
+        loss=loss or next_token_loss,
     )
 
 

@@ -144,7 +144,7 @@ class TrainLoop:
             self.log.write(record)
             self.progress.report(record)
             for callback in self.callbacks:
-                callback(record)
+                callback(dict(record))
         if due.checkpoint:
             saved = self.record | {"tokens": record["tokens"]}
             self.checkpoints.save(record["step"], state, saved)

@@ -1,4 +1,4 @@
-"""Where the figures of a run go: metrics.jsonl, TensorBoard and, asked for, Weights & Biases."""
+"""Where the metrics of a run go: metrics.jsonl, TensorBoard and, if asked for, Weights & Biases."""
 
 import hashlib
 import importlib.util
@@ -12,12 +12,16 @@ from mixtral_jax.whole_files import write_whole
 
 Record = dict[str, Any]
 
+MUST_BE_FINITE = ("loss", "grad_norm")
+
 
 class MetricLog:
-    """Writes one record a step, flushed; continues the file of an earlier start without gaps or
-    repeats.
+    """Writes one record per logged step, and flushes it.
 
-    `is_writer` is true on one process alone; on the others nothing is written.
+    A resumed run continues the file of its earlier start, without gaps or repeats.
+
+    Args:
+        is_writer: true on exactly one process; the others write nothing.
     """
 
     def __init__(self, workdir: Path, config: LogConfig, *, first_step: int, is_writer: bool):
@@ -34,9 +38,8 @@ class MetricLog:
         cut_after(path, first_step)
         self._file = path.open("a")
         if config.tensorboard:
-            from tensorboardX import (
-                SummaryWriter,  # Slow to import, and not needed by every process.
-            )
+            # Slow to import, and only the writer needs it.
+            from tensorboardX import SummaryWriter
 
             self._tensorboard = SummaryWriter(
                 str(workdir / "tensorboard"), purge_step=first_step + 1
@@ -78,9 +81,7 @@ class MetricLog:
 
 
 def cut_after(path: Path, last_step: int) -> None:
-    """Drops the lines of a metrics file past `last_step`, and one that a killed process left
-    unfinished.
-    """
+    """Drops the lines of a metrics file after `last_step`, and an unfinished last line."""
     if not path.exists():
         return
     kept = []
@@ -91,9 +92,9 @@ def cut_after(path: Path, last_step: int) -> None:
     write_whole(path, "".join(kept))
 
 
-def check_finite(record: Record, names: tuple[str, ...] = ("loss", "grad_norm")) -> None:
-    """Raises FloatingPointError, naming the figure and the step, when one is not finite."""
-    for name in names:
+def check_finite(record: Record) -> None:
+    """Raises FloatingPointError, naming the metric and the step, if one is not finite."""
+    for name in MUST_BE_FINITE:
         if not math.isfinite(record[name]):
             raise FloatingPointError(
                 f"{name} is {record[name]} at step {record['step']}: nothing of this step was "

@@ -26,8 +26,9 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
 
 
 def bias_rate_schedule(config: BalanceBiasConfig, num_steps: int) -> optax.Schedule:
-    """How far the balance bias moves after each step: the rate, then over the last fraction of the
-    run down to 0.
+    """By how much the balance bias moves after each step.
+
+    Constant, then falling to 0 in a straight line over the last `decay_fraction` of the run.
     """
     decay_steps = round(config.decay_fraction * num_steps)
     if decay_steps == 0:

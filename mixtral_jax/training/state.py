@@ -15,11 +15,13 @@ from jax import P
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Parameters, split into those that learn and the rest, and the optimizer's state for the
-    first.
+    """Parameters, split into trained and frozen ones, and the optimizer's state.
 
-    `frozen` is empty in pretraining, but for what steps move without a gradient: balance biases.
-    `recent_load_LE` is the routes to each expert of late, for metrics alone.
+    Attributes:
+        trained: the variables that have a gradient.
+        frozen: all others. In pretraining there are none but balance biases, which steps move
+            without a gradient.
+        recent_load_LE: the running load of each expert, used only for metrics.
     """
 
     step: jax.Array
@@ -33,9 +35,7 @@ class TrainState:
     def create(
         cls, model: Any, optimizer: optax.GradientTransformation, trainable: Filter = nnx.Param
     ) -> "TrainState":
-        """The state of a `Transformer` before the first step; variables that `trainable` lets
-        through will learn.
-        """
+        """The state of a `Transformer` before the first step; `trainable` filters what learns."""
         graphdef, trained, frozen = nnx.split(model, trainable, ...)
         load_LE = jnp.zeros((model.config.num_layers, model.config.num_experts))
         return cls(
@@ -51,19 +51,22 @@ def init_state(
     make_model: Callable[..., nnx.Module],
     optimizer: optax.GradientTransformation,
     trainable: Filter = nnx.Param,
-    *bases: nnx.Module,
+    base: nnx.Module | None = None,
 ) -> TrainState:
-    """A fresh state whose arrays are born sharded on the mesh in force; none is ever whole on a
-    host.
+    """Makes a fresh state, whose arrays are sharded over the mesh in force from the start.
 
-    `bases` are models that `make_model` takes to make another of them; their arrays are given up to
-    it.
+    No array is ever whole on a host.
+
+    Args:
+        base: what `make_model` makes the model of; its arrays are donated. None calls
+            `make_model` without an argument.
     """
-
-    def create(*bases: nnx.Module) -> TrainState:
-        return TrainState.create(make_model(*bases), optimizer, trainable)
-
-    return jax.jit(create, donate_argnums=range(len(bases)))(*bases)
+    if base is None:
+        return jax.jit(lambda: TrainState.create(make_model(), optimizer, trainable))()
+    create = jax.jit(
+        lambda base: TrainState.create(make_model(base), optimizer, trainable), donate_argnums=0
+    )
+    return create(base)
 
 
 def abstract_state(

@@ -84,7 +84,8 @@ def test_params_are_those_that_mistral_inference_takes():
 
 
 def test_shards_are_cut_at_their_size_and_listed(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "MAX_SHARD_BYTES", 4000)
+    small_shards = dataclasses.replace(export.FORMATS["hf"], max_shard_bytes=4000)
+    monkeypatch.setitem(export.FORMATS, "hf", small_shards)
     weights = random_weights(SMALL, 2, "float32")
     write_folder(weights, tmp_path, "hf", lambda _: None)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())

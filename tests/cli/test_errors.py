@@ -1,5 +1,6 @@
 """What a user gets wrong is answered with one line that names the value, the rule and the fix."""
 
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from mixtral_jax.data.text import prepare_text
 from mixtral_jax.parallel.mesh import resolve_mesh
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs.run import start_run
-from mixtral_jax.runs.workdir import open_workdir
+from mixtral_jax.runs.workdir import open_workdir, release_workdirs
 from tests.cases import small_config
 
 ROOT = Path(__file__).parents[2]
@@ -160,9 +161,18 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
 
 
 def test_a_workdir_serves_one_run_at_a_time(tmp_path):
-    open_workdir(tmp_path, small_config(), Processes())
-    with pytest.raises(ConfigError, match="in use by another run"):
+    (tmp_path / ".lock").touch()
+    with (tmp_path / ".lock").open() as held_by_another_run:
+        fcntl.flock(held_by_another_run, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="in use by another run"):
+            open_workdir(tmp_path, small_config(), Processes())
+    for _ in range(2):  # A process may open its own workdir again.
         open_workdir(tmp_path, small_config(), Processes())
+    with (tmp_path / ".lock").open() as another, pytest.raises(BlockingIOError):
+        fcntl.flock(another, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    release_workdirs()
+    with (tmp_path / ".lock").open() as another:
+        fcntl.flock(another, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused_before_it_is_trained(tmp_path):

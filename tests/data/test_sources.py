@@ -93,7 +93,7 @@ def test_a_hub_dataset_is_read_by_name_and_split(monkeypatch):
         Document("test", "hub:some/name:test:2"),
     ]
     assert isinstance(rows[2], BadRow)
-    assert fingerprint_source("hub:some/name") == fingerprint_source("hub:some/name")
+    assert fingerprint_source("hub:some/name") != fingerprint_source("hub:some/other")
     assert texts("hub:name") == ["name", "train"]
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from mixtral_jax.checkpoint.merged import merge
 from mixtral_jax.checkpoint.on_devices import load_model, parameter_name
 from mixtral_jax.config import Config
-from mixtral_jax.finetune.surgery import drop_inputs
+from mixtral_jax.finetune.adapters import drop_adapter_inputs
 from mixtral_jax.plan.hlo import parse_program
 from mixtral_jax.training.assemble import Training, make_training
 from mixtral_jax.training.optimizer import make_optimizer
@@ -190,7 +190,8 @@ def test_dropout_differs_between_steps_and_micro_batches_and_returns_with_them()
 def test_dropout_drops_whole_features_of_each_expert_and_scales_the_others_up() -> None:
     model = adapted_model().model
     with jax.set_mesh(mesh_of()):
-        dropped: Any = jax.jit(drop_inputs)(model, 0.25, jax.random.key(0))
+        drop = jax.jit(functools.partial(drop_adapter_inputs, config=tuning_config(dropout=0.25)))
+        dropped: Any = drop(model, key=jax.random.key(0))
     before, after = (
         np.asarray(one.blocks.moe.experts.gate.lora_a.weight[...]) for one in (model, dropped)
     )

@@ -19,7 +19,7 @@ from mixtral_jax.config import RouterConfig
 from mixtral_jax.model.training_mode import enter_training
 from mixtral_jax.model.transformer import ModelOutput, Transformer
 from mixtral_jax.parallel.batch import Batch
-from mixtral_jax.training.loss import StepTotals, sum_losses
+from mixtral_jax.training.loss import StepTotals, next_token_loss, sum_losses
 from mixtral_jax.training.state import TrainState
 from mixtral_jax.training.step import make_train_step
 from tests.cases import cpu_model_maker, on_mesh
@@ -77,7 +77,8 @@ def _value_and_grad(
     totals = StepTotals(
         jnp.sum(batch.loss_mask).astype(jnp.float32), jnp.sum(batch.segment_ids).astype(jnp.float32)
     )
-    parts = sum_losses(output, batch.targets[0], batch.loss_mask[0], totals, router)
+    micro = jax.tree.map(lambda rows: rows[0], batch)
+    parts = sum_losses(next_token_loss, output, micro, totals, router)
     return jnp.dot(
         share_of_loss, jnp.stack([parts.total_loss, parts.loss, parts.load_balance_loss])
     ), output

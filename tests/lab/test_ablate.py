@@ -14,6 +14,7 @@ from flax import nnx
 from mixtral_jax.cli import ablate
 from mixtral_jax.config import ConfigError
 from mixtral_jax.lab.ablation.records import DATA, FAILURE
+from mixtral_jax.parallel import processes
 from tests import scripts as runs
 from tests.cases import cpu_model_maker, mesh_of
 from tests.lab.ablations import small_ablation
@@ -57,6 +58,12 @@ def start(folder: Path, file: str, name: str, *flags: str) -> subprocess.Popen:
     """Starts an ablation in a process of its own."""
     chosen = flags_of(folder, file, name)
     return runs.start(folder, *chosen, *flags, program=("-m", "mixtral_jax", "ablate"))
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a verb run in this process, which cannot join others once jax has started."""
+    monkeypatch.setattr(processes, "join_processes", lambda launch: processes.Processes())
 
 
 def ablate_here(folder: Path, name: str, *flags: str) -> int:

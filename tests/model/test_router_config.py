@@ -20,7 +20,11 @@ from tests.model.routed_layer import BIAS, EXPERT_CHOICE, GROUPS, NO_LOSS, SINKH
             ["evens the load by itself", "router.sequence_loss_weight"],
         ),
         ({**EXPERT_CHOICE, **BIAS}, {}, ["router.bias"]),
-        (EXPERT_CHOICE, {"dispatch__capacity_factor": 1.0}, ["how much each expert gets", "None"]),
+        (
+            EXPERT_CHOICE,
+            {"dispatch__capacity_factor": 1.0},
+            ["how many tokens each expert gets", "None"],
+        ),
         (
             {"choice": "dense", **NO_LOSS, "num_experts_per_token": 8},
             {"dispatch__eval_capacity_factor": 4.0},

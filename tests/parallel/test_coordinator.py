@@ -128,9 +128,11 @@ def test_a_coordinator_out_of_reach_ends_with_code_1_and_the_reason(monkeypatch)
         ),
     ],
 )
-def test_the_only_slurm_task_of_a_node_gets_all_its_gpus(variables, expected):
+def test_the_only_slurm_task_of_a_node_gets_all_its_gpus(monkeypatch, variables, expected):
     """jax alone would give it one GPU, because it takes SLURM_LOCALID for the number of a GPU."""
-    assert coordinator.find_local_device_ids(variables) == expected
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert coordinator.find_local_device_ids() == expected
 
 
 def test_a_cluster_that_jax_cannot_ask_is_one_line_with_the_flags_that_do_without(monkeypatch):

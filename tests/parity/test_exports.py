@@ -1,4 +1,4 @@
-"""transformers loads and tokenises what we export, and we read what transformers and torch save.
+"""transformers loads and tokenizes what we export, and we read what transformers and torch save.
 
 Only `make test-parity` runs these tests: they need torch, transformers and mistral-common.
 """
@@ -82,7 +82,8 @@ def load_theirs(folder: Path, **settings: Any) -> tuple[Any, dict[str, Any]]:
 def test_an_exported_model_computes_the_same_in_transformers(
     max_shard_bytes, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(export, "MAX_SHARD_BYTES", max_shard_bytes)
+    small_shards = dataclasses.replace(export.FORMATS["hf"], max_shard_bytes=max_shard_bytes)
+    monkeypatch.setitem(export.FORMATS, "hf", small_shards)
     write_folder(make_weights(), tmp_path, "hf", lambda _: None)
     model, info = load_theirs(tmp_path)
     assert not any(

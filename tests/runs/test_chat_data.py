@@ -113,4 +113,3 @@ def test_held_out_answers_are_judged_and_questions_given(open_run, tokenizer, tm
     assert 5 < figures["eval/loss"] < 8 and figures["eval/tokens"] > 0
     question = data.questions[0]
     assert tokenizer.decode(question.answer.tolist()).startswith("It is")
-    assert data.template.version == "v1"

@@ -43,7 +43,9 @@ def new_folder(path: Path, mark: str | None = None, *, is_writer: bool = True) -
         SystemExit: code 1; a file or the folder cannot be written.
     """
     try:
-        with whole_folder(path, mark, is_writer=is_writer) as temporary:
+        # Not flushed: to wait for the disk would double the time of a copy of weights, which can be
+        # made again.
+        with whole_folder(path, mark, is_writer=is_writer, is_flushed=False) as temporary:
             yield temporary
     except OSError as error:
         raise SystemExit(f"error: {path.absolute()} cannot be written: {error}") from error

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Literal
 
 import ml_dtypes
@@ -98,7 +98,8 @@ class StoredArray:
         axis = axes[0 if self.order == "C" else -1]
         part = list(shape_of(block))
         part[axis] = max(1, PART_BYTES * part[axis] // (math.prod(part) * self.dtype.itemsize))
-        return (_shift(inner, block) for inner in blocks_of(shape_of(block), tuple(part)))
+        starts = [outer.start for outer in block]
+        return (shift_block(inner, starts) for inner in blocks_of(shape_of(block), tuple(part)))
 
     def astype(self, dtype: np.dtype) -> "StoredArray":
         """The same array in another dtype.
@@ -193,9 +194,11 @@ def write_numbers(descriptor: int, numbers: np.ndarray, place: int) -> None:
         raw, place = raw[written:], place + written
 
 
-def _shift(inner: Block, block: Block) -> Block:
+def shift_block(block: Block, starts: Sequence[int]) -> Block:
+    """Moves a block from the start of an array to `starts`."""
     return tuple(
-        slice(a.start + b.start, a.stop + b.start) for a, b in zip(inner, block, strict=True)
+        slice(part.start + start, part.stop + start)
+        for part, start in zip(block, starts, strict=True)
     )
 
 

@@ -33,7 +33,7 @@ from mixtral_jax.checkpoint.files.stored import (
     write_numbers,
 )
 
-# What the description of an uncompressed array has.
+# Entries of `.zarray` that mark an array as uncompressed chunks.
 _UNCOMPRESSED = {"zarr_format": 2, "compressor": None, "filters": None, "dimension_separator": "."}
 _DTYPES = {"<f4": DTYPES["float32"], "<f2": DTYPES["float16"], "bfloat16": DTYPES["bfloat16"]}
 

@@ -110,7 +110,7 @@ def write_mistral(folder: Path, model: nnx.Module, lora: LoRAConfig, *, dtype: s
         )
 
 
-# A projection, such as `moe.experts.gate`, and `lora_a` or `lora_b`.
+# The name of a projection, such as `moe.experts.gate`, and which matrix: `lora_a` or `lora_b`.
 _Key = tuple[str, str]
 
 

@@ -17,7 +17,7 @@ from mixtral_jax.config import (
     require,
 )
 
-# For a folder that does not say with which losses its router was trained: transformers' defaults.
+# transformers' defaults, used if a folder does not say with which losses its router was trained.
 UNKNOWN_LOSSES = RouterConfig(
     load_balance=LoadBalanceConfig(weight=0.001, normalization="hf"), z_loss_weight=0.0
 )

@@ -36,7 +36,7 @@ _FIXED_KEYS = {
 _IGNORED_KEYS = ("max_batch_size", "max_seq_len")
 # The default of mistral-inference. That of mistral-finetune is 10,000, so we always write the key.
 _DEFAULT_ROPE_THETA = 1e6
-# That of Mixtral 8x7B, since the file has no key for it.
+# The context length of Mixtral 8x7B; params.json has no key for it.
 _CONTEXT_LENGTH = 32_768
 
 
@@ -69,7 +69,8 @@ def read_params(path: Path) -> Architecture:
     }
     notes = ()
     if theta is None:
-        notes = (f"{path} has no rope_theta: uses {_DEFAULT_ROPE_THETA:g}, as mistral-inference",)
+        default = f"{_DEFAULT_ROPE_THETA:g}"
+        notes = (f"{path} has no rope_theta: uses {default}, as mistral-inference does",)
     try:
         require_numbers(ours | moe)
         model = build(ModelConfig, ours | {"dtype": "float32"}, "model.")

@@ -179,7 +179,7 @@ def _describe_seeds(spread: Spread) -> str:
 
 def _judge(difference: Difference) -> str:
     if difference.low is None:
-        return "With one seed, nobody can tell whether this is more than chance"
+        return "With one seed it is unknown whether this is more than chance"
     if not difference.is_clear:
         return "Not clearly different"
     return "Clearly higher" if difference.mean > 0 else "Clearly lower"

@@ -25,6 +25,14 @@ Status = Literal["done", "failed", "missing"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Series:
+    """A metric over a run: the indices of the lines that have it, [n], and its values, [n, ...]."""
+
+    lines: np.ndarray
+    values: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class RunRecord:
     """The state and the metrics of one run.
 
@@ -40,15 +48,15 @@ class RunRecord:
     lines: tuple[dict[str, Any], ...]
     facts: dict[str, Any]
 
-    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the indices of the lines that have a metric, [n], and its values, [n, ...]."""
+    def series(self, name: str) -> Series:
+        """Returns a metric at all lines that have it."""
         numbers = [number for number, line in enumerate(self.lines) if name in line]
         values = [self.lines[number][name] for number in numbers]
-        return np.array(numbers, int), np.array(values, float)
+        return Series(np.array(numbers, int), np.array(values, float))
 
     def last(self, name: str) -> float | None:
         """Returns the last value of a metric, or None if there is none."""
-        values = self.series(name)[1]
+        values = self.series(name).values
         return float(values[-1]) if len(values) else None
 
     def end(self, name: str) -> float | None:
@@ -59,18 +67,20 @@ class RunRecord:
 
     def tokens(self) -> np.ndarray:
         """Returns the number of tokens seen up to each line, [lines]."""
-        return self.series("tokens")[1]
+        return self.series("tokens").values
 
     def seconds(self) -> np.ndarray:
         """Returns the seconds spent in steps up to each line, [lines].
 
         Compilation, evaluation and saving do not count.
         """
-        return np.cumsum(np.diff(self.tokens(), prepend=0) / self.series("tokens_per_second")[1])
+        return np.cumsum(
+            np.diff(self.tokens(), prepend=0) / self.series("tokens_per_second").values
+        )
 
     def flops(self) -> np.ndarray:
         """Returns the model FLOPs up to each line, [lines]."""
-        return self.series("step")[1] * self.facts.get("model_flops_per_step", np.nan)
+        return self.series("step").values * self.facts.get("model_flops_per_step", np.nan)
 
 
 def is_finished(run: ArmRun, workdir: Path) -> bool:

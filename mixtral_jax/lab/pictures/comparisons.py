@@ -92,10 +92,10 @@ def _pair_seeds(result: ArmResult, reference: ArmResult) -> list[tuple[np.ndarra
 
 
 def _pair(record: RunRecord, other: RunRecord) -> tuple[np.ndarray, np.ndarray]:
-    numbers, losses = record.series("eval/loss")
-    other_losses = other.series("eval/loss")[1]
-    count = min(len(losses), len(other_losses))
-    return record.tokens()[numbers][:count], losses[:count] - other_losses[:count]
+    here, there = record.series("eval/loss"), other.series("eval/loss")
+    count = min(len(here.values), len(there.values))
+    differences = here.values[:count] - there.values[:count]
+    return record.tokens()[here.lines][:count], differences
 
 
 def _draw_course(course: Axes, results: Results, strokes: dict[str, Stroke]) -> None:

@@ -69,10 +69,9 @@ def average_seeds(
             all.
     """
     series = [
-        (get_x(record)[numbers], values)
+        (get_x(record)[one.lines], one.values)
         for record in result.done
-        for numbers, values in [record.series(metric)]
-        if len(values)
+        if len((one := record.series(metric)).values)
     ]
     if not series:
         return None
@@ -138,7 +137,7 @@ def draw_balance(results: Results, strokes: dict[str, Stroke]) -> Picture:
 def _is_worth_a_panel(results: Results, name: str) -> bool:
     if name == "router/device_imbalance":
         return any(result.device_imbalance for result in results.arms)
-    values = [record.series(name)[1] for result in results.arms for record in result.done]
+    values = [record.series(name).values for result in results.arms for record in result.done]
     is_logged = any(len(value) for value in values)
     return is_logged and (name != "router/dropped_fraction" or any(value.any() for value in values))
 

@@ -51,7 +51,7 @@ def read_loads(record: RunRecord) -> np.ndarray | None:
     if not names:
         return None
     names = sorted(names, key=lambda name: (len(name), name))  # Layer 100 comes after layer 11.
-    load_LNE = np.stack([record.series(name)[1] for name in names])
+    load_LNE = np.stack([record.series(name).values for name in names])
     groups = np.array_split(load_LNE, min(_MAX_TIME_COLUMNS, load_LNE.shape[1]), axis=1)
     load_LNE = np.stack([group.mean(1) for group in groups], axis=1)
     return load_LNE.swapaxes(1, 2) * load_LNE.shape[2]

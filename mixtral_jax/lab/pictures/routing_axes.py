@@ -14,7 +14,8 @@ from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
 SHARES_COLOUR_MAP = "Blues"
 RATIOS_COLOUR_MAP = "PuOr_r"
-# Larger ratios have the same colour as this one, and smaller ones than its inverse likewise.
+# A larger ratio has the colour of this one; a ratio below its inverse has the colour of the
+# inverse.
 _MAX_RATIO = 4.0
 _MAX_LAYER_TICKS = 16
 CHANCE_STYLE: dict[str, Any] = {"color": "#555555", "linestyle": "--", "linewidth": 1.5}

@@ -30,9 +30,8 @@ from mixtral_jax.lab.routing.specialization import LabelShares
 # Title of the panels -> analysis. A single analysis has an empty title.
 Analyses = Mapping[str, RoutingAnalysis]
 
-# Layers with a panel each, of a single analysis and of one among several.
-_MAX_LAYERS_ALONE = 3
-_MAX_LAYERS_SIDE_BY_SIDE = 2
+_MAX_LAYER_PANELS_ALONE = 3
+_MAX_LAYER_PANELS_SIDE_BY_SIDE = 2
 _MAX_COLUMNS = 4
 _MAX_NUMBERED_EXPERTS = 16
 _MAX_BARS_PER_LABEL = 16
@@ -115,7 +114,7 @@ def draw_saturation(analyses: Analyses, tokens_per_step: int | None = None) -> P
 
 def _list_panels(analyses: Analyses) -> list[tuple[str, RoutingAnalysis, int]]:
     """Returns the title, the analysis and the layer of each panel."""
-    max_layers = _MAX_LAYERS_ALONE if len(analyses) == 1 else _MAX_LAYERS_SIDE_BY_SIDE
+    max_layers = _MAX_LAYER_PANELS_ALONE if len(analyses) == 1 else _MAX_LAYER_PANELS_SIDE_BY_SIDE
     return [
         (f"{name}, layer {layer}" if name else f"layer {layer}", analysis, layer)
         for name, analysis in analyses.items()

@@ -11,8 +11,8 @@ import numpy as np
 from mixtral_jax.lab.routing.counts import RouteCounts
 from mixtral_jax.model.routing_metrics import load_metrics
 
-# Iterations that fit the weights of `find_lift`. Enough even if one expert is in all pairs, whose
-# weight then grows without bound.
+# Number of iterations that fit the weights of `find_lift`. It is enough even if one expert is in
+# all pairs; its weight then grows without bound.
 _NUM_FIT_ITERATIONS = 1000
 # Pairs of experts that fewer tokens chose together are left out of `find_lift`.
 MIN_TOKENS_PER_PAIR = 5
@@ -102,8 +102,8 @@ def find_lift(
 ) -> np.ndarray:
     """Returns P(i and j chosen) relative to what their popularity alone predicts, [L, i, j].
 
-    The prediction is w_i w_j, with weights w such that each expert is in as many pairs as
-    measured (quasi-independence). NaN where `coactivation_LEE` is, and for pairs of fewer than
+    The prediction is w_i w_j, with weights w such that each expert is in the measured number of
+    pairs (quasi-independence). NaN where `coactivation_LEE` is, and for pairs of fewer than
     `MIN_TOKENS_PER_PAIR` tokens, both as measured and as predicted.
     """
     k = num_experts_per_token

@@ -45,8 +45,9 @@ def dispatch(
             Its leaves have num_experts as leading dimension, are sharded over the `expert` axis,
             and are gathered here over `fsdp`.
         routes: experts, weights and is_kept of the routes, each [B, T, A].
-        is_checked: whether jax checks over which mesh axes values vary. Some kernels do not tell
-            it; the results are the same.
+        is_checked: whether jax checks over which mesh axes values vary. False for a kernel that
+            does not tell jax over which mesh axes its results vary (`supports_vma_check`). The
+            results are the same either way.
     """
     sizes = jax.sharding.get_abstract_mesh().shape
     spread = tuple(axis for axis in _REGION_AXES if sizes[axis] > 1)

@@ -69,8 +69,8 @@ def buffer_rows(
 ) -> int:
     """Rows in a buffer for the routes of `num_tokens` tokens to one of `num_places` places.
 
-    It has room for the worst case, in which each token visits as many of the place's experts as it
-    can, or for `buffer_factor` times the rows of balanced routing if that is less.
+    It has room for the worst case, in which each token visits the maximum number of the place's
+    experts, or for `buffer_factor` times the rows of balanced routing if that is less.
     """
     worst = num_tokens * min(A, num_experts // num_places)
     balanced = num_tokens * A / num_places
