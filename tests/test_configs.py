@@ -2,6 +2,8 @@
 
 import ast
 import math
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from mixtral_jax.config import Config, build, load_config_file, run_config_file
 from mixtral_jax.lab.ablation.definition import plan_ablation, read_ablation
 from mixtral_jax.parallel.mesh import MESH_AXES, resolve_mesh
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
 COMMANDS = {
     "pretrain": "python train.py",
     "instruct": "python finetune_instruct.py",
@@ -84,3 +87,17 @@ def test_configs_of_pods_keep_the_size_in_their_names() -> None:
     for name in ("mixtral_8x7b_v5p", "mixtral_8x7b_v6e"):
         models = load_config_file(CONFIGS / f"pretrain/{name}.py")["model"]
         assert (models["hidden_size"], models["num_layers"]) == (4096, 32)
+
+
+def test_a_copied_file_finds_the_shipped_configs_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(ROOT))])
+    for module in [name for name in sys.modules if name.split(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, module)
+    copy = shutil.copy(CONFIGS / "ablations/balance.py", tmp_path / "mine.py")
+    assert run_config_file(copy, read_ablation).arms
+    assert load_config_file(Path("configs/pretrain/tiny.py")) == load_config_file(
+        CONFIGS / "pretrain/tiny.py"
+    )

@@ -219,3 +219,14 @@ def test_a_base_that_is_not_there_is_named(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"finetune\.base=nowhere is no folder"):
         find_base(flags.run.config, tmp_path, Processes(), StopSignal())
+
+
+@pytest.mark.parametrize("flag", ["model.num_shared_experts=1", "router.score=sigmoid"])
+def test_a_base_that_could_not_be_tuned_is_refused_before_it_is_pretrained(tmp_path, flag):
+    flags = parse_tuning_flags(
+        [f"--config.{flag}"], description="", default_config="instruct/tiny.py"
+    )
+    with pytest.raises(ConfigError, match="tuning exports its model") as error:
+        find_base(flags.run.config, tmp_path / "run", Processes(), StopSignal())
+    assert flag.partition("=")[0] in str(error.value)
+    assert not (tmp_path / "run").exists()

@@ -1,8 +1,8 @@
 r"""Mixtral 8x7B from scratch on 64 chips of TPU v5p (4x4x4).
 
 The experts are sharded over 8 chips, and every weight over the 8 chips of the other axis. A step
-has 64 rows of 4,096 tokens, one row per chip. The tokenizer is Mixtral's, with 32,000 pieces (`pip
-install 'mixtral_jax[mistral]'`). This config has never run on that hardware: its sizes and mesh
+has 64 rows of 4,096 tokens, one row per chip. The tokenizer is Mixtral's, with 32,000 pieces, and
+needs `pip install -e '.[mistral]'`. This config has never run on that hardware: its sizes and mesh
 were checked by compiling, its learning rate and its speed were not. Run this on every host, with
 the path of your text and a workdir that all hosts see:
 

@@ -1,7 +1,7 @@
 """The first run: a tiny Mixtral trains on the Python standard library.
 
-Its eight experts are sharded over eight devices, which are virtual on a CPU. The run takes about
-five minutes on two cores.
+Its eight experts are sharded over eight devices, which are virtual on a CPU. The run takes a few
+minutes on two cores.
 
     python train.py
 """

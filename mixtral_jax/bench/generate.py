@@ -113,7 +113,7 @@ def _make_model(config: Config) -> Any:
         import transformers  # type: ignore[import-not-found]
     except ImportError as error:
         raise ConfigError(
-            f"bench --generate needs torch and transformers ({error}): pip install '.[parity]'"
+            f"bench --generate needs torch and transformers ({error}): pip install -e '.[parity]'"
         ) from None
     model = config.model
     torch.manual_seed(0)

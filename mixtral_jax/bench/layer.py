@@ -150,7 +150,7 @@ def make_theirs(config: Config, case: Case) -> Measure:
         from transformers.models.mixtral import MixtralConfig, modeling_mixtral  # type: ignore[import-not-found]
     except ImportError as error:
         raise ConfigError(
-            f"bench --layer needs transformers and torch ({error}): pip install '.[parity]'"
+            f"bench --layer needs transformers and torch ({error}): pip install -e '.[parity]'"
         ) from error
     model = config.model
     theirs = MixtralConfig(

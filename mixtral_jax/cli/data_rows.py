@@ -71,7 +71,11 @@ def open_rows(flags: argparse.Namespace, *, only_supervised: bool) -> Rows:
     Raises:
         ConfigError: no tokenizer, no such file, or a template that does not fit.
     """
-    tokenizer = read_tokenizer(_name_tokenizer(flags))
+    tokenizer = read_tokenizer(
+        _name_tokenizer(flags),
+        key="--tokenizer",
+        alternative="give --tokenizer=DIR (a workdir or a .model file)",
+    )
     template = ChatTemplate(tokenizer, flags.template or "auto", literal_inst=flags.literal_inst)
 
     def read() -> Iterator[Chat | BadRow]:

@@ -169,11 +169,17 @@ def make_parser(
 ) -> argparse.ArgumentParser:
     """A parser that knows --config; its errors are `ConfigError`s."""
     epilog = (
-        "--config.KEY=VALUE sets any key, as --config.train.num_steps=100; all keys, with their "
-        "defaults: mixtral_jax/config/; configs to start from: configs/"
+        "--config.KEY=VALUE sets any key, as --config.train.num_steps=100\n"
+        "all keys, with their defaults: mixtral_jax/config/; configs to start from: configs/"
     )
     prog = f"mixtral-jax {verb}" if verb else None
-    parser = FlagParser(prog=prog, description=description, epilog=epilog)
+    parser = FlagParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        # Descriptions are docstrings, whose paragraphs and commands stay as they are.
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--config",
         type=parse_path,

@@ -1,6 +1,6 @@
 """Reads config files: Python files with a function get_config().
 
-They import their parents from the folder `configs`.
+They import their parents from a folder `configs`.
 """
 
 import runpy
@@ -23,16 +23,13 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """The config of a file, with some keys changed.
 
     Args:
-        path: a .py file with a function get_config(). `configs/...` also names a shipped file where
-            the current folder has none of that name.
+        path: a .py file with a function get_config(), as for `run_config_file`.
         overrides: dotted keys and their values, as `{"train.num_steps": 100}`.
 
     Raises:
         ConfigError: there is no such file, or names the key that is wrong and what would be valid.
     """
-    file = Path(path).expanduser()
-    shipped = SHIPPED.parent / file
-    mapping = load_config_file(shipped if not file.exists() and shipped.is_file() else file)
+    mapping = load_config_file(Path(path).expanduser())
     for key, value in (overrides or {}).items():
         set_key(mapping, key, value)
     return build(Config, mapping)
@@ -46,18 +43,23 @@ def load_config_file(path: Path) -> dict[str, Any]:
 def run_config_file(path: Path, read: Callable[[Any], Read]) -> Read:
     """What `read` makes of what `get_config()` of a file returns.
 
+    `configs/...` also names a shipped file, if the current folder has none of that name.
+
     Raises:
         ConfigError: there is no such file or function, or one of the two fails.
     """
+    shipped = SHIPPED.parent / path
+    if not path.exists() and shipped.is_file():
+        path = shipped
     if not path.is_file():
         problem = "is a folder: name a .py file in it" if path.is_dir() else "there is no such file"
         raise ConfigError(f"--config={path}: {problem}; shipped ones are under configs/")
-    # Config files import their parents from the `configs` folder that they live in, or that of the
-    # current one.
+    # Config files import their parents from the `configs` folder that they live in, then from that
+    # of the current folder, and then from the shipped one.
     roots = [str(folder.parent) for folder in path.resolve().parents if folder.name == "configs"]
     search_path = sys.path.copy()
     sys.path[:0] = [root for root in roots[:1] if root not in sys.path]
-    sys.path.append(str(Path.cwd()))
+    sys.path += [str(Path.cwd()), str(SHIPPED.parent)]
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         if get_config is None:

@@ -188,14 +188,22 @@ def load_tokenizer(
     return tokenizer
 
 
-def read_tokenizer(spec: str) -> Tokenizer:
+def read_tokenizer(
+    spec: str, key: str = "data.tokenizer", alternative: str = "name a .model file"
+) -> Tokenizer:
     """Reads an existing tokenizer: a `.model` file, `mixtral` or `mixtral-v3`.
+
+    Args:
+        key: the key or flag that names the tokenizer, for the message of an error.
+        alternative: what the user may do instead of installing Mixtral's tokenizers, for the same.
 
     Raises:
         ConfigError: it cannot be found or read.
     """
-    file = _find_mistral(spec) if spec in _MISTRAL_FILES else Path(spec).expanduser()
-    return _read_model(file, f"data.tokenizer={spec}")
+    name = f"{key}={spec}"
+    if spec in _MISTRAL_FILES:
+        return _read_model(_find_mistral(spec, name, alternative), name)
+    return _read_model(Path(spec).expanduser(), name)
 
 
 def check_planned_vocabulary(spec: str, vocab_size: int) -> None:
@@ -240,14 +248,13 @@ def _read_model(file: Path, name: str) -> Tokenizer:
         ) from error
 
 
-def _find_mistral(spec: str) -> Path:
+def _find_mistral(spec: str, name: str, alternative: str) -> Path:
     package = importlib.util.find_spec("mistral_common")
     folders = package.submodule_search_locations if package else None
     files = [Path(folder) / "data" / _MISTRAL_FILES[spec] for folder in folders or ()]
     require(
         any(file.is_file() for file in files),
-        f"data.tokenizer={spec} needs the package mistral-common: pip install "
-        "'mixtral_jax[mistral]', or name a .model file",
+        f"{name} needs the package mistral-common: pip install -e '.[mistral]', or {alternative}",
     )
     return next(file for file in files if file.is_file())
 

@@ -1,4 +1,4 @@
-"""Runs the tasks of EleutherAI's lm-evaluation-harness: `pip install 'mixtral_jax[eval]'`.
+"""Runs the tasks of EleutherAI's lm-evaluation-harness: `pip install -e '.[eval]'`.
 
     results = lm_eval.simple_evaluate(HarnessModel(load_pretrained(DIR)), tasks=["hellaswag"])
 

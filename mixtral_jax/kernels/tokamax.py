@@ -19,7 +19,7 @@ def find_obstacle(platform: str) -> str:
         return "a TPU or an NVIDIA GPU"
     if importlib.util.find_spec("tokamax") is None:
         extra = "tpu" if platform == "tpu" else "cuda"
-        return f"the package tokamax (pip install '.[{extra}]')"
+        return f"the package tokamax (pip install -e '.[{extra}]')"
     return ""
 
 

@@ -96,8 +96,8 @@ def open_target(topology: Topology, *, cpu_fallback: bool) -> Target:
         require(
             cpu_fallback,
             f"--topology={topology.name} needs libtpu, which needs no TPU to compile: "
-            "pip install '.[tpu]' in the clone, or add --cpu_fallback for an estimate on virtual "
-            "CPU devices",
+            "pip install -e '.[tpu]' in the clone, or add --cpu_fallback for an estimate on "
+            "virtual CPU devices",
         )
     use_virtual_cpu_devices(topology.num_devices)
     return Target(topology, jax.devices("cpu"), "cpu")

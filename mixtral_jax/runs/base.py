@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from mixtral_jax.checkpoint.formats.architecture import require_mixtral
+from mixtral_jax.checkpoint.formats.architecture import find_inexpressible, require_mixtral
 from mixtral_jax.checkpoint.on_devices import load_model
 from mixtral_jax.checkpoint.run_parameters import find_steps
 from mixtral_jax.checkpoint.weights import Weights, open_weights
@@ -77,9 +77,29 @@ def require_folder(base: str, key: str) -> Path:
 
 
 def open_named_base(config: Config) -> Base:
-    """Opens what `finetune.base` names; raises ConfigError as `open_base` does."""
+    """Opens what `finetune.base` names.
+
+    Raises:
+        ConfigError: as of `open_base`; or the tuned model could not be exported.
+    """
     assert config.finetune is not None and config.finetune.base is not None
-    return open_base(require_folder(config.finetune.base, "finetune.base"), config)
+    base = open_base(require_folder(config.finetune.base, "finetune.base"), config)
+    require_tunable(base.fit(config))
+    return base
+
+
+def require_tunable(config: Config) -> None:
+    """Makes sure, before anything is trained, that the tuned model can be exported.
+
+    Raises:
+        ConfigError: it cannot; names each key that is in the way.
+    """
+    inexpressible = find_inexpressible(config.model, config.router)
+    require(
+        not inexpressible,
+        "tuning exports its model, and a Mixtral of Hugging Face or Mistral cannot have "
+        f"{', '.join(inexpressible)}: leave each at its default",
+    )
 
 
 def saved_steps(run: Run) -> list[int]:

@@ -21,7 +21,7 @@ from mixtral_jax.parallel.agreement import Member
 from mixtral_jax.parallel.coordinator import Scheduler
 from mixtral_jax.parallel.mesh import MESH_AXES
 from mixtral_jax.parallel.processes import Processes
-from mixtral_jax.runs.base import open_named_base
+from mixtral_jax.runs.base import open_named_base, require_tunable
 from mixtral_jax.runs.console import in_gib
 from mixtral_jax.runs.run import require_trainable
 from mixtral_jax.runs.workdir import NEEDED, not_writable, require_seen_by_all
@@ -74,7 +74,7 @@ def check_accelerators(
         return [
             Problem(
                 f"jax uses the CPU, though {root}/{pattern} is there",
-                f"pip install '.[{_DEVICE_FILES[pattern]}]'",
+                f"pip install -e '.[{_DEVICE_FILES[pattern]}]'",
             )
             for pattern in unused[:1]
         ]
@@ -118,15 +118,17 @@ def _open_tokenizer(config: Config) -> None:
 
 
 def fit_base(config: Config, problems: list[Problem]) -> Config:
-    """The config of a tuning with the shape of the base that it names.
+    """The config of a tuning with the shape of the base, if it names one.
 
-    Adds to `problems` what is wrong with either.
+    Adds to `problems` what is wrong with the config or with the base.
     """
     try:
         require_trainable(config)
-        if config.finetune is None or config.finetune.base is None:
+        if config.finetune is None:
             return config
-        return open_named_base(config).fit(config)
+        if config.finetune.base is not None:
+            return open_named_base(config).fit(config)
+        require_tunable(config)
     except ConfigError as error:
         problems.append(as_problem(error, "name another in finetune.base"))
     return config

@@ -12,7 +12,14 @@ from mixtral_jax.data.sources import fingerprint_source
 from mixtral_jax.parallel.mesh import resolve_mesh
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs.answers import Answers, ask, ask_base, compare_with_base, report_answers
-from mixtral_jax.runs.base import Base, open_base, open_named_base, plan_base, saved_steps
+from mixtral_jax.runs.base import (
+    Base,
+    open_base,
+    open_named_base,
+    plan_base,
+    require_tunable,
+    saved_steps,
+)
 from mixtral_jax.runs.chat_data import open_chat
 from mixtral_jax.runs.describe import describe_run
 from mixtral_jax.runs.export import save_adapters
@@ -46,6 +53,7 @@ def find_base(config: Config, workdir: Path, processes: Processes, stop: StopSig
     assert config.finetune is not None
     if config.finetune.base is not None:
         return open_named_base(config)
+    require_tunable(config)
     if processes.index == 0:
         # Runs that were started before began with a base that these settings made.
         for tuned in (workdir, *sorted(workdir.glob("seed-*"))):

@@ -30,7 +30,7 @@ class MetricLog:
         self._wandb = None
         if config.wandb_project and importlib.util.find_spec("wandb") is None:
             raise ConfigError(
-                "log.wandb_project is set but wandb is missing: pip install '.[wandb]'"
+                "log.wandb_project is set but wandb is missing: pip install -e '.[wandb]'"
             )
         if not is_writer:
             return

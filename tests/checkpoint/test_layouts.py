@@ -9,11 +9,18 @@ from safetensors.numpy import load_file, save_file
 
 from mixtral_jax.checkpoint.files import safetensors
 from mixtral_jax.checkpoint.files.stored import blocks_of
-from mixtral_jax.checkpoint.formats.layouts import HUGGING_FACE, LAYOUTS, MISTRAL, find_layout
+from mixtral_jax.checkpoint.formats.layouts import (
+    HUGGING_FACE,
+    LAYOUTS,
+    MISTRAL,
+    Layout,
+    find_layout,
+)
 from mixtral_jax.checkpoint.formats.parameters import PARAMETERS, parameter_chunk, parameter_shape
 from mixtral_jax.checkpoint.formats.relayout import as_parameters
 from mixtral_jax.checkpoint.on_devices import parameter_name
 from mixtral_jax.checkpoint.weights import open_weights
+from mixtral_jax.config import ConfigError
 from tests.cases import cpu_model_maker, mesh_of
 from tests.checkpoint.folders import SMALL, architecture_of, random_parameters, tensors_of
 
@@ -72,6 +79,17 @@ def test_parameters_come_back_from_every_layout_whole_and_in_blocks(layout, tmp_
         ]
         for block in blocks_of(stored.shape, tuple(parts)):
             np.testing.assert_array_equal(stored.read(block), expected[block], err_msg=name)
+
+
+def test_a_parameter_without_a_place_is_not_dropped():
+    parameters = random_parameters(SMALL)
+    del parameters["norm/scale"]
+    with pytest.raises(ConfigError, match="differ by norm/scale: add a Place"):
+        tensors_of(MISTRAL, parameters, SMALL)
+    parameters = random_parameters(SMALL)
+    places = [place for place in MISTRAL.places if place.parameter != "norm/scale"]
+    with pytest.raises(ConfigError, match="differ by norm/scale: add a Place"):
+        tensors_of(Layout("short", tuple(places)), parameters, SMALL)
 
 
 def test_rows_of_rotary_heads_are_interleaved_for_mistral():

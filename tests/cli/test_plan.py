@@ -59,7 +59,7 @@ def test_without_libtpu_the_command_that_installs_it_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"pip install '\.\[tpu\]'.*--cpu_fallback"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[tpu\]'.*--cpu_fallback"):
         open_target(parse_topology("v5p:2x2x2"), cpu_fallback=False)
     target = open_target(parse_topology("v5p:2x2x2"), cpu_fallback=True)
     assert target.is_estimate

@@ -194,7 +194,7 @@ def test_mixtrals_own_comes_from_the_installed_package(
 
 def test_mixtrals_own_without_the_package_names_the_install(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'mixtral_jax\[mistral\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[mistral\]'"):
         load_tokenizer("mixtral", list, tmp_path / "tokenizer.model")
 
 

@@ -106,15 +106,20 @@ def require_mixtral(architecture: Architecture) -> None:
     Raises:
         ConfigError: they cannot; names each key that is in the way.
     """
-    inexpressible = [
-        *_find_inexpressible(architecture.model, "model", _MODEL_KEYS),
-        *_find_inexpressible(architecture.router, "router", _ROUTER_KEYS),
-    ]
+    inexpressible = find_inexpressible(architecture.model, architecture.router)
     if inexpressible:
         raise ConfigError(
             "the model can be used here but not exported: a Mixtral of Hugging Face or Mistral "
             f"cannot have {', '.join(inexpressible)}"
         )
+
+
+def find_inexpressible(model: ModelConfig, router: RouterConfig) -> list[str]:
+    """Lists the keys, with their values, that the formats of Hugging Face and Mistral lack."""
+    return [
+        *_find_inexpressible(model, "model", _MODEL_KEYS),
+        *_find_inexpressible(router, "router", _ROUTER_KEYS),
+    ]
 
 
 def _find_inexpressible(config: object, section: str, known: tuple[str, ...]) -> list[str]:

@@ -15,7 +15,7 @@ from mixtral_jax.checkpoint.files.file_tensor import FileTensor
 from mixtral_jax.checkpoint.files.stored import Block, StoredArray, copy_into, scratch, shape_of
 from mixtral_jax.checkpoint.formats.layouts import Layout, Place, Tensor, letter_sizes
 from mixtral_jax.checkpoint.formats.parameters import PARAMETERS, parameter_chunk, parameter_shape
-from mixtral_jax.config import ModelConfig
+from mixtral_jax.config import ModelConfig, require
 
 Sizes = Mapping[str, int]
 
@@ -50,7 +50,17 @@ def as_parameters(
 def as_tensors(
     layout: Layout, parameters: Mapping[str, StoredArray], model: ModelConfig
 ) -> dict[str, StoredArray]:
-    """The tensors of `layout` by name, layer by layer, from all our parameters."""
+    """The tensors of `layout` by name, layer by layer, from all our parameters.
+
+    Raises:
+        ConfigError: the layout has no place for a parameter, or has one for a missing parameter.
+    """
+    differing = sorted(parameters.keys() ^ {place.parameter for place in layout.places})
+    require(
+        not differing,
+        f"{layout.name}: its places and the parameters of the model differ by "
+        f"{', '.join(differing)}: add a Place for each parameter, or leave the parameter out",
+    )
     sizes, tensors = letter_sizes(model), {}
     for name, tensor in layout.tensors(model).items():
         mine = [parameters[place.parameter] for place in tensor.places]
