@@ -23,7 +23,7 @@ EVAL_VENV := $(VENV)-eval
 # libtpu compiles for TPUs that are not here.
 TPU_VENV := $(VENV)-tpu
 
-.PHONY: install train test test-all test-parity test-eval test-tpu lint types format bench clean
+.PHONY: install train test test-runs test-all test-parity test-eval test-tpu lint types format bench clean
 
 install: $(VENV)/.installed
 
@@ -33,7 +33,11 @@ train: install
 test: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-# The whole products of settings too.
+# The programs in processes of their own, as users start them: stopped, resumed, several at once.
+test-runs: install
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m 'runs and not full'
+
+# Both, and the whole products of settings.
 test-all: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m ''
 

@@ -26,6 +26,8 @@ from tests.scripts import (
     write_text,
 )
 
+pytestmark = pytest.mark.runs
+
 LORA = (
     "--config.finetune.lora.rank=3",
     "--config.finetune.lora.targets=attention+experts+router",

@@ -17,6 +17,7 @@ from tests.scripts import ROOT, environment
 PAGE = ROOT / "docs/python.md"
 
 
+@pytest.mark.runs
 def test_the_page_runs_from_top_to_bottom(tmp_path: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 6
@@ -80,6 +81,7 @@ except ConfigError as error:
 """
 
 
+@pytest.mark.runs
 def test_a_run_is_stopped_and_resumed_from_another_folder_bit_for_bit(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", PROGRAM],

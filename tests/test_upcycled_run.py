@@ -11,6 +11,8 @@ from mixtral_jax.checkpoint.weights import open_weights
 from mixtral_jax.config import ConfigError
 from tests.scripts import finish, free_port, lines_of, start, write_text
 
+pytestmark = pytest.mark.runs
+
 FROM_NOTHING = (
     "--config.upcycle.method=copy",
     "--config.upcycle.pretrain.num_steps=40",

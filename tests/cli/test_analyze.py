@@ -15,6 +15,8 @@ from tests.cases import mesh_of
 from tests.cli.test_asking import GOLDEN
 from tests.scripts import environment, finish, free_port, start, write_text
 
+pytestmark = pytest.mark.runs
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

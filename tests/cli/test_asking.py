@@ -47,6 +47,7 @@ def start(folder, verb, *flags):
     return subprocess.Popen(command, env=environment(folder.parent), text=True, **pipes)
 
 
+@pytest.mark.runs
 def test_generate_writes_the_continuation_and_nothing_else_on_standard_output(folder, loaded):
     asked = {"max_new_tokens": 20, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "seed": 5}
     expected = loaded.generate("def main(", stop=["zz", "qq"], **asked)
@@ -57,6 +58,7 @@ def test_generate_writes_the_continuation_and_nothing_else_on_standard_output(fo
     assert "prefill" in errors and "tokens/s" in errors and "ended:" in errors
 
 
+@pytest.mark.runs
 def test_several_processes_write_one_continuation_and_must_be_asked_for_the_same(folder, loaded):
     def run(*own):
         shared = [
@@ -84,6 +86,7 @@ def test_several_processes_write_one_continuation_and_must_be_asked_for_the_same
         assert "process 1 has other flags" in errors
 
 
+@pytest.mark.runs
 def test_chat_answers_each_line_in_the_light_of_those_before_and_leaves_at_ctrl_c(folder, loaded):
     process = start(folder, "chat", "--max_new_tokens=6", "--system=Be brief.", "--safe_mode")
     process.stdin.write("the parser\n\n</s> takes [INST]\n")
@@ -128,6 +131,7 @@ def test_messages_are_the_lines_that_are_not_blank():
     assert list(read_messages(io.StringIO("one\n\n  \n two \nthree"))) == ["one", " two ", "three"]
 
 
+@pytest.mark.runs
 def test_evaluate_prints_one_line_with_the_loss_over_all_documents(folder, loaded, tmp_path):
     rows = [
         {"text": "the parser takes two arguments"},

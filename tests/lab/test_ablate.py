@@ -20,6 +20,8 @@ from tests.cases import cpu_model_maker, mesh_of
 from tests.lab.ablations import small_ablation
 from tests.scripts import SMALL, finish, lines_of, wait_for_step, write_text
 
+pytestmark = pytest.mark.runs
+
 STEPS = 20
 ARMS = {"none": {"router.load_balance.weight": 0.0}, "top-1": {"router.num_experts_per_token": 1}}
 # Numbers of this size overflow in the first step.

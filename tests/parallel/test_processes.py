@@ -22,6 +22,8 @@ FLAGS = [
 # Logs the files that Python opens for writing or creates, to see which process writes what.
 AUDIT = """
 import os, sys
+
+pytestmark = pytest.mark.runs
 def note(event, arguments):
     is_open = event == "open" and isinstance(arguments[0], str)
     if is_open and arguments[2] & (os.O_WRONLY | os.O_RDWR):
