@@ -19,11 +19,12 @@ FLAGS = [
     "--config.train.eval_every=6",
     "--config.optimizer.learning_rate=3e-4",
 ]
+pytestmark = pytest.mark.runs
+
 # Logs the files that Python opens for writing or creates, to see which process writes what.
 AUDIT = """
 import os, sys
 
-pytestmark = pytest.mark.runs
 def note(event, arguments):
     is_open = event == "open" and isinstance(arguments[0], str)
     if is_open and arguments[2] & (os.O_WRONLY | os.O_RDWR):

@@ -8,6 +8,8 @@ import pytest
 from tests import scripts as runs
 from tests.scripts import finish, lines_of, wait_for_step, write_text
 
+pytestmark = pytest.mark.runs
+
 STEPS = 60
 FLAGS = (
     f"--config.train.num_steps={STEPS}",
