@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from mixtral_jax.config import Config, ConfigError
 from mixtral_jax.kernels.choose import choose_transport
@@ -75,9 +76,8 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
     with _as_if_on(config, mesh):
         state = training.abstract_state()
         traced = _trace(training, state, mesh)
-        # Otherwise the compiler refuses what does not fit, and reports nothing about it.
-        options: dict[str, str | bool] = {"xla_tpu_no_crash_on_oom": True}
-        compiled = traced.lower().compile(options if target.platform == "tpu" else {})
+        lowered = traced.lower()
+        compiled = _compile_for_tpu(lowered) if target.platform == "tpu" else lowered.compile()
     seconds = time.perf_counter() - start
     routed_rows = count_routed_rows(config)
     program = parse_program(
@@ -175,6 +175,21 @@ def _trace(training: Training, state: TrainState, mesh: jax.sharding.Mesh) -> ja
     )
     batch = Batch(rows, rows, rows, rows, rows)
     return training.train_step.trace(state, batch)
+
+
+def _compile_for_tpu(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles without jax's compilation cache, which cannot load a program for absent devices."""
+    option = "jax_enable_compilation_cache"
+    before = getattr(jax.config, option)
+    jax.config.update(option, False)
+    # jax looks at the option once, and again after this.
+    compilation_cache.reset_cache()
+    try:
+        # Otherwise the compiler refuses what does not fit, and reports nothing about it.
+        return lowered.compile({"xla_tpu_no_crash_on_oom": True})
+    finally:
+        jax.config.update(option, before)
+        compilation_cache.reset_cache()
 
 
 def _bytes_per_device(tree: Any) -> int:

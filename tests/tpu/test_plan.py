@@ -1,6 +1,7 @@
 """Plans compiled with libtpu for TPU slices that are not here: `make test-tpu`. Needs no TPU."""
 
 import functools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,16 @@ def test_rows_travel_once_there_and_once_home_and_once_more_where_recomputed() -
     assert sent == {"forward": 2 * once, "backward": 2 * once}
     assert sum(c.bytes_per_device for c in rows if c.pass_ == "rematerialized") == once
     assert {c.axis for c in rows} == {"expert"}
+
+
+def test_plans_leave_the_compilation_cache_alone() -> None:
+    cache = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    before = set(cache.iterdir())
+    plan_of("v5p:2x2x1", model__hidden_size=256)
+    # A step that equals an earlier one would be read from the cache, with a warning.
+    plan_of.__wrapped__("v5p:2x2x1", model__hidden_size=256)
+    assert set(cache.iterdir()) == before
+    assert jax.config.jax_enable_compilation_cache
 
 
 def test_every_collective_has_an_axis_and_the_loop_over_layers_is_counted() -> None:
