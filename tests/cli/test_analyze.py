@@ -100,9 +100,8 @@ def test_the_first_checkpoint_has_no_saturation_and_the_table_says_so(place):
     (place / "first").mkdir()
     for name in ("saturation_of_routes.png", "mine.png"):
         (place / "first" / name).touch()
-    (place / "first" / "analysis.json").write_text(
-        '{"pictures": ["saturation_of_routes.png"]}'
-    )  # Of another text.
+    # An earlier analysis, of another text.
+    (place / "first" / "analysis.json").write_text('{"pictures": ["saturation_of_routes.png"]}')
     code, output, errors = finish(
         run(place, "--checkpoint=run/checkpoints/2", "--to=first", "--num_sequences=3")
     )

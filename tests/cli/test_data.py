@@ -153,7 +153,8 @@ def test_a_row_without_a_token_to_learn_is_bad_in_training_alone(capsys, tmp_pat
         inspect(capsys, *flags, "--mode=serving"),
     )
     assert "NoSupervisedToken" in shown["error"] and "tokens" not in shown
-    assert served["error"] != shown["error"]  # Of one that ends with an answer.
+    # Serving refuses it for ending with an answer.
+    assert served["error"] != shown["error"]
     row["messages"].append({"role": "user", "content": "r"})
     (tmp_path / "f.jsonl").write_text(json.dumps(row))
     assert run_verb(["data", "validate", *flags, "--mode=serving"]) == 0

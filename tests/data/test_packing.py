@@ -37,7 +37,7 @@ def test_every_token_after_bos_is_a_target_exactly_once(lumpy, sequence_length):
 
 
 def test_a_segment_reads_one_document_in_order(lumpy):
-    place = np.argsort(lumpy.tokens)  # Of token id + 1.
+    place = np.argsort(lumpy.tokens)  # place[i] is where token id i + 1 stands.
     for row in make_rows(lumpy, plan_rows(lumpy, 64)):
         for segment in range(1, row.segment_ids.max() + 1):
             inside = row.segment_ids == segment
@@ -125,7 +125,7 @@ CHAT_LENGTHS = np.random.default_rng(2).integers(2, 40, 200)
 def test_the_mask_goes_with_its_targets(long, sequence_length):
     store = make_chats(CHAT_LENGTHS)
     plan = plan_rows(store, sequence_length, long_documents=long)
-    learnt = store.loss_mask[np.argsort(store.tokens)]  # Of token id + 1.
+    learnt = store.loss_mask[np.argsort(store.tokens)]  # learnt[i] is of token id i + 1.
     for row, num_supervised in zip(make_rows(store, plan), plan.num_supervised, strict=True):
         used = row.segment_ids > 0
         np.testing.assert_array_equal(row.loss_mask[used], learnt[row.targets[used] - 1])

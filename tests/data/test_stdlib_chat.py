@@ -76,7 +76,7 @@ def test_questions_name_the_function(rows):
 
 
 def test_a_few_modules_give_hundreds_of_good_rows():
-    # Of every module whose name begins so: reading all takes seconds.
+    # Reads only modules whose names begin so: reading all takes seconds.
     files = [file for file in list_stdlib() if file.stem[0] in "ct"]
     rows = list(make_conversations(Path(sysconfig.get_path("stdlib")), files))
     assert len(rows) > 500

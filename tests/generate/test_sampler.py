@@ -68,7 +68,7 @@ def check_distribution(tokens, expected):
         ({"top_p": 0.5}, [1, 3]),  # 0.30 + 0.25 reach 0.5.
         ({"top_p": 0.56}, [1, 3, 6]),
         ({"top_p": 0.99}, [0, 1, 2, 3, 4, 5, 6]),
-        ({"top_k": 3, "top_p": 0.7}, [1, 3]),  # Of the three kept by top_k, these have 0.733.
+        ({"top_k": 3, "top_p": 0.7}, [1, 3]),  # Their share of top_k's three is 0.733.
         ({"choices": 4}, [0, 1, 2, 3]),
     ],
 )

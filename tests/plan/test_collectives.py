@@ -77,7 +77,7 @@ def test_a_loop_of_ragged_exchanges_is_counted_with_its_balanced_bytes() -> None
     out = found["ragged-all-to-all", "bf16[512,2,128]"]
     home = found["ragged-all-to-all", "bf16[1024,2,128]"]
     gather = found["all-gather", "bf16[1,2,128,512]"]
-    # Of 512 rows of 256 numbers, a quarter stays on the device. The buffer size does not matter.
+    # A device has 512 rows of 256 numbers and keeps a quarter. The buffer size does not matter.
     assert out.bytes_per_device == home.bytes_per_device == 3 * 512 * 256 * 2 * 3 // 4
     assert (out.axis, out.pass_, out.count) == ("expert", "forward", 3)
     assert (home.axis, home.pass_, home.count) == ("expert", "rematerialized", 3)

@@ -95,9 +95,8 @@ def _read_module(module: str, file: Path) -> Iterator[_Entry]:
     for prefix, node in _find_functions(tree):
         name = f"{module}.{prefix}{node.name}"
         entry = _describe(name, node, is_method=bool(prefix))
-        if (
-            entry and name not in seen
-        ):  # Of several definitions, such as one per platform, the first counts.
+        # A name may be defined once per platform: the first definition counts.
+        if entry and name not in seen:
             seen.add(name)
             yield entry
 
