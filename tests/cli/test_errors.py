@@ -121,6 +121,7 @@ def test_missing_keys_are_listed():
         )
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("argument", "words"),
     [

@@ -60,6 +60,7 @@ with join_processes(Launch(address, 2, int(index))) as processes:
 """
 
 
+@pytest.mark.runs
 def test_two_processes_import_a_share_each_and_load_what_their_devices_hold(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     address = f"localhost:{free_port()}"

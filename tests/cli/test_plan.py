@@ -74,6 +74,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.runs
 def test_json_is_alone_on_standard_output() -> None:
     """In a process of its own, which has sixteen virtual devices."""
     command = [sys.executable, "-m", "mixtral_jax", "plan", *SMALL, "--topology=h100:16", "--json"]

@@ -11,7 +11,7 @@ from flax import nnx
 
 from mixtral_jax.checkpoint.merged import merge
 from mixtral_jax.checkpoint.on_devices import load_model, parameter_name
-from mixtral_jax.config import Config
+from mixtral_jax.config import Config, GroupedMatmulName
 from mixtral_jax.finetune.adapters import drop_adapter_inputs
 from mixtral_jax.plan.hlo import parse_program
 from mixtral_jax.training.assemble import Training, make_training
@@ -21,9 +21,9 @@ from tests.cases import mesh_of, on_mesh, packed_batch, small_config
 from tests.checkpoint.folders import store_array
 
 STEPS = 5
-MESHES = {
-    "expert=4,fsdp=2": {"expert": 4, "fsdp": 2},
-    "fsdp=2,expert=2,tensor=2": {"fsdp": 2, "expert": 2, "tensor": 2},
+MESHES: dict[str, tuple[dict[str, int], GroupedMatmulName]] = {
+    "expert=4,fsdp=2": ({"expert": 4, "fsdp": 2}, "ragged_dot"),
+    "fsdp=2,expert=2,tensor=2": ({"fsdp": 2, "expert": 2, "tensor": 2}, "blocks"),
 }
 
 
@@ -66,15 +66,13 @@ class Trained:
     after: TrainState
 
 
-def trained_config(**sizes: int) -> Config:
-    # ragged_dot compiles faster and gives the same result, but only on one device.
-    kernel = "blocks" if sizes else "ragged_dot"
+def trained_config(kernel: GroupedMatmulName = "ragged_dot") -> Config:
     return tuning_config(dropout=0.3, dispatch__grouped_matmul=kernel)
 
 
 @functools.cache
-def train(**sizes: int) -> Trained:
-    config = trained_config(**sizes)
+def train(kernel: GroupedMatmulName = "ragged_dot", **sizes: int) -> Trained:
+    config = trained_config(kernel)
     with jax.set_mesh(mesh_of(**sizes)), jax.default_matmul_precision("highest"):
         training = prepare(config)
         state = training.init()
@@ -146,9 +144,11 @@ def test_merged_weights_give_the_logits_of_adapters() -> None:
     np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-4)  # Logits are of order 1.
 
 
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-def test_losses_with_dropout_are_the_same_on_every_mesh(sizes: dict[str, int]) -> None:
-    assert train(**sizes).losses == pytest.approx(train().losses, rel=1e-5)
+@pytest.mark.parametrize(("sizes", "kernel"), MESHES.values(), ids=MESHES)
+def test_losses_with_dropout_are_the_same_on_every_mesh(
+    sizes: dict[str, int], kernel: GroupedMatmulName
+) -> None:
+    assert train(kernel, **sizes).losses == pytest.approx(train().losses, rel=1e-5)
 
 
 def test_no_gradient_of_a_frozen_weight_is_computed() -> None:
@@ -168,7 +168,6 @@ def test_no_gradient_of_a_frozen_weight_is_computed() -> None:
 
     weights = {(32, 48), (48, 32)}
     one: dict[str, Any] = {"model__num_experts": 1, "router__num_experts_per_token": 1}
-    one["dispatch__grouped_matmul"] = "ragged_dot"  # It compiles fastest.
     assert products(tuning_config(rank=0, **one)) >= weights
     assert not products(tuning_config(**one)) & weights
 

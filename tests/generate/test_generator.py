@@ -19,6 +19,7 @@ from tests.cases import RULES, cpu_model_maker, mesh_of, small_config
 GOLDEN = Path(__file__).parents[1] / "golden"
 SPREAD = {"fsdp": 2, "expert": 2, "tensor": 2}
 LONGER = list(range(3, 60))
+CONFIG = small_config(dispatch__grouped_matmul="auto")
 
 
 def generator_of(config, mesh, tokenizer=None, context=512):
@@ -38,7 +39,7 @@ def golden():
 @pytest.fixture(scope="module")
 def small():
     """A generator of a small model on one device."""
-    return generator_of(small_config(), mesh_of())
+    return generator_of(CONFIG, mesh_of())
 
 
 def continue_without_cache(logits_of, prompt, count):
@@ -69,7 +70,7 @@ def test_greedy_continuation_is_that_of_transformers(folder, sizes, golden):
 
 def test_cached_logits_are_those_of_a_run_over_everything():
     """Rows of different lengths get four tokens at once, then one at a time."""
-    config, mesh = small_config(), mesh_of(**SPREAD)
+    mesh = mesh_of(**SPREAD)
     rng = np.random.default_rng(0)
     lengths = np.array([9, 16, 5, 12, 16, 1, 7, 0])
     # The tokens of a row begin at column `16 - length`; the columns before it are padding.
@@ -90,7 +91,7 @@ def test_cached_logits_are_those_of_a_run_over_everything():
 
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         place = lambda x: jax.device_put(x, jax.NamedSharding(mesh, RULES.spec("batch", None)))  # noqa: E731
-        model = jax.jit(cpu_model_maker(config))()
+        model = jax.jit(cpu_model_maker(CONFIG))()
         cut = lambda begins, ends: (place(x[:, begins:ends]) for x in (tokens, positions, segments))  # noqa: E731
         expected = jax.jit(model)(*cut(0, 23)).logits_BTV
         logits, cache = begin(model, *cut(0, 16))
@@ -121,7 +122,7 @@ def test_company_and_mesh_change_no_continuation(small):
     together = [row.ids for row in small.generate(prompts, settings)]
     assert [len(ids) for ids in together] == [10, 6, 9, 10]
     assert [row.ids for row in small.generate(prompts[::-1], settings[::-1])] == together[::-1]
-    spread = generator_of(small_config(), mesh_of(**SPREAD))
+    spread = generator_of(CONFIG, mesh_of(**SPREAD))
     assert [row.ids for row in spread.generate(prompts, settings)] == together
 
 
@@ -148,7 +149,7 @@ def compilations():
 
 def test_each_program_is_compiled_once_for_a_bucket_of_sizes_and_not_counted_as_speed():
     # On two devices, batches of one and of two prompts have the same size.
-    generator, speed = generator_of(small_config(), mesh_of(expert=2)), Speed()
+    generator, speed = generator_of(CONFIG, mesh_of(expert=2)), Speed()
     with compilations() as count:
         generator.generate([[1] * 5, [1] * 7], Settings(max_new_tokens=6), speed)
         assert count() == 2

@@ -1,5 +1,7 @@
 """Each kernel against a loop over experts, for every shape of imbalance, values and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,27 +51,34 @@ def swiglu_by_loop(x, gate, up, down, expert):
     return y
 
 
-@pytest.mark.parametrize("kernel", ["blocks", "ragged_dot"])
+@functools.partial(jax.jit, static_argnums=0)
+def sum_of_squares_and_gradients(swiglu, expert, arrays, rows):
+    """What `swiglu(*arrays, rows)` gives in rows that have an expert, its squares summed."""
+
+    def loss(*arrays):
+        y = jnp.where((expert >= 0)[:, None], swiglu(*arrays, rows), 0)
+        return jnp.sum(y**2), y
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(*arrays)
+
+
+SWIGLUS = {
+    kernel: lambda *arrays, kernel=kernel: grouped_swiglu(*arrays, kernel)
+    for kernel in ("blocks", "ragged_dot")
+}
+
+
+@pytest.mark.parametrize("kernel", SWIGLUS)
 @pytest.mark.parametrize("rows", SPLITS.values(), ids=SPLITS)
 def test_swiglu_and_its_gradients_are_those_of_a_loop_over_experts(kernel, rows):
     arrays, expert = inputs(), expert_of_rows(rows, 400)
-    used = (expert >= 0)[:, None]
-
-    def of_kernel(*arrays):
-        y = grouped_swiglu(*arrays, groups_of(rows), kernel)
-        return jnp.sum(jnp.where(used, y, 0) ** 2), jnp.where(used, y, 0)
-
-    def of_loop(*arrays):
-        y = swiglu_by_loop(*arrays, expert)
-        return jnp.sum(y**2), y
-
     with jax.default_matmul_precision("highest"):
-        (_, y), gradients = jax.jit(
-            jax.value_and_grad(of_kernel, argnums=(0, 1, 2, 3), has_aux=True)
-        )(*arrays)
-        (_, expected), expected_gradients = jax.value_and_grad(
-            of_loop, argnums=(0, 1, 2, 3), has_aux=True
-        )(*arrays)
+        (_, y), gradients = sum_of_squares_and_gradients(
+            SWIGLUS[kernel], expert, arrays, groups_of(rows)
+        )
+        (_, expected), expected_gradients = sum_of_squares_and_gradients(
+            swiglu_by_loop, expert, arrays, expert
+        )
     assert relative_norm(y, expected) < 1e-5
     for got, want in zip(gradients, expected_gradients, strict=True):
         assert relative_norm(got, want) < 1e-5
@@ -78,7 +87,14 @@ def test_swiglu_and_its_gradients_are_those_of_a_loop_over_experts(kernel, rows)
             assert all(not np.asarray(gradient[e]).any() for gradient in gradients[1:])
 
 
-@pytest.mark.parametrize("kernel", ["blocks", "ragged_dot", "in stack"])
+OF_LAYER = {
+    "blocks": jax.jit(lambda *arrays: swiglu_of_layer(*arrays[:-1], "blocks", arrays[-1])),
+    "ragged_dot": jax.jit(lambda *arrays: swiglu_of_layer(*arrays[:-1], "ragged_dot", arrays[-1])),
+    "in stack": jax.jit(swiglu_in_stack),
+}
+
+
+@pytest.mark.parametrize("kernel", OF_LAYER)
 @pytest.mark.parametrize(
     "rows", [(0, 1, 0, 0), (1, 0, 0, 1), (3, 0, 70, 9), (0, 0, 0, 90), (0, 0, 0, 0)], ids=str
 )
@@ -89,12 +105,8 @@ def test_swiglu_of_a_layer_of_a_stack_is_that_of_its_matrices(kernel, rows):
     expert = expert_of_rows(rows, R)
     with jax.default_matmul_precision("highest"):
         arrays, layer = (x, *stack, groups_of(rows)), jnp.int32(1)
-        y = (
-            swiglu_in_stack(*arrays, layer)
-            if kernel == "in stack"
-            else swiglu_of_layer(*arrays, kernel, layer)
-        )
-        expected = swiglu_by_loop(x, *weights, expert)
+        y = OF_LAYER[kernel](*arrays, layer)
+        expected = jax.jit(swiglu_by_loop)(x, *weights, expert)
     assert relative_norm(y[expert >= 0], expected[expert >= 0]) < 1e-5
 
 
@@ -140,8 +152,9 @@ def test_three_projections_one_by_one_give_every_bit_of_swiglu_at_once(kernel, d
 def test_any_number_of_rows_will_do_whatever_was_expected(num_rows, balanced_rows):
     arrays = inputs(num_rows)
     rows = (num_rows // 2, 0, num_rows - num_rows // 2, 0)
-    y = blocks.grouped_swiglu(*arrays, groups_of(rows, balanced_rows))
-    assert relative_norm(y, swiglu_by_loop(*arrays, expert_of_rows(rows, num_rows))) < 1e-5
+    y = jax.jit(blocks.grouped_swiglu)(*arrays, groups_of(rows, balanced_rows))
+    expected = jax.jit(swiglu_by_loop)(*arrays, expert_of_rows(rows, num_rows))
+    assert relative_norm(y, expected) < 1e-5
 
 
 def test_gradients_of_many_bfloat16_rows_are_summed_in_float32():

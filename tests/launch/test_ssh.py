@@ -74,6 +74,7 @@ def test_wrong_usage_is_2(two_hosts):
     assert two_hosts.run("ssh.sh", "empty", "true")[0] == 2
 
 
+@pytest.mark.runs
 def test_two_real_processes_meet(two_hosts):
     write_text(two_hosts.folder)
     command = [

@@ -61,7 +61,7 @@ def cotangent() -> np.ndarray:
 
 def make_layer(config: Config, bias: np.ndarray, *, is_training: bool) -> MoE:
     """A layer with this balance bias, if it has one; in training mode its key is 5."""
-    kernels = kernels_of("all_gather", "blocks")
+    kernels = kernels_of("all_gather", "ragged_dot")
     layer = MoE(config.model, config.router, config.dispatch, kernels, RULES, nnx.Rngs(0))
     if layer.router.bias is not None:
         layer.router.bias[...] = jnp.asarray(bias)

@@ -1,27 +1,39 @@
 """The balance losses take their stated values, and count real tokens only."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.model.balance import load_balance_loss, router_z_loss, sum_routing
+from mixtral_jax.model import balance, routing_metrics
 from mixtral_jax.model.router import Routes
-from mixtral_jax.model.routing_metrics import router_metrics
+
+
+# As one program each, they compile faster than one operation at a time.
+load_balance_loss = jax.jit(balance.load_balance_loss, static_argnums=1)
+router_z_loss = jax.jit(balance.router_z_loss)
+router_metrics = jax.jit(routing_metrics.router_metrics)
 
 
 def sums_of(logits, k, real=None):
     """Sums of layers [L, B, T, E] that route by top-k."""
     real = np.ones(logits.shape[1:3], bool) if real is None else real
+    return _sum(jnp.asarray(logits, jnp.float32), k, real)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _sum(logits, k, real):
 
     def layer(logits):
         experts = jax.lax.top_k(logits, k)[1]
         chosen = jnp.broadcast_to(real[..., None], experts.shape)
         scores, weights = jax.nn.softmax(logits), jnp.zeros(experts.shape)
         routes = Routes(logits, scores, experts, weights, chosen, chosen)
-        return sum_routing(routes, real, jnp.zeros(()))
+        return balance.sum_routing(routes, real, jnp.zeros(()))
 
-    return jax.vmap(layer)(jnp.asarray(logits, jnp.float32))
+    return jax.vmap(layer)(logits)
 
 
 def rotating(E, k, strength=1.0):

@@ -155,6 +155,14 @@ def moe_by_loop(x, router, gate, up, down, chosen, is_kept):
     return y
 
 
+@jax.jit
+@functools.partial(jax.value_and_grad, argnums=range(5), has_aux=True)
+def loop_and_gradients(x, router, gate, up, down, chosen, is_kept, cotangent):
+    """What `compiled` computes with a layer, with `moe_by_loop`."""
+    y = moe_by_loop(x, router, gate, up, down, chosen, is_kept)
+    return jnp.sum(y * cotangent), y
+
+
 def decide(x, router, k, is_real, capacity_factor=None):
     """Experts of each token, best first, and which routes are kept, by sorting in numpy."""
     logits = np.asarray(jnp.asarray(x) @ router)
@@ -181,14 +189,8 @@ def check_against_loop(got, expected_routes, weights, x, cotangent):
     (_, (y, routing)), (layer_gradient, x_gradient) = got
     np.testing.assert_array_equal(routing.experts_BTA, chosen)
 
-    def loss(x, *weights):
-        y = moe_by_loop(x, *weights, chosen, is_kept)
-        return jnp.sum(y * cotangent), y
-
     with jax.default_matmul_precision("highest"):
-        (_, expected), gradients = jax.value_and_grad(loss, argnums=range(5), has_aux=True)(
-            jnp.asarray(x), *weights
-        )
+        (_, expected), gradients = loop_and_gradients(x, *weights, chosen, is_kept, cotangent)
     experts = layer_gradient.experts
     of_weights = [
         p.weight[...] for p in (layer_gradient.router.gate, experts.gate, experts.up, experts.down)

@@ -149,6 +149,7 @@ def test_a_cluster_that_jax_cannot_ask_is_one_line_with_the_flags_that_do_withou
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.runs
 def test_processes_that_never_come_end_the_wait_with_a_line():
     """jax itself would abort with a stack trace."""
     program = (

@@ -17,12 +17,13 @@ def max_violations(weight):
     """The maximal violation of each step; the first sends nearly every token to two experts."""
     config = small_config(
         router__load_balance__weight=weight,
-        optimizer__learning_rate=1e-2,
+        optimizer__learning_rate=3e-3,
         train__num_steps=STEPS,
+        dispatch__grouped_matmul="blocks",  # Faster for a hundred steps.
         train__batch_size=8,
-        train__sequence_length=32,
+        train__sequence_length=64,
     )
-    mesh, prepared, history = mesh_of(expert=8), prepare(config), []
+    mesh, prepared, history = mesh_of(), prepare(config), []
     with jax.set_mesh(mesh):
         state = prepared.init()
         gate = state.trained.blocks.moe.router.gate.weight
@@ -36,8 +37,8 @@ def max_violations(weight):
     return history
 
 
-@pytest.mark.parametrize(("weight", "recovers"), [(3.0, True), (0.0, False)])
+@pytest.mark.parametrize(("weight", "recovers"), [(10.0, True), (0.0, False)])
 def test_the_loss_evens_out_a_collapsed_router(weight, recovers):
     history = max_violations(weight)
-    violation = np.mean(history[-20:])  # 3 at first; 0.8 and 3 when this was written.
-    assert violation < 1 if recovers else violation > 2, history[::10]
+    violation = np.mean(history[-20:])
+    assert violation < 0.5 if recovers else violation > 2, history[::10]

@@ -22,7 +22,9 @@ MESHES = {
 @functools.cache
 def trajectory(capacity_factor, **sizes):
     """Losses and drops of 12 steps, the first gradients, the first and last routes."""
-    config = small_config(dispatch__capacity_factor=capacity_factor)
+    config = small_config(
+        dispatch__capacity_factor=capacity_factor, dispatch__grouped_matmul="blocks"
+    )
     mesh, prepared = mesh_of(**sizes), prepare(config)
 
     @jax.jit
