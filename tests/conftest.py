@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # Most of a test's time is tracing and compiling. XLA does a third of the work with these flags, and
 # the same arithmetic. The runs in tests/training/test_resume.py go without them, as users' runs do.
@@ -27,6 +28,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
+
+from tests.scripts import write_text
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -51,6 +54,14 @@ LONG_FILES = (
     "test_step",
     "test_analyze",
 )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds a text; runs and their caches live beside it."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_text(folder)
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,7 +23,6 @@ from tests.scripts import (
     start_tuning,
     wait_for_step,
     write_chats,
-    write_text,
 )
 
 pytestmark = pytest.mark.runs
@@ -37,10 +36,8 @@ QUESTION = [{"role": "user", "content": "5: a dog?"}]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Holds a text and conversations; runs and their caches live beside them."""
-    folder = tmp_path_factory.mktemp("tunings")
-    write_text(folder)
+def folder(folder):
+    """Holds conversations too."""
     write_chats(folder)
     return folder
 

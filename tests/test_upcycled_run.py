@@ -9,7 +9,7 @@ import mixtral_jax
 from mixtral_jax.checkpoint.export import make_small_files
 from mixtral_jax.checkpoint.weights import open_weights
 from mixtral_jax.config import ConfigError
-from tests.scripts import finish, free_port, lines_of, start, write_text
+from tests.scripts import finish, free_port, lines_of, start
 
 pytestmark = pytest.mark.runs
 
@@ -21,14 +21,6 @@ FROM_NOTHING = (
     "--config.model.granularity=2",
     "--config.optimizer.learning_rate=1e-3",
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Holds a text; runs and their caches live beside it."""
-    folder = tmp_path_factory.mktemp("upcycled")
-    write_text(folder)
-    return folder
 
 
 def train(folder, name, *flags):

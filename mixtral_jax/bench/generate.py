@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixtral_jax.config import Config, ConfigError
+from mixtral_jax.bench.peer import import_peer, require_one_device
+from mixtral_jax.config import Config
 from mixtral_jax.generate.generator import Speed
 from mixtral_jax.generate.settings import Settings
 from mixtral_jax.pretrained import load_pretrained
@@ -58,17 +59,15 @@ def measure_generate(config: Config, mesh: jax.sharding.Mesh) -> dict[str, dict[
         ConfigError: torch and transformers are not installed, or more than one device was asked
             for.
     """
-    if mesh.size > 1:
-        raise ConfigError(
-            "bench --generate compares one device with another: set mesh.cpu_devices=1, not "
-            f"{mesh.size}"
-        )
-    theirs = _make_model(config)
+    require_one_device(mesh, "--generate")
+    torch, transformers = import_peer("--generate")
+    torch.manual_seed(0)
+    theirs = _make_model(config, transformers)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         programs = {
             "mixtral_jax": _run_ours(Path(folder), mesh),
-            "transformers": _run_theirs(theirs),
+            "transformers": _run_theirs(theirs, torch),
         }
     figures = {}
     for B in BATCHES:
@@ -106,17 +105,9 @@ def _run_ours(folder: Path, mesh: jax.sharding.Mesh) -> Measure:
     return run
 
 
-def _make_model(config: Config) -> Any:
+def _make_model(config: Config, transformers: Any) -> Any:
     """A random Mixtral of transformers."""
-    try:
-        import torch  # type: ignore[import-not-found]
-        import transformers  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise ConfigError(
-            f"bench --generate needs torch and transformers ({error}): pip install -e '.[parity]'"
-        ) from None
     model = config.model
-    torch.manual_seed(0)
     theirs = transformers.MixtralConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
@@ -132,9 +123,7 @@ def _make_model(config: Config) -> Any:
     return transformers.MixtralForCausalLM(theirs).eval()
 
 
-def _run_theirs(model: Any) -> Measure:
-    import torch  # type: ignore[import-not-found]
-
+def _run_theirs(model: Any, torch: Any) -> Measure:
     def generate(prompts: np.ndarray, count: int) -> tuple[np.ndarray, float]:
         start = time.perf_counter()
         with torch.no_grad():

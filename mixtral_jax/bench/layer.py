@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mixtral_jax.config import Config, ConfigError
+from mixtral_jax.bench.peer import import_peer, require_one_device
+from mixtral_jax.config import Config
 from mixtral_jax.kernels.choose import choose_kernels
 from mixtral_jax.model.moe import MoE
 from mixtral_jax.model.tokens import Tokens
@@ -78,11 +79,7 @@ def measure_layer(config: Config, mesh: jax.sharding.Mesh) -> dict[str, dict[str
         ConfigError: torch and transformers are not installed, or more than one device was asked
             for.
     """
-    if mesh.size > 1:
-        raise ConfigError(
-            "bench --layer compares one device with another: set mesh.cpu_devices=1, not "
-            f"{mesh.size}"
-        )
+    require_one_device(mesh, "--layer")
     figures = {}
     for routing in ("balanced", "all to one", "zipf"):
         case = make_case(config, routing)
@@ -145,22 +142,16 @@ def make_ours(config: Config, case: Case) -> Measure:
 
 def make_theirs(config: Config, case: Case) -> Measure:
     """Returns the same for transformers' Mixtral block with its `grouped_mm` experts."""
-    try:
-        import torch  # type: ignore[import-not-found]
-        from transformers.models.mixtral import MixtralConfig, modeling_mixtral  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise ConfigError(
-            f"bench --layer needs transformers and torch ({error}): pip install -e '.[parity]'"
-        ) from error
+    torch, transformers = import_peer("--layer")
     model = config.model
-    theirs = MixtralConfig(
+    theirs = transformers.MixtralConfig(
         hidden_size=model.hidden_size,
         intermediate_size=model.intermediate_size,
         num_local_experts=model.num_experts,
         num_experts_per_tok=config.router.num_experts_per_token,
     )
     theirs._experts_implementation = "grouped_mm"
-    block = modeling_mixtral.MixtralSparseMoeBlock(theirs)
+    block = transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock(theirs)
     gate_up = np.concatenate([case.gate_EDF, case.up_EDF], axis=-1).swapaxes(1, 2)
     values = (case.router_DE.T, gate_up, case.down_EFD.swapaxes(1, 2))
     parameters = (block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj)

@@ -9,13 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from mixtral_jax.config import Config, ConfigError
 from mixtral_jax.kernels.choose import choose_transport
 from mixtral_jax.kernels.chunks import count_balanced_chunks
 from mixtral_jax.model.transformer import ParameterCount, count_parameters
 from mixtral_jax.parallel.batch import Batch, batch_spec
+from mixtral_jax.parallel.compilation_cache import compilation_cache_options
 from mixtral_jax.parallel.mesh import make_mesh, matmul_precision, resolve_mesh
 from mixtral_jax.parallel.rules import AxisRules
 from mixtral_jax.plan.hlo import Program, parse_program
@@ -179,17 +179,9 @@ def _trace(training: Training, state: TrainState, mesh: jax.sharding.Mesh) -> ja
 
 def _compile_for_tpu(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """Compiles without jax's compilation cache, which cannot load a program for absent devices."""
-    option = "jax_enable_compilation_cache"
-    before = getattr(jax.config, option)
-    jax.config.update(option, False)
-    # jax looks at the option once, and again after this.
-    compilation_cache.reset_cache()
-    try:
+    with compilation_cache_options(jax_enable_compilation_cache=False):
         # Otherwise the compiler refuses what does not fit, and reports nothing about it.
         return lowered.compile({"xla_tpu_no_crash_on_oom": True})
-    finally:
-        jax.config.update(option, before)
-        compilation_cache.reset_cache()
 
 
 def _bytes_per_device(tree: Any) -> int:

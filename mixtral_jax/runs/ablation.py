@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 from mixtral_jax.config import ConfigError, require
 from mixtral_jax.lab.ablation.definition import Ablation, ArmRun
 from mixtral_jax.lab.ablation.records import FAILURE, is_finished
 from mixtral_jax.lab.ablation.results import Results, read_results
 from mixtral_jax.lab.report.files import write_report
+from mixtral_jax.parallel.compilation_cache import compilation_cache_options
 from mixtral_jax.parallel.mesh import make_mesh, resolve_mesh
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs.ablation_routing import analyze_arms, picture_routing
@@ -160,17 +160,14 @@ def _shared_compilations(processes: Processes) -> Iterator[None]:
     if processes.count > 1 or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         yield
         return
-    option = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, option)
-    with tempfile.TemporaryDirectory(prefix="mixtral_jax-compiled-") as folder:
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update(option, _MIN_COMPILE_SECONDS)
-        try:
-            yield
-        finally:
-            jax.config.update("jax_compilation_cache_dir", None)
-            jax.config.update(option, before)
-            compilation_cache.reset_cache()
+    with (
+        tempfile.TemporaryDirectory(prefix="mixtral_jax-compiled-") as folder,
+        compilation_cache_options(
+            jax_compilation_cache_dir=folder,
+            jax_persistent_cache_min_compile_time_secs=_MIN_COMPILE_SECONDS,
+        ),
+    ):
+        yield
 
 
 def _write_report(results: Results, ablation: Ablation, workdir: Path) -> Path:

@@ -18,7 +18,7 @@ from mixtral_jax.parallel import processes
 from tests import scripts as runs
 from tests.cases import cpu_model_maker, mesh_of
 from tests.lab.ablations import small_ablation
-from tests.scripts import SMALL, finish, lines_of, wait_for_step, write_text
+from tests.scripts import SMALL, finish, lines_of, wait_for_step
 
 pytestmark = pytest.mark.runs
 
@@ -29,10 +29,8 @@ BROKEN = {"broken": {"model.initializer_range": 1e30}, "none": {}}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text and two ablation files, for workdirs and caches too."""
-    folder = tmp_path_factory.mktemp("ablations")
-    write_text(folder)
+def folder(folder: Path) -> Path:
+    """Holds two ablation files too."""
     for name, arms in (("good", ARMS), ("broken", BROKEN)):
         entries = {"question": "Which?", "arms": arms, "reference": "none", "seeds": (0, 1)}
         train = f"dict(num_steps={STEPS}, batch_size=8, sequence_length=32)"

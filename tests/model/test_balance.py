@@ -10,7 +10,6 @@ import pytest
 from mixtral_jax.model import balance, routing_metrics
 from mixtral_jax.model.router import Routes
 
-
 # As one program each, they compile faster than one operation at a time.
 load_balance_loss = jax.jit(balance.load_balance_loss, static_argnums=1)
 router_z_loss = jax.jit(balance.router_z_loss)

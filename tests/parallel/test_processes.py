@@ -11,7 +11,7 @@ import time
 import pytest
 
 from mixtral_jax.parallel.coordinator import LOOPBACK_JOIN_TIMEOUT_SECONDS
-from tests.scripts import finish, free_port, lines_of, start, wait_for_step, write_text
+from tests.scripts import finish, free_port, lines_of, start, wait_for_step
 
 STEPS = 12
 FLAGS = [
@@ -38,13 +38,6 @@ def note(event, arguments):
 os.dup2(os.open(os.environ["AUDIT_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 3)
 sys.addaudithook(note)
 """
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    write_text(folder)
-    return folder
 
 
 def start_two(folder, workdir, *flags, extra=((), ()), places=(None, None), **options):

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from tests import scripts as runs
-from tests.scripts import finish, lines_of, wait_for_step, write_text
+from tests.scripts import finish, lines_of, wait_for_step
 
 pytestmark = pytest.mark.runs
 
@@ -17,14 +17,6 @@ FLAGS = (
     "--config.checkpoint.every=10",
     "--config.mesh.cpu_devices=4",
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Holds a text file; runs and their caches live beside it."""
-    folder = tmp_path_factory.mktemp("runs")
-    write_text(folder)
-    return folder
 
 
 def start(folder, name, *flags):

@@ -1,0 +1,31 @@
+"""What a comparison with transformers needs: its packages, and one device for each side."""
+
+from typing import Any
+
+import jax
+
+from mixtral_jax.config import ConfigError, require
+
+
+def require_one_device(mesh: jax.sharding.Mesh, flag: str) -> None:
+    """Raises ConfigError if the mesh has more than one device; `flag` names the benchmark."""
+    require(
+        mesh.size == 1,
+        f"bench {flag} compares one device with another: set mesh.cpu_devices=1, not {mesh.size}",
+    )
+
+
+def import_peer(flag: str) -> tuple[Any, Any]:
+    """The modules torch and transformers.
+
+    Raises:
+        ConfigError: one of them is not installed.
+    """
+    try:
+        import torch  # type: ignore[import-not-found]
+        import transformers  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ConfigError(
+            f"bench {flag} needs torch and transformers ({error}): pip install -e '.[parity]'"
+        ) from None
+    return torch, transformers
