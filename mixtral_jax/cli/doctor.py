@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     from mixtral_jax.parallel.processes import join_processes
     from mixtral_jax.runs.examine import examine
 
-    with claim_stdout() as output, join_processes(flags.launch) as processes:
+    with claim_stdout() as output, join_processes(flags.launch, requires_all=False) as processes:
         report = examine(flags.config, flags.workdir, processes)
         if processes.index == 0:
             print(json.dumps(report), file=output) if namespace.json else show(report, output)

@@ -24,7 +24,8 @@ from mixtral_jax.config import (
     require,
     set_key,
 )
-from mixtral_jax.parallel.coordinator import Launch, find_scheduler
+from mixtral_jax.parallel.coordinator import Launch
+from mixtral_jax.parallel.schedulers import find_scheduler
 
 
 @dataclasses.dataclass(frozen=True)

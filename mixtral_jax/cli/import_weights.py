@@ -7,7 +7,7 @@ from mixtral_jax.cli.flags import (
     parse_path,
     read_process_flags,
 )
-from mixtral_jax.parallel.coordinator import find_scheduler
+from mixtral_jax.parallel.schedulers import find_scheduler
 
 
 def main(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""Where the processes of a run meet: the coordinator's address, and what a scheduler tells them.
+"""Where the processes of a run meet: the address of the coordinator.
 
 jax waits minutes for processes that can never meet, and then aborts with a stack trace. The checks
 here run before jax tries, and end the process with one clear line instead. They do not import jax.
@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import ipaddress
 import os
-import re
 import socket
 import sys
 import threading
@@ -16,6 +15,7 @@ import time
 from collections.abc import Iterator
 
 from mixtral_jax.config import ConfigError, require
+from mixtral_jax.parallel.schedulers import Scheduler, find_scheduler
 
 # Hosts of a pod start minutes apart, because images are pulled and nodes come up. Processes of one
 # machine (a loopback coordinator) start together.
@@ -59,15 +59,6 @@ class Launch:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Scheduler:
-    """What a scheduler tells its processes. A number that it does not tell is None."""
-
-    name: str
-    num_machines: int | None
-    num_processes: int | None
-
-
 def parse_address(coordinator: str) -> tuple[str, int]:
     """Host and port of `HOST:PORT`, where HOST may be an IPv6 address in brackets.
 
@@ -91,41 +82,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def find_scheduler() -> Scheduler | None:
-    """The scheduler that started this process, found by the environment that it sets, or None."""
-
-    def number(name: str) -> int | None:
-        value = os.environ.get(name, "")
-        return int(value) if re.fullmatch("[0-9]+", value) else None
-
-    if "SLURM_JOB_ID" in os.environ:
-        nodes = number("SLURM_STEP_NUM_NODES") or number("SLURM_JOB_NUM_NODES")
-        return Scheduler("Slurm", nodes, number("SLURM_NTASKS"))
-    if "OMPI_COMM_WORLD_SIZE" in os.environ:
-        size, here = number("OMPI_COMM_WORLD_SIZE"), number("OMPI_COMM_WORLD_LOCAL_SIZE")
-        return Scheduler("Open MPI", -(-size // here) if size and here else None, size)
-    if "TPU_WORKER_HOSTNAMES" in os.environ:
-        hosts = len(os.environ["TPU_WORKER_HOSTNAMES"].split(","))
-        return Scheduler("Cloud TPU", hosts, hosts)
-    if "JOB_COMPLETION_INDEX" in os.environ:
-        # An indexed Job tells each pod its index, but not how many pods there are.
-        return Scheduler("Kubernetes", None, (number("JOB_COMPLETION_INDEX") or 0) + 1)
-    return None
-
-
-def find_local_device_ids() -> list[int] | None:
-    """The ids of all GPUs of a node, if this process is the node's only Slurm task.
-
-    jax would give such a task the first GPU alone. None leaves the choice to jax.
-    """
-    tasks, nodes = os.environ.get("SLURM_NTASKS"), os.environ.get("SLURM_STEP_NUM_NODES")
-    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
-    is_only_task = tasks is not None and tasks == nodes
-    if "JAX_LOCAL_DEVICE_IDS" in os.environ or not gpus.isdigit() or not is_only_task:
-        return None
-    return list(range(int(gpus)))
 
 
 def require_reachable(launch: Launch) -> float:

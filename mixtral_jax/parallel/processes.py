@@ -29,9 +29,9 @@ from mixtral_jax.parallel.coordinator import (
     JOIN_TIMEOUT_SECONDS,
     Launch,
     exit_after,
-    find_local_device_ids,
     require_reachable,
 )
+from mixtral_jax.parallel.schedulers import find_local_device_ids, require_all_met
 
 # If a process vanishes without a message, jax aborts the others after this time, even while they
 # hang in a collective. A host that swaps or migrates may be silent for some tens of seconds.
@@ -207,17 +207,31 @@ class Processes:
         os._exit(code)
 
 
-def join_processes(launch: Launch, code_if_alone: int = 1) -> Processes:
+def join_processes(
+    launch: Launch, code_if_alone: int = 1, *, requires_all: bool = True
+) -> Processes:
     """Joins the other processes of the run, which the flags name or jax finds by itself.
 
     jax finds them by the environment of Slurm, Open MPI, Cloud TPU and others. If it finds none,
     this process is the only one. Call this before jax first touches a device. If the processes do
     not all join in time, this process prints a line and ends with `code_if_alone`.
 
+    Args:
+        requires_all: refuses to go on with fewer processes than a scheduler has started: each of
+            them would train by itself.
+
     Raises:
-        ConfigError: the processes cannot meet where the flags or the environment say.
+        ConfigError: the processes cannot meet where the flags or the environment say, or a launcher
+            that jax does not know started several.
         SystemExit: code 1, with a line. Process 0 did not listen in time.
     """
+    processes = _join(launch, code_if_alone)
+    if requires_all and launch.coordinator is None:
+        require_all_met(processes.count)
+    return processes
+
+
+def _join(launch: Launch, code_if_alone: int) -> Processes:
     seconds = require_reachable(launch) if launch.coordinator else JOIN_TIMEOUT_SECONDS
     with exit_after(seconds, launch, code_if_alone):
         try:

@@ -18,9 +18,9 @@ from mixtral_jax.data.cache import default_cache_dir
 from mixtral_jax.data.sources import HUB, fingerprint_source, split_sources
 from mixtral_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from mixtral_jax.parallel.agreement import Member
-from mixtral_jax.parallel.coordinator import Scheduler
 from mixtral_jax.parallel.mesh import MESH_AXES
 from mixtral_jax.parallel.processes import Processes
+from mixtral_jax.parallel.schedulers import Scheduler
 from mixtral_jax.runs.base import open_named_base, require_tunable
 from mixtral_jax.runs.console import in_gib
 from mixtral_jax.runs.run import require_trainable
@@ -40,19 +40,8 @@ class Problem:
 
 def check_launch(processes: Processes, scheduler: Scheduler | None) -> list[Problem]:
     """Finds that fewer processes met than the scheduler started."""
-    expected = scheduler.num_processes if scheduler else None
-    if scheduler is None or expected is None or expected == processes.count:
-        return []
-    # An indexed Job tells only the highest index seen: more processes than that are fine.
-    if scheduler.name == "Kubernetes" and processes.count >= expected:
-        return []
-    fixes = {
-        "Slurm": "start the program by srun, once per task",
-        "Kubernetes": "give --coordinator, --num_processes and --process_id, as "
-        "launch/kubernetes.yaml does",
-    }
-    what = f"{scheduler.name} says there are {expected} processes, but {processes.count} met"
-    return [Problem(what, fixes.get(scheduler.name, "start one process on each host"))]
+    missing = scheduler and scheduler.describe_missing(processes.count)
+    return [Problem(missing, scheduler.fix)] if scheduler and missing else []
 
 
 def check_accelerators(

@@ -21,9 +21,9 @@ from mixtral_jax.parallel.agreement import (
     introduce,
     share_devices,
 )
-from mixtral_jax.parallel.coordinator import find_scheduler
 from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, resolve_mesh
 from mixtral_jax.parallel.processes import Processes
+from mixtral_jax.parallel.schedulers import find_scheduler
 from mixtral_jax.runs import checkup
 from mixtral_jax.runs.checkup import Problem
 from mixtral_jax.runs.describe import describe_experts

@@ -16,6 +16,7 @@ import optax
 
 from mixtral_jax.config import Config, ConfigError, require
 from mixtral_jax.parallel.processes import Processes
+from mixtral_jax.parallel.schedulers import require_all_met
 from mixtral_jax.pretrained import Pretrained, load_pretrained
 from mixtral_jax.runs.export import export_run
 from mixtral_jax.runs.own_data import (
@@ -165,6 +166,7 @@ def _session() -> Iterator[tuple[Processes, StopSignal]]:
         not jax.distributed.is_initialized(),
         "mixtral_jax.train and tune are for one process: start train.py on each host instead",
     )
+    require_all_met(1)
     settings: Any = jax.config
     precision = settings.jax_default_matmul_precision
     processes = Processes()

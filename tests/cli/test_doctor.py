@@ -16,9 +16,9 @@ from mixtral_jax.cli.doctor import show
 from mixtral_jax.cli.flags import parse_run_flags
 from mixtral_jax.config import ConfigError
 from mixtral_jax.parallel.agreement import introduce
-from mixtral_jax.parallel.coordinator import Scheduler
 from mixtral_jax.parallel.mesh import MESH_AXES
 from mixtral_jax.parallel.processes import Processes
+from mixtral_jax.parallel.schedulers import Scheduler
 from mixtral_jax.runs import checkup
 from mixtral_jax.runs.examine import examine
 from mixtral_jax.runs.workdir import open_workdir
@@ -150,8 +150,11 @@ def test_a_scheduler_that_started_more_processes_than_met_is_a_problem():
     alone = Processes()
     assert checkup.check_launch(alone, None) == []
     assert checkup.check_launch(alone, Scheduler("Slurm", 1, 1)) == []
-    (problem,) = checkup.check_launch(alone, Scheduler("Slurm", 4, 4))
-    assert "srun" in problem.fix
+    (problem,) = checkup.check_launch(alone, Scheduler("Slurm", 4, 4, "start it by srun"))
+    assert (problem.what, problem.fix) == (
+        "Slurm says there are 4 processes, but 1 met",
+        "start it by srun",
+    )
     assert checkup.check_launch(Processes(count=4), Scheduler("Kubernetes", None, 2)) == []
     assert checkup.check_launch(alone, Scheduler("Kubernetes", None, 2))
 

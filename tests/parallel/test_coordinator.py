@@ -12,7 +12,6 @@ from mixtral_jax.config import ConfigError
 from mixtral_jax.parallel import coordinator, processes
 from mixtral_jax.parallel.coordinator import (
     Launch,
-    find_scheduler,
     is_loopback,
     parse_address,
     require_reachable,
@@ -59,24 +58,6 @@ def test_loopback_is_known_by_every_name():
 
 
 @pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({}, None),
-        ({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_NODES": "4", "SLURM_NTASKS": "4"}, ("Slurm", 4, 4)),
-        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}, ("Slurm", 2, None)),
-        ({"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, ("Open MPI", 2, 8)),
-        ({"TPU_WORKER_HOSTNAMES": "a,b,c"}, ("Cloud TPU", 3, 3)),
-        ({"JOB_COMPLETION_INDEX": "3"}, ("Kubernetes", None, 4)),
-    ],
-)
-def test_schedulers_are_known_by_their_variables(monkeypatch, variables, expected):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    found = find_scheduler()
-    assert (found and (found.name, found.num_machines, found.num_processes)) == expected
-
-
-@pytest.mark.parametrize(
     "variables",
     [
         {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "2"},
@@ -105,34 +86,6 @@ def test_a_coordinator_out_of_reach_ends_with_code_1_and_the_reason(monkeypatch)
         match=r"error: process 1 on .* did not reach --coordinator=nowhere\.invalid:8476",
     ):
         require_reachable(Launch("nowhere.invalid:8476", 2, 1))
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({}, None),
-        (
-            {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"},
-            list(range(8)),
-        ),
-        ({"SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}, None),
-        ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2"}, None),
-        (
-            {
-                "SLURM_NTASKS": "2",
-                "SLURM_STEP_NUM_NODES": "2",
-                "SLURM_GPUS_ON_NODE": "8",
-                "JAX_LOCAL_DEVICE_IDS": "3",
-            },
-            None,
-        ),
-    ],
-)
-def test_the_only_slurm_task_of_a_node_gets_all_its_gpus(monkeypatch, variables, expected):
-    """jax alone would give it one GPU, because it takes SLURM_LOCALID for the number of a GPU."""
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert coordinator.find_local_device_ids() == expected
 
 
 def test_a_cluster_that_jax_cannot_ask_is_one_line_with_the_flags_that_do_without(monkeypatch):
