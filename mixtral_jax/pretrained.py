@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from mixtral_jax.checkpoint.on_devices import load_model
 from mixtral_jax.checkpoint.weights import open_weights
-from mixtral_jax.config import Config, ConfigError, LiteralInst, MeshConfig, require
+from mixtral_jax.config import Config, ConfigError, LiteralInst, MeshConfig, local_path, require
 from mixtral_jax.data.chat.template import SAFE_PROMPT, ChatTemplate
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.generate.generator import Generator, Speed
@@ -230,7 +230,7 @@ def load_pretrained(
         ConfigError: the folder holds no Mixtral or a damaged one, or the mesh does not fit. The
             message names the place.
     """
-    weights = open_weights(Path(folder))
+    weights = open_weights(local_path(folder, "the checkpoint"))
     if dtype is not None:
         weights = weights.astype(dtype)
     if isinstance(mesh, jax.sharding.Mesh):

@@ -20,6 +20,7 @@ from mixtral_jax.config import (
     Config,
     ConfigError,
     build,
+    find_path_problem,
     load_config_file,
     require,
     set_key,
@@ -197,9 +198,9 @@ def make_verb_parser(description: str | None, verb: str) -> argparse.ArgumentPar
 
 def parse_path(text: str) -> Path:
     """Parses a flag that names a file or a folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty: a variable that is not set?")
-    return Path(text)
+    if problem := find_path_problem(text):
+        raise argparse.ArgumentTypeError(f"{text} {problem}".strip())
+    return Path(text).expanduser()
 
 
 def parse_count(text: str) -> int:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from mixtral_jax.config.errors import ConfigError
 from mixtral_jax.config.mapping import build, set_key
+from mixtral_jax.config.paths import local_path
 from mixtral_jax.config.run import Config
 
 Read = TypeVar("Read")
@@ -29,7 +30,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises:
         ConfigError: there is no such file, or names the key that is wrong and what would be valid.
     """
-    mapping = load_config_file(Path(path).expanduser())
+    mapping = load_config_file(local_path(path, "the config file"))
     for key, value in (overrides or {}).items():
         set_key(mapping, key, value)
     return build(Config, mapping)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mixtral_jax.config import ConfigError, require
+from mixtral_jax.config import ConfigError, local_path, require
 from mixtral_jax.data.chat.stdlib_chat import make_conversations
 from mixtral_jax.data.domains import find_category, find_root
 from mixtral_jax.data.readers import READERS, BadRow, RawRow, read_file
@@ -139,7 +139,7 @@ def _list_source(path: str, suffixes: str | None) -> list[Path]:
 def _list_files(path: str, suffixes: str | None) -> list[Path]:
     if path == STDLIB:
         return list_stdlib()
-    place = Path(path).expanduser()
+    place = local_path(path, "data.path")
     readable = suffixes.split(",") if suffixes else (".txt", *READERS)
     names = ", ".join(readable)
     if place.is_file():

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from mixtral_jax.config import ConfigError, require
+from mixtral_jax.config import ConfigError, local_path, require
 from mixtral_jax.data.tokenizer_training import train_model
 from mixtral_jax.whole_files import write_whole
 
@@ -203,7 +203,7 @@ def read_tokenizer(
     name = f"{key}={spec}"
     if spec in _MISTRAL_FILES:
         return _read_model(_find_mistral(spec, name, alternative), name)
-    return _read_model(Path(spec).expanduser(), name)
+    return _read_model(local_path(spec, key), name)
 
 
 def check_planned_vocabulary(spec: str, vocab_size: int) -> None:

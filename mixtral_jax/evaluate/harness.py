@@ -6,6 +6,8 @@ Every prompt begins with BOS, as in Mixtral's training. The chat templates of th
 supported: they are strings, in which a `</s>` that a user wrote looks like the end of text.
 """
 
+import dataclasses
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,8 +32,9 @@ class HarnessModel(TemplateLM):
 
     Args:
         max_length: the maximum number of tokens that the model sees at once. By default the
-            sequence length in its config. The beginning of a longer context is dropped; a longer
-            text is scored in windows.
+            sequence length in its config. Of a longer context, BOS and the end are kept. A context
+            that fits is kept whole, and gets fewer new tokens than the task allows if they do not
+            fit too. A longer text is scored in windows.
         batch_size: the number of prompts that are continued together.
 
     Raises:
@@ -91,7 +94,29 @@ class HarnessModel(TemplateLM):
             f"a continuation of {len(continuation)} tokens does not fit in "
             f"max_length={self._max_length}",
         )
-        return Pair(context[-room:], continuation)
+        return Pair(self._cut(context, room), continuation)
+
+    def _cut(self, ids: list[int], length: int) -> list[int]:
+        """The ids, or BOS and the last `length - 1` of them if there are more."""
+        if len(ids) <= length:
+            return ids
+        begins_text = ids[0] == self._pieces.bos_id
+        num_last = length - begins_text
+        return [*ids[:begins_text], *ids[len(ids) - num_last :]]
+
+    def _make_room(self, ids: list[int], settings: Settings) -> tuple[list[int], Settings]:
+        """The context and settings of a continuation, so that both fit in `max_length`.
+
+        The context comes first: a task's limit is often longer than any answer. Only a context that
+        fills the window by itself is cut, to leave half of it to the answer.
+        """
+        require(self._max_length > 1, "max_length=1 leaves no room for new tokens")
+        if len(ids) >= self._max_length:
+            ids = self._cut(
+                ids, max(1, self._max_length - settings.max_new_tokens, self._max_length // 2)
+            )
+        room = self._max_length - len(ids)
+        return ids, dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
 
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
@@ -117,13 +142,22 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """The generated text after each context, up to the first stop string of the task."""
-        settings = [
-            _read_settings(request.args[1], number) for number, request in enumerate(requests)
-        ]
-        prompts = [
-            self.tok_encode(request.args[0])[-max(1, self._max_length - one.max_new_tokens) :]
-            for request, one in zip(requests, settings, strict=True)
-        ]
+        prompts: list[list[int]] = []
+        settings: list[Settings] = []
+        num_changed = 0
+        for number, request in enumerate(requests):
+            asked = self.tok_encode(request.args[0]), _read_settings(request.args[1], number)
+            prompt, its_settings = self._make_room(*asked)
+            prompts.append(prompt)
+            settings.append(its_settings)
+            num_changed += (prompt, its_settings) != asked
+        if num_changed:
+            print(
+                f"{num_changed:,} of {len(requests):,} contexts do not fit in max_length="
+                f"{self._max_length} with the new tokens that their task allows: they get fewer "
+                "new tokens, and those longer than max_length lose their beginning",
+                file=sys.stderr,
+            )
         answers = [""] * len(requests)
         for numbers in tqdm(list(self._batches(prompts)), "writing", disable=disable_tqdm):
             rows = self._loaded.generator.generate(

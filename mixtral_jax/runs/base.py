@@ -16,6 +16,7 @@ from mixtral_jax.config import (
     OptimizerConfig,
     PretrainConfig,
     RouterConfig,
+    local_path,
     require,
 )
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -71,7 +72,7 @@ def open_base(folder: Path, config: Config) -> Base:
 
 def require_folder(base: str, key: str) -> Path:
     """The folder that a config names as `key`; raises ConfigError if there is none."""
-    folder = Path(base).expanduser()
+    folder = local_path(base, key)
     require(folder.is_dir(), f"{key}={folder} is no folder: name a run, a step of it, or weights")
     return folder
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import optax
 
-from mixtral_jax.config import Config, ConfigError, require
+from mixtral_jax.config import Config, ConfigError, local_path, require
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.parallel.schedulers import require_all_met
 from mixtral_jax.pretrained import Pretrained, load_pretrained
@@ -183,7 +183,7 @@ def _session() -> Iterator[tuple[Processes, StopSignal]]:
 
 
 def _to_path(path: str | Path | None) -> Path | None:
-    return None if path is None else Path(path).expanduser()
+    return None if path is None else local_path(path, "workdir")
 
 
 def _result(run: Run, outcome: Outcome) -> RunResult:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -164,13 +165,54 @@ def test_repeats_differ_and_settings_without_a_meaning_are_refused(loaded):
         ask(1, num_beams=2)
 
 
-def test_a_long_context_loses_its_beginning(loaded):
+def test_a_long_context_loses_its_beginning_but_not_bos(loaded):
     context, continuation = "one two three four five six seven", " eight"
     request = Instance("loglikelihood", {}, (context, continuation), 0)
     ((got, _),) = HarnessModel(loaded, max_length=12).loglikelihood([request], disable_tqdm=True)
     first, whole = loaded.encode(context), loaded.encode(context + continuation)
-    kept = whole[-13:]
+    kept = [whole[0], *whole[-12:]]
     assert len(kept) < len(whole)
     assert got == pytest.approx(
         log_probabilities(loaded, kept)[-(len(whole) - len(first)) :].sum(), abs=2e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("max_length", "max_new", "num_kept", "num_new"),
+    [
+        (64, 8, 24, 8),  # Both fit.
+        (64, 256, 24, 40),  # The default of the harness.
+        (25, 256, 24, 1),
+        (24, 4, 20, 4),  # A context as long as the window is cut.
+        (16, 256, 8, 8),
+        (16, 4, 12, 4),
+        (1, 1, 1, 0),
+    ],
+)
+def test_a_context_is_kept_before_new_tokens_and_always_begins_with_bos(
+    loaded, capsys, max_length, max_new, num_kept, num_new
+):
+    asked = []
+
+    class Recorder:
+        def generate(self, prompts, settings):
+            asked.extend(zip(prompts, settings, strict=True))
+            return [SimpleNamespace(text="") for _ in prompts]
+
+    recording = dataclasses.replace(loaded)
+    recording.__dict__["generator"] = Recorder()  # In place of the cached property.
+    context = "one two three four five six"
+    ids = loaded.encode(context)
+    assert len(ids) == 24
+    request = Instance("generate_until", {}, (context, {"max_gen_toks": max_new}), 0)
+    model = HarnessModel(recording, max_length=max_length)
+    if num_new == 0:
+        with pytest.raises(ConfigError, match="max_length=1 "):
+            model.generate_until([request], disable_tqdm=True)
+        return
+    assert model.generate_until([request], disable_tqdm=True) == [""]
+    ((prompt, settings),) = asked
+    assert prompt == [ids[0], *ids[len(ids) - num_kept + 1 :]]
+    assert settings.max_new_tokens == num_new
+    is_changed = (num_kept, num_new) != (24, max_new)
+    assert ("1 of 1 contexts do not fit" in capsys.readouterr().err) == is_changed
