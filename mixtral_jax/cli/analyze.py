@@ -12,7 +12,7 @@ from mixtral_jax.cli.model_flags import (
     parse_model_flags,
 )
 from mixtral_jax.cli.output import claim_stdout
-from mixtral_jax.cli.task_flags import add_task_flags, read_task
+from mixtral_jax.cli.task_flags import add_task_flags, choose_data, read_task
 from mixtral_jax.config import ConfigError, DataConfig
 
 # Rows of other data than the run's own that are routed by default.
@@ -35,8 +35,7 @@ def main(arguments: list[str]) -> int:
         help="where to write analysis.json and figures; by default the run's analysis/STEP, and of "
         "a folder that is no run's, nowhere",
     )
-    flags, model, sections = parse_model_flags(parser, arguments, data=DataConfig)
-    names_data = any(each.startswith("--data.path=") for each in arguments)
+    flags, model, _ = parse_model_flags(parser, arguments, data=DataConfig)
 
     from mixtral_jax.data.sources import fingerprint_source
     from mixtral_jax.parallel.processes import join_processes
@@ -44,7 +43,7 @@ def main(arguments: list[str]) -> int:
     from mixtral_jax.runs.eval_data import read_run
 
     run = read_run(flags.checkpoint)
-    data = _choose_data(sections["data"], names_data, run.data if run else None)
+    data = choose_data(arguments, run)
     fingerprint_source(data.path, data.suffixes)  # Missing data are found before much is loaded.
     step = find_step(flags.checkpoint, run)
     folder = flags.to
@@ -72,20 +71,6 @@ def main(arguments: list[str]) -> int:
                 write_analysis(folder, summary, analysis)
             _print(summary if flags.json else None, analysis, output)
     return 0
-
-
-def _choose_data(given: DataConfig, names_data: bool, own: DataConfig | None) -> DataConfig:
-    """The data that the flags name, or else the run's own, with the settings that flags change."""
-    if names_data:
-        return given
-    if own is None:
-        raise ConfigError(
-            "--data.path=F must name the data: the checkpoint is no run's, which would name its own"
-        )
-    default = DataConfig()
-    fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
-    changed = {key: new for key, new in fields.items() if new != getattr(default, key)}
-    return dataclasses.replace(own, **changed)
 
 
 def _make_folder(folder: Path) -> None:

@@ -5,24 +5,22 @@ import json
 from mixtral_jax.cli.flags import make_verb_parser
 from mixtral_jax.cli.model_flags import add_model_flags, open_model, parse_model_flags
 from mixtral_jax.cli.output import claim_stdout
-from mixtral_jax.cli.task_flags import add_task_flags, read_task
-from mixtral_jax.config import DataConfig, require
+from mixtral_jax.cli.task_flags import add_task_flags, choose_data, read_task
+from mixtral_jax.config import DataConfig
 
 
 def main(arguments: list[str]) -> int:
-    """`evaluate --checkpoint DIR --data.path=F`: a line of JSON on standard output."""
+    """`evaluate --checkpoint DIR [--data.path=F]`: a line of JSON on standard output."""
     parser = make_verb_parser(__doc__, "evaluate")
     add_model_flags(parser)
     add_task_flags(parser)
-    flags, model, sections = parse_model_flags(parser, arguments, data=DataConfig)
-    names_data = any(argument.startswith("--data.path=") for argument in arguments)
-    require(names_data, "--data.path=F must name the data")
+    flags, model, _ = parse_model_flags(parser, arguments, data=DataConfig)
 
     from mixtral_jax.data.sources import fingerprint_source
     from mixtral_jax.parallel.processes import join_processes
-    from mixtral_jax.runs.eval_data import score
+    from mixtral_jax.runs.eval_data import read_run, score
 
-    data = sections["data"]
+    data = choose_data(arguments, read_run(flags.checkpoint))
     fingerprint_source(data.path, data.suffixes)  # Missing data are found before much is loaded.
     with claim_stdout() as output, join_processes(model.launch) as processes:
         loaded = open_model(model, processes)

@@ -231,7 +231,7 @@ def set_config_keys(mapping: dict[str, Any], arguments: Sequence[str]) -> None:
             argument.startswith("--config."),
             f"unknown flag {argument!r}; config keys are set as --config.KEY=VALUE",
         )
-        _override(mapping, argument, "--config.")
+        override(mapping, argument, "--config.")
 
 
 def parse_sections(
@@ -249,13 +249,17 @@ def parse_sections(
     for argument in rest:
         is_known = any(argument.startswith(f"--{name}.") for name in sections)
         require(is_known, f"unknown flag {argument!r} (--help lists the flags)")
-        _override(mapping, argument, "--")
+        override(mapping, argument, "--")
     built = {name: build(cls, mapping[name], f"{name}.") for name, cls in sections.items()}
     return flags, built
 
 
-def _override(mapping: dict[str, Any], argument: str, prefix: str) -> None:
-    """Sets the key of an argument `PREFIX SECTION.KEY=VALUE`."""
+def override(mapping: dict[str, Any], argument: str, prefix: str) -> None:
+    """Sets the key of an argument `PREFIX SECTION.KEY=VALUE`.
+
+    Raises:
+        ConfigError: there is no value, or the key is a section.
+    """
     name, equals, value = argument.partition("=")
     require(equals, f"{name} needs a value: {name}=VALUE")
     set_key(mapping, name.removeprefix(prefix), value)

@@ -1,13 +1,16 @@
 """Flags of the verbs that read text with a model: which part of which data, in which rows."""
 
 import argparse
-from typing import TYPE_CHECKING
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from mixtral_jax.config import DataConfig
+from mixtral_jax.cli.flags import override
+from mixtral_jax.config import DataConfig, build, require
 
 if TYPE_CHECKING:
     from mixtral_jax.pretrained import Pretrained
-    from mixtral_jax.runs.eval_data import EvalTask
+    from mixtral_jax.runs.eval_data import EvalTask, TrainedRun
 
 
 def add_task_flags(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +37,34 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         f"{parser.epilog}; --data.path=F and other --data.KEY=VALUE name the data, as in training"
     )
+
+
+def choose_data(arguments: Sequence[str], run: "TrainedRun | None") -> DataConfig:
+    """The data that `--data.KEY=VALUE` names, or those of the run without `--data.path`.
+
+    If they are the run's own, its settings hold for all keys that are not named.
+
+    Raises:
+        ConfigError: no data are named, or a key is wrong.
+    """
+    from mixtral_jax.runs.eval_data import names_same_data
+
+    keys = [argument for argument in arguments if argument.startswith("--data.")]
+    named = _set_keys({}, keys)
+    if run is None or ("path" in named and not names_same_data(named["path"], run.data.path)):
+        require(
+            "path" in named,
+            "--data.path=F must name the data: the checkpoint is not a run's, which has its own",
+        )
+        return build(DataConfig, named, "data.")
+    changed = _set_keys(dataclasses.asdict(run.data), keys)
+    return build(DataConfig, changed | {"path": run.data.path}, "data.")
+
+
+def _set_keys(mapping: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+    for argument in arguments:
+        override(mapping, argument, "--data.")
+    return mapping
 
 
 def read_task(flags: argparse.Namespace, data: DataConfig, loaded: "Pretrained") -> "EvalTask":

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 
 from mixtral_jax.checkpoint.files.foreign_folder import read_object
-from mixtral_jax.config import DataConfig, TrainConfig, build, require
+from mixtral_jax.config import DataConfig, TrainConfig, build, changed_keys, require
 from mixtral_jax.data.batches import spread_batches
 from mixtral_jax.data.chat.prepare import prepare_chats
 from mixtral_jax.data.packing import PackPlan, plan_rows
@@ -30,6 +30,10 @@ from mixtral_jax.runs.text_data import SAME_DATA, find_tokenizer, name_data
 Part = Literal["held_out", "all"]
 # Tokens of a row, unless the run was trained on shorter ones.
 DEFAULT_SEQUENCE_LENGTH = 2048
+# Keys of data that do not decide which documents a run holds out.
+_KEEP_HELD_OUT = tuple(
+    f"data.{key} " for key in ("tokenizer", "domain_field", "max_bad_fraction", "chat.long_rows")
+)
 # Tokens that a device reads at once.
 TOKENS_PER_DEVICE = 2048
 
@@ -92,11 +96,12 @@ def plan_task(
 ) -> EvalTask:
     """The task that was asked for; None is filled in.
 
-    If `data` are those that the checkpoint's own run was trained on, their settings, the held-out
-    part and the number of rows are taken from that run; else all of the data are read.
+    If `data` are those that the checkpoint's own run was trained on, the held-out part is read, in
+    as many rows as the run reads; else all of the data are.
 
     Raises:
-        ConfigError: a number is out of range.
+        ConfigError: a number is out of range, or the held-out part of the run's own data is asked
+            for with settings by which it would hold documents that the run was trained on.
     """
     run = read_run(checkpoint)
     length, count = sequence_length, num_sequences
@@ -106,9 +111,28 @@ def plan_task(
     if run is None or run.data.path != data.path:
         return EvalTask(data, part or "all", is_chat, length, count)
     part = part or "held_out"
-    data = run.data if data == DataConfig(path=data.path) else data
+    if part == "held_out":
+        _require_same_held_out(run.data, data)
     count = count or (run.train.eval_sequences if part == "held_out" else None)
     return EvalTask(data, part, is_chat or run.is_chat, length, count)
+
+
+def names_same_data(one: str, other: str) -> bool:
+    """True if two values of `data.path` are equal, or name the same file or folder."""
+    if one == other:
+        return True
+    places = [Path(path).expanduser() for path in (one, other)]
+    return all(place.exists() for place in places) and places[0].samefile(places[1])
+
+
+def _require_same_held_out(own: DataConfig, data: DataConfig) -> None:
+    changed = changed_keys(dataclasses.asdict(own), dataclasses.asdict(data), "data.")
+    changed = [change for change in changed if not change.startswith(_KEEP_HELD_OUT)]
+    require(
+        not changed,
+        f"{', '.join(changed)}: with this change, what the run held out is another part, with "
+        "documents that it was trained on. Leave it out, or set --part=all",
+    )
 
 
 def open_task(loaded: Pretrained, task: EvalTask, processes: Processes) -> PackedText:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ import pytest
 import mixtral_jax
 from mixtral_jax.cli.chat import Conversation, read_messages
 from mixtral_jax.cli.main import run_verb
+from mixtral_jax.cli.task_flags import choose_data
 from mixtral_jax.config import ConfigError, DataConfig
 from mixtral_jax.generate.settings import Settings
 from mixtral_jax.parallel.processes import Processes
-from mixtral_jax.runs.eval_data import EvalTask, plan_task, score
+from mixtral_jax.runs.eval_data import EvalTask, plan_task, read_run, score
 from tests.cases import mesh_of, small_config
 from tests.data.chat_cases import train_tokenizer
 from tests.scripts import environment, free_port
@@ -189,7 +191,7 @@ def test_what_a_run_was_trained_on_is_judged_as_the_run_does(tmp_path):
     class Loaded:
         """All that a plan needs of a model."""
 
-    def plan(path, checkpoint=tmp_path, **flags):
+    def plan(path, checkpoint=tmp_path, keys=(), **flags):
         Loaded.config = config
         asked = {
             "is_chat": False,
@@ -197,7 +199,8 @@ def test_what_a_run_was_trained_on_is_judged_as_the_run_does(tmp_path):
             "sequence_length": None,
             "num_sequences": None,
         } | flags
-        return plan_task(checkpoint, DataConfig(path=path), Loaded, **asked)
+        data = choose_data([f"--data.path={path}", *keys], read_run(checkpoint))
+        return plan_task(checkpoint, data, Loaded, **asked)
 
     own = EvalTask(config.data, "held_out", False, 24, 7)
     assert plan("own.txt") == plan("own.txt", tmp_path / "checkpoints" / "3") == own
@@ -212,6 +215,40 @@ def test_what_a_run_was_trained_on_is_judged_as_the_run_does(tmp_path):
     )
     with pytest.raises(ConfigError, match="sequence_length=1"):
         plan("own.txt", sequence_length=1)
+    # A key that is named changes that key alone, even if it is named as its default.
+    fields = ["--data.domain_field=topic", "--data.max_bad_fraction=0.01"]
+    changed = dataclasses.replace(config.data, domain_field="topic", max_bad_fraction=0.01)
+    assert plan("own.txt", keys=fields) == dataclasses.replace(own, data=changed)
+    assert plan("own.txt", keys=["--data.chat.long_rows=drop"]).data.held_out_fraction == 0.25
+    assert choose_data([], read_run(tmp_path)) == config.data
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["held_out_fraction=0.02", "text_field=body", "suffixes=.md", "chat.format=alpaca"],
+)
+def test_a_held_out_part_that_would_hold_trained_documents_is_refused(tmp_path, key):
+    config = small_config(data__path=str(tmp_path / "own"), data__held_out_fraction=0.25)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+
+    def plan(part, path):
+        data = choose_data([f"--data.path={path}", f"--data.{key}"], read_run(tmp_path))
+        loaded = SimpleNamespace(config=config)
+        asked = {"is_chat": False, "sequence_length": None, "num_sequences": None}
+        return plan_task(tmp_path, data, loaded, part=part, **asked)
+
+    # However the run's own folder is spelled.
+    for path in (tmp_path / "own", f"{tmp_path}/own/../own"):
+        with pytest.raises(ConfigError, match=f"data.{key.split('=')[0]} .*--part=all"):
+            plan(None, path)
+        assert plan("all", path).part == "all"
+
+
+def test_without_a_run_the_data_must_be_named():
+    with pytest.raises(ConfigError, match=r"--data\.path=F"):
+        choose_data(["--data.text_field=body"], None)
 
 
 @pytest.mark.parametrize(
