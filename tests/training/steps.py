@@ -42,17 +42,24 @@ def prepare(config: Config) -> Prepared:
 
 
 @functools.cache
-def initial_state(config: Config) -> TrainState:
-    """The state before the first step, on the host."""
+def _make_state(config: Config) -> TrainState:
     with jax.set_mesh(mesh_of()):
-        return jax.device_get(prepare(config).init())
+        return prepare(config).init()
 
 
-def start(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
-    """The state before the first step on a mesh, moved there, which is faster than made there."""
+def initial_state(config: Config, mesh: jax.sharding.Mesh | None = None) -> TrainState:
+    """The state before the first step on a mesh (None: one device), as a copy that may be donated.
+
+    It is made on one device and moved, which is faster than made on the mesh.
+    """
+    # The size of a micro-batch does not change it.
+    train = dataclasses.replace(config.train, gradient_accumulation=1)
+    state = _make_state(dataclasses.replace(config, train=train))
+    if mesh is None or mesh.size == 1:
+        return jax.tree.map(jnp.copy, state)
     with jax.set_mesh(mesh):
         places = jax.tree.map(lambda leaf: leaf.sharding, prepare(config).training.abstract_state())
-    return jax.device_put(initial_state(config), places)
+    return jax.device_put(jax.device_get(state), places)
 
 
 def train(
@@ -65,7 +72,7 @@ def train(
     """The state after some steps on one batch, and the last metrics; on a mesh of these sizes."""
     mesh, prepared = mesh_of(**sizes), prepare(config)
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        state = change(start(config, mesh))
+        state = change(initial_state(config, mesh))
         for _ in range(steps):
             state, metrics = prepared.training.train_step(state, on_mesh(batch, mesh))
         return jax.device_get((state, metrics))

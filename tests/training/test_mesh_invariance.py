@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.cases import mesh_of, on_mesh, packed_batch, relative_norm, small_config
-from tests.training.steps import prepare
+from tests.training.steps import initial_state, prepare
 
 STEPS = 12
 MESHES = {
@@ -34,7 +34,8 @@ def trajectory(capacity_factor, **sizes):
 
     losses, gradients, routes, dropped = [], None, [], []
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        state = prepared.init()
+        # It is enough to make the state on each mesh once.
+        state = initial_state(config, mesh) if capacity_factor else prepared.init()
         host_batch = packed_batch(config)
         batch = on_mesh(host_batch, mesh)
         routes.append(np.asarray(route(state, batch)))

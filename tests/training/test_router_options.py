@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.cases import mesh_of, packed_batch, relative_norm, small_config
-from tests.training.steps import gradients_of, prepare, train
+from tests.training.steps import gradients_of, initial_state, prepare, train
 
 UNASKED = {"router__load_balance__weight": 0.0, "router__z_loss_weight": 0.0}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -105,9 +105,7 @@ def test_a_router_learns_at_its_own_rate_in_pretraining_or_not_at_all() -> None:
         settings = dataclasses.replace(
             config, router=dataclasses.replace(config.router, learning_rate_factor=factor)
         )
-        training = prepare(settings).training
-        with jax.set_mesh(mesh_of()):
-            before = jax.device_get(jax.jit(training.make_model)())
+        before = initial_state(settings).model()
         after = train(settings, batch, {})[0].model()
         router, head = (
             (lambda model: model.blocks.moe.router.gate.weight[...]),
