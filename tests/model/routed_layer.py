@@ -28,6 +28,7 @@ BIAS = {"bias__update_rate": 0.1}
 NO_BIAS = np.zeros(E)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerRun:
     """What one layer computed, on the host."""
@@ -80,21 +81,25 @@ def run(
     x, tokens = inputs()
     mesh = mesh_of(**(sizes or {}))
 
-    def loss(gate, x, tokens, cotangent):
+    @jax.jit
+    def step(x, tokens, cotangent):
         layer = make_layer(config, bias, is_training=is_training)
-        layer.router.gate.weight[...] = gate
-        output = layer(x, tokens)
-        return jnp.sum(output.y_BTD * cotangent), output
+
+        def loss(gate, x):
+            own = jax.tree.map(lambda leaf: leaf, layer)
+            own.router.gate.weight[...] = gate
+            output = own(x, tokens)
+            return jnp.sum(output.y_BTD * cotangent), output
+
+        gradients_of_loss = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        (_, output), gradients = gradients_of_loss(layer.router.gate.weight[...], x)
+        return LayerRun(layer, output.y_BTD, output.routing, *gradients)
 
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         arguments = jax.device_put(
             (x, tokens, cotangent()), jax.NamedSharding(mesh, RULES.spec("batch"))
         )
-        layer = jax.jit(lambda: make_layer(config, bias, is_training=is_training))()
-        gate = layer.router.gate.weight[...]
-        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-        (_, output), gradients = jax.device_get(step(gate, *arguments))
-        return LayerRun(jax.device_get(layer), output.y_BTD, output.routing, *gradients)
+        return jax.device_get(step(*arguments))
 
 
 def best(values: np.ndarray, k: int) -> np.ndarray:

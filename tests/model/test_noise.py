@@ -1,5 +1,6 @@
 """The noise of training: when it is there, that it does not depend on the mesh, and its spread."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from mixtral_jax.config import NoiseConfig
 from mixtral_jax.model.noise import add_noise, jitter
 from tests.cases import RULES, mesh_of, relative_norm
-from tests.model.routed_layer import config_of, run
+from tests.model.routed_layer import LayerRun, config_of, run
 
 NOISE = {
     "jitter": {"noise__jitter": 0.1},
@@ -19,9 +20,14 @@ NOISE = {
 }
 
 
+@functools.cache
+def run_plain() -> LayerRun:
+    return run(config_of({}))
+
+
 @pytest.mark.parametrize("options", NOISE.values(), ids=NOISE)
 def test_noise_is_there_in_training_alone_and_the_same_on_a_mesh(options: dict[str, Any]) -> None:
-    config, plain = config_of(options), run(config_of({}))
+    config, plain = config_of(options), run_plain()
     calm = run(config, is_training=False)
     np.testing.assert_array_equal(calm.y, plain.y)
     alone, spread = run(config), run(config, sizes={"expert": 4, "fsdp": 2})

@@ -21,7 +21,9 @@ MESHES = {
 
 @functools.cache
 def trajectory(capacity_factor, **sizes):
-    """Losses and drops of 12 steps, the first gradients, the first and last routes."""
+    """Losses, loads and drops of 12 steps, the first gradients; without capacity, the first and
+    last routes too.
+    """
     config = small_config(
         dispatch__capacity_factor=capacity_factor, dispatch__grouped_matmul="blocks"
     )
@@ -32,33 +34,36 @@ def trajectory(capacity_factor, **sizes):
         micro = jax.tree.map(lambda rows: rows[0], batch)
         return state.model()(micro.tokens, micro.positions, micro.segment_ids).routing.experts_BTA
 
-    losses, gradients, routes, dropped = [], None, [], []
+    losses, gradients, routes, loads, dropped = [], None, [], [], []
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         # It is enough to make the state on each mesh once.
         state = initial_state(config, mesh) if capacity_factor else prepared.init()
         host_batch = packed_batch(config)
         batch = on_mesh(host_batch, mesh)
-        routes.append(np.asarray(route(state, batch)))
+        if capacity_factor is None:
+            routes.append(np.asarray(route(state, batch)))
         for _ in range(STEPS):
             state, metrics = prepared.training.train_step(state, batch)
             losses.append(
                 {name: float(metrics[name]) for name in ("loss", "total_loss", "load_balance_loss")}
             )
             dropped.append(float(metrics["router/dropped_fraction"]))
+            loads.append([metrics[f"router/layer_{layer:02d}/load"] for layer in range(2)])
             gradients = gradients or jax.device_get(
                 jax.tree.flatten_with_path(state.opt_state[0])[0]
             )
-        routes.append(np.asarray(route(state, batch)))
+        if capacity_factor is None:
+            routes.append(np.asarray(route(state, batch)))
     real = host_batch.segment_ids[0] > 0
-    return losses, gradients, [chosen[:, real] for chosen in routes], dropped
+    return losses, gradients, [chosen[:, real] for chosen in routes], np.array(loads), dropped
 
 
 @pytest.mark.parametrize("capacity_factor", [None, 1.25], ids=["dropless", "capacity 1.25"])
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 def test_losses_gradients_and_routes_are_the_same_on_every_mesh(sizes, capacity_factor):
-    losses, gradients, routes, dropped = trajectory(capacity_factor, **sizes)
-    expected_losses, expected_gradients, expected_routes, expected_dropped = trajectory(
-        capacity_factor
+    losses, gradients, routes, loads, dropped = trajectory(capacity_factor, **sizes)
+    expected_losses, expected_gradients, expected_routes, expected_loads, expected_dropped = (
+        trajectory(capacity_factor)
     )
     assert dropped == expected_dropped
     assert (min(dropped) > 0) == (capacity_factor is not None)
@@ -66,8 +71,10 @@ def test_losses_gradients_and_routes_are_the_same_on_every_mesh(sizes, capacity_
         assert got == pytest.approx(expected, rel=1e-5)
     for (path, got), (_, expected) in zip(gradients, expected_gradients, strict=True):
         assert relative_norm(got, expected) < 1e-5, jax.tree_util.keystr(path)
-    np.testing.assert_array_equal(routes[0], expected_routes[0])
-    assert (
-        np.mean(routes[1] == expected_routes[1]) >= 0.999
-    )  # A near-tie may flip late; at step 1 none may.
+    # A near-tie may flip late; at step 1 none may.
+    np.testing.assert_array_equal(loads[0], expected_loads[0])
+    np.testing.assert_allclose(loads, expected_loads, atol=0.005)
+    if capacity_factor is None:
+        np.testing.assert_array_equal(routes[0], expected_routes[0])
+        assert np.mean(routes[1] == expected_routes[1]) >= 0.999
     assert losses[-1]["loss"] < losses[0]["loss"] - 0.005  # It did learn.
