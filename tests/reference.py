@@ -94,3 +94,28 @@ def mixture(x, router, gate, up, down, k, is_real, capacity_factor=None):
 def swiglu(x, gate, up, down):
     gated = x @ gate
     return (gated / (1 + np.exp(-gated)) * (x @ up)) @ down
+
+
+def room_left(chosen, transport, places, num_local, factor):
+    """Which routes of one expert group find room, by the rule that the transport states, walking
+    over rows.
+    """
+    (rows, tokens, k), has_room = chosen.shape, np.zeros(chosen.shape, bool)
+    balanced = rows // places * tokens * k
+    for place in range(places):
+        local = [
+            (chosen[b, t, a], b, t, a)
+            for b, t, a in np.ndindex(chosen.shape)
+            if chosen[b, t, a] // num_local == place
+        ]
+        if transport == "all_to_all":
+            per_sender = rows // places
+            senders = [[r for r in local if r[1] // per_sender == s] for s in range(places)]
+            taken = [
+                r for sent in senders for r in sorted(sent)[: math.ceil(factor * balanced / places)]
+            ]
+        else:
+            taken = sorted(local)[: math.ceil(factor * balanced)]
+        for _, b, t, a in taken:
+            has_room[b, t, a] = True
+    return has_room

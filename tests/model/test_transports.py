@@ -20,7 +20,7 @@ from mixtral_jax.model.balance import load_balance_loss, router_z_loss
 from mixtral_jax.model.dispatch.transports import TRANSPORTS
 from mixtral_jax.model.moe import MoE
 from tests.cases import RULES, kernels_of, mesh_of, only_masked, relative_norm, small_config
-from tests.reference import mixture
+from tests.reference import mixture, room_left
 from tests.skew import prefer_experts
 
 B, T, D = 8, 12, 32
@@ -230,31 +230,6 @@ def test_every_transport_computes_what_loops_over_experts_do(
     assert load_balance_loss(stacked, "hf") == pytest.approx(switch * k, rel=1e-5)
     log_sums = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
     assert router_z_loss(stacked) == pytest.approx(np.mean(log_sums**2), rel=1e-5)
-
-
-def room_left(chosen, transport, places, num_local, factor):
-    """Which routes of one expert group find room, by the rule that the transport states, walking
-    over rows.
-    """
-    (rows, tokens, k), has_room = chosen.shape, np.zeros(chosen.shape, bool)
-    balanced = rows // places * tokens * k
-    for place in range(places):
-        local = [
-            (chosen[b, t, a], b, t, a)
-            for b, t, a in np.ndindex(chosen.shape)
-            if chosen[b, t, a] // num_local == place
-        ]
-        if transport == "all_to_all":
-            per_sender = rows // places
-            senders = [[r for r in local if r[1] // per_sender == s] for s in range(places)]
-            taken = [
-                r for sent in senders for r in sorted(sent)[: math.ceil(factor * balanced / places)]
-            ]
-        else:
-            taken = sorted(local)[: math.ceil(factor * balanced)]
-        for _, b, t, a in taken:
-            has_room[b, t, a] = True
-    return has_room
 
 
 @pytest.mark.parametrize(
