@@ -23,7 +23,7 @@ EVAL_VENV := $(VENV)-eval
 # libtpu compiles for TPUs that are not here.
 TPU_VENV := $(VENV)-tpu
 
-.PHONY: install train test test-runs test-all test-parity test-eval test-tpu lint types format bench clean
+.PHONY: install train test test-runs test-meshes test-all test-parity test-eval test-tpu lint types format bench clean
 
 install: $(VENV)/.installed
 
@@ -37,7 +37,11 @@ test: install
 test-runs: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m 'runs and not full'
 
-# Both, and the whole products of settings.
+# On further meshes, what `make test` computes on some.
+test-meshes: install
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m 'meshes and not full'
+
+# All three, and the whole products of settings.
 test-all: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m ''
 

@@ -21,10 +21,6 @@ from tests.cases import mesh_of, on_mesh, packed_batch, small_config
 from tests.checkpoint.folders import store_array
 
 STEPS = 5
-MESHES: dict[str, tuple[dict[str, int], GroupedMatmulName]] = {
-    "expert=4,fsdp=2": ({"expert": 4, "fsdp": 2}, "ragged_dot"),
-    "fsdp=2,expert=2,tensor=2": ({"fsdp": 2, "expert": 2, "tensor": 2}, "blocks"),
-}
 
 
 def tuning_config(*, rank: int = 3, dropout: float = 0.0, **overrides: Any) -> Config:
@@ -144,7 +140,18 @@ def test_merged_weights_give_the_logits_of_adapters() -> None:
     np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-4)  # Logits are of order 1.
 
 
-@pytest.mark.parametrize(("sizes", "kernel"), MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(
+    ("sizes", "kernel"),
+    [
+        pytest.param({"expert": 4, "fsdp": 2}, "ragged_dot", id="expert=4,fsdp=2"),
+        pytest.param(
+            {"fsdp": 2, "expert": 2, "tensor": 2},
+            "blocks",
+            id="fsdp=2,expert=2,tensor=2",
+            marks=pytest.mark.meshes,
+        ),
+    ],
+)
 def test_losses_with_dropout_are_the_same_on_every_mesh(
     sizes: dict[str, int], kernel: GroupedMatmulName
 ) -> None:
