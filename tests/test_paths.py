@@ -8,15 +8,22 @@ from typing import Any
 import pytest
 
 import mixtral_jax
-from mixtral_jax.cli import export, import_weights
+from mixtral_jax.cli import data, export, import_weights
 from mixtral_jax.cli.flags import parse_path, parse_run_flags
 from mixtral_jax.config import ConfigError, local_path
-from mixtral_jax.data.sources import fingerprint_source
+from mixtral_jax.data.sources import fingerprint_source, read_rows
 from mixtral_jax.data.tokenizer import read_tokenizer
 from mixtral_jax.runs.base import require_folder
 from tests.cases import small_config
+from tests.data.chat_cases import train_tokenizer
 
-URLS = ["gs://bucket/run", "s3://bucket/a/b.jsonl", "https://host/x", "file:///tmp/x", "gs:/bucket"]
+URLS = [
+    "gs://bucket/run",
+    "s3://bucket/a/b.jsonl",
+    "https://host/x",
+    "file:///a/x",
+    "gs:/bucket",
+]
 
 
 def parse_flag(name: str) -> Callable[[str], Any]:
@@ -31,6 +38,9 @@ READERS: dict[str, Callable[[str], Any]] = {
     "export --to": lambda path: export.main(["--checkpoint=x", f"--to={path}"]),
     "import --from": lambda path: import_weights.main([f"--from={path}", "--to=x"]),
     "data.path": fingerprint_source,
+    "data.path with weights": lambda path: fingerprint_source(f"{path}:2,configs:1"),
+    "the rows of data.path": lambda path: list(read_rows(path, ["text"])),
+    "validate --tokenizer": lambda path: data.main(["validate", "x", f"--tokenizer={path}"]),
     "data.tokenizer": read_tokenizer,
     "finetune.base": lambda path: require_folder(path, "finetune.base"),
     "load_config": mixtral_jax.load_config,
@@ -53,8 +63,8 @@ def test_the_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert parse_path("~/run") == local_path("~/run", "--workdir") == tmp_path / "run"
     assert fingerprint_source("~/a.txt")  # It exists.
     assert require_folder("~", "finetune.base") == tmp_path
-    with pytest.raises(ConfigError, match=f"{tmp_path}/t.model|no such file"):
-        read_tokenizer("~/t.model")
+    train_tokenizer().save(tmp_path / "t.model")
+    assert read_tokenizer("~/t.model").fingerprint == train_tokenizer().fingerprint
 
 
 def test_an_unknown_home_and_an_empty_path_are_refused() -> None:
@@ -63,6 +73,20 @@ def test_an_unknown_home_and_an_empty_path_are_refused() -> None:
             parse_path(text)
         with pytest.raises(ConfigError, match=words):
             local_path(text, "--workdir")
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_an_unknown_home_is_refused_wherever_a_path_is_read(read: Callable[[str], Any]) -> None:
+    with pytest.raises(ConfigError, match="a user that this machine does not know"):
+        read("~nobody-of-this-name/x")
+
+
+def test_paths_are_expanded_in_few_places() -> None:
+    """Elsewhere, an unknown home would be a stack trace and a URL a folder: see `local_path`."""
+    package = Path(mixtral_jax.__file__).parent
+    files = (file for file in package.rglob("*.py") if "expanduser" in file.read_text())
+    expanding = {str(file.relative_to(package)) for file in files}
+    assert expanding == {"config/paths.py", "cli/flags.py", "data/cache.py"}
 
 
 def test_a_colon_alone_makes_no_url() -> None:

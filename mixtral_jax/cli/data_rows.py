@@ -6,11 +6,10 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import get_args
 
 from mixtral_jax.cli.flags import FlagParser
-from mixtral_jax.config import ChatFormat, LiteralInst, require
+from mixtral_jax.config import ChatFormat, LiteralInst, local_path, require
 from mixtral_jax.data.chat.conversations import Chat, drop_unsupervised, read_chats
 from mixtral_jax.data.chat.messages import Mode
 from mixtral_jax.data.chat.template import ChatTemplate
@@ -97,7 +96,7 @@ def _name_tokenizer(flags: argparse.Namespace) -> str:
         not name.startswith("train:"),
         f"--tokenizer={name}: a run trains it, and keeps it: name the run's workdir",
     )
-    kept = Path(name).expanduser() / "tokenizer.model"
+    kept = local_path(name, "--tokenizer") / "tokenizer.model"
     return str(kept) if kept.is_file() else name
 
 

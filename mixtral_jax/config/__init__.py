@@ -13,7 +13,7 @@ from mixtral_jax.config.finetune import FinetuneConfig, LoRAConfig, PretrainConf
 from mixtral_jax.config.mapping import build, changed_keys, set_key
 from mixtral_jax.config.mesh import MeshConfig
 from mixtral_jax.config.model import AttentionName, ModelConfig
-from mixtral_jax.config.paths import find_path_problem, local_path
+from mixtral_jax.config.paths import find_path_problem, local_path, names_existing
 from mixtral_jax.config.router import (
     BLIND_CHOICES,
     EVEN_CHOICES,
@@ -63,6 +63,7 @@ __all__ = [
     "load_config",
     "load_config_file",
     "local_path",
+    "names_existing",
     "require",
     "run_config_file",
     "set_key",

@@ -22,6 +22,11 @@ def local_path(text: str | Path, name: str) -> Path:
     return Path(text).expanduser()
 
 
+def names_existing(text: str) -> bool:
+    """True if `text` is the path of an existing file or folder, with `~` as the user's home."""
+    return not find_path_problem(text) and Path(text).expanduser().exists()
+
+
 def find_path_problem(text: str) -> str | None:
     """What is wrong with a path whatever the disk holds, to follow its name in an error, or None.
 

@@ -7,6 +7,8 @@ import glob
 from pathlib import Path
 from typing import NamedTuple
 
+from mixtral_jax.config import local_path
+
 # The domain of files that hold one document each and are in no folder below the root.
 TOP_LEVEL = "top level"
 
@@ -23,7 +25,7 @@ UNKNOWN = Category()
 
 def find_root(path: str) -> Path:
     """Finds the folder that contains everything that `path`, a file, folder or glob, names."""
-    place = Path(path).expanduser()
+    place = local_path(path, "data.path")
     if place.is_dir():
         return place
     plain = [folder for folder in place.parents if not glob.has_magic(str(folder))]

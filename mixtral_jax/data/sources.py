@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mixtral_jax.config import ConfigError, local_path, require
+from mixtral_jax.config import ConfigError, local_path, names_existing, require
 from mixtral_jax.data.chat.stdlib_chat import make_conversations
 from mixtral_jax.data.domains import find_category, find_root
 from mixtral_jax.data.readers import READERS, BadRow, RawRow, read_file
@@ -48,7 +48,7 @@ def split_sources(path: str) -> list[Source]:
     Raises:
         ConfigError: a source is empty or named twice, or a weight is not positive.
     """
-    parts = [path] if Path(path).expanduser().exists() else path.split(",")
+    parts = [path] if names_existing(path) else path.split(",")
     sources = [_split_weight(part.strip()) for part in parts]
     paths = [source.path for source in sources]
     for name in paths:
@@ -70,7 +70,7 @@ def find_weights(path: str) -> list[float] | None:
 
 def _split_weight(part: str) -> Source:
     name, _, weight = part.rpartition(":")
-    if not name or f"{name}:" == HUB or Path(part).expanduser().exists():
+    if not name or f"{name}:" == HUB or names_existing(part):
         return Source(part)
     try:
         number = float(weight)

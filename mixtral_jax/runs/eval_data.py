@@ -11,7 +11,15 @@ from typing import Any, Literal
 import jax
 
 from mixtral_jax.checkpoint.files.foreign_folder import read_object
-from mixtral_jax.config import DataConfig, TrainConfig, build, changed_keys, require
+from mixtral_jax.config import (
+    DataConfig,
+    TrainConfig,
+    build,
+    changed_keys,
+    local_path,
+    names_existing,
+    require,
+)
 from mixtral_jax.data.batches import spread_batches
 from mixtral_jax.data.chat.prepare import prepare_chats
 from mixtral_jax.data.packing import PackPlan, plan_rows
@@ -121,8 +129,9 @@ def names_same_data(one: str, other: str) -> bool:
     """True if two values of `data.path` are equal, or name the same file or folder."""
     if one == other:
         return True
-    places = [Path(path).expanduser() for path in (one, other)]
-    return all(place.exists() for place in places) and places[0].samefile(places[1])
+    if not (names_existing(one) and names_existing(other)):
+        return False
+    return local_path(one, "data.path").samefile(local_path(other, "data.path"))
 
 
 def _require_same_held_out(own: DataConfig, data: DataConfig) -> None:
