@@ -220,18 +220,20 @@ def parse_config(
     return flags, build(Config, mapping)
 
 
-def set_config_keys(mapping: dict[str, Any], arguments: Sequence[str]) -> None:
-    """Sets the keys of arguments of the form `--config.KEY=VALUE`.
+def set_config_keys(
+    mapping: dict[str, Any], arguments: Sequence[str], prefix: str = "--config."
+) -> None:
+    """Sets the keys of arguments of the form `PREFIX KEY=VALUE`, as `--config.KEY=VALUE`.
 
     Raises:
         ConfigError: an argument has another form, or its key is a section.
     """
     for argument in arguments:
         require(
-            argument.startswith("--config."),
-            f"unknown flag {argument!r}; config keys are set as --config.KEY=VALUE",
+            argument.startswith(prefix),
+            f"unknown flag {argument!r}; config keys are set as {prefix}KEY=VALUE",
         )
-        override(mapping, argument, "--config.")
+        _override(mapping, argument, prefix)
 
 
 def parse_sections(
@@ -249,17 +251,13 @@ def parse_sections(
     for argument in rest:
         is_known = any(argument.startswith(f"--{name}.") for name in sections)
         require(is_known, f"unknown flag {argument!r} (--help lists the flags)")
-        override(mapping, argument, "--")
+        _override(mapping, argument, "--")
     built = {name: build(cls, mapping[name], f"{name}.") for name, cls in sections.items()}
     return flags, built
 
 
-def override(mapping: dict[str, Any], argument: str, prefix: str) -> None:
-    """Sets the key of an argument `PREFIX SECTION.KEY=VALUE`.
-
-    Raises:
-        ConfigError: there is no value, or the key is a section.
-    """
+def _override(mapping: dict[str, Any], argument: str, prefix: str) -> None:
+    """Sets the key of an argument `PREFIX SECTION.KEY=VALUE`."""
     name, equals, value = argument.partition("=")
     require(equals, f"{name} needs a value: {name}=VALUE")
     set_key(mapping, name.removeprefix(prefix), value)

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mixtral_jax.cli.flags import override
+from mixtral_jax.cli.flags import set_config_keys
 from mixtral_jax.config import DataConfig, build, require
 
 if TYPE_CHECKING:
@@ -50,21 +50,17 @@ def choose_data(arguments: Sequence[str], run: "TrainedRun | None") -> DataConfi
     from mixtral_jax.runs.eval_data import names_same_data
 
     keys = [argument for argument in arguments if argument.startswith("--data.")]
-    named = _set_keys({}, keys)
+    named: dict[str, Any] = {}
+    set_config_keys(named, keys, "--data.")
     if run is None or ("path" in named and not names_same_data(named["path"], run.data.path)):
         require(
             "path" in named,
             "--data.path=F must name the data: the checkpoint is not a run's, which has its own",
         )
         return build(DataConfig, named, "data.")
-    changed = _set_keys(dataclasses.asdict(run.data), keys)
+    changed = dataclasses.asdict(run.data)
+    set_config_keys(changed, keys, "--data.")
     return build(DataConfig, changed | {"path": run.data.path}, "data.")
-
-
-def _set_keys(mapping: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
-    for argument in arguments:
-        override(mapping, argument, "--data.")
-    return mapping
 
 
 def read_task(flags: argparse.Namespace, data: DataConfig, loaded: "Pretrained") -> "EvalTask":

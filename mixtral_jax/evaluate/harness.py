@@ -112,9 +112,8 @@ class HarnessModel(TemplateLM):
         """
         require(self._max_length > 1, "max_length=1 leaves no room for new tokens")
         if len(ids) >= self._max_length:
-            ids = self._cut(
-                ids, max(1, self._max_length - settings.max_new_tokens, self._max_length // 2)
-            )
+            half = self._max_length // 2
+            ids = self._cut(ids, max(self._max_length - settings.max_new_tokens, half))
         room = self._max_length - len(ids)
         return ids, dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
 

@@ -43,6 +43,7 @@ def inputs(R=400, seed=0):
     return [jnp.asarray(rng.normal(size=shape) / 5, jnp.float32) for shape in shapes]
 
 
+@jax.jit
 def swiglu_by_loop(x, gate, up, down, expert):
     y = sum(
         jnp.where((expert == e)[:, None], (jax.nn.silu(x @ gate[e]) * (x @ up[e])) @ down[e], 0)
@@ -63,8 +64,7 @@ def sum_of_squares_and_gradients(swiglu, expert, arrays, rows):
 
 
 SWIGLUS = {
-    kernel: lambda *arrays, kernel=kernel: grouped_swiglu(*arrays, kernel)
-    for kernel in ("blocks", "ragged_dot")
+    kernel: functools.partial(grouped_swiglu, kernel=kernel) for kernel in ("blocks", "ragged_dot")
 }
 
 
@@ -87,14 +87,14 @@ def test_swiglu_and_its_gradients_are_those_of_a_loop_over_experts(kernel, rows)
             assert all(not np.asarray(gradient[e]).any() for gradient in gradients[1:])
 
 
-OF_LAYER = {
-    "blocks": jax.jit(lambda *arrays: swiglu_of_layer(*arrays[:-1], "blocks", arrays[-1])),
-    "ragged_dot": jax.jit(lambda *arrays: swiglu_of_layer(*arrays[:-1], "ragged_dot", arrays[-1])),
-    "in stack": jax.jit(swiglu_in_stack),
-}
+@functools.partial(jax.jit, static_argnums=0)
+def of_layer(kernel, arrays, layer):
+    if kernel == "in stack":
+        return swiglu_in_stack(*arrays, layer)
+    return swiglu_of_layer(*arrays, kernel, layer)
 
 
-@pytest.mark.parametrize("kernel", OF_LAYER)
+@pytest.mark.parametrize("kernel", ["blocks", "ragged_dot", "in stack"])
 @pytest.mark.parametrize(
     "rows", [(0, 1, 0, 0), (1, 0, 0, 1), (3, 0, 70, 9), (0, 0, 0, 90), (0, 0, 0, 0)], ids=str
 )
@@ -105,8 +105,8 @@ def test_swiglu_of_a_layer_of_a_stack_is_that_of_its_matrices(kernel, rows):
     expert = expert_of_rows(rows, R)
     with jax.default_matmul_precision("highest"):
         arrays, layer = (x, *stack, groups_of(rows)), jnp.int32(1)
-        y = OF_LAYER[kernel](*arrays, layer)
-        expected = jax.jit(swiglu_by_loop)(x, *weights, expert)
+        y = of_layer(kernel, arrays, layer)
+        expected = swiglu_by_loop(x, *weights, expert)
     assert relative_norm(y[expert >= 0], expected[expert >= 0]) < 1e-5
 
 
@@ -153,7 +153,7 @@ def test_any_number_of_rows_will_do_whatever_was_expected(num_rows, balanced_row
     arrays = inputs(num_rows)
     rows = (num_rows // 2, 0, num_rows - num_rows // 2, 0)
     y = jax.jit(blocks.grouped_swiglu)(*arrays, groups_of(rows, balanced_rows))
-    expected = jax.jit(swiglu_by_loop)(*arrays, expert_of_rows(rows, num_rows))
+    expected = swiglu_by_loop(*arrays, expert_of_rows(rows, num_rows))
     assert relative_norm(y, expected) < 1e-5
 
 
