@@ -237,8 +237,8 @@ def test_every_transport_computes_what_loops_over_experts_do(
     [
         ("8 top-2", "expert=8", 1),
         ("16 top-2", "data=2,expert=4", 2),
-        pytest.param("16 top-2", "expert=8", 1, marks=pytest.mark.full),
-        pytest.param("8 top-2", "data=2,expert=4", 2, marks=pytest.mark.full),
+        pytest.param("16 top-2", "expert=8", 1, marks=pytest.mark.meshes),
+        pytest.param("8 top-2", "data=2,expert=4", 2, marks=pytest.mark.meshes),
     ],
 )
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -39,9 +39,7 @@ def cases():
 
 @functools.cache
 def trajectory(capacity_factor, **sizes):
-    """Losses, loads and drops of 12 steps, the first gradients; without capacity, the first and
-    last routes too.
-    """
+    """Losses, loads and drops of 12 steps, the first gradients, the first and last routes."""
     config = small_config(
         dispatch__capacity_factor=capacity_factor, dispatch__grouped_matmul="blocks"
     )
@@ -58,8 +56,7 @@ def trajectory(capacity_factor, **sizes):
         state = initial_state(config, mesh) if capacity_factor else prepared.init()
         host_batch = packed_batch(config)
         batch = on_mesh(host_batch, mesh)
-        if capacity_factor is None:
-            routes.append(np.asarray(route(state, batch)))
+        routes.append(np.asarray(route(state, batch)))
         for _ in range(STEPS):
             state, metrics = prepared.training.train_step(state, batch)
             losses.append(
@@ -70,8 +67,7 @@ def trajectory(capacity_factor, **sizes):
             gradients = gradients or jax.device_get(
                 jax.tree.flatten_with_path(state.opt_state[0])[0]
             )
-        if capacity_factor is None:
-            routes.append(np.asarray(route(state, batch)))
+        routes.append(np.asarray(route(state, batch)))
     real = host_batch.segment_ids[0] > 0
     return losses, gradients, [chosen[:, real] for chosen in routes], np.array(loads), dropped
 
@@ -91,7 +87,6 @@ def test_losses_gradients_and_routes_are_the_same_on_every_mesh(sizes, capacity_
     # A near-tie may flip late; at step 1 none may.
     np.testing.assert_array_equal(loads[0], expected_loads[0])
     np.testing.assert_allclose(loads, expected_loads, atol=0.005)
-    if capacity_factor is None:
-        np.testing.assert_array_equal(routes[0], expected_routes[0])
-        assert np.mean(routes[1] == expected_routes[1]) >= 0.999
+    np.testing.assert_array_equal(routes[0], expected_routes[0])
+    assert np.mean(routes[1] == expected_routes[1]) >= 0.999
     assert losses[-1]["loss"] < losses[0]["loss"] - 0.005  # It did learn.
