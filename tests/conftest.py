@@ -29,10 +29,11 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 import jax
 import pytest
 
+from mixtral_jax.parallel.mesh import use_virtual_cpu_devices
 from tests.scripts import write_text
 
 jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
+use_virtual_cpu_devices(8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Tracing makes many objects and few cycles. Collecting garbage after every 700 of them, Python's

@@ -23,7 +23,7 @@ from mixtral_jax.data.store import TokenStore
 from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.rules import AxisRules
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(Batch))
+_TRAIN_FIELDS = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
 _NUM_PREFETCHED = 2
 _NO_ROW = -1
 
@@ -143,8 +143,9 @@ def spread_batches(
 
     Arrays are [1, batch_size, T]; the last batch is padded with rows whose mask is all 0.
     """
+    fields = _TRAIN_FIELDS if store.text_bytes is None else (*_TRAIN_FIELDS, "text_bytes")
     for ids in _spread_row_ids(plan, num_sequences, batch_size):
-        yield _place_rows(store, plan, ids[None], mesh=mesh, rules=rules)
+        yield _place_rows(store, plan, ids[None], mesh=mesh, rules=rules, fields=fields)
 
 
 def spread_labels(
@@ -218,8 +219,9 @@ def _place_rows(
     *,
     mesh: jax.sharding.Mesh,
     rules: AxisRules,
+    fields: Sequence[str] = _TRAIN_FIELDS,
 ) -> Batch:
-    """Places the rows `row_ids` [micro-batches, sequences] on the mesh.
+    """Places these fields of the rows `row_ids` [micro-batches, sequences] on the mesh.
 
     Each process makes only the rows that its devices hold.
     """
@@ -228,7 +230,7 @@ def _place_rows(
 
     @functools.cache  # Called with equal arguments for each field and for each copy on a device.
     def build(first: int, end: int) -> np.ndarray:
-        return _build_rows(store, plan, row_ids[:, first:end])
+        return _build_rows(store, plan, row_ids[:, first:end], fields)
 
     def place(field: int) -> jax.Array:
         def cut(index: Any) -> np.ndarray:
@@ -237,15 +239,17 @@ def _place_rows(
 
         return jax.make_array_from_callback(shape, sharding, cut)
 
-    return Batch(*map(place, range(len(_FIELDS))))
+    return Batch(**{name: place(field) for field, name in enumerate(fields)})
 
 
-def _build_rows(store: TokenStore, plan: PackPlan, row_ids: np.ndarray) -> np.ndarray:
-    """Makes int32 [fields of Batch, *row_ids.shape, T]; all zeros where there is no row."""
-    block = np.zeros((len(_FIELDS), *row_ids.shape, plan.sequence_length), np.int32)
+def _build_rows(
+    store: TokenStore, plan: PackPlan, row_ids: np.ndarray, fields: Sequence[str]
+) -> np.ndarray:
+    """Makes int32 [fields, *row_ids.shape, T]; all zeros where there is no row."""
+    block = np.zeros((len(fields), *row_ids.shape, plan.sequence_length), np.int32)
     for place, row_id in np.ndenumerate(row_ids):
         if row_id != _NO_ROW:
             row = make_row(store, plan, row_id)
-            for field, name in enumerate(_FIELDS):
+            for field, name in enumerate(fields):
                 block[field, *place] = getattr(row, name)
     return block

@@ -119,8 +119,8 @@ def plan_rows(
 
 def make_row(store: TokenStore, plan: PackPlan, i: int) -> Batch:
     """Makes row `i` of the plan, in arrays [sequence_length]: a pure function of its arguments."""
-    tokens, targets, loss_mask, segment_ids, positions = np.zeros(
-        (5, plan.sequence_length), np.int32
+    tokens, targets, loss_mask, segment_ids, positions, text_bytes = np.zeros(
+        (6, plan.sequence_length), np.int32
     )
     end = 0
     for segment, piece in enumerate(range(plan.row_offsets[i], plan.row_offsets[i + 1]), start=1):
@@ -132,8 +132,13 @@ def make_row(store: TokenStore, plan: PackPlan, i: int) -> Batch:
         loss_mask[span] = 1 if document.loss_mask is None else document.loss_mask[1:]
         segment_ids[span] = segment
         positions[span] = np.arange(length)
+        if document.text_bytes is not None:
+            text_bytes[span] = document.text_bytes[1:]
         end += length
-    return Batch(tokens, targets, loss_mask, segment_ids, positions)
+    has_text_bytes = store.text_bytes is not None
+    return Batch(
+        tokens, targets, loss_mask, segment_ids, positions, text_bytes if has_text_bytes else None
+    )
 
 
 def label_row(label: Callable[[int], np.ndarray], plan: PackPlan, i: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from mixtral_jax.data.tokenized import Tokenized
 # Documents of further categories are stored without one: a field that differs in every row does not
 # group texts.
 _MAX_CATEGORIES = 1000
+_TEXT_BYTES_DTYPE = np.dtype(np.uint32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class TokenStore:
         categories: uint16 [num_documents], the category of each document as an index into
             `category_names`; None: unknown.
         category_names: all categories; the first is that of documents without one.
+        text_bytes: uint32 [num_tokens], as in `Tokenized`.
     """
 
     tokens: np.ndarray
@@ -41,6 +43,7 @@ class TokenStore:
     documents_by_source: tuple[int, ...] = ()
     categories: np.ndarray | None = None
     category_names: tuple[Category, ...] = ()
+    text_bytes: np.ndarray | None = None
 
     @property
     def num_documents(self) -> int:
@@ -51,15 +54,17 @@ class TokenStore:
         """Reads `length` tokens of a document from its token `start`; None reads to its end."""
         first, end = self.offsets[document] + start, self.offsets[document + 1]
         span = slice(first, end if length is None else min(end, first + length))
-        return Tokenized(
-            self.tokens[span], None if self.loss_mask is None else self.loss_mask[span]
-        )
+
+        def cut(array: np.ndarray | None) -> np.ndarray | None:
+            return None if array is None else array[span]
+
+        return Tokenized(self.tokens[span], cut(self.loss_mask), cut(self.text_bytes))
 
 
 class StoreWriter:
     """Writes a token store, document by document; leaving the context completes it.
 
-    Either all documents have a mask, or none has.
+    Either all documents have a mask, or none has; the same holds for their bytes of text.
     """
 
     def __init__(self, folder: Path, dtype: np.dtype):
@@ -68,7 +73,8 @@ class StoreWriter:
         self._dtype = dtype
         self._tokens = (folder / "tokens").open("wb")
         self._masks = (folder / "loss_mask").open("wb")
-        self._has_masks = False
+        self._text_bytes = (folder / "text_bytes").open("wb")
+        self._has_masks = self._has_text_bytes = False
         self._lengths = array.array("q")
         self._by_source: list[int] = []
         self._categories = array.array("H")
@@ -88,6 +94,9 @@ class StoreWriter:
             mask = document.loss_mask.astype(np.uint8).tobytes()
             self._masks.write(mask)
             self._digest.update(mask)
+        if document.text_bytes is not None:
+            self._has_text_bytes = True
+            self._text_bytes.write(document.text_bytes.astype(_TEXT_BYTES_DTYPE).tobytes())
         self._lengths.append(len(document.tokens))
         self._by_source += [0] * (source + 1 - len(self._by_source))
         self._by_source[source] += 1
@@ -98,6 +107,7 @@ class StoreWriter:
     def __exit__(self, *error: object) -> None:
         self._tokens.close()
         self._masks.close()
+        self._text_bytes.close()
         lengths = np.array(self._lengths, np.int64)
         self._digest.update(lengths.tobytes())
         np.save(self._folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
@@ -105,6 +115,7 @@ class StoreWriter:
         summary = {
             "dtype": self._dtype.name,
             "has_masks": self._has_masks,
+            "has_text_bytes": self._has_text_bytes,
             "documents_by_source": self._by_source,
             "category_names": list(self._category_names),
             "fingerprint": self._digest.hexdigest(),
@@ -121,18 +132,20 @@ def open_store(folder: Path) -> TokenStore:
     summary = json.loads((folder / "summary.json").read_text())
     offsets = np.load(folder / "offsets.npy")
     num_tokens = int(offsets[-1])
-    tokens = _map(folder / "tokens", np.dtype(summary["dtype"]), num_tokens)
-    masks = (
-        _map(folder / "loss_mask", np.dtype(np.uint8), num_tokens) if summary["has_masks"] else None
-    )
+    loss_mask = text_bytes = None
+    if summary["has_masks"]:
+        loss_mask = _map(folder / "loss_mask", np.dtype(np.uint8), num_tokens)
+    if summary["has_text_bytes"]:
+        text_bytes = _map(folder / "text_bytes", _TEXT_BYTES_DTYPE, num_tokens)
     return TokenStore(
-        tokens,
+        _map(folder / "tokens", np.dtype(summary["dtype"]), num_tokens),
         offsets,
         summary["fingerprint"],
-        masks,
+        loss_mask,
         tuple(summary["documents_by_source"]),
         np.load(folder / "categories.npy"),
         tuple(Category(*names) for names in summary["category_names"]),
+        text_bytes,
     )
 
 

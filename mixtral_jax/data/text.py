@@ -26,7 +26,7 @@ from mixtral_jax.data.tokenizer import (
 )
 
 # Increase this when the same files and config would give different stores.
-_CACHE_FORMAT = 5
+_CACHE_FORMAT = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +143,16 @@ def _encode(tokenizer: Tokenizer, documents: list[Document]) -> Iterator[Tokeniz
     )
     for document in documents:
         if document.ids is not None:
-            yield Tokenized(_mark_ends(tokenizer, document))
+            tokens = _mark_ends(tokenizer, document)
+            of_pieces = None if tokenizer.spells_text else tokenizer.bytes_per_token[tokens]
+            yield Tokenized(tokens, text_bytes=of_pieces)
         else:
-            yield Tokenized(np.concatenate([[tokenizer.bos_id], next(encoded), [tokenizer.eos_id]]))
+            ids = next(encoded)
+            tokens = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]])
+            text_bytes = None
+            if not tokenizer.spells_text:
+                text_bytes = np.pad(tokenizer.count_text_bytes(document.text, ids), 1)
+            yield Tokenized(tokens, text_bytes=text_bytes)
 
 
 def _mark_ends(tokenizer: Tokenizer, document: Document) -> np.ndarray:

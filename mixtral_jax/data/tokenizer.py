@@ -34,7 +34,8 @@ class Tokenizer:
     Attributes:
         model: the bytes of its file.
         fingerprint: sha256, in hex, of these bytes.
-        bytes_per_token: int64 [vocab_size], the number of bytes of UTF-8 text per piece.
+        bytes_per_token: int64 [vocab_size], the number of bytes of UTF-8 text per piece. An id in a
+            text may have more or fewer bytes of the text behind it, unless `spells_text`.
         prefix_bytes: how many bytes the pieces of a text have beyond the text itself: 1 if the
             model, like Mixtral's, adds a space before a text, else 0.
 
@@ -77,6 +78,20 @@ class Tokenizer:
             np.concatenate([head, *self._encode_rest(rest)])
             for head, (_, *rest) in zip(heads, chunks, strict=True)
         ]
+
+    def count_text_bytes(self, text: str, ids: np.ndarray) -> np.ndarray:
+        """The number of UTF-8 bytes of `text` behind each of its `ids`, int64; their sum is that of
+        the text. Bytes that the model leaves out count with the id after them, or with the last.
+        """
+        if not len(ids):
+            return np.zeros(0, np.int64)
+        if self.spells_text:
+            counts = self.bytes_per_token[ids]
+            counts[0] -= self.prefix_bytes
+            return counts
+        spans = self._processor.encode(text, return_type="offset_mapping", return_bytes=True)
+        ends = [end for _, end in spans["offsets"][:-1]]
+        return np.diff([0, *ends, len(text.encode())])
 
     def control_id(self, piece: str) -> int | None:
         """The id of a control piece such as `[INST]`, which no text encodes to; None if the model
@@ -135,6 +150,13 @@ class Tokenizer:
         """All pairs of neighbouring characters in pieces."""
         pieces = map(self._processor.id_to_piece, range(self.vocab_size))
         return {piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1)}
+
+    @functools.cached_property
+    def spells_text(self) -> bool:
+        """True if the pieces of every text have its bytes, as those of Mixtral's tokenizers do: the
+        model keeps text, and has a piece for every byte.
+        """
+        return self._keeps_text and any(map(self._processor.is_byte, range(self.vocab_size)))
 
     @functools.cached_property
     def _keeps_text(self) -> bool:

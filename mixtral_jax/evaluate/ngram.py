@@ -19,8 +19,11 @@ def measure_ngrams(
     many different successors trusts its counts less. Every row must be on this host.
     """
     V = len(token_bytes.per_token)
-    history, target = _supervised_pairs(batches)
-    num_bytes = int(token_bytes.in_text(token_bytes.per_token[target], history).sum())
+    history, target = (_supervised(batches, field) for field in ("tokens", "targets"))
+    if batches[0].text_bytes is None:
+        num_bytes = int(token_bytes.in_text(token_bytes.per_token[target], history).sum())
+    else:
+        num_bytes = int(_supervised(batches, "text_bytes").sum())
     counts = np.bincount(train_tokens, minlength=V) + 1.0
     unigram = counts / counts.sum()
 
@@ -42,8 +45,8 @@ def measure_ngrams(
     return {"unigram": bits_per_byte(unigram[target]), "bigram": bits_per_byte(bigram)}
 
 
-def _supervised_pairs(batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
-    masks = [np.asarray(batch.loss_mask) > 0 for batch in batches]
-    tokens = [np.asarray(batch.tokens)[mask] for batch, mask in zip(batches, masks, strict=True)]
-    targets = [np.asarray(batch.targets)[mask] for batch, mask in zip(batches, masks, strict=True)]
-    return np.concatenate(tokens), np.concatenate(targets)
+def _supervised(batches: Sequence[Batch], field: str) -> np.ndarray:
+    """A field of all batches, where the target counts in the loss."""
+    return np.concatenate(
+        [np.asarray(getattr(batch, field))[np.asarray(batch.loss_mask) > 0] for batch in batches]
+    )

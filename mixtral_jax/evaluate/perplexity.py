@@ -36,7 +36,7 @@ class _EvalSums:
 
 @dataclasses.dataclass(frozen=True)
 class TokenBytes:
-    """The number of UTF-8 bytes of text behind each predicted token.
+    """The number of UTF-8 bytes of text behind each target, for batches without `text_bytes`.
 
     `per_token` [V] has the bytes of each piece. The first piece of a document (the one after
     `bos_id`) has `prefix` more bytes than its text, which the tokenizer adds.
@@ -67,6 +67,7 @@ def make_evaluator(
             `eval/bits_per_byte_NAME`.
     """
     per_token_V = token_bytes.per_token.astype(np.int32)
+    add = jax.jit(operator.add)  # One execution for each batch, not one for each sum.
 
     @jax.jit
     def sum_batch(model: Callable[..., ModelOutput], batch: Batch) -> _EvalSums:
@@ -75,15 +76,20 @@ def make_evaluator(
         losses_BT = cross_entropy(output.logits_BTV, micro.targets) * micro.loss_mask.astype(
             jnp.float32
         )
-        sharding = jax.typeof(micro.targets).sharding
-        piece_bytes_BT = jnp.asarray(per_token_V).at[micro.targets].get(out_sharding=sharding)
-        bytes_BT = token_bytes.in_text(piece_bytes_BT, micro.tokens) * micro.loss_mask
+        bytes_BT = micro.text_bytes
+        if bytes_BT is None:
+            sharding = jax.typeof(micro.targets).sharding
+            piece_bytes_BT = jnp.asarray(per_token_V).at[micro.targets].get(out_sharding=sharding)
+            bytes_BT = token_bytes.in_text(piece_bytes_BT, micro.tokens)
         return _EvalSums(
-            jnp.sum(losses_BT), jnp.sum(micro.loss_mask), jnp.sum(bytes_BT), output.routing.sums
+            jnp.sum(losses_BT),
+            jnp.sum(micro.loss_mask),
+            jnp.sum(bytes_BT * micro.loss_mask),
+            output.routing.sums,
         )
 
     def evaluate(model: Any) -> dict[str, Any]:
-        sums = functools.reduce(operator.add, (sum_batch(model, b) for b in batches))
+        sums = functools.reduce(add, (sum_batch(model, b) for b in batches))
         nats, tokens, num_bytes = float(sums.nats), int(sums.tokens), int(sums.bytes)
         loss = nats / tokens
         routing = jax.device_get(name_metrics(router_metrics(sums.routing), "eval/"))

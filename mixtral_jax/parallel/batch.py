@@ -16,7 +16,8 @@ class Batch:
 
     `segment_ids` numbers the documents of a row from 1, and is 0 for padding. `positions` restart
     at 0 in each document. `targets` holds the next token of the same document, and `loss_mask` is 1
-    where that target counts in the loss.
+    where that target counts in the loss. `text_bytes` has the bytes of text behind each target; it
+    is for evaluation alone, and None where the targets themselves tell.
     """
 
     tokens: jax.Array | np.ndarray
@@ -24,6 +25,7 @@ class Batch:
     loss_mask: jax.Array | np.ndarray
     segment_ids: jax.Array | np.ndarray
     positions: jax.Array | np.ndarray
+    text_bytes: jax.Array | np.ndarray | None = None
 
 
 def batch_spec(rules: AxisRules) -> P:

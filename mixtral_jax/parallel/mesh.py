@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,12 +14,27 @@ from mixtral_jax.config import Config, ConfigError, MeshConfig, require
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
-def use_virtual_cpu_devices(count: int) -> None:
+# One thread runs a device's program, and one may wait to put another program into its full queue.
+# XLA's default, one in all, ends in a deadlock (docs/virtual_devices.md).
+_THREADS_PER_VIRTUAL_DEVICE = 2
+# Where XLA looks, when jax starts, for a number of threads other than the number of cores.
+_NUM_THREADS_VARIABLES = ("PJRT_NPROC", "NPROC")
+
+
+def use_virtual_cpu_devices(count: int, *, only_compiles: bool = False) -> None:
     """Splits the CPU into `count` virtual devices. Call it before jax first touches a device.
+
+    Args:
+        only_compiles: nothing will run on them, so they need no threads.
 
     Raises:
         ConfigError: jax has started with another number of CPU devices.
     """
+    if count > 1 and not only_compiles:
+        given = [os.environ.get(name, "") for name in _NUM_THREADS_VARIABLES]
+        numbers = [int(number) for number in given if number.isdecimal()]
+        wanted = [*numbers, os.cpu_count() or 1, _THREADS_PER_VIRTUAL_DEVICE * count]
+        os.environ[_NUM_THREADS_VARIABLES[0]] = str(max(wanted))
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:  # jax has started. That does no harm if its devices are those wanted.

@@ -99,7 +99,7 @@ def open_target(topology: Topology, *, cpu_fallback: bool) -> Target:
             "pip install -e '.[tpu]' in the clone, or add --cpu_fallback for an estimate on "
             "virtual CPU devices",
         )
-    use_virtual_cpu_devices(topology.num_devices)
+    use_virtual_cpu_devices(topology.num_devices, only_compiles=True)
     return Target(topology, jax.devices("cpu"), "cpu")
 
 

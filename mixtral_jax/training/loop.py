@@ -159,9 +159,8 @@ class TrainLoop:
         return compiled
 
 
-# Steps that may be queued on the devices: enough that they never wait for the host. More only
-# pile up, and on a CPU with many virtual devices they take each other's threads until a collective
-# times out.
+# Steps that may be queued on the devices: enough that they never wait for the host. Each holds its
+# batch in their memory.
 MAX_QUEUED_STEPS = 2
 
 

@@ -155,13 +155,15 @@ class ChatTemplate:
 
     def _join(self, turns: Sequence[Turn], texts: Sequence[np.ndarray]) -> Tokenized:
         pieces = [np.array([self._tokenizer.bos_id])]
-        pieces += [
-            np.array([*turn.before, *ids, *turn.after])
-            for turn, ids in zip(turns, texts, strict=True)
-        ]
+        text_bytes = [np.array([0])]
+        for turn, ids in zip(turns, texts, strict=True):
+            pieces.append(np.array([*turn.before, *ids, *turn.after]))
+            counts = self._tokenizer.count_text_bytes(turn.text, ids)
+            text_bytes.append(np.pad(counts, (len(turn.before), len(turn.after))))
         is_supervised = [False, *(turn.is_supervised for turn in turns)]
         loss_mask = np.repeat(np.array(is_supervised, np.int32), [len(piece) for piece in pieces])
-        return Tokenized(np.concatenate(pieces).astype(np.int32), loss_mask)
+        tokens = np.concatenate(pieces).astype(np.int32)
+        return Tokenized(tokens, loss_mask, np.concatenate(text_bytes))
 
     def _ask(self, message: Message) -> Turn:
         if self.version == "v1":
