@@ -10,8 +10,8 @@ import pytest
 import mixtral_jax
 from mixtral_jax.cli import data, export, import_weights
 from mixtral_jax.cli.flags import parse_path, parse_run_flags
-from mixtral_jax.config import ConfigError, local_path
-from mixtral_jax.data.sources import fingerprint_source, read_rows
+from mixtral_jax.config import ConfigError, DataConfig, local_path
+from mixtral_jax.data.sources import read_rows, require_sources
 from mixtral_jax.data.tokenizer import read_tokenizer
 from mixtral_jax.runs.base import require_folder
 from tests.cases import small_config
@@ -37,8 +37,9 @@ READERS: dict[str, Callable[[str], Any]] = {
     "--config": parse_flag("config"),
     "export --to": lambda path: export.main(["--checkpoint=x", f"--to={path}"]),
     "import --from": lambda path: import_weights.main([f"--from={path}", "--to=x"]),
-    "data.path": fingerprint_source,
-    "data.path with weights": lambda path: fingerprint_source(f"{path}:2,configs:1"),
+    "data.path": lambda path: require_sources(DataConfig(path=path)),
+    "data.path with weights": lambda path: require_sources(DataConfig(path=f"{path}:2,configs:1")),
+    "data.held_out": lambda path: require_sources(DataConfig(held_out=path)),
     "the rows of data.path": lambda path: list(read_rows(path, ["text"])),
     "validate --tokenizer": lambda path: data.main(["validate", "x", f"--tokenizer={path}"]),
     "data.tokenizer": read_tokenizer,
@@ -61,7 +62,7 @@ def test_the_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("a text")
     assert parse_path("~/run") == local_path("~/run", "--workdir") == tmp_path / "run"
-    assert fingerprint_source("~/a.txt")  # It exists.
+    require_sources(DataConfig(path="~/a.txt"))  # It exists.
     assert require_folder("~", "finetune.base") == tmp_path
     train_tokenizer().save(tmp_path / "t.model")
     assert read_tokenizer("~/t.model").fingerprint == train_tokenizer().fingerprint

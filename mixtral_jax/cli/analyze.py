@@ -37,14 +37,14 @@ def main(arguments: list[str]) -> int:
     )
     flags, model, _ = parse_model_flags(parser, arguments, data=DataConfig)
 
-    from mixtral_jax.data.sources import fingerprint_source
+    from mixtral_jax.data.sources import require_sources
     from mixtral_jax.parallel.processes import join_processes
     from mixtral_jax.runs.analysis import analyze_text, find_earlier, find_step, write_analysis
     from mixtral_jax.runs.eval_data import read_run
 
     run = read_run(flags.checkpoint)
     data = choose_data(arguments, run)
-    fingerprint_source(data.path, data.suffixes)  # Missing data are found before much is loaded.
+    require_sources(data)  # Missing data are found before much is loaded.
     step = find_step(flags.checkpoint, run)
     folder = flags.to
     if folder is None and run is not None and step is not None:

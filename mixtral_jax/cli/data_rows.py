@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from typing import get_args
 
 from mixtral_jax.cli.flags import FlagParser
-from mixtral_jax.config import ChatFormat, LiteralInst, local_path, require
+from mixtral_jax.config import ChatFormat, DataConfig, LiteralInst, local_path, require
 from mixtral_jax.data.chat.conversations import Chat, drop_unsupervised, read_chats
 from mixtral_jax.data.chat.messages import Mode
 from mixtral_jax.data.chat.template import ChatTemplate
 from mixtral_jax.data.readers import BadRow
-from mixtral_jax.data.sources import split_sources
+from mixtral_jax.data.sources import describe_files, split_sources
 from mixtral_jax.data.tokenized import Tokenized
 from mixtral_jax.data.tokenizer import Tokenizer, read_tokenizer
+from mixtral_jax.runs.console import note
 
 _ROWS_AT_ONCE = 256
 
@@ -76,10 +77,12 @@ def open_rows(flags: argparse.Namespace, *, only_supervised: bool) -> Rows:
         alternative="give --tokenizer=DIR (a workdir or a .model file)",
     )
     template = ChatTemplate(tokenizer, flags.template or "auto", literal_inst=flags.literal_inst)
+    for line in describe_files(DataConfig(path=flags.file)):
+        note(line)
 
     def read() -> Iterator[Chat | BadRow]:
         for source in split_sources(flags.file):
-            rows = read_chats(source.path, template, format=flags.format, mode=flags.mode)
+            rows = read_chats(source, template, format=flags.format, mode=flags.mode)
             yield from drop_unsupervised(rows) if only_supervised else rows
 
     return Rows(_encode(read(), template), tokenizer)

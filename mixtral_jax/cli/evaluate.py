@@ -16,12 +16,12 @@ def main(arguments: list[str]) -> int:
     add_task_flags(parser)
     flags, model, _ = parse_model_flags(parser, arguments, data=DataConfig)
 
-    from mixtral_jax.data.sources import fingerprint_source
+    from mixtral_jax.data.sources import require_sources
     from mixtral_jax.parallel.processes import join_processes
     from mixtral_jax.runs.eval_data import read_run, score
 
     data = choose_data(arguments, read_run(flags.checkpoint))
-    fingerprint_source(data.path, data.suffixes)  # Missing data are found before much is loaded.
+    require_sources(data)  # Missing data are found before much is loaded.
     with claim_stdout() as output, join_processes(model.launch) as processes:
         loaded = open_model(model, processes)
         figures = score(loaded, read_task(flags, data, loaded), processes)

@@ -44,7 +44,10 @@ class DataConfig:
             names no format of rows is one document. None: `.txt` and all formats of rows.
         domain_field: the field of a row that names its domain, for `analyze`; None: the folder of
             its file does.
-        held_out_fraction: the fraction of documents that is never trained on.
+        held_out: data to evaluate on, in the forms of `path`, or the name of a split that the data
+            sets of `path` have, such as `validation`. None: documents drawn from `path`, which are
+            then never trained on.
+        held_out_fraction: the fraction of documents that is drawn, without `held_out`.
         max_bad_fraction: the run ends if more than this fraction of the rows is bad.
     """
 
@@ -53,6 +56,7 @@ class DataConfig:
     text_field: str = "text"
     suffixes: str | None = None
     domain_field: str | None = None
+    held_out: str | None = None
     held_out_fraction: float = 0.02
     max_bad_fraction: float = 0.01
     chat: ChatConfig = ChatConfig()
@@ -61,6 +65,10 @@ class DataConfig:
         require(
             self.path,
             "data.path is empty: name a file, a folder, a glob, hub:NAME, or python-stdlib",
+        )
+        require(
+            self.held_out != "",
+            "data.held_out is empty: name a path or a split, or leave it out",
         )
         require(
             self.suffixes is None

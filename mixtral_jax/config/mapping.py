@@ -21,8 +21,10 @@ Built = TypeVar("Built")
 _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
 
 # These keys may change between two starts of one run: none of them changes the batches or the
-# shapes of the parameters.
+# shapes of the parameters. The data may lie elsewhere; their content is compared later.
 RESUMABLE_KEYS = (
+    "data.path",
+    "data.held_out",
     "train.num_steps",
     "train.eval_every",
     "train.log_every",
@@ -48,13 +50,19 @@ def changed_keys(
     changed = []
     for name in sorted(old.keys() | new.keys()):
         key, before, after = prefix + name, old.get(name), new.get(name)
-        if before == after or (key in RESUMABLE_KEYS and key not in also_fixed):
+        if before == after or (_may_change(key, before, after) and key not in also_fixed):
             continue
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             changed += changed_keys(before, after, key + ".", also_fixed)
         else:
             changed.append(f"{key} ({before!r} -> {after!r})")
     return changed
+
+
+def _may_change(key: str, before: Any, after: Any) -> bool:
+    # Data that are held out are trained on, or no longer, where none are drawn from data.path.
+    is_other_draw = key == "data.held_out" and None in (before, after)
+    return key in RESUMABLE_KEYS and not is_other_draw
 
 
 def set_key(mapping: dict[str, Any], dotted_key: str, value: Any) -> None:

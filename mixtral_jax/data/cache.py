@@ -15,7 +15,7 @@ from typing import Generic
 import numpy as np
 
 from mixtral_jax.config import DataConfig
-from mixtral_jax.data.corpus import ItemT, Placed, RowCount
+from mixtral_jax.data.corpus import CorpusCount, ItemT, Placed, RowCount
 from mixtral_jax.data.store import StoreWriter, TokenStore, open_store
 from mixtral_jax.data.tokenized import Tokenized
 from mixtral_jax.whole_files import whole_folder
@@ -31,7 +31,7 @@ class CachedCorpus:
 
     train: TokenStore
     held_out: TokenStore
-    count: RowCount
+    count: CorpusCount
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Tokenizing(Generic[ItemT]):
     """
 
     items: Callable[[], Iterator[Placed[ItemT]]]
-    count: Callable[[], RowCount]
+    count: Callable[[], CorpusCount]
     encode: Callable[[list[ItemT]], Iterable[Tokenized]]
     vocab_size: int
 
@@ -81,7 +81,11 @@ def _open_or_write(folder: Path, tokenizing: Tokenizing) -> CachedCorpus:
 
 
 def _open(folder: Path) -> CachedCorpus:
-    count = RowCount(**json.loads((folder / "summary.json").read_text()))
+    summary = json.loads((folder / "summary.json").read_text())
+    own = summary["of_held_out"]
+    count = CorpusCount(
+        RowCount(**summary["of_path"]), RowCount(**own) if own else None, summary["num_shared"]
+    )
     return CachedCorpus(open_store(folder / "train"), open_store(folder / "held_out"), count)
 
 

@@ -1,4 +1,4 @@
-"""The items that `data.path` names, and the side of each in the held-out split.
+"""The items that `data.path` and `data.held_out` name, and the side of each in the held-out split.
 
 Files are read twice: first to count bad rows and choose what to hold out, then to be tokenized.
 `text` and `chat.prepare` define what an item is (a document, a conversation) and tokenize it.
@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from mixtral_jax.config import DataConfig, require
 from mixtral_jax.data.domains import Category
 from mixtral_jax.data.readers import BadRow
-from mixtral_jax.data.sources import Source, split_sources
+from mixtral_jax.data.sources import Source, find_held_out, split_sources
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ ItemT = TypeVar("ItemT", bound=Item)
 
 @dataclasses.dataclass(frozen=True)
 class Placed(Generic[ItemT]):
-    """An item, the number of its source, and whether it is held out."""
+    """An item, the number of its source in `all_sources`, and whether it is held out."""
 
     item: ItemT
     source: int
@@ -63,25 +63,62 @@ class RowCount:
     num_bad: int
     first_bad: str
 
-    def check(self, config: DataConfig) -> None:
-        """Makes sure that there is something to train on and that few rows are bad.
+    def check(self, named: str, max_bad_fraction: float) -> None:
+        """Makes sure that there is something to read and that few rows are bad.
+
+        Args:
+            named: the setting that names the rows, with its value.
 
         Raises:
             ConfigError: too many rows are bad, or all of them.
         """
         num_rows, num_bad = self.num_rows, self.num_bad
         require(
-            num_bad <= config.max_bad_fraction * num_rows,
-            f"data.path={config.path}: {num_bad} of {num_rows} rows are bad "
-            f"({num_bad / max(num_rows, 1):.1%}), over "
-            f"data.max_bad_fraction={config.max_bad_fraction}: mend them or raise that fraction; "
+            num_bad <= max_bad_fraction * num_rows,
+            f"{named}: {num_bad} of {num_rows} rows are bad ({num_bad / max(num_rows, 1):.1%}), "
+            f"over data.max_bad_fraction={max_bad_fraction}: mend them or raise that fraction; "
             f"first: {self.first_bad}",
         )
         require(
             num_rows > num_bad,
-            f"data.path={config.path} holds no document ({num_rows} rows): name files that hold "
-            "text",
+            f"{named} holds no document ({num_rows} rows): name files that hold text",
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusCount:
+    """The rows of `data.path`, and those of `data.held_out`, if it is set.
+
+    Attributes:
+        num_shared: number of items of `data.held_out` whose key an item of `data.path` has too.
+    """
+
+    of_path: RowCount
+    of_held_out: RowCount | None
+    num_shared: int
+
+    @property
+    def num_bad(self) -> int:
+        """The number of bad rows of both."""
+        return self.of_path.num_bad + (self.of_held_out.num_bad if self.of_held_out else 0)
+
+    def check(self, config: DataConfig) -> None:
+        """Checks both.
+
+        Raises:
+            ConfigError: too many rows of one are bad, or all of them.
+        """
+        self.of_path.check(f"data.path={config.path}", config.max_bad_fraction)
+        if self.of_held_out:
+            self.of_held_out.check(f"data.held_out={config.held_out}", config.max_bad_fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Rows that were read once; `places` is float64 [num_items], where keys are in [0, 1)."""
+
+    places: np.ndarray
+    count: RowCount
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,16 +126,16 @@ class _Survey:
     """What the first pass finds; `is_held_out` is bool [num_items]."""
 
     is_held_out: np.ndarray
-    count: RowCount
+    count: CorpusCount
     is_single: bool
 
 
 class Corpus(Generic[ItemT]):
     """The items that a config names, each with its side; every pass reads the files again.
 
-    The side of an item depends on its key alone, so adding files moves no old item, and copies are
-    on the same side. One exception: a side that would be empty gets the item nearest to it, with
-    its copies.
+    Items of `data.held_out` are held out, and no others. Without it, the side of an item depends
+    on its key alone, so adding files moves no old item, and copies are on the same side. One
+    exception: a side that would be empty gets the item nearest to it, with its copies.
 
     Args:
         read: reads the items of a source, always in the same order.
@@ -108,6 +145,7 @@ class Corpus(Generic[ItemT]):
         self._config = config
         self._read = read
         self._sources = split_sources(config.path)
+        self._own_held_out = find_held_out(config)
 
     def items(self) -> Iterator[Placed[ItemT]]:
         """Reads every item, source after source.
@@ -116,7 +154,7 @@ class Corpus(Generic[ItemT]):
             ConfigError: too many rows are bad, or all of them.
         """
         held_out = iter(self._survey.is_held_out.tolist())
-        for number, source in enumerate(self._sources):
+        for number, source in enumerate(self._sources + self._own_held_out):
             for row in self._read(source):
                 if not isinstance(row, BadRow):
                     yield Placed(row, number, next(held_out))
@@ -127,7 +165,7 @@ class Corpus(Generic[ItemT]):
         return self._survey.is_single
 
     @property
-    def count(self) -> RowCount:
+    def count(self) -> CorpusCount:
         """Numbers of rows and of bad rows.
 
         Raises:
@@ -137,26 +175,47 @@ class Corpus(Generic[ItemT]):
 
     @functools.cached_property
     def _survey(self) -> _Survey:
+        config, rows = self._config, self._read_once(self._sources)
+        rows.count.check(f"data.path={config.path}", config.max_bad_fraction)
+        if not self._own_held_out:
+            return _Survey(
+                is_held_out=_choose_held_out(rows.places, config.held_out_fraction),
+                count=CorpusCount(rows.count, None, num_shared=0),
+                is_single=bool(rows.places.min() == rows.places.max()),
+            )
+        own = self._read_once(self._own_held_out)
+        own.count.check(f"data.held_out={config.held_out}", config.max_bad_fraction)
+        return _Survey(
+            is_held_out=np.repeat([False, True], [len(rows.places), len(own.places)]),
+            count=CorpusCount(rows.count, own.count, int(np.isin(own.places, rows.places).sum())),
+            is_single=False,
+        )
+
+    def _read_once(self, sources: Sequence[Source]) -> _Rows:
+        """Reads all rows of some sources; warns of the first bad ones.
+
+        Raises:
+            ConfigError: one of several sources holds no row.
+        """
         places = array.array("d")
         first_bad, num_bad = "", 0
-        for row in (row for source in self._sources for row in self._read(source)):
-            if not isinstance(row, BadRow):
-                places.append(_place(row.key))
-                continue
-            first_bad = first_bad or f"{row.origin}: {row.reason}"
-            num_bad += 1
-            if num_bad <= _MAX_NAMED_BAD_ROWS:
-                log.warning("bad row %s: %s", row.origin, row.reason)
+        for source in sources:
+            num_before = len(places) + num_bad
+            for row in self._read(source):
+                if not isinstance(row, BadRow):
+                    places.append(_place(row.key))
+                    continue
+                first_bad = first_bad or f"{row.origin}: {row.reason}"
+                num_bad += 1
+                if num_bad <= _MAX_NAMED_BAD_ROWS:
+                    log.warning("bad row %s: %s", row.origin, row.reason)
+            require(
+                len(sources) == 1 or len(places) + num_bad > num_before,
+                f"{source.key}: {source.path} holds no row: leave it out, or put rows into it",
+            )
         if num_bad > _MAX_NAMED_BAD_ROWS:
             log.warning("... and %d more bad rows", num_bad - _MAX_NAMED_BAD_ROWS)
-        count = RowCount(len(places) + num_bad, num_bad, first_bad)
-        count.check(self._config)
-        where = np.array(places)
-        return _Survey(
-            is_held_out=_choose_held_out(where, self._config.held_out_fraction),
-            count=count,
-            is_single=bool(where.min() == where.max()),
-        )
+        return _Rows(np.array(places), RowCount(len(places) + num_bad, num_bad, first_bad))
 
 
 def _place(key: str) -> float:

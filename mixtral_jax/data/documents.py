@@ -12,7 +12,7 @@ from mixtral_jax.data.readers import (
     describe_invalid_utf8,
     name_type,
 )
-from mixtral_jax.data.sources import read_rows
+from mixtral_jax.data.sources import Source, read_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +43,15 @@ class Document:
 
 
 def read_documents(
-    path: str, text_field: str, domain_field: str | None = None, suffixes: str | None = None
+    source: Source | str,
+    text_field: str,
+    domain_field: str | None = None,
+    suffixes: str | None = None,
 ) -> Iterator[Document | BadRow]:
     """Reads the documents of one source, always in the same order.
 
     Args:
-        path: the path of a `Source`.
+        source: or the path of one.
         text_field: the field or column that holds the text of a row, or a list of token ids.
         domain_field: the field that names the domain of a text; None: the folder of its file does
             (`domains`).
@@ -58,7 +61,7 @@ def read_documents(
         ConfigError: there is nothing to read (raised at once), or a file cannot be read (raised
             when its turn comes).
     """
-    rows = read_rows(path, [text_field, domain_field] if domain_field else [text_field], suffixes)
+    rows = read_rows(source, [text_field, domain_field] if domain_field else [text_field], suffixes)
     return (
         row if isinstance(row, BadRow) else _read_row(row, text_field, domain_field) for row in rows
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mixtral_jax.config import local_path
+from mixtral_jax.data.compression import find_suffix
 
 # The domain of files that hold one document each and are in no folder below the root.
 TOP_LEVEL = "top level"
@@ -39,4 +40,4 @@ def find_category(file: Path, root: Path, *, holds_rows: bool) -> Category:
     `root`, it is the name of the file.
     """
     first, *rest = file.relative_to(root).parts
-    return Category(first if rest or holds_rows else TOP_LEVEL, file.suffix)
+    return Category(first if rest or holds_rows else TOP_LEVEL, find_suffix(file))

@@ -10,9 +10,11 @@ from typing import Literal
 
 import numpy as np
 
+from mixtral_jax.config import DataConfig
 from mixtral_jax.data.domains import UNKNOWN, Category
 from mixtral_jax.data.python_parts import PARTS, find_parts
-from mixtral_jax.data.sources import split_sources
+from mixtral_jax.data.sources import all_sources
+from mixtral_jax.data.splits import TRAIN
 from mixtral_jax.data.store import TokenStore
 from mixtral_jax.data.tokenizer import Tokenizer
 
@@ -37,27 +39,42 @@ class Labelling:
 
 
 def find_labellings(
-    stores: Sequence[TokenStore], path: str, tokenizer: Tokenizer
+    stores: Sequence[TokenStore], data: DataConfig, tokenizer: Tokenizer
 ) -> list[Labelling]:
     """Finds the labellings that have at least two names in a corpus.
 
     Args:
-        path: the value of `data.path` that names the corpus.
+        data: what names the corpus.
     """
-    sources = [source.path for source in split_sources(path)]
+    # The splits of one data set are sources of one path.
+    sources = [
+        source.path if source.split in (TRAIN, None) else f"{source.path} {source.split}"
+        for source in all_sources(data)
+    ]
     by_category = [
         _by_category(stores, "domain", "domain"),
         _by_category(stores, "file_type", "file type"),
     ]
-    found = [_by_source(sources), *by_category, _by_python(stores, tokenizer), _by_turn(stores)]
+    found = [
+        _by_source(stores, sources),
+        *by_category,
+        _by_python(stores, tokenizer),
+        _by_turn(stores),
+    ]
     return [labelling for labelling in found if len(labelling.names) > 1]
 
 
-def _by_source(sources: list[str]) -> Labelling:
+def _by_source(stores: Sequence[TokenStore], sources: list[str]) -> Labelling:
     def label(store: TokenStore, document: int) -> np.ndarray:
         return np.full(_length(store, document), 1 + _source_of(store, document))
 
-    return Labelling("source", tuple(sources), label)
+    present = {
+        source
+        for store in stores
+        for source, count in enumerate(store.documents_by_source or (store.num_documents,))
+        if count
+    }
+    return Labelling("source", tuple(sources) if len(present) > 1 else (), label)
 
 
 def _by_category(

@@ -1,12 +1,14 @@
-"""Reads the rows of one file, in the format that its suffix names.
+"""Reads the rows of one file, in the format that its suffix names, decompressed if need be.
 
 A line that cannot be read becomes a `BadRow`, which says where it is and what is wrong with it. A
 file that cannot be read is an error, because nobody knows how many rows are lost. `sources` decides
 which files to read; `documents` and `conversations` decide what a row must hold.
 """
 
+import codecs
 import csv
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,10 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.config import ConfigError
+from mixtral_jax.data.compression import DAMAGED, find_suffix, is_compressed, open_bytes
 from mixtral_jax.data.domains import UNKNOWN, Category
 
 INVALID_JSON = "invalid JSON"
 INVALID_UTF8 = "invalid UTF-8"
+
+_POINTER = b"version https://git-lfs.github.com/"
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_UTF16 = "UTF-16, not UTF-8: convert it, as `iconv -f UTF-16 -t UTF-8` does"
 
 # A boolean is also an int in Python, so it comes first.
 _TYPE_NAMES: tuple[tuple[type, str], ...] = (
@@ -65,7 +72,7 @@ def name_type(value: object) -> str:
 
 
 def read_file(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
-    """Reads the rows of a file. A file whose suffix is not in `READERS` is read as one text.
+    """Reads the rows of a file. A file of a suffix that is not in `READERS` is read as one text.
 
     Args:
         fields: the fields that are needed. Columns of other names are not loaded, and a text
@@ -75,14 +82,28 @@ def read_file(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
         ConfigError: the file, or the rest of it, cannot be read; names it and the reason.
     """
     try:
-        yield from READERS.get(file.suffix, _read_text)(file, fields)
+        with open_bytes(file) as content:
+            if content.read(len(_POINTER)) == _POINTER:
+                raise ValueError("it only points to the data: run `git lfs pull`")
+        yield from READERS.get(find_suffix(file), _read_text)(file, fields)
     # pyarrow's errors are subclasses of these.
-    except (OSError, ValueError, RuntimeError, csv.Error) as error:
+    except (OSError, ValueError, RuntimeError, csv.Error, *DAMAGED) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"{file}: unreadable {file.suffix} file ({reason}): mend it, or move it out of "
             "data.path"
         ) from error
+
+
+def _is_utf16(head: bytes) -> bool:
+    """Whether a text that begins with `head` is UTF-16: by its mark, or by zeros beside letters."""
+    return head.startswith(_UTF16_MARKS) or b"\0\0" in (head[:4:2], head[1:4:2])
+
+
+def _require_utf8(content: io.BufferedReader) -> None:
+    """Raises ValueError if text that was just opened is UTF-16."""
+    if _is_utf16(content.peek(4)):
+        raise ValueError(f"it is {_UTF16}")
 
 
 def _read_json_line(line: bytes, origin: str) -> RawRow | BadRow:
@@ -96,20 +117,28 @@ def _read_json_line(line: bytes, origin: str) -> RawRow | BadRow:
 
 
 def _read_text(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
-    text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    with open_bytes(file) as content:
+        if _is_utf16(content.peek(4)):
+            yield BadRow(str(file), _UTF16, INVALID_UTF8)
+            return
+        with io.TextIOWrapper(content, "utf-8-sig", "surrogateescape") as opened:
+            text = opened.read()
     yield RawRow({fields[0]: text}, str(file))
 
 
 def _read_json_lines(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     # Read as bytes, so that invalid UTF-8 makes only its own line bad.
-    with file.open("rb") as lines:
+    with open_bytes(file) as lines:
+        _require_utf8(lines)
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield _read_json_line(line.rstrip(b"\r\n"), f"{file}:{number}")
 
 
 def _read_json(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
-    content = file.read_bytes()
+    with open_bytes(file) as opened:
+        _require_utf8(opened)
+        content = opened.read()
     try:
         rows = json.loads(content.decode("utf-8-sig"))
     except ValueError:
@@ -131,7 +160,11 @@ def _begins_with_json_line(content: bytes) -> bool:
 
 def _read_csv(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     csv.field_size_limit(sys.maxsize)  # Documents may exceed the default of 128 KB.
-    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+    with (
+        open_bytes(file) as content,
+        io.TextIOWrapper(content, "utf-8-sig", "surrogateescape", newline="") as lines,
+    ):
+        _require_utf8(content)
         reader = csv.DictReader(lines)
         last_line = reader.line_num if reader.fieldnames else 0
         for row in reader:
@@ -142,7 +175,7 @@ def _read_csv(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
 def _read_parquet(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(file) as table:
+    with pyarrow.parquet.ParquetFile(_open_anywhere(file)) as table:
         columns = [name for name in fields if name in table.schema_arrow.names] or None
         yield from _read_columns(table.iter_batches(batch_size=1024, columns=columns), fields, file)
 
@@ -150,7 +183,7 @@ def _read_parquet(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow
 def _read_arrow(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     import pyarrow
 
-    with pyarrow.memory_map(str(file)) as source:
+    with _open_anywhere(file) as source:
         if source.read(6) == b"ARROW1":
             reader = pyarrow.ipc.open_file(source)
             batches = map(reader.get_batch, range(reader.num_record_batches))
@@ -158,6 +191,16 @@ def _read_arrow(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
             source.seek(0)
             batches = pyarrow.ipc.open_stream(source)
         yield from _read_columns(batches, fields, file)
+
+
+def _open_anywhere(file: Path) -> Any:
+    """Opens a file whose parts are read in any order; a compressed one is held in memory."""
+    import pyarrow
+
+    if not is_compressed(file):
+        return pyarrow.memory_map(str(file))
+    with open_bytes(file) as content:
+        return pyarrow.BufferReader(content.read())
 
 
 def _read_columns(batches: Any, fields: Sequence[str], file: Path) -> Iterator[RawRow | BadRow]:
@@ -184,6 +227,7 @@ def _read_columns(batches: Any, fields: Sequence[str], file: Path) -> Iterator[R
 # Suffix -> the reader of such a file's rows.
 READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[RawRow | BadRow]]] = {
     ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
     ".json": _read_json,
     ".parquet": _read_parquet,
     ".csv": _read_csv,

@@ -1,61 +1,71 @@
-"""Finds what `data.path` names and reads its rows, from files of any format.
+"""The sources that `data.path` and `data.held_out` name, and their rows.
 
-`readers` reads one file, `documents` and `conversations` interpret rows, and `corpus` limits the
-number of bad ones.
+`folders` finds the files of a source, `hub` loads data sets, `readers` reads one file, `documents`
+and `conversations` interpret rows, and `corpus` limits the number of bad ones.
 """
 
+import collections
 import dataclasses
-import glob
-import hashlib
 import math
-import platform
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mixtral_jax.config import ConfigError, local_path, names_existing, require
+from mixtral_jax.config import DataConfig, names_existing, require
 from mixtral_jax.data.chat.stdlib_chat import make_conversations
+from mixtral_jax.data.compression import find_suffix
 from mixtral_jax.data.domains import find_category, find_root
+from mixtral_jax.data.folders import Listing, list_files
+from mixtral_jax.data.hub import HUB, load_hub
+from mixtral_jax.data.not_read import describe
 from mixtral_jax.data.readers import READERS, BadRow, RawRow, read_file
-from mixtral_jax.data.stdlib import list_stdlib, stdlib_root, walk
+from mixtral_jax.data.splits import TRAIN, split_of_folder
+from mixtral_jax.data.stdlib import list_stdlib, stdlib_root
 
 STDLIB = "python-stdlib"
 STDLIB_CHAT = "python-stdlib-chat"
-HUB = "hub:"
-
-# Files of metadata that `datasets` writes beside its Arrow files.
-_METADATA_FILES = {"dataset_info.json", "dataset_dict.json", "state.json"}
+# Such a value of `data.held_out` names a split, not a path.
+_SPLIT_NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One of the sources that `data.path` names.
+    """One of the sources that `data.path` or `data.held_out` names.
 
-    `weight`: its share of the rows of a batch, relative to the other weights. None: in proportion
-    to its size.
+    Attributes:
+        weight: its share of the rows of a batch, relative to the other weights. None: in proportion
+            to its size.
+        split: the split of a data set with several; None as in `list_files`.
+        key: the setting that gives the path.
     """
 
     path: str
     weight: float | None = None
+    split: str | None = TRAIN
+    key: str = "data.path"
 
 
-def split_sources(path: str) -> list[Source]:
+def split_sources(path: str, key: str = "data.path") -> list[Source]:
     """Splits a value of `data.path` into its sources: one, or `PATH[:WEIGHT],PATH[:WEIGHT],...`.
 
     If one source has a weight, the default weight of the others is 1. The path of an existing file
     or folder is one source, even if it contains commas or colons.
 
+    Args:
+        key: the setting that gives the path.
+
     Raises:
         ConfigError: a source is empty or named twice, or a weight is not positive.
     """
     parts = [path] if names_existing(path) else path.split(",")
-    sources = [_split_weight(part.strip()) for part in parts]
+    sources = [_split_weight(part.strip(), key) for part in parts]
     paths = [source.path for source in sources]
     for name in paths:
-        require(name, f"data.path={path} has an empty source: write PATH:WEIGHT,PATH:WEIGHT")
+        require(name, f"{key}={path} has an empty source: write PATH:WEIGHT,PATH:WEIGHT")
         require(
             paths.count(name) == 1,
-            f"data.path={path} names {name} twice: name it once, with a weight",
+            f"{key}={path} names {name} twice: name it once, with a weight",
         )
     if any(source.weight is not None for source in sources):
         sources = [dataclasses.replace(source, weight=source.weight or 1.0) for source in sources]
@@ -68,28 +78,125 @@ def find_weights(path: str) -> list[float] | None:
     return None if None in weights else [weight for weight in weights if weight is not None]
 
 
-def _split_weight(part: str) -> Source:
+def find_held_out(config: DataConfig) -> list[Source]:
+    """The sources of `data.held_out`: those that it names, or that split of each source of
+    `data.path`. Empty if held-out data are drawn from `data.path`.
+
+    Raises:
+        ConfigError: a source has a weight, or the value is the training split, or a split and a
+            file or folder too.
+    """
+    held_out = config.held_out
+    if held_out is None:
+        return []
+    if not _SPLIT_NAME.fullmatch(held_out):
+        sources = split_sources(held_out, "data.held_out")
+        require(
+            all(source.weight is None for source in sources),
+            f"data.held_out={held_out} has a weight, but all of it is held out: leave the weight "
+            "out",
+        )
+        return [dataclasses.replace(source, split=None) for source in sources]
+    split = split_of_folder(held_out)
+    require(
+        split is None or split.role != TRAIN,
+        f"data.held_out={held_out} is what is trained on: name another split, or a path",
+    )
+    require(
+        not names_existing(held_out),
+        f"data.held_out={held_out} is a split of data.path, and a file or folder is called so too: "
+        f"for that, write ./{held_out}",
+    )
+    return [
+        dataclasses.replace(source, weight=None, split=held_out)
+        for source in split_sources(config.path)
+    ]
+
+
+def all_sources(config: DataConfig) -> list[Source]:
+    """The sources of `data.path`, then those of `data.held_out`."""
+    return split_sources(config.path) + find_held_out(config)
+
+
+def _split_weight(part: str, key: str) -> Source:
     name, _, weight = part.rpartition(":")
     if not name or f"{name}:" == HUB or names_existing(part):
-        return Source(part)
+        return Source(part, key=key)
     try:
         number = float(weight)
     except ValueError:
-        return Source(part)
+        return Source(part, key=key)
     require(
         0 < number < math.inf,
-        f"data.path: {weight} is not a positive number: give {name} a weight such as 1 or 0.5",
+        f"{key}: {weight} is not a positive number: give {name} a weight such as 1 or 0.5",
     )
-    return Source(name, number)
+    return Source(name, number, key=key)
+
+
+def list_source(source: Source, suffixes: str | None = None) -> Listing:
+    """The files of a source.
+
+    Args:
+        suffixes: which files to read, as in `DataConfig`.
+
+    Raises:
+        ConfigError: there is nothing to read.
+    """
+    if source.path.startswith(HUB):
+        dataset = _load(source)
+        return Listing([Path(cached["filename"]) for cached in dataset.cache_files], {})
+    if source.path in (STDLIB, STDLIB_CHAT):
+        require(
+            source.split in (TRAIN, None),
+            f"data.held_out={source.split} names a split, and {source.path} has none: name a path",
+        )
+        return Listing(list_stdlib(), {})
+    return list_files(source.path, source.key, suffixes, source.split)
+
+
+def require_sources(config: DataConfig, *, with_hub: bool = True) -> None:
+    """Makes sure that there is something to read in every source.
+
+    Args:
+        with_hub: also of data sets of the Hub, which may be downloaded for that.
+
+    Raises:
+        ConfigError: a source has nothing to read.
+    """
+    for source in all_sources(config):
+        if with_hub or not source.path.startswith(HUB):
+            list_source(source, config.suffixes)
+
+
+def describe_files(config: DataConfig) -> list[str]:
+    """Lines about files that are not read, or that several sources to train on name."""
+    sources = [source for source in all_sources(config) if not source.path.startswith(HUB)]
+    listings = [list_source(source, config.suffixes) for source in sources]
+    counts = collections.Counter(file for listing in listings for file in listing.files)
+    lines: dict[str, str] = {}
+    for source, listing in zip(sources, listings, strict=True):
+        left = {
+            reason: [path for path in paths if path not in counts]
+            for reason, paths in listing.not_read.items()
+        }
+        left = {reason: paths for reason, paths in left.items() if paths}
+        if left:  # Two splits of one path have the same beside them.
+            described = describe(left, find_root(source.path))
+            lines[source.path] = f"{source.key}={source.path}: not read: {described}"
+    twice = [str(file) for file, count in counts.items() if count > 1]
+    if twice:
+        more = ", ..." if len(twice) > 1 else ""
+        lines["twice"] = f"files named twice: {len(twice):,} ({twice[0]}{more})"
+    return list(lines.values())
 
 
 def read_rows(
-    path: str, fields: Sequence[str], suffixes: str | None = None
+    source: Source | str, fields: Sequence[str], suffixes: str | None = None
 ) -> Iterator[RawRow | BadRow]:
     """Reads the rows of one source, always in the same order.
 
     Args:
-        path: the path of a `Source`; docs/data.md lists its forms.
+        source: or the path of one; docs/data.md lists its forms.
         fields: the fields that are needed, as in `read_file`.
         suffixes: which files to read, as in `DataConfig`.
 
@@ -97,87 +204,25 @@ def read_rows(
         ConfigError: there is nothing to read (raised at once), or a file cannot be read (raised
             when its turn comes).
     """
+    source = Source(source) if isinstance(source, str) else source
+    path = source.path
     if path.startswith(HUB):
-        rows = enumerate(_load_hub(path), start=1)
+        rows = enumerate(_load(source), start=1)
         return (RawRow(row, f"{path}:{number}") for number, row in rows)
+    files = list_source(source, suffixes).files
     if path == STDLIB_CHAT:
-        rows = enumerate(make_conversations(stdlib_root(), list_stdlib()), start=1)
+        rows = enumerate(make_conversations(stdlib_root(), files), start=1)
         return (RawRow(row, f"{path}:{number}") for number, row in rows)
     root = stdlib_root() if path == STDLIB else find_root(path)
-    return (row for file in _list_files(path, suffixes) for row in _read_file(file, fields, root))
+    return (row for file in files for row in _read_file(file, fields, root))
 
 
-def fingerprint_source(path: str, suffixes: str | None = None) -> str:
-    """Hashes, in hex, the names, sizes and modification times of all files that `path` names.
-
-    Raises:
-        ConfigError: there is nothing to read.
-    """
-    digest = hashlib.sha256(path.encode(errors="surrogateescape"))
-    for source in split_sources(path):
-        if source.path in (STDLIB, STDLIB_CHAT):
-            digest.update(platform.python_version().encode())
-        for file in _list_source(source.path, suffixes):
-            stat = file.stat()
-            described = f"\n{file.absolute()} {stat.st_size} {stat.st_mtime_ns}"
-            digest.update(described.encode(errors="surrogateescape"))
-    return digest.hexdigest()
+def _load(source: Source) -> Any:
+    own = None if source.split in (TRAIN, None) else source.split
+    return load_hub(source.path, source.key, own)
 
 
 def _read_file(file: Path, fields: Sequence[str], root: Path) -> Iterator[RawRow | BadRow]:
-    category = find_category(file, root, holds_rows=file.suffix in READERS)
+    category = find_category(file, root, holds_rows=find_suffix(file) in READERS)
     for row in read_file(file, fields):
         yield row if isinstance(row, BadRow) else dataclasses.replace(row, category=category)
-
-
-def _list_source(path: str, suffixes: str | None) -> list[Path]:
-    if path.startswith(HUB):
-        return [Path(cached["filename"]) for cached in _load_hub(path).cache_files]
-    return list_stdlib() if path == STDLIB_CHAT else _list_files(path, suffixes)
-
-
-def _list_files(path: str, suffixes: str | None) -> list[Path]:
-    if path == STDLIB:
-        return list_stdlib()
-    place = local_path(path, "data.path")
-    readable = suffixes.split(",") if suffixes else (".txt", *READERS)
-    names = ", ".join(readable)
-    if place.is_file():
-        require(
-            place.suffix in readable,
-            f"data.path={path} is none of {names}: convert it, or if it is text, add its suffix to "
-            "data.suffixes",
-        )
-        return [place]
-    if place.is_dir():
-        found = walk(place, lambda name: name.startswith("."))
-    else:
-        found = map(Path, glob.glob(str(place), recursive=True))
-        require(
-            glob.has_magic(path),
-            f"data.path={path} does not exist: name a file, folder, glob, hub:NAME or {STDLIB}",
-        )
-    files = sorted(file for file in found if file.suffix in readable and file.is_file())
-    files = [file for file in files if file.name not in _METADATA_FILES]
-    require(
-        files,
-        f"data.path={path} holds no readable file: it must hold at least one of {names}; "
-        "data.suffixes can name others",
-    )
-    return files
-
-
-def _load_hub(path: str) -> Any:
-    """Loads the Hugging Face dataset that `hub:NAME[:SPLIT]` names."""
-    import datasets  # Slow to import, and most runs read files.
-
-    name, _, split = path.removeprefix(HUB).partition(":")
-    require(name, f"data.path={path} names no dataset: write hub:NAME or hub:NAME:SPLIT")
-    try:
-        return datasets.load_dataset(name, split=split or "train")
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"data.path={path} cannot be loaded ({reason}): check NAME and SPLIT of "
-            "hub:NAME[:SPLIT] and the network, or name local files"
-        ) from error

@@ -15,7 +15,7 @@ from mixtral_jax.config import DataConfig, require
 from mixtral_jax.data.cache import Tokenizing, default_cache_dir, open_or_write
 from mixtral_jax.data.corpus import Corpus, Placed
 from mixtral_jax.data.documents import Document, read_documents
-from mixtral_jax.data.sources import fingerprint_source
+from mixtral_jax.data.fingerprint import fingerprint_data
 from mixtral_jax.data.store import TokenStore
 from mixtral_jax.data.tokenized import Tokenized
 from mixtral_jax.data.tokenizer import (
@@ -31,11 +31,14 @@ _CACHE_FORMAT = 6
 
 @dataclasses.dataclass(frozen=True)
 class PreparedText:
-    """The text of a run: two stores without a common document, and their tokenizer."""
+    """The text of a run: two stores, their tokenizer, and how many documents of `data.held_out`
+    are in both; of those drawn from `data.path`, none is.
+    """
 
     train: TokenStore
     held_out: TokenStore
     tokenizer: Tokenizer
+    num_shared: int
 
 
 def prepare_text(
@@ -100,12 +103,12 @@ def _tokenize(
         vocab_size=tokenizer.vocab_size,
     )
     cached = open_or_write(folder, tokenizing, config)
-    return PreparedText(cached.train, cached.held_out, tokenizer)
+    return PreparedText(cached.train, cached.held_out, tokenizer, cached.count.num_shared)
 
 
 def _open_corpus(config: DataConfig) -> Corpus[Document]:
     fields = (config.text_field, config.domain_field)
-    return Corpus(config, lambda source: read_documents(source.path, *fields, config.suffixes))
+    return Corpus(config, lambda source: read_documents(source, *fields, config.suffixes))
 
 
 def _split(config: DataConfig, corpus: Corpus[Document]) -> Iterator[Placed[Document]]:
@@ -171,11 +174,10 @@ def _mark_ends(tokenizer: Tokenizer, document: Document) -> np.ndarray:
 def _fingerprint_data(config: DataConfig) -> str:
     """Hashes all settings and files that change the tokens; the limit on bad rows does not."""
     settings = [
-        config.path,
         config.text_field,
         config.domain_field,
-        config.held_out_fraction,
+        config.held_out_fraction if config.held_out is None else None,
         config.tokenizer,
     ]
-    described = [_CACHE_FORMAT, *settings, fingerprint_source(config.path, config.suffixes)]
+    described = [_CACHE_FORMAT, *settings, fingerprint_data(config)]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]

@@ -30,6 +30,8 @@ from mixtral_jax.training.loop import Outcome
 # Programs that compile faster than this are not worth a file.
 _MIN_COMPILE_SECONDS = 0.3
 
+_FIXED_KEYS = ("train.num_steps", "data.path", "data.held_out")
+
 
 def run_ablation(
     ablation: Ablation,
@@ -69,9 +71,9 @@ def check_saved_arms(ablation: Ablation, workdir: Path) -> None:
     """
     for run in ablation.runs:
         # Not even the length may change: steps that are done had the learning rate of another
-        # schedule.
+        # schedule. And runs that are finished do not look at data again.
         folder = run.folder(workdir)
-        changed = changed_since(folder, run.config, also_fixed=("train.num_steps",))
+        changed = changed_since(folder, run.config, also_fixed=_FIXED_KEYS)
         require(
             not changed,
             f"arm {run.arm.name}: {folder} was trained with another config; changed: "

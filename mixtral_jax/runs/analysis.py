@@ -70,7 +70,7 @@ def analyze_text(
         is_shown=is_shown,
     )
     start = time.monotonic()
-    labellings = find_labellings(text.stores, task.data.path, text.tokenizer)
+    labellings = find_labellings(text.stores, task.data, text.tokenizer)
     pieces = text.tokenizer.pieces(range(text.tokenizer.vocab_size))
     pieces += [f"<{token}>" for token in range(len(pieces), loaded.config.model.vocab_size)]
     routed = RoutedText(

@@ -74,7 +74,8 @@ def ask_base(base: Base, run: Run, data: ChatData) -> Answers:
     """The base's answers, kept in `base_answers.json` of the workdir, so that it is asked once."""
     path = run.workdir / "base_answers.json"
     # An earlier start that saved no step may have had another base, or other conversations.
-    key = [str(base.folder), base.weights.source, data.fingerprint, run.config.model.dtype]
+    read = [data.fingerprint, data.held_out_fingerprint]
+    key = [str(base.folder), base.weights.source, *read, run.config.model.dtype]
     kept = json.loads(path.read_text("utf-8")) if run.is_writer and path.exists() else {}
     is_same = kept.get("asked") == key
     answers = run.processes.share("base answers", kept["said"] if is_same else None)[0]

@@ -117,12 +117,13 @@ def plan_base(config: Config, plan: PretrainConfig) -> Config:
     path = plan.path or (DataConfig if config.finetune else config.data).path
     # The suffixes of files with conversations are not those of files with text.
     suffixes = None if config.finetune else config.data.suffixes
+    held_out = config.data.held_out if path == config.data.path else None
     return dataclasses.replace(
         config,
         finetune=None,
         upcycle=None,
         router=RouterConfig(num_experts_per_token=config.router.num_experts_per_token),
-        data=dataclasses.replace(config.data, path=path, suffixes=suffixes),
+        data=dataclasses.replace(config.data, path=path, suffixes=suffixes, held_out=held_out),
         optimizer=OptimizerConfig(learning_rate=plan.learning_rate),
         train=dataclasses.replace(
             config.train,

@@ -13,6 +13,8 @@ from mixtral_jax.runs.text_data import (
     SAME_DATA,
     PackedStores,
     TrainingData,
+    announce_reading,
+    describe_shared,
     name_data,
     pack_stores,
 )
@@ -48,7 +50,7 @@ def open_chat(run: Run, tokenizer: Tokenizer) -> ChatData:
             processes read different data.
     """
     data, say = run.config.data, run.console.print
-    say(f"reading {data.path} (tokenized once, then cached) ...")
+    announce_reading(run)
     start = time.monotonic()
     if run.is_writer:
         tokenizer.save(run.workdir / "tokenizer.model")
@@ -60,6 +62,8 @@ def open_chat(run: Run, tokenizer: Tokenizer) -> ChatData:
         f"[bold]held out[/]    {chats.held_out.num_documents:,} conversations, "
         f"{len(chats.held_out.tokens):,} tokens; read in {time.monotonic() - start:.0f} s"
     )
+    if chats.num_shared:
+        say(describe_shared(chats.num_shared, chats.held_out, "conversations"))
     parts = (packed.fingerprint, tokenizer.fingerprint, chats.template.version)
     fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
     # Checked now, since the base is asked about these conversations before training starts.
@@ -68,6 +72,7 @@ def open_chat(run: Run, tokenizer: Tokenizer) -> ChatData:
         train_batches=packed.train_batches,
         evaluate=make_evaluator(packed.held_out, TokenBytes.of(tokenizer)),
         fingerprint=fingerprint,
+        held_out_fingerprint=packed.held_out_fingerprint,
         questions=pick_questions(chats.held_out, MAX_QUESTIONS),
         tokenizer=tokenizer,
     )

@@ -15,7 +15,7 @@ from jax import P
 
 from mixtral_jax.config import Config, ConfigError
 from mixtral_jax.data.cache import default_cache_dir
-from mixtral_jax.data.sources import HUB, fingerprint_source, split_sources
+from mixtral_jax.data.sources import require_sources
 from mixtral_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from mixtral_jax.parallel.agreement import Member
 from mixtral_jax.parallel.mesh import MESH_AXES
@@ -94,9 +94,7 @@ def check_data(config: Config) -> list[Problem]:
 
 
 def _open_source(config: Config) -> None:
-    for source in split_sources(config.data.path):
-        if not source.path.startswith(HUB):  # That one may be downloaded first.
-            fingerprint_source(source.path, config.data.suffixes)
+    require_sources(config.data, with_hub=False)
 
 
 def _open_tokenizer(config: Config) -> None:

@@ -23,6 +23,7 @@ from mixtral_jax.config import (
 from mixtral_jax.data.batches import spread_batches
 from mixtral_jax.data.chat.prepare import prepare_chats
 from mixtral_jax.data.packing import PackPlan, plan_rows
+from mixtral_jax.data.sources import describe_files
 from mixtral_jax.data.store import TokenStore
 from mixtral_jax.data.text import tokenize_text
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -135,6 +136,8 @@ def names_same_data(one: str, other: str) -> bool:
 
 
 def _require_same_held_out(own: DataConfig, data: DataConfig) -> None:
+    if data.held_out is not None:  # All of it is read, whatever the run has held out.
+        return
     changed = changed_keys(dataclasses.asdict(own), dataclasses.asdict(data), "data.")
     changed = [change for change in changed if not change.startswith(_KEEP_HELD_OUT)]
     require(
@@ -208,6 +211,7 @@ def score(loaded: Pretrained, task: EvalTask, processes: Processes) -> dict[str,
         **{name.removeprefix("eval/"): value for name, value in figures.items()},
         "data": task.data.path,
         "part": task.part,
+        **({} if task.data.held_out is None else {"held_out": task.data.held_out}),
         "sequence_length": task.sequence_length,
     }
 
@@ -226,6 +230,8 @@ def read_run(checkpoint: Path) -> TrainedRun | None:
 
 def _open_stores(task: EvalTask, tokenizer: Tokenizer, *, is_shown: bool) -> list[TokenStore]:
     note(f"reading {task.data.path} (tokenized once, then cached) ...", is_shown=is_shown)
+    for line in describe_files(task.data) if is_shown else ():
+        note(line)
     prepare = prepare_chats if task.is_chat else tokenize_text
     prepared = prepare(task.data, tokenizer)
     if task.part == "held_out":

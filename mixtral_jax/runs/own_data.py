@@ -84,7 +84,7 @@ def _name_data(config: Config, path: Path) -> Config:
 
 
 def _write_rows(rows: Iterator[dict[str, Any]], workdir: Path, what: str) -> Path:
-    """Writes rows as JSON lines; a file of the same rows stays, since caches go by its time."""
+    """Writes rows as JSON lines; a file of the same rows stays as it is."""
     folder = workdir / "data"
     temporary = folder / f".{what}.{make_mark()}.partial"
     digest, num_rows = hashlib.sha256(), 0

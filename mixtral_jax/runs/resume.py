@@ -10,6 +10,7 @@ from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.parallel.agreement import require_same
 from mixtral_jax.runs.run import Run
 from mixtral_jax.runs.text_data import SAME_DATA, name_data
+from mixtral_jax.runs.workdir import adopt_data
 from mixtral_jax.training.state import TrainState
 
 
@@ -59,5 +60,11 @@ def resume_or_init(
             f"{run.workdir} cannot be resumed ({error}): resume with the model and the optimizer "
             "that it began with, or use another --workdir"
         ) from error
+    before = adopt_data(run.workdir, run.config) if run.is_writer else None
+    if before:
+        run.console.print(
+            f"data.path was {before}, and is now {run.config.data.path}: the content is the same",
+            markup=False,
+        )
     run.console.print(f"resuming after step {step} of {run.config.train.num_steps}")
     return StartState(step, state, record)

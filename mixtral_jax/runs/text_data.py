@@ -7,12 +7,13 @@ import time
 from mixtral_jax.config import DataConfig, require
 from mixtral_jax.data.batches import TrainBatches, held_out_batches
 from mixtral_jax.data.packing import LongDocuments, PackPlan, plan_rows
-from mixtral_jax.data.sources import find_weights
+from mixtral_jax.data.sources import describe_files, find_weights
 from mixtral_jax.data.store import TokenStore
 from mixtral_jax.data.text import prepare_text, tokenize_text
 from mixtral_jax.data.tokenizer import Tokenizer, check_vocabulary, read_tokenizer
 from mixtral_jax.evaluate.ngram import measure_ngrams
 from mixtral_jax.evaluate.perplexity import Evaluator, TokenBytes, make_evaluator
+from mixtral_jax.parallel.agreement import require_same
 from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.parallel.rules import AxisRules
 from mixtral_jax.runs.run import Run
@@ -31,12 +32,15 @@ class TrainingData:
     Attributes:
         train_batches: batches to train on.
         evaluate: from a model to its `eval/` figures on what was held out.
-        fingerprint: of the documents, the tokenizer and the packing together.
+        fingerprint: of the documents, the tokenizer and the packing together; of held-out data
+            only if they are drawn from `data.path`.
+        held_out_fingerprint: of what is held out, and its packing.
     """
 
     train_batches: TrainBatches
     evaluate: Evaluator
     fingerprint: str
+    held_out_fingerprint: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +50,7 @@ class PackedStores:
     Attributes:
         plan: the packing of the store to train on.
         num_epochs: how often the run reads each row that it trains on.
-        fingerprint: of both plans together.
+        fingerprint, held_out_fingerprint: as in `TrainingData`.
     """
 
     train_batches: TrainBatches
@@ -54,6 +58,7 @@ class PackedStores:
     plan: PackPlan
     num_epochs: float
     fingerprint: str
+    held_out_fingerprint: str
 
 
 def open_text(run: Run, tokenizer: Tokenizer | None = None) -> TrainingData:
@@ -66,7 +71,7 @@ def open_text(run: Run, tokenizer: Tokenizer | None = None) -> TrainingData:
         ConfigError: there is nothing to read, too many bad rows, or no tokenizer that fits.
     """
     config = run.config
-    run.console.print(f"reading {config.data.path} (tokenized once, then cached) ...")
+    announce_reading(run)
     start = time.monotonic()
     kept = run.workdir / "tokenizer.model"
     if tokenizer is None:
@@ -84,6 +89,8 @@ def open_text(run: Run, tokenizer: Tokenizer | None = None) -> TrainingData:
         f"[bold]held out[/]    {len(text.held_out.tokens):,} tokens; read in "
         f"{time.monotonic() - start:.0f} s"
     )
+    if text.num_shared:
+        say(describe_shared(text.num_shared, text.held_out, "documents"))
     token_bytes = TokenBytes.of(text.tokenizer)
     baselines = {}
     if run.processes.count == 1:  # Fitting them needs every held-out row on this host.
@@ -94,7 +101,28 @@ def open_text(run: Run, tokenizer: Tokenizer | None = None) -> TrainingData:
     else:
         say("[bold]to beat[/]     unigram and bigram models are fitted by runs of one process only")
     evaluate = make_evaluator(packed.held_out, token_bytes, baselines)
-    return TrainingData(packed.train_batches, evaluate, packed.fingerprint)
+    return TrainingData(
+        packed.train_batches, evaluate, packed.fingerprint, packed.held_out_fingerprint
+    )
+
+
+def announce_reading(run: Run) -> None:
+    """Prints what is about to be read, and what is not."""
+    data = run.config.data
+    held_out = "" if data.held_out is None else f", held out {data.held_out}"
+    run.console.print(
+        f"reading {data.path}{held_out} (tokenized once, then cached) ...", markup=False
+    )
+    for line in describe_files(data) if run.is_writer else ():
+        run.console.print(line, markup=False)
+
+
+def describe_shared(num_shared: int, held_out: TokenStore, what: str) -> str:
+    """Says that some of `data.held_out` is trained on too."""
+    return (
+        f"[bold]trained on[/]  {num_shared:,} of {held_out.num_documents:,} held-out {what} too: "
+        "their loss says little about new text"
+    )
 
 
 def name_data(fingerprint: str) -> str:
@@ -131,7 +159,8 @@ def pack_stores(
     """Packs the stores as the config of the run says.
 
     Raises:
-        ConfigError: a store, or a source with a weight, gives no row; or what `plan_rows` raises.
+        ConfigError: a store, or a source with a weight, gives no row; the processes hold out other
+            data; or what `plan_rows` raises.
     """
     config = run.config
     mesh, rules, length = run.mesh, AxisRules(), config.train.sequence_length
@@ -156,6 +185,10 @@ def pack_stores(
         rules=rules,
     )
     num_epochs = config.train.num_steps * config.train.batch_size / plan.num_rows
-    fingerprints = plan.fingerprint + held_out_plan.fingerprint
+    # Data to evaluate on that are not drawn from data.path may change without changing training.
+    held_out_fingerprint = held_out_plan.fingerprint
+    fingerprints = plan.fingerprint + (held_out_fingerprint if not config.data.held_out else "")
     fingerprint = hashlib.sha256(fingerprints.encode()).hexdigest()
-    return PackedStores(train_batches, batches, plan, num_epochs, fingerprint)
+    named = name_data(held_out_fingerprint)
+    require_same(run.processes, "held-out data", named, SAME_DATA)
+    return PackedStores(train_batches, batches, plan, num_epochs, fingerprint, held_out_fingerprint)

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from mixtral_jax.config import Config
-from mixtral_jax.data.sources import fingerprint_source
+from mixtral_jax.data.sources import require_sources
 from mixtral_jax.parallel.mesh import resolve_mesh
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs.answers import Answers, ask, ask_base, compare_with_base, report_answers
@@ -70,7 +70,7 @@ def find_base(config: Config, workdir: Path, processes: Processes, stop: StopSig
 def _check_tuning(config: Config, run: Run) -> None:
     """Finds now what the tuning would find minutes later: missing data, targets without a match."""
     config = resolve_mesh(config, run.mesh.size)
-    fingerprint_source(config.data.path, config.data.suffixes)
+    require_sources(config.data)
     with jax.set_mesh(run.mesh):
         jax.eval_shape(make_training(config, platform_of(run.mesh)).make_model)
 

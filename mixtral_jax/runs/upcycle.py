@@ -16,7 +16,7 @@ from mixtral_jax.config import (
     UpcycleConfig,
     require,
 )
-from mixtral_jax.data.sources import fingerprint_source
+from mixtral_jax.data.sources import require_sources
 from mixtral_jax.finetune.upcycling import upcycle, without_routers
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.runs.base import Base, open_base, plan_base, require_folder
@@ -43,7 +43,7 @@ def start_dense(run: Run) -> Run:
         ConfigError: it does not fit the devices, its workdir holds another run, or the text of
             `run` does not exist.
     """
-    fingerprint_source(run.config.data.path, run.config.data.suffixes)
+    require_sources(run.config.data)
     return start_part(run, plan_dense(run.config), run.workdir / "base")
 
 

@@ -9,8 +9,10 @@ import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mixtral_jax.config import Config, ConfigError, changed_keys, require
+from mixtral_jax.data.sources import find_weights
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.whole_files import write_json
 
@@ -39,7 +41,7 @@ def open_workdir(workdir: Path, config: Config, processes: Processes) -> None:
             workdir.mkdir(parents=True, exist_ok=True)
             _lock(workdir)
             check_saved(workdir, config)
-            write_json(workdir / "config.json", dataclasses.asdict(config))
+            _write_config(workdir, config, _read_saved_data(workdir))
         except OSError as error:
             raise not_writable(workdir, error.strerror or str(error)) from error
     require_seen_by_all(workdir, processes)
@@ -146,16 +148,54 @@ def changed_since(workdir: Path, config: Config, also_fixed: tuple[str, ...] = (
     Raises:
         ConfigError: the config in the folder cannot be read.
     """
+    saved = _read_saved(workdir)
+    if saved is None:
+        return []
+    changed = changed_keys(saved, dataclasses.asdict(config), also_fixed=also_fixed)
+    before, after = saved.get("data", {}).get("path", config.data.path), config.data.path
+    if find_weights(before) != find_weights(after):
+        changed.append(f"the weights of data.path ({before!r} -> {after!r})")
+    return changed
+
+
+def adopt_data(workdir: Path, config: Config) -> str | None:
+    """Writes into config.json where the data are, once they are known to be those of the run.
+
+    Returns:
+        The `data.path` that was there before, if it is another.
+    """
+    before = _read_saved_data(workdir).get("path")
+    _write_config(workdir, config, {})
+    return before if before != config.data.path else None
+
+
+def _write_config(workdir: Path, config: Config, saved_data: dict[str, Any]) -> None:
+    """Writes config.json; with the data of an earlier start, if there was one."""
+    written = dataclasses.asdict(config)
+    written["data"] |= saved_data
+    write_json(workdir / "config.json", written)
+
+
+def _read_saved_data(workdir: Path) -> dict[str, Any]:
+    """The section `data` of a run that has saved a checkpoint; empty if there is none."""
+    return (_read_saved(workdir) or {}).get("data", {})
+
+
+def _read_saved(workdir: Path) -> dict[str, Any] | None:
+    """The config of a run that has saved a checkpoint; None if there is none.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     path = workdir / "config.json"
     if not path.exists() or not any((workdir / "checkpoints").glob("[0-9]*")):
-        return []
+        return None
     try:
-        saved = json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{path} is damaged ({error}): delete it to resume with the config given now"
         ) from None
-    return changed_keys(saved, dataclasses.asdict(config), also_fixed=also_fixed)
 
 
 def check_saved(workdir: Path, config: Config, section: str = "") -> None:
@@ -172,5 +212,5 @@ def check_saved(workdir: Path, config: Config, section: str = "") -> None:
         not changed,
         f"{workdir} holds a run of another config; changed: {', '.join(changed)}. Use another "
         "--workdir, or change only train.num_steps, train.eval_every, train.log_every, mesh, "
-        "dispatch.transport, log, checkpoint",
+        "dispatch.transport, log, checkpoint, and where the data are",
     )

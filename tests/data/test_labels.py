@@ -68,7 +68,7 @@ def test_a_document_is_of_the_folder_or_the_file_that_it_lies_in(tokenizer, tmp_
         (tmp_path / name).write_text("\n".join(json.dumps({"text": text}) for text in texts))
     text = prepare(tokenizer, tmp_path)
     stores = [text.train, text.held_out]
-    labelling, _ = find_labellings(stores, str(tmp_path), tokenizer)
+    labelling, _ = find_labellings(stores, DataConfig(path=str(tmp_path)), tokenizer)
     assert (labelling.title, set(labelling.names)) == ("domain", {"books", TOP_LEVEL, "web.jsonl"})
     for store in stores:
         for document, names in enumerate(names_of_documents(store, labelling)):
@@ -85,7 +85,9 @@ def test_a_document_is_of_the_type_of_its_file_and_only_python_has_parts_of_pyth
         (tmp_path / f"{number}.md").write_text(f"# Title {number}\n\n'md'\n")
         (tmp_path / f"{number}.rst").write_text(f"Not asked for {number}")
     text = prepare(tokenizer, tmp_path, suffixes=".py,.md")
-    file_type, part = find_labellings([text.train, text.held_out], str(tmp_path), tokenizer)
+    file_type, part = find_labellings(
+        [text.train, text.held_out], DataConfig(path=str(tmp_path)), tokenizer
+    )
     assert (file_type.title, set(file_type.names)) == ("file type", {".py", ".md"})
     assert (part.title, part.names) == ("part of the Python source", PARTS)
     assert text.train.num_documents + text.held_out.num_documents == 12
@@ -101,7 +103,7 @@ def test_a_field_of_rows_says_what_they_are_and_the_rarest_are_others(tokenizer,
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"text": "no field"}])))
     text = prepare(tokenizer, tmp_path, domain_field="lang")
     stores = [text.train, text.held_out]
-    (labelling,) = find_labellings(stores, str(tmp_path), tokenizer)
+    (labelling,) = find_labellings(stores, DataConfig(path=str(tmp_path)), tokenizer)
     assert (
         len(labelling.names) == 8 and labelling.names[0] == "l00" and labelling.names[-1] == OTHER
     )
@@ -116,7 +118,7 @@ def test_sources_tell_documents_apart_and_one_domain_alone_does_not(tokenizer, t
         (tmp_path / name).write_text(f"text of {name}")
     path = f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}"
     text = tokenize_text(DataConfig(path=path), tokenizer)
-    (labelling,) = find_labellings([text.train, text.held_out], path, tokenizer)
+    (labelling,) = find_labellings([text.train, text.held_out], DataConfig(path=path), tokenizer)
     for store in (text.train, text.held_out):
         ((name,),) = names_of_documents(store, labelling)
         assert name.endswith("a.txt") == ("a.txt" in tokenizer.decode(store.tokens))
@@ -130,7 +132,7 @@ def test_a_token_of_a_python_source_is_of_the_part_that_its_last_byte_is_in(toke
     ids = encode(tokenizer, SOURCE)
     category = Category(file_type=".py")
     store = TokenStore(ids, np.array([0, len(ids)]), "one", None, (1,), np.array([0]), (category,))
-    (labelling,) = find_labellings([store], "module.py", tokenizer)
+    (labelling,) = find_labellings([store], DataConfig(path="module.py"), tokenizer)
     labels = labelling.label(store, 0)
     parts, end = find_parts(SOURCE), -tokenizer.prefix_bytes
     for token, label in zip(ids, labels, strict=True):
@@ -143,7 +145,7 @@ def test_a_token_of_a_python_source_is_of_the_part_that_its_last_byte_is_in(toke
 def test_prompts_and_answers_are_told_apart(tokenizer):
     mask = np.array([0, 0, 1, 1, 0, 1], np.uint8)
     store = TokenStore(np.arange(6), np.array([0, 4, 6]), "chats", mask, (2,))
-    (labelling,) = find_labellings([store], "chats.jsonl", tokenizer)
+    (labelling,) = find_labellings([store], DataConfig(path="chats.jsonl"), tokenizer)
     assert labelling.names == ("prompt", "answer")
     assert labelling.label(store, 0).tolist() == [1, 1, 2, 2] and labelling.label(
         store, 1

@@ -1,5 +1,10 @@
 """Files of every format, and rows and files that cannot be read."""
 
+import bz2
+import gzip
+import lzma
+import random
+
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -23,6 +28,75 @@ def test_every_form_gives_the_same_documents(tmp_path, suffix):
     rows = ["one, line", "two\nlines 😀", "x" * 200_000]
     write_file(tmp_path / f"a{suffix}", rows)
     assert texts(tmp_path / f"a{suffix}") == rows
+
+
+COMPRESSED = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pyarrow.compress(content, codec="zstd", asbytes=True),
+    ".GZ": gzip.compress,
+}
+
+
+@pytest.mark.parametrize("compression", COMPRESSED)
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".JSON", ".csv", ".parquet", ".arrow"])
+def test_every_form_is_read_in_any_case_and_through_any_compression(tmp_path, suffix, compression):
+    rows = ["one, line", "two\nlines 😀", "x" * 200_000]
+    write_file(tmp_path / f"a{suffix.lower()}", rows)
+    content = (tmp_path / f"a{suffix.lower()}").read_bytes()
+    (tmp_path / "d").mkdir()
+    compress = COMPRESSED[compression]
+    # Concatenated parts are one file, as `cat a.gz b.gz` makes it.
+    parts = [content[:100], content[100:]]
+    (tmp_path / "d" / f"A{suffix}{compression}").write_bytes(b"".join(map(compress, parts)))
+    assert texts(tmp_path / "d") == texts(tmp_path / "d" / f"A{suffix}{compression}") == rows
+
+
+@pytest.mark.parametrize("compression", COMPRESSED)
+def test_a_compressed_text_is_one_document(tmp_path, compression):
+    text = "first\r\nsecond\n"
+    file = tmp_path / f"a.TXT{compression}"
+    file.write_bytes(COMPRESSED[compression](text.encode("utf-8-sig")))
+    (document,) = read_documents(str(file), "text")
+    assert document.text == "first\nsecond\n" and document.category.file_type == ".txt"
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[: len(content) // 2], lambda _: b"junk!"]
+)
+@pytest.mark.parametrize("compression", COMPRESSED)
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".csv", ".parquet"])
+def test_a_damaged_compressed_file_is_a_config_error(tmp_path, suffix, compression, damage):
+    content = random.Random(0).randbytes(100_000).hex().encode()
+    file = tmp_path / f"a{suffix}{compression}"
+    file.write_bytes(damage(COMPRESSED[compression](content)))
+    with pytest.raises(ConfigError, match=rf"/a{suffix}{compression}: unreadable .*: mend it"):
+        texts(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".ndjson.gz"])
+def test_rows_in_utf16_are_refused_with_what_to_do(tmp_path, suffix, encoding):
+    content = '{"text": "a"}\n'.encode(encoding)
+    (tmp_path / f"a{suffix}").write_bytes(gzip.compress(content) if "gz" in suffix else content)
+    with pytest.raises(ConfigError, match=r"it is UTF-16, not UTF-8: convert it, as `iconv"):
+        texts(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_text_in_utf16_is_a_bad_row(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes("Some text.".encode(encoding))
+    assert bad_rows(tmp_path)["a.txt"].startswith("UTF-16, not UTF-8: convert it")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".parquet", ".json"])
+def test_a_pointer_of_git_lfs_is_not_taken_for_the_data(tmp_path, suffix):
+    (tmp_path / f"a{suffix}").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    )
+    with pytest.raises(ConfigError, match="only points to the data: run `git lfs pull`"):
+        texts(tmp_path)
 
 
 def test_arrow_files_of_both_forms_are_read(tmp_path):
@@ -122,5 +196,5 @@ def test_a_file_damaged_inside_is_a_config_error(tmp_path, suffix):
 
 
 def test_a_text_file_of_invalid_utf8_is_one_bad_row(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xff\xfe no such text")
+    (tmp_path / "a.txt").write_bytes(b"\xff no such text")
     assert bad_rows(tmp_path) == {"a.txt": f"invalid UTF-8 at character 0: {SAVE}"}

@@ -1,15 +1,13 @@
 """Every form of `data.path`: files, folders, globs, datasets and several sources."""
 
 import os
-import sys
 
 import datasets
 import pytest
 
 from mixtral_jax.config import ConfigError
 from mixtral_jax.data.documents import Document, read_documents
-from mixtral_jax.data.readers import BadRow
-from mixtral_jax.data.sources import Source, find_weights, fingerprint_source, split_sources
+from mixtral_jax.data.sources import Source, find_weights, split_sources
 from tests.data.text_files import texts, write_file
 
 
@@ -82,49 +80,6 @@ def test_a_path_without_documents_is_a_config_error_at_once(tmp_path, name, mess
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_hub_dataset_is_read_by_name_and_split(monkeypatch):
-    def load_dataset(name, split):
-        return datasets.Dataset.from_dict({"text": [name, split, None]})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = list(read_documents("hub:some/name:test", "text"))
-    assert rows[:2] == [
-        Document("some/name", "hub:some/name:test:1"),
-        Document("test", "hub:some/name:test:2"),
-    ]
-    assert isinstance(rows[2], BadRow)
-    assert fingerprint_source("hub:some/name") != fingerprint_source("hub:some/other")
-    assert texts("hub:name") == ["name", "train"]
-
-
-def test_a_hub_dataset_that_cannot_be_had_is_a_config_error(monkeypatch):
-    def load_dataset(name, split):
-        raise ConnectionError("no network\nand more")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        ConfigError,
-        match=r"data.path=hub:a/b cannot be loaded \(no network\): check NAME and SPLIT",
-    ):
-        read_documents("hub:a/b", "text")
-
-
-def test_the_fingerprint_changes_with_the_files(tmp_path):
-    write_file(tmp_path / "a.txt", ["one"])
-    before = fingerprint_source(str(tmp_path))
-    assert before == fingerprint_source(str(tmp_path))
-    write_file(tmp_path / "a.txt", ["other"])
-    changed = fingerprint_source(str(tmp_path))
-    write_file(tmp_path / "b.txt", ["new"])
-    assert len({before, changed, fingerprint_source(str(tmp_path))}) == 3
-
-
-def test_the_fingerprint_of_the_standard_library_follows_the_python(monkeypatch):
-    before = fingerprint_source("python-stdlib")
-    monkeypatch.setattr("platform.python_version", lambda: f"{sys.version_info.major}.99")
-    assert fingerprint_source("python-stdlib") != before
-
-
 @pytest.mark.parametrize(
     ("path", "sources", "weights"),
     [
@@ -161,12 +116,3 @@ def test_a_name_that_exists_is_one_source_whatever_is_in_it(tmp_path):
 def test_sources_that_make_no_sense_are_a_config_error(path, words):
     with pytest.raises(ConfigError, match=words):
         split_sources(path)
-
-
-def test_the_fingerprint_covers_every_source(tmp_path):
-    for name in "ab":
-        write_file(tmp_path / f"{name}.txt", [name])
-    path = f"{tmp_path / 'a.txt'}:2,{tmp_path / 'b.txt'}"
-    before = fingerprint_source(path)
-    write_file(tmp_path / "b.txt", ["other"])
-    assert fingerprint_source(path) != before

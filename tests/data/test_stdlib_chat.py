@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from mixtral_jax.config import DataConfig
 from mixtral_jax.data.chat.conversations import Chat, read_chats
 from mixtral_jax.data.chat.stdlib_chat import make_conversations
 from mixtral_jax.data.chat.template import ChatTemplate
-from mixtral_jax.data.sources import fingerprint_source
+from mixtral_jax.data.fingerprint import fingerprint_data
 from mixtral_jax.data.stdlib import list_stdlib
 from tests.data.chat_cases import train_tokenizer
 
@@ -97,6 +98,6 @@ def test_they_are_a_source(monkeypatch):
     chats = list(read_chats("python-stdlib-chat", ChatTemplate(train_tokenizer())))
     assert len(chats) > 4 and all(isinstance(chat, Chat) for chat in chats)
     assert chats[0].key == chats[1].key and chats[0].key.startswith("textwrap.")
-    before = fingerprint_source("python-stdlib-chat")
+    before = fingerprint_data(DataConfig(path="python-stdlib-chat"))
     monkeypatch.setattr("platform.python_version", lambda: "3.99")
-    assert fingerprint_source("python-stdlib-chat") != before
+    assert fingerprint_data(DataConfig(path="python-stdlib-chat")) != before

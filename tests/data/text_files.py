@@ -17,7 +17,7 @@ def write_file(path, rows):
     table = pyarrow.table({"id": list(range(len(rows))), "text": rows})
     if path.suffix == ".txt":
         path.write_text(*rows)
-    elif path.suffix == ".jsonl":
+    elif path.suffix in (".jsonl", ".ndjson"):
         path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     elif path.suffix == ".json":
         path.write_text(json.dumps([{"text": row} for row in rows]))

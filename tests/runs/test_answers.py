@@ -16,6 +16,7 @@ class Data:
     """All that is asked of conversations."""
 
     fingerprint: str
+    held_out_fingerprint: str
 
 
 def base_of(folder, source):
@@ -23,18 +24,19 @@ def base_of(folder, source):
 
 
 def test_a_base_is_asked_once_until_it_or_the_conversations_change(tmp_path, monkeypatch):
-    said = [Answers(float(number), 0.5, [Answer("caf\u00e9 \ufffd", True)]) for number in range(4)]
+    said = [Answers(float(number), 0.5, [Answer("caf\u00e9 \ufffd", True)]) for number in range(5)]
     left = iter(said)
     monkeypatch.setattr(answers, "ask", lambda *_: next(left))
     run = make_run(small_config(), mesh_of(), tmp_path)
     questions = [
-        ("a", "step 3 of a run", "f"),
-        ("a", "step 4 of a run", "f"),
-        ("b", "step 4 of a run", "f"),
-        ("b", "step 4 of a run", "g"),
+        ("a", "step 3 of a run", "f", "h"),
+        ("a", "step 4 of a run", "f", "h"),
+        ("b", "step 4 of a run", "f", "h"),
+        ("b", "step 4 of a run", "g", "h"),
+        ("b", "step 4 of a run", "g", "i"),
     ]
-    for expected, (folder, source, fingerprint) in zip(said, questions, strict=True):
+    for expected, (folder, source, *fingerprints) in zip(said, questions, strict=True):
         for _ in range(2):
-            assert ask_base(base_of(folder, source), run, Data(fingerprint)) == expected
+            assert ask_base(base_of(folder, source), run, Data(*fingerprints)) == expected
     with pytest.raises(StopIteration):
         next(left)

@@ -21,7 +21,7 @@ from mixtral_jax.data.chat.messages import Message, Mode
 from mixtral_jax.data.chat.template import ChatTemplate, Turn
 from mixtral_jax.data.domains import UNKNOWN, Category
 from mixtral_jax.data.readers import BadRow, RawRow
-from mixtral_jax.data.sources import read_rows
+from mixtral_jax.data.sources import Source, read_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Chat:
 
 
 def read_chats(
-    path: str,
+    source: Source | str,
     template: ChatTemplate,
     *,
     format: ChatFormat = "auto",
@@ -60,7 +60,7 @@ def read_chats(
     """Reads the conversations of one source, always in the same order.
 
     Args:
-        path: the path of a `Source`.
+        source: or the path of one.
         suffixes: which files to read, as in `DataConfig`.
 
     Raises:
@@ -76,7 +76,7 @@ def read_chats(
         except ChatException as error:
             return _as_bad_row(error)
 
-    return map(read, read_rows(path, FIELDS, suffixes))
+    return map(read, read_rows(source, FIELDS, suffixes))
 
 
 def read_chat(

@@ -15,8 +15,9 @@ from mixtral_jax.data.cache import Tokenizing, default_cache_dir, open_or_write
 from mixtral_jax.data.chat.conversations import Chat, drop_unsupervised, read_chats
 from mixtral_jax.data.chat.template import ChatTemplate
 from mixtral_jax.data.corpus import Corpus, Placed
+from mixtral_jax.data.fingerprint import fingerprint_data
 from mixtral_jax.data.readers import BadRow
-from mixtral_jax.data.sources import Source, fingerprint_source
+from mixtral_jax.data.sources import Source
 from mixtral_jax.data.store import TokenStore
 from mixtral_jax.data.tokenized import Tokenized
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -27,14 +28,15 @@ _CACHE_FORMAT = 4
 
 @dataclasses.dataclass(frozen=True)
 class PreparedChats:
-    """The conversations of a run: two stores without a common key, their template, and the number
-    of bad rows.
+    """The conversations of a run: two stores, their template, the number of bad rows, and how many
+    conversations of `data.held_out` have the key of one in `train`; of those drawn, none has.
     """
 
     train: TokenStore
     held_out: TokenStore
     template: ChatTemplate
     num_bad: int
+    num_shared: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ def prepare_chats(config: DataConfig, tokenizer: Tokenizer) -> PreparedChats:
 
     def read(source: Source) -> Iterator[Chat | BadRow]:
         return drop_unsupervised(
-            read_chats(source.path, template, format=config.chat.format, suffixes=config.suffixes)
+            read_chats(source, template, format=config.chat.format, suffixes=config.suffixes)
         )
 
     def encode(chats: list[Chat]) -> list[Tokenized]:
@@ -80,7 +82,8 @@ def prepare_chats(config: DataConfig, tokenizer: Tokenizer) -> PreparedChats:
     key = _fingerprint_chats(config, template, tokenizer)
     tokenizing = Tokenizing(items, lambda: corpus.count, encode, tokenizer.vocab_size)
     cached = open_or_write(default_cache_dir() / f"{key}-chats", tokenizing, config)
-    return PreparedChats(cached.train, cached.held_out, template, cached.count.num_bad)
+    count = cached.count
+    return PreparedChats(cached.train, cached.held_out, template, count.num_bad, count.num_shared)
 
 
 def pick_questions(store: TokenStore, count: int) -> list[Question]:
@@ -105,8 +108,7 @@ def _fingerprint_chats(config: DataConfig, template: ChatTemplate, tokenizer: To
     The limit on bad rows and the treatment of long rows do not.
     """
     settings = [
-        config.path,
-        config.held_out_fraction,
+        config.held_out_fraction if config.held_out is None else None,
         config.chat.format,
         config.chat.literal_inst,
         template.version,
@@ -115,6 +117,6 @@ def _fingerprint_chats(config: DataConfig, template: ChatTemplate, tokenizer: To
         _CACHE_FORMAT,
         *settings,
         tokenizer.fingerprint,
-        fingerprint_source(config.path, config.suffixes),
+        fingerprint_data(config),
     ]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:24]

@@ -1,0 +1,111 @@
+"""What in a folder is not read, and why. `folders` decides which splits of a data set are read."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mixtral_jax.config import ConfigError, require
+from mixtral_jax.data.compression import find_suffix, without_compression
+
+# Files of metadata that `datasets` writes beside its data.
+_METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_MAP_CACHE = re.compile(r"cache-.*\.arrow")
+# Formats in which a file without a byte is a file without rows, and no damaged one.
+_LINES = (".jsonl", ".ndjson", ".csv")
+_NUM_NAMES = 3
+
+# Why something is not read -> the files or folders.
+NotRead = dict[str, list[Path]]
+
+
+def describe(not_read: Mapping[str, Sequence[Path]], root: Path) -> str:
+    """How many are not read for each reason, splits first, and the first names below `root`."""
+    phrases = []
+    for reason in sorted(not_read, key=lambda reason: (not reason.startswith("split "), reason)):
+        names = sorted(path.relative_to(root).as_posix() for path in not_read[reason])
+        more = ", ..." if len(names) > _NUM_NAMES else ""
+        phrases.append(f"{reason}: {len(names):,} ({', '.join(names[:_NUM_NAMES])}{more})")
+    # A name that is not UTF-8 could not be printed.
+    return "; ".join(phrases).encode(errors="backslashreplace").decode()
+
+
+def is_readable(file: Path, suffixes: Sequence[str]) -> bool:
+    """Whether one of `suffixes`, in lower case, names the format of a file, or its compression."""
+    return find_suffix(file) in suffixes or file.suffix.lower() in suffixes
+
+
+def find_reasons(
+    folder: Path, names: Sequence[str], readable: Sequence[str]
+) -> dict[str, str | None]:
+    """Why each of some names in a folder is not read; None for those that are read.
+
+    Raises:
+        ConfigError: files that `state.json` lists are missing.
+    """
+    listed = _read_state(folder) if "state.json" in names else None
+    has_data = any(name.endswith(".arrow") and not _MAP_CACHE.fullmatch(name) for name in names)
+    reasons: dict[str, str | None] = {}
+    is_read: set[str] = set()
+    for name in sorted(names):
+        file = folder / name
+        if name.startswith("."):
+            reason = "hidden"
+        elif not file.is_file():
+            reason = "links to nothing" if file.is_symlink() else "no plain files"
+        elif name in _METADATA_FILES:
+            reason = "metadata"
+        elif not is_readable(file, readable):
+            reason = "other suffixes"
+        elif find_suffix(file) in _LINES and not file.stat().st_size:
+            reason = "empty"
+        elif _MAP_CACHE.fullmatch(name) and has_data:
+            reason = "caches of datasets' map"
+        elif listed is not None and file.suffix == ".arrow" and name not in listed:
+            reason = "not in state.json"
+        elif without_compression(file).name in is_read:
+            reason = "compressed copies"
+        else:
+            reason = None
+            is_read.add(without_compression(file).name)
+        reasons[name] = reason
+    return reasons
+
+
+def _read_state(folder: Path) -> set[str] | None:
+    """The files that `save_to_disk` of `datasets` lists; None if it did not write the folder.
+
+    Raises:
+        ConfigError: one is missing.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        listed = {str(file["filename"]) for file in state["_data_files"]}
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    missing = sorted(name for name in listed if not (folder / name).exists())
+    require(
+        not missing,
+        f"{folder}/state.json lists {', '.join(missing)}, which is not there: copy the whole data "
+        "set, or name the files that are there with a glob",
+    )
+    return listed
+
+
+def refuse_hub_cache(folder: Path, folders: Sequence[str], name: str) -> None:
+    """Refuses the Hub's cache of a data set, which may hold several versions of each file.
+
+    Args:
+        folders: what is in `folder`.
+        name: the setting that led here, for the message.
+
+    Raises:
+        ConfigError: `folder` is one; names what to name instead.
+    """
+    folder = folder.absolute()
+    if not folder.name.startswith("datasets--") or "snapshots" not in folders:
+        return
+    versions = sorted((folder / "snapshots").iterdir(), key=lambda version: version.stat().st_mtime)
+    hub_name = "/".join(folder.name.split("--")[1:])
+    newest = f"name one version of it, such as {versions[-1]}, or " if versions else "name "
+    raise ConfigError(f"{name}: {folder} is a cache of the Hub: {newest}hub:{hub_name}")

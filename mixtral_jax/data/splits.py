@@ -1,0 +1,81 @@
+"""The split of a data set that a file or folder holds, judged by its name.
+
+The words are those of `datasets`. `folders` decides which splits are read.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from mixtral_jax.data.compression import without_compression
+
+TRAIN = "train"
+
+_ROLES = {
+    TRAIN: (TRAIN, "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_ROLE_BY_WORD = {word: role for role, words in _ROLES.items() for word in words}
+# What follows the name of a split in `train-00000-of-00002.parquet`, perhaps with a hash.
+_SHARD = re.compile(r"[-.]\d+-of-\d+.*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A split of a data set.
+
+    Attributes:
+        name: such as `train_sft`, or only the role.
+        role: `train`, `validation` or `test`; of a name that says none of these, the name.
+    """
+
+    name: str
+    role: str
+
+    def is_called(self, name: str) -> bool:
+        """Whether a user who writes `name` may mean this split: `dev` means `validation`."""
+        return name in (self.name, self.role) or _ROLE_BY_WORD.get(name) == self.role
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitOfFile:
+    """A split, and the file's name without its word: equal for files of two splits of one set."""
+
+    split: Split
+    rest: str
+
+
+def name_split(name: str) -> Split:
+    """The split of a given name; its role is the first or the last word of the name."""
+    word = _find_word(name)
+    return Split(name, _ROLE_BY_WORD[word.group().lower()] if word else name)
+
+
+def split_of_folder(name: str) -> Split | None:
+    """The split that a folder holds, if its whole name is a word such as `test`."""
+    role = _ROLE_BY_WORD.get(name.lower())
+    return Split(role, role) if role else None
+
+
+def split_of_file(file: Path) -> SplitOfFile | None:
+    """The split that a file holds, if the first or the last word of its name is one.
+
+    Shards may name splits of their own, as in `train_sft-00000-of-00003.parquet`.
+    """
+    stem = without_compression(file).stem
+    name = _SHARD.sub("", stem)
+    word = _find_word(name)
+    if word is None:
+        return None
+    role = _ROLE_BY_WORD[word.group().lower()]
+    has_own_name = name != stem and word.start() == 0
+    rest = f"{name[: word.start()]}*{name[word.end() :]}"
+    return SplitOfFile(Split(name if has_own_name else role, role), rest)
+
+
+def _find_word(name: str) -> re.Match[str] | None:
+    """The word of a split in a name; a part of the training split may be called `train_dev`."""
+    words = list(re.finditer("[A-Za-z]+", name))
+    found = [word for word in (*words[:1], *words[-1:]) if word.group().lower() in _ROLE_BY_WORD]
+    return min(found, key=lambda word: _ROLE_BY_WORD[word.group().lower()] == TRAIN, default=None)

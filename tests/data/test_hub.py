@@ -1,0 +1,129 @@
+"""Data sets of the Hub, with configs and splits, and folders that are like repositories there."""
+
+import json
+
+import datasets
+import pytest
+
+from mixtral_jax.config import ConfigError, DataConfig
+from mixtral_jax.data import hub
+from mixtral_jax.data.documents import Document, read_documents
+from mixtral_jax.data.fingerprint import fingerprint_data
+from mixtral_jax.data.readers import BadRow
+from mixtral_jax.data.sources import find_held_out
+from tests.data.text_files import texts
+
+METADATA = """---
+configs:
+- config_name: en
+  data_dir: en
+- config_name: fr
+  data_dir: fr
+---
+"""
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory):
+    """Two data sets with rows in two languages: one declares them as configs, one has folders."""
+    root = tmp_path_factory.mktemp("repositories")
+    for name in ("declared", "plain"):
+        for language in ("en", "fr"):
+            (root / name / language).mkdir(parents=True)
+            for split in ("train", "test"):
+                row = {"text": f"{language} {split}"}
+                (root / name / language / f"{split}.jsonl").write_text(json.dumps(row))
+    (root / "declared" / "README.md").write_text(METADATA)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "hf")
+    hub._list_configs.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["declared", "plain"])
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (":en", "en train"),
+        (":fr:test", "fr test"),
+        (":fr:train", "fr train"),
+        (":en:test[:1]", "en test"),
+    ],
+)
+def test_a_config_and_a_split_are_told_apart(repositories, name, parts, expected):
+    assert texts(f"hub:{repositories / name}{parts}") == [expected]
+
+
+def test_a_second_part_that_is_no_config_is_a_split(repositories):
+    assert sorted(texts(f"hub:{repositories / 'plain'}:test")) == ["en test", "fr test"]
+    assert texts(f"hub:{repositories / 'plain'}:train[:1]") in (["en train"], ["fr train"])
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("declared", "(Config name is missing.): it has the configs en, fr; en has the splits "),
+        ("declared:de", "it has the configs en, fr; en has the splits train, test"),
+        (
+            "declared:de:train",
+            "'de' not found. Available: ['en', 'fr']): it has the configs en, fr",
+        ),
+        ("declared:fr:dev", "Unknown split \"dev\". Should be one of ['train', 'test'].)"),
+        ("plain:de", "it has the configs default, en, fr; default has the splits train, test"),
+        ("plain:fr:dev", "it has the configs default, en, fr; fr has the splits train, test"),
+        ("plain:a:b:c", "names no data set: write hub:NAME[:CONFIG][:SPLIT]"),
+        ("plain:", "names no data set"),
+    ],
+)
+def test_a_config_or_split_that_is_missing_is_refused_with_those_that_are_there(
+    repositories, path, words
+):
+    with pytest.raises(ConfigError) as error:
+        texts(f"hub:{repositories / path}")
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_repository_that_cannot_be_parsed_is_a_config_error(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": 5, "b": [')
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        texts(f"hub:{tmp_path}")
+
+
+def test_a_split_of_the_same_data_set_is_held_out(repositories):
+    config = DataConfig(path=f"hub:{repositories / 'declared'}:fr", held_out="test")
+    (source,) = find_held_out(config)
+    assert [row.text for row in read_documents(source, "text")] == ["fr test"]
+    assert fingerprint_data(config) != fingerprint_data(DataConfig(path=config.path))
+
+
+def test_a_hub_dataset_is_read_by_name_and_split(monkeypatch):
+    def load_dataset(name, config, data_dir, split):
+        return datasets.Dataset.from_dict({"text": [name, split, None]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["default"])
+    rows = list(read_documents("hub:some/name:test", "text"))
+    assert rows[:2] == [
+        Document("some/name", "hub:some/name:test:1"),
+        Document("test", "hub:some/name:test:2"),
+    ]
+    assert isinstance(rows[2], BadRow)
+    one, other = (DataConfig(path=f"hub:some/{name}") for name in ("name", "other"))
+    assert fingerprint_data(one) != fingerprint_data(other)
+    assert texts("hub:name") == ["name", "train"]
+
+
+def test_a_hub_dataset_that_cannot_be_had_is_a_config_error(monkeypatch):
+    def load_dataset(name, config, data_dir, split):
+        raise ConnectionError("no network\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["default"])
+    with pytest.raises(
+        ConfigError,
+        match=r"data.path=hub:a/b cannot be loaded \(no network\): check NAME, CONFIG and SPLIT",
+    ):
+        read_documents("hub:a/b", "text")
