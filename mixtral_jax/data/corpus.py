@@ -5,11 +5,12 @@ Files are read twice: first to count bad rows and choose what to hold out, then 
 """
 
 import array
+import collections
 import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -42,6 +43,11 @@ class Item(Protocol):
         """The kind of text, judged by its file."""
         ...
 
+    @property
+    def unread(self) -> Sequence[str]:
+        """What its row fills and nothing reads."""
+        ...
+
 
 ItemT = TypeVar("ItemT", bound=Item)
 
@@ -57,11 +63,15 @@ class Placed(Generic[ItemT]):
 
 @dataclasses.dataclass(frozen=True)
 class RowCount:
-    """Numbers of rows and of bad rows, and what is wrong with the first of those."""
+    """Numbers of rows and of bad rows, and what is wrong with the first of those.
+
+    `unread`: what good rows fill and nothing reads, and the number of these rows.
+    """
 
     num_rows: int
     num_bad: int
     first_bad: str
+    unread: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def check(self, config: DataConfig) -> None:
         """Makes sure that there is something to train on and that few rows are bad.
@@ -139,9 +149,11 @@ class Corpus(Generic[ItemT]):
     def _survey(self) -> _Survey:
         places = array.array("d")
         first_bad, num_bad = "", 0
+        unread: collections.Counter[str] = collections.Counter()
         for row in (row for source in self._sources for row in self._read(source)):
             if not isinstance(row, BadRow):
                 places.append(_place(row.key))
+                unread.update(row.unread)
                 continue
             first_bad = first_bad or f"{row.origin}: {row.reason}"
             num_bad += 1
@@ -149,7 +161,7 @@ class Corpus(Generic[ItemT]):
                 log.warning("bad row %s: %s", row.origin, row.reason)
         if num_bad > _MAX_NAMED_BAD_ROWS:
             log.warning("... and %d more bad rows", num_bad - _MAX_NAMED_BAD_ROWS)
-        count = RowCount(len(places) + num_bad, num_bad, first_bad)
+        count = RowCount(len(places) + num_bad, num_bad, first_bad, dict(unread))
         count.check(self._config)
         where = np.array(places)
         return _Survey(

@@ -94,9 +94,15 @@ def read_rows(
         suffixes: which files to read, as in `DataConfig`.
 
     Raises:
-        ConfigError: there is nothing to read (raised at once), or a file cannot be read (raised
-            when its turn comes).
+        ConfigError: there is nothing to read (raised at once), a file cannot be read (raised when
+            its turn comes), or no file holds a row (raised at the end).
     """
+    return _require_row(path, _read_source(path, fields, suffixes))
+
+
+def _read_source(
+    path: str, fields: Sequence[str], suffixes: str | None
+) -> Iterator[RawRow | BadRow]:
     if path.startswith(HUB):
         rows = enumerate(_load_hub(path), start=1)
         return (RawRow(row, f"{path}:{number}") for number, row in rows)
@@ -105,6 +111,14 @@ def read_rows(
         return (RawRow(row, f"{path}:{number}") for number, row in rows)
     root = stdlib_root() if path == STDLIB else find_root(path)
     return (row for file in _list_files(path, suffixes) for row in _read_file(file, fields, root))
+
+
+def _require_row(path: str, rows: Iterator[RawRow | BadRow]) -> Iterator[RawRow | BadRow]:
+    is_empty = True
+    for row in rows:
+        is_empty = False
+        yield row
+    require(not is_empty, f"data.path={path} holds no row: name files that hold some")
 
 
 def fingerprint_source(path: str, suffixes: str | None = None) -> str:

@@ -6,11 +6,11 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from mixtral_jax.config import DataConfig, require
+from mixtral_jax.config import DataConfig, parse_fields, require
 from mixtral_jax.data.cache import Tokenizing, default_cache_dir, open_or_write
 from mixtral_jax.data.chat.conversations import Chat, drop_unsupervised, read_chats
 from mixtral_jax.data.chat.template import ChatTemplate
@@ -22,19 +22,23 @@ from mixtral_jax.data.tokenized import Tokenized
 from mixtral_jax.data.tokenizer import Tokenizer
 
 # Increase this when the same files and config would give different stores.
-_CACHE_FORMAT = 3
+_CACHE_FORMAT = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedChats:
-    """The conversations of a run: two stores without a common key, their template, and the number
-    of bad rows.
+    """The conversations of a run: two stores without a common key, and their template.
+
+    Attributes:
+        num_bad: the number of bad rows.
+        unread: fields that are filled and not read, and the number of rows that fill them.
     """
 
     train: TokenStore
     held_out: TokenStore
     template: ChatTemplate
     num_bad: int
+    unread: Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +62,15 @@ def prepare_chats(config: DataConfig, tokenizer: Tokenizer) -> PreparedChats:
         ConfigError: nothing to read, too many bad rows, or a template that does not fit the
             tokenizer.
     """
-    template = ChatTemplate(tokenizer, config.chat.template, literal_inst=config.chat.literal_inst)
+    chat = config.chat
+    template = ChatTemplate(tokenizer, chat.template, literal_inst=chat.literal_inst)
+    fields = parse_fields(chat.fields, chat.format)
 
     def read(source: Source) -> Iterator[Chat | BadRow]:
         return drop_unsupervised(
-            read_chats(source.path, template, format=config.chat.format, suffixes=config.suffixes)
+            read_chats(
+                source.path, template, format=chat.format, fields=fields, suffixes=config.suffixes
+            )
         )
 
     def encode(chats: list[Chat]) -> list[Tokenized]:
@@ -80,7 +88,8 @@ def prepare_chats(config: DataConfig, tokenizer: Tokenizer) -> PreparedChats:
     key = _fingerprint_chats(config, template, tokenizer)
     tokenizing = Tokenizing(items, lambda: corpus.count, encode, tokenizer.vocab_size)
     cached = open_or_write(default_cache_dir() / f"{key}-chats", tokenizing, config)
-    return PreparedChats(cached.train, cached.held_out, template, cached.count.num_bad)
+    count = cached.count
+    return PreparedChats(cached.train, cached.held_out, template, count.num_bad, count.unread)
 
 
 def pick_questions(store: TokenStore, count: int) -> list[Question]:
@@ -108,6 +117,7 @@ def _fingerprint_chats(config: DataConfig, template: ChatTemplate, tokenizer: To
         config.path,
         config.held_out_fraction,
         config.chat.format,
+        config.chat.fields,
         config.chat.literal_inst,
         template.version,
     ]
