@@ -106,6 +106,15 @@ def test_what_is_left_out_is_said_with_counts(open_run, tmp_path):
         open_run(tmp_path / "f.jsonl", **settings, data__chat__long_rows="error")
 
 
+def test_fields_that_are_not_read_are_named_at_every_start(open_run, tmp_path):
+    rows = [json.loads(good_line(number)) | {"id": number, "[b]": 1} for number in range(50)]
+    (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for _ in range(2):  # The second time from the cache.
+        assert "not read    [b] (50 rows), id (50)\n" in open_run(tmp_path / "f.jsonl")[1]
+    write_good(tmp_path / "f.jsonl", 60)
+    assert "not read" not in open_run(tmp_path / "f.jsonl")[1]
+
+
 def test_held_out_answers_are_judged_and_questions_given(open_run, tokenizer, tmp_path):
     data, _, run = open_run(write_good(tmp_path / "f.jsonl", 200), train__eval_sequences=4)
     with jax.set_mesh(run.mesh):

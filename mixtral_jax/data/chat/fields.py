@@ -96,8 +96,8 @@ def list_unread_fields(row: Row, read: Collection[str], *, is_in_parts: bool) ->
     """
     if is_in_parts and (name := find_refused(row, QUESTION_PARTS, read)):
         rule = (
-            f"{QUESTION_PARTS[name]}: say what it is with data.chat.fields={name}:user or "
-            f"{name}:ignore"
+            f"{QUESTION_PARTS[name]}: name all parts with data.chat.fields, such as "
+            f"question:user,{name}:user,answer:assistant, or set it to {name}:ignore"
         )
         raise InvalidRowException(rule, found=f"found {name}")
     return list_unread(row, read)

@@ -196,12 +196,14 @@ def _read_weight(item: Mapping[Any, Any], role: Role, index: int) -> Any:
             return None
         rule = f"only assistant messages can be learnt, not a {role} message: leave the mark out"
         raise INVALID_CONTENT[role](rule, message=index, found=found)
-    marks = set(said.values())
-    if len(marks) > 1:
+    if not said:
+        return None
+    mark, *others = set(said.values())
+    if others:
         rule = "the marks of a message must agree on whether it is learnt"
         raise InvalidAssistantMessageException(rule, message=index, found=found)
-    if None not in marks:
-        return int(*marks) if marks else None
+    if mark is not None:
+        return int(mark)
     for name in said:
         if name != "weight":  # `check_structure` looks at that one.
             rule = f"{name} must be true or false, or 1 or 0"
@@ -272,6 +274,6 @@ def _read_chunk(chunk: object, place: int, role: Role, index: int, *, learns: bo
 def _describe_chunk(chunk: object) -> str:
     if not isinstance(chunk, Mapping):
         return f"is {name_type(chunk)}"
-    if chunk.get("text") is None:
+    if chunk.get("text") is None or isinstance(chunk["text"], str):
         return f"has {', '.join(map(str, chunk)) or 'no field'}"
-    return f"has as text {name_type(chunk['text'])}"
+    return f"has {name_type(chunk['text'])} as text"

@@ -44,7 +44,7 @@ _OF_QUESTIONS = (
     "context contexts passage passages knowledge background history input choices options prefix "
     "suffix"
 )
-QUESTION_PARTS = dict.fromkeys(
+QUESTION_PARTS: dict[str, str] = dict.fromkeys(
     _OF_QUESTIONS.split(), "this field may belong to the question, but it is not read"
 )
 
@@ -74,6 +74,8 @@ def describe_unread(unread: Mapping[str, int], max_names: int | None = 20) -> st
     """
     ordered = sorted(unread.items(), key=lambda item: (-item[1], item[0]))
     described = [f"{name} ({count:,})" for name, count in ordered[:max_names]]
-    described[:1] = [f"{name} ({count:,} rows)" for name, count in ordered[:1]]
+    described[:1] = [
+        f"{name} ({count:,} {'row' if count == 1 else 'rows'})" for name, count in ordered[:1]
+    ]
     num_left = len(ordered) - len(described)
     return ", ".join([*described, *([f"and {num_left:,} more"] if num_left else [])])
