@@ -1,6 +1,7 @@
 """Fields that no format reads: refused by name, honoured, named by the user, or listed."""
 
 import random
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from mixtral_jax.data.chat.conversations import Chat, read_chat, read_chats
 from mixtral_jax.data.chat.errors import ChatException
 from mixtral_jax.data.chat.refused import QUESTION_PARTS, REFUSED, TOOLS, describe_unread
 from mixtral_jax.data.chat.template import ChatTemplate
+from mixtral_jax.data.marks import MARKS
 from mixtral_jax.data.readers import BadRow, RawRow
 from tests.data.chat_cases import UNREAD_NAMES, random_value, row_of, train_tokenizer, write_table
 
@@ -242,3 +244,9 @@ def test_fields_are_described_with_their_rows_the_most_frequent_first():
     assert describe_unread(unread) == "id (10,000 rows), a (2), b (2), c (1)"
     assert describe_unread(unread, 2) == "id (10,000 rows), a (2), and 2 more"
     assert describe_unread({"id": 1}) == "id (1 row)"
+
+
+def test_the_page_on_conversations_names_every_field_that_has_a_meaning():
+    page = (Path(__file__).parents[2] / "docs" / "chat_data.md").read_text()
+    names = [*REFUSED, *QUESTION_PARTS, *MARKS]
+    assert not [name for name in names if f"`{name}`" not in page]
