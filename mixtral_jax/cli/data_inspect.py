@@ -21,6 +21,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one line of JSON per row")
     flags = parser.parse_args(arguments)
     opened = open_rows(flags, only_supervised=flags.mode == "training")
+    assert opened.tokenizer is not None, "tokens are needed"
     console = make_console()
     try:
         for index, row in enumerate(opened.rows):

@@ -5,11 +5,21 @@ import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import get_args
 
+import numpy as np
+
 from mixtral_jax.cli.flags import FlagParser
-from mixtral_jax.config import ChatFormat, DataConfig, LiteralInst, local_path, require
+from mixtral_jax.config import (
+    ChatFormat,
+    ConfigError,
+    DataConfig,
+    LiteralInst,
+    local_path,
+    parse_fields,
+    require,
+)
 from mixtral_jax.data.chat.conversations import Chat, drop_unsupervised, read_chats
 from mixtral_jax.data.chat.messages import Mode
 from mixtral_jax.data.chat.template import ChatTemplate
@@ -20,22 +30,33 @@ from mixtral_jax.data.tokenizer import Tokenizer, read_tokenizer
 from mixtral_jax.runs.console import note
 
 _ROWS_AT_ONCE = 256
+_NO_TOKENS = Tokenized(np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedRow:
-    """A conversation as ids, and where it was read."""
+    """A conversation as ids, and where it was read.
+
+    Attributes:
+        chat: empty if there is no tokenizer.
+        unread: what the row fills and nothing reads.
+    """
 
     chat: Tokenized
     origin: str
+    unread: Sequence[str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What the flags name, row after row."""
+    """What the flags name, row after row.
+
+    `no_tokens`: why there is no tokenizer; empty if there is one.
+    """
 
     rows: Iterator[EncodedRow | BadRow]
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    no_tokens: str = ""
 
 
 def make_rows_parser(verb: str, description: str | None) -> argparse.ArgumentParser:
@@ -60,32 +81,46 @@ def make_rows_parser(verb: str, description: str | None) -> argparse.ArgumentPar
     parser.add_argument(
         "--format", choices=get_args(ChatFormat), default="auto", help="by default that of each row"
     )
+    parser.add_argument(
+        "--fields", help="what fields of other names mean: question:user,answer:assistant"
+    )
     return parser
 
 
-def open_rows(flags: argparse.Namespace, *, only_supervised: bool) -> Rows:
+def open_rows(
+    flags: argparse.Namespace, *, only_supervised: bool, needs_tokens: bool = True
+) -> Rows:
     """Opens the rows that the flags name.
 
-    With `only_supervised`, a row without a token that is learned counts as bad.
+    Args:
+        only_supervised: whether a row without a token that is learned counts as bad.
+        needs_tokens: False if rows may stay text where the default tokenizer is not installed.
 
     Raises:
         ConfigError: no tokenizer, no such file, or a template that does not fit.
     """
-    tokenizer = read_tokenizer(
-        _name_tokenizer(flags),
-        key="--tokenizer",
-        alternative="give --tokenizer=DIR (a workdir or a .model file)",
-    )
+    tokenizer, no_tokens = None, ""
+    try:
+        tokenizer = read_tokenizer(
+            _name_tokenizer(flags),
+            key="--tokenizer",
+            alternative="give --tokenizer=DIR (a workdir or a .model file)",
+        )
+    except ConfigError as error:
+        if needs_tokens or flags.tokenizer:
+            raise
+        no_tokens = str(error)
     template = ChatTemplate(tokenizer, flags.template or "auto", literal_inst=flags.literal_inst)
+    fields = parse_fields(flags.fields, flags.format, "--fields")
     for line in describe_files(DataConfig(path=flags.file)):
         note(line)
 
     def read() -> Iterator[Chat | BadRow]:
         for source in split_sources(flags.file):
-            rows = read_chats(source, template, format=flags.format, mode=flags.mode)
+            rows = read_chats(source, template, format=flags.format, fields=fields, mode=flags.mode)
             yield from drop_unsupervised(rows) if only_supervised else rows
 
-    return Rows(_encode(read(), template), tokenizer)
+    return Rows(_encode(read(), template if tokenizer else None), tokenizer, no_tokens)
 
 
 def leave_the_pipe() -> None:
@@ -103,8 +138,16 @@ def _name_tokenizer(flags: argparse.Namespace) -> str:
     return str(kept) if kept.is_file() else name
 
 
-def _encode(rows: Iterator[Chat | BadRow], template: ChatTemplate) -> Iterator[EncodedRow | BadRow]:
+def _encode(
+    rows: Iterator[Chat | BadRow], template: ChatTemplate | None
+) -> Iterator[EncodedRow | BadRow]:
     while group := list(itertools.islice(rows, _ROWS_AT_ONCE)):
-        encoded = iter(template.encode_turns([row.turns for row in group if isinstance(row, Chat)]))
+        chats = [row for row in group if isinstance(row, Chat)]
+        encoded = itertools.repeat(_NO_TOKENS)
+        if template is not None:
+            encoded = iter(template.encode_turns([chat.turns for chat in chats]))
         for row in group:
-            yield row if isinstance(row, BadRow) else EncodedRow(next(encoded), row.origin)
+            if isinstance(row, BadRow):
+                yield row
+            else:
+                yield EncodedRow(next(encoded), row.origin, row.unread)

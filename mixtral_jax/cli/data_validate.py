@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from mixtral_jax.cli.data_rows import EncodedRow, leave_the_pipe, make_rows_parser, open_rows
 from mixtral_jax.config import require
+from mixtral_jax.data.chat.refused import describe_unread
 from mixtral_jax.data.readers import BadRow
 
 
@@ -22,13 +23,17 @@ def main(arguments: list[str]) -> int:
     length = flags.sequence_length
     require(length is None or length >= 2, f"--sequence_length={length} must be at least 2")
     tally = Tally(length)
-    opened = open_rows(flags, only_supervised=flags.mode == "training")
+    opened = open_rows(
+        flags, only_supervised=flags.mode == "training", needs_tokens=length is not None
+    )
     try:
         for row in opened.rows:
             if line := tally.add(row):
                 print(line)
         for line in tally.describe():
             print(line)
+        if opened.no_tokens:
+            print(f"tokens are not counted: {opened.no_tokens}")
     except BrokenPipeError:
         leave_the_pipe()
     return 1 if tally.num_bad else 0
@@ -45,6 +50,7 @@ class Tally:
     num_long: int = 0
     longest: int = 0
     bad_kinds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    unread: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     @property
     def num_bad(self) -> int:
@@ -57,6 +63,7 @@ class Tally:
         if isinstance(row, BadRow):
             self.bad_kinds[row.kind] += 1
             return f"{row.origin}: {row.reason}"
+        self.unread.update(row.unread)
         num_tokens = len(row.chat.tokens)
         self.num_tokens += num_tokens
         self.num_supervised += int(row.chat.require_mask().sum())
@@ -74,7 +81,11 @@ class Tally:
         for kind, count in self.bad_kinds.most_common():
             yield f"{count:>8,} x {kind}"
         yield f"{self.num_bad:,} of {self.num_rows:,} rows are bad"
-        share = self.num_supervised / max(self.num_tokens, 1)
+        if self.unread:
+            yield f"not read: {describe_unread(self.unread, max_names=None)}"
+        if not self.num_tokens:
+            return
+        share = self.num_supervised / self.num_tokens
         yield (
             f"{self.num_tokens:,} tokens in the others, {self.num_supervised:,} of them to be "
             f"learnt ({share:.1%})"

@@ -5,7 +5,15 @@ Knows no jax, so that reading or checking a config starts no back end. What depe
 `mapping` makes a `Config` of nested mappings, `files` reads those from config files.
 """
 
-from mixtral_jax.config.data import ChatConfig, ChatFormat, DataConfig, LiteralInst, TemplateName
+from mixtral_jax.config.data import (
+    ChatConfig,
+    ChatFormat,
+    DataConfig,
+    FieldMeaning,
+    LiteralInst,
+    TemplateName,
+    parse_fields,
+)
 from mixtral_jax.config.dispatch import DispatchConfig, GroupedMatmulName, TransportName
 from mixtral_jax.config.errors import ConfigError, require
 from mixtral_jax.config.files import SHIPPED, load_config, load_config_file, run_config_file
@@ -40,6 +48,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DispatchConfig",
+    "FieldMeaning",
     "FinetuneConfig",
     "GroupedMatmulName",
     "LiteralInst",
@@ -64,6 +73,7 @@ __all__ = [
     "load_config_file",
     "local_path",
     "names_existing",
+    "parse_fields",
     "require",
     "run_config_file",
     "set_key",

@@ -2,15 +2,17 @@
 
 import dataclasses
 import re
-from typing import Literal
+from typing import Literal, get_args
 
-from mixtral_jax.config.errors import require
+from mixtral_jax.config.errors import ConfigError, require
 
 TemplateName = Literal["auto", "v1", "v3"]
 LiteralInst = Literal["reject", "keep", "strip"]
 ChatFormat = Literal[
     "auto", "messages", "interactions", "conversations", "alpaca", "prompt_completion", "text"
 ]
+# What a field of a row can be named as: the message of a role, all messages, or nothing.
+FieldMeaning = Literal["system", "user", "assistant", "messages", "ignore"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,8 @@ class ChatConfig:
         literal_inst: what v1 does with a text that contains `[INST]` or `[/INST]`: reject the
             conversation, keep the text, or strip these words from it.
         format: the format of all rows; `auto` finds it row by row.
+        fields: what fields of a row mean that bear other names than those of a format, such as
+            `question:user,answer:assistant`, and which to ignore, as in `label:ignore`.
         long_rows: what happens to a conversation longer than `train.sequence_length`: `cut` keeps
             its beginning, `drop` leaves it out, `error` ends the run.
     """
@@ -29,7 +33,47 @@ class ChatConfig:
     template: TemplateName = "auto"
     literal_inst: LiteralInst = "reject"
     format: ChatFormat = "auto"
+    fields: str | None = None
     long_rows: Literal["cut", "drop", "error"] = "cut"
+
+    def __post_init__(self):
+        parse_fields(self.fields, self.format)
+
+
+def parse_fields(
+    fields: str | None, format: ChatFormat, key: str = "data.chat.fields"
+) -> dict[str, FieldMeaning]:
+    """Splits a value of `ChatConfig.fields` into the meaning of each field, in order.
+
+    Args:
+        key: the key or flag that holds the value, for the message of an error.
+
+    Raises:
+        ConfigError: a part is no NAME:MEANING, a name appears twice, or the meanings do not fit
+            each other or the format.
+    """
+    meanings: dict[str, FieldMeaning] = {}
+    for part in fields.split(",") if fields else ():
+        name, _, meaning = (piece.strip() for piece in part.rpartition(":"))
+        known = next((known for known in get_args(FieldMeaning) if meaning == known), None)
+        if not name or known is None:
+            raise ConfigError(
+                f"{key}: {part!r} must be NAME:MEANING, such as question:user; MEANING is one of "
+                f"{', '.join(get_args(FieldMeaning))}"
+            )
+        require(name not in meanings, f"{key}={fields} names {name} twice: name it once")
+        meanings[name] = known
+    read = [meaning for meaning in meanings.values() if meaning != "ignore"]
+    require(
+        "messages" not in read or len(read) == 1,
+        f"{key}={fields}: a field that holds all messages cannot stand beside another that is read",
+    )
+    require(
+        not read or format in ("auto", "messages"),
+        f"{key}={fields} makes messages of fields, so the format must be auto or messages, not "
+        f"{format}",
+    )
+    return meanings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,12 @@ Files are read twice: first to count bad rows and choose what to hold out, then 
 """
 
 import array
+import collections
 import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -42,6 +43,11 @@ class Item(Protocol):
         """The kind of text, judged by its file."""
         ...
 
+    @property
+    def unread(self) -> Sequence[str]:
+        """What its row fills and nothing reads."""
+        ...
+
 
 ItemT = TypeVar("ItemT", bound=Item)
 
@@ -57,11 +63,15 @@ class Placed(Generic[ItemT]):
 
 @dataclasses.dataclass(frozen=True)
 class RowCount:
-    """Numbers of rows and of bad rows, and what is wrong with the first of those."""
+    """Numbers of rows and of bad rows, and what is wrong with the first of those.
+
+    `unread`: what good rows fill and nothing reads, and the number of these rows.
+    """
 
     num_rows: int
     num_bad: int
     first_bad: str
+    unread: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def check(self, named: str, max_bad_fraction: float) -> None:
         """Makes sure that there is something to read and that few rows are bad.
@@ -100,7 +110,19 @@ class CorpusCount:
     @property
     def num_bad(self) -> int:
         """The number of bad rows of both."""
-        return self.of_path.num_bad + (self.of_held_out.num_bad if self.of_held_out else 0)
+        return sum(count.num_bad for count in self._counts)
+
+    @property
+    def unread(self) -> Mapping[str, int]:
+        """The fields that rows of either fill and nobody reads; see `RowCount`."""
+        total: collections.Counter[str] = collections.Counter()
+        for count in self._counts:
+            total.update(count.unread)
+        return total
+
+    @property
+    def _counts(self) -> list[RowCount]:
+        return [self.of_path, *([self.of_held_out] if self.of_held_out else [])]
 
     def check(self, config: DataConfig) -> None:
         """Checks both.
@@ -199,23 +221,20 @@ class Corpus(Generic[ItemT]):
         """
         places = array.array("d")
         first_bad, num_bad = "", 0
-        for source in sources:
-            num_before = len(places) + num_bad
-            for row in self._read(source):
-                if not isinstance(row, BadRow):
-                    places.append(_place(row.key))
-                    continue
-                first_bad = first_bad or f"{row.origin}: {row.reason}"
-                num_bad += 1
-                if num_bad <= _MAX_NAMED_BAD_ROWS:
-                    log.warning("bad row %s: %s", row.origin, row.reason)
-            require(
-                len(sources) == 1 or len(places) + num_bad > num_before,
-                f"{source.key}: {source.path} holds no row: leave it out, or put rows into it",
-            )
+        unread: collections.Counter[str] = collections.Counter()
+        for row in (row for source in sources for row in self._read(source)):
+            if not isinstance(row, BadRow):
+                places.append(_place(row.key))
+                unread.update(row.unread)
+                continue
+            first_bad = first_bad or f"{row.origin}: {row.reason}"
+            num_bad += 1
+            if num_bad <= _MAX_NAMED_BAD_ROWS:
+                log.warning("bad row %s: %s", row.origin, row.reason)
         if num_bad > _MAX_NAMED_BAD_ROWS:
             log.warning("... and %d more bad rows", num_bad - _MAX_NAMED_BAD_ROWS)
-        return _Rows(np.array(places), RowCount(len(places) + num_bad, num_bad, first_bad))
+        count = RowCount(len(places) + num_bad, num_bad, first_bad, dict(unread))
+        return _Rows(np.array(places), count)
 
 
 def _place(key: str) -> float:

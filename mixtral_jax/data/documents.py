@@ -1,18 +1,23 @@
 """Documents: rows that hold one text each, or its token ids, to be trained on whole."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mixtral_jax.data.domains import UNKNOWN, Category
+from mixtral_jax.data.marks import MARKS, forbids_learning
 from mixtral_jax.data.readers import (
     INVALID_UTF8,
     BadRow,
     RawRow,
     describe_invalid_utf8,
+    is_filled,
     name_type,
 )
 from mixtral_jax.data.sources import Source, read_rows
+
+# Fields that say which tokens are learnt; the last two matter beside token ids alone.
+_MASKS = ("loss_mask", "completion_mask", "attention_mask", "labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,11 @@ class Document:
         """Number of characters to encode."""
         return len(self.text if self.ids is None else self.ids)
 
+    @property
+    def unread(self) -> Sequence[str]:
+        """Nothing: what else is in the row of a text changes nothing, and is not listed."""
+        return ()
+
 
 def read_documents(
     source: Source | str,
@@ -61,7 +71,8 @@ def read_documents(
         ConfigError: there is nothing to read (raised at once), or a file cannot be read (raised
             when its turn comes).
     """
-    rows = read_rows(source, [text_field, domain_field] if domain_field else [text_field], suffixes)
+    named = [text_field, domain_field] if domain_field else [text_field]
+    rows = read_rows(source, list(dict.fromkeys([*named, *MARKS, *_MASKS])), suffixes)
     return (
         row if isinstance(row, BadRow) else _read_row(row, text_field, domain_field) for row in rows
     )
@@ -80,6 +91,10 @@ def _read_row(row: RawRow, text_field: str, domain_field: str | None) -> Documen
     if domain_field:
         category = category._replace(domain=str(value.get(domain_field, "")))
     text = value[text_field]
+    others = {name: value[name] for name in value if name not in (text_field, domain_field)}
+    if name := forbids_learning(others) or _find_mask(others, text):
+        reason = f"{name}={value[name]!r:.40} says that not all of the text is to be learnt"
+        return BadRow(origin, f"{reason}: leave the row out, or that field", "not to be learnt")
     if isinstance(text, list):
         return _read_ids(text, origin, category)
     if not isinstance(text, str):
@@ -94,6 +109,17 @@ def _read_row(row: RawRow, text_field: str, domain_field: str | None) -> Documen
         reason = describe_invalid_utf8(f"character {error.start}")
         return BadRow(origin, reason, INVALID_UTF8)
     return Document(text, origin, category)
+
+
+def _find_mask(row: Mapping[Any, Any], text: Any) -> str | None:
+    """The first field by which some tokens are padding, or not to be learnt; None if all are."""
+    holds_ids = isinstance(text, list)
+    for name in _MASKS[:3] if holds_ids else _MASKS[:2]:
+        mask = row.get(name)
+        if isinstance(mask, list) and any(said != 1 for said in mask):
+            return name
+    labels = row.get("labels")
+    return "labels" if holds_ids and is_filled(labels) and labels != text else None
 
 
 def _read_ids(ids: list[Any], origin: str, category: Category) -> Document | BadRow:

@@ -21,6 +21,9 @@ from mixtral_jax.data.domains import UNKNOWN, Category
 
 INVALID_JSON = "invalid JSON"
 INVALID_UTF8 = "invalid UTF-8"
+INVALID_CSV = "invalid CSV"
+# The value of a column that is filled, but was not loaded.
+NOT_LOADED = object()
 
 _POINTER = b"version https://git-lfs.github.com/"
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -71,12 +74,24 @@ def name_type(value: object) -> str:
     return next((name for kind, name in _TYPE_NAMES if isinstance(value, kind)), "another type")
 
 
+def is_filled(value: object) -> bool:
+    """Whether a value says anything: it is not null, and not an empty text, list or object.
+
+    Tables have every field in every row, so an object whose values are all empty is empty too.
+    """
+    if isinstance(value, Mapping):
+        return any(map(is_filled, value.values()))
+    if isinstance(value, list | tuple):
+        return any(item is not None for item in value)
+    return value not in ("", "[]", "{}") if isinstance(value, str) else value is not None
+
+
 def read_file(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     """Reads the rows of a file. A file of a suffix that is not in `READERS` is read as one text.
 
     Args:
-        fields: the fields that are needed. Columns of other names are not loaded, and a text
-            becomes the value of the first.
+        fields: the fields that are needed. Columns of other names are not loaded: a row has
+            `NOT_LOADED` in their place, or None. A text becomes the value of the first field.
 
     Raises:
         ConfigError: the file, or the rest of it, cannot be read; names it and the reason.
@@ -168,16 +183,41 @@ def _read_csv(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
         reader = csv.DictReader(lines)
         last_line = reader.line_num if reader.fieldnames else 0
         for row in reader:
-            yield RawRow(row, f"{file}:{last_line + 1}")
+            origin = f"{file}:{last_line + 1}"
             last_line = reader.line_num
+            if None in row:  # Cells that no name of the header belongs to.
+                reason = "it has more cells than the header: put texts with commas into quotes"
+                yield BadRow(origin, f"{INVALID_CSV}: {reason}", INVALID_CSV)
+            else:
+                yield RawRow(row, origin)
 
 
 def _read_parquet(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     import pyarrow.parquet
 
+    def read_groups() -> Iterator[tuple[Any, Sequence[str]]]:
+        names = table.schema_arrow.names
+        for number in range(table.num_row_groups):
+            group = table.metadata.row_group(number)
+            full = [name for name in names if name not in fields and _is_full(group, name)]
+            columns = [name for name in names if name not in full]
+            for batch in table.iter_batches(1024, row_groups=[number], columns=columns):
+                yield batch, full
+
     with pyarrow.parquet.ParquetFile(_open_anywhere(file)) as table:
-        columns = [name for name in fields if name in table.schema_arrow.names] or None
-        yield from _read_columns(table.iter_batches(batch_size=1024, columns=columns), fields, file)
+        yield from _read_columns(read_groups(), fields, file)
+
+
+def _is_full(group: Any, name: str) -> bool:
+    """Whether the statistics of a row group say that the column is null in no row."""
+    parts = map(group.column, range(group.num_columns))
+    return any(
+        part.statistics is not None
+        and part.statistics.has_null_count
+        and part.statistics.null_count == 0
+        for part in parts
+        if part.path_in_schema == name or part.path_in_schema.startswith(f"{name}.")
+    )
 
 
 def _read_arrow(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
@@ -190,7 +230,7 @@ def _read_arrow(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
         else:  # The streaming format, which `datasets` writes.
             source.seek(0)
             batches = pyarrow.ipc.open_stream(source)
-        yield from _read_columns(batches, fields, file)
+        yield from _read_columns(((batch, ()) for batch in batches), fields, file)
 
 
 def _open_anywhere(file: Path) -> Any:
@@ -203,25 +243,31 @@ def _open_anywhere(file: Path) -> Any:
         return pyarrow.BufferReader(content.read())
 
 
-def _read_columns(batches: Any, fields: Sequence[str], file: Path) -> Iterator[RawRow | BadRow]:
+def _read_columns(
+    batches: Iterator[tuple[Any, Sequence[str]]], fields: Sequence[str], file: Path
+) -> Iterator[RawRow | BadRow]:
     """Reads rows of record batches, numbered from 1.
 
-    If none of `fields` is a column, a row has all names with None, so that an error can list them.
+    Args:
+        batches: each with the names of further columns, which are filled in all of its rows.
     """
     number = 0
-    for batch in batches:
-        names = batch.schema.names
-        columns = {name: batch.column(name) for name in fields if name in names}
+    for batch, full in batches:
+        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+        unneeded = [name for name in columns if name not in fields]
+        others = {name: columns.pop(name).is_valid().to_pylist() for name in unneeded}
         for place in range(batch.num_rows):
             number += 1
             origin = f"{file}:{number}"
+            row = dict.fromkeys(full, NOT_LOADED)
+            row |= {name: NOT_LOADED if valid[place] else None for name, valid in others.items()}
             try:
-                row = {name: column[place].as_py() for name, column in columns.items()}
+                row |= {name: column[place].as_py() for name, column in columns.items()}
             except UnicodeDecodeError as error:
                 reason = describe_invalid_utf8(f"byte {error.start}")
                 yield BadRow(origin, reason, INVALID_UTF8)
             else:
-                yield RawRow(row or dict.fromkeys(names), origin)
+                yield RawRow(row, origin)
 
 
 # Suffix -> the reader of such a file's rows.

@@ -201,10 +201,16 @@ def read_rows(
         suffixes: which files to read, as in `DataConfig`.
 
     Raises:
-        ConfigError: there is nothing to read (raised at once), or a file cannot be read (raised
-            when its turn comes).
+        ConfigError: there is nothing to read (raised at once), a file cannot be read (raised when
+            its turn comes), or no file holds a row (raised at the end).
     """
     source = Source(source) if isinstance(source, str) else source
+    return _require_row(source, _read_source(source, fields, suffixes))
+
+
+def _read_source(
+    source: Source, fields: Sequence[str], suffixes: str | None
+) -> Iterator[RawRow | BadRow]:
     path = source.path
     if path.startswith(HUB):
         rows = enumerate(_load(source), start=1)
@@ -220,6 +226,17 @@ def read_rows(
 def _load(source: Source) -> Any:
     own = None if source.split in (TRAIN, None) else source.split
     return load_hub(source.path, source.key, own)
+
+
+def _require_row(source: Source, rows: Iterator[RawRow | BadRow]) -> Iterator[RawRow | BadRow]:
+    is_empty = True
+    for row in rows:
+        is_empty = False
+        yield row
+    part = "" if source.split in (TRAIN, None) else f", split {source.split},"
+    require(
+        not is_empty, f"{source.key}={source.path}{part} holds no row: name files that hold some"
+    )
 
 
 def _read_file(file: Path, fields: Sequence[str], root: Path) -> Iterator[RawRow | BadRow]:

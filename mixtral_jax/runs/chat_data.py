@@ -4,7 +4,10 @@ import dataclasses
 import hashlib
 import time
 
+from rich.markup import escape
+
 from mixtral_jax.data.chat.prepare import PreparedChats, Question, pick_questions, prepare_chats
+from mixtral_jax.data.chat.refused import describe_unread
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.evaluate.perplexity import TokenBytes, make_evaluator
 from mixtral_jax.parallel.agreement import require_same
@@ -79,7 +82,7 @@ def open_chat(run: Run, tokenizer: Tokenizer) -> ChatData:
 
 
 def _describe(chats: PreparedChats, packed: PackedStores, long_rows: str) -> list[str]:
-    """Describes what there is to train on and, if anything was left out, what."""
+    """Describes what there is to train on, what was left out, and which fields were not read."""
     plan = packed.plan
     lines = [
         f"[bold]chats[/]       {chats.train.num_documents:,} conversations in template "
@@ -96,4 +99,7 @@ def _describe(chats: PreparedChats, packed: PackedStores, long_rows: str) -> lis
     if any(left_out.values()):
         described = ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count)
         lines.append(f"[bold]left out[/]    {described}")
+    if chats.unread:
+        unread = escape(describe_unread(chats.unread))
+        lines.append(f"[bold]not read[/]    {unread}")
     return lines

@@ -21,7 +21,8 @@ from mixtral_jax.config import (
     require,
 )
 from mixtral_jax.data.batches import spread_batches
-from mixtral_jax.data.chat.prepare import prepare_chats
+from mixtral_jax.data.chat.prepare import PreparedChats, prepare_chats
+from mixtral_jax.data.chat.refused import describe_unread
 from mixtral_jax.data.packing import PackPlan, plan_rows
 from mixtral_jax.data.sources import describe_files
 from mixtral_jax.data.store import TokenStore
@@ -234,6 +235,8 @@ def _open_stores(task: EvalTask, tokenizer: Tokenizer, *, is_shown: bool) -> lis
         note(line)
     prepare = prepare_chats if task.is_chat else tokenize_text
     prepared = prepare(task.data, tokenizer)
+    if isinstance(prepared, PreparedChats) and prepared.unread:
+        note(f"not read: {describe_unread(prepared.unread)}", is_shown=is_shown)
     if task.part == "held_out":
         return [prepared.held_out]
     return [prepared.train, prepared.held_out]

@@ -1,6 +1,7 @@
 """`data inspect` and `data validate`: every row by name and in order, and golden conversations."""
 
 import json
+import random
 import time
 
 import pytest
@@ -8,7 +9,15 @@ import pytest
 from mixtral_jax.cli.main import run_verb
 from mixtral_jax.config import ConfigError
 from mixtral_jax.data.chat.template import ChatTemplate
-from tests.data.chat_cases import GOLDEN, mode_of, train_tokenizer, write_mixed_rows
+from tests.data.chat_cases import (
+    GOLDEN,
+    UNREAD_NAMES,
+    mode_of,
+    random_value,
+    row_of,
+    train_tokenizer,
+    write_mixed_rows,
+)
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +169,72 @@ def test_a_row_without_a_token_to_learn_is_bad_in_training_alone(capsys, tmp_pat
     assert run_verb(["data", "validate", *flags, "--mode=serving"]) == 0
 
 
+@pytest.mark.parametrize("level", ["row", "message", "chunk"])
+def test_validate_lists_every_field_that_is_not_read(capsys, tmp_path, tokenizers, level):
+    rng = random.Random(level)
+    rows = []
+    for name in UNREAD_NAMES:
+        row = row_of("messages")
+        chunk = {"type": "text", "text": "q"}
+        row["messages"][0]["content"] = [chunk]
+        places = {"row": row, "message": row["messages"][1], "chunk": chunk}
+        places[level][name] = random_value(rng)
+        rows += [row, row]
+    (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = [str(tmp_path / "f.jsonl"), f"--tokenizer={tokenizers['v1'][1]}"]
+    assert run_verb(["data", "validate", *flags]) == 0
+    (line,) = (
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("not read: ")
+    )
+    of = "" if level == "row" else f" of a {level}"
+    listed = line.removeprefix("not read: ").replace(" rows)", ")").split(", ")
+    assert sorted(listed) == sorted(f"{name}{of} (2)" for name in UNREAD_NAMES)
+
+
+def test_fields_are_named_for_both_verbs(capsys, tmp_path, tokenizers):
+    (tmp_path / "f.jsonl").write_text('{"question": "q", "answer": "a", "id": 3}')
+    (tmp_path / "g.jsonl").write_text(json.dumps(row_of("messages")))
+    tokenizer = f"--tokenizer={tokenizers['v1'][1]}"
+    named = "--fields=question:user,answer:assistant"
+    rows = inspect(capsys, tmp_path / "f.jsonl", tokenizer, named)
+    assert rows == inspect(capsys, tmp_path / "g.jsonl", tokenizer)
+    assert run_verb(["data", "validate", str(tmp_path / "f.jsonl"), tokenizer, named]) == 0
+    assert "not read: id (1 row)" in capsys.readouterr().out.splitlines()
+    assert run_verb(["data", "validate", str(tmp_path / "f.jsonl"), tokenizer]) == 1
+    assert "data.chat.fields, such as question:user" in capsys.readouterr().out
+
+
+def test_validate_checks_everything_but_tokens_without_a_tokenizer(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    wrong = write_mixed_rows(tmp_path / "f.jsonl", num_rows=300, num_bad=30)
+    for flags in ([], ["--template=v3"]):
+        # Words that look like those of v1 are harmless in v3.
+        expected = [
+            number for number, reason in wrong.items() if not flags or reason != "LiteralInst"
+        ]
+        assert run_verb(["data", "validate", str(tmp_path / "f.jsonl"), *flags]) == 1
+        *named, last = capsys.readouterr().out.splitlines()
+        found = [line.split(":")[1] for line in named if line.startswith(str(tmp_path))]
+        assert [int(number) for number in found] == expected
+        assert f"{len(expected)} of 300 rows are bad" in named
+        assert last.startswith("tokens are not counted: ") and "--tokenizer=DIR" in last
+    for verb, flag in (
+        ("inspect", "--mode=training"),
+        ("validate", "--tokenizer=mixtral"),
+        ("validate", "--sequence_length=50"),
+    ):
+        with pytest.raises(ConfigError, match="needs the package mistral-common"):
+            run_verb(["data", verb, str(tmp_path / "f.jsonl"), flag])
+
+
+@pytest.mark.parametrize("verb", ["inspect", "validate"])
+@pytest.mark.parametrize("name", ["f.jsonl", "f.csv", "f.json"])
+def test_a_file_without_a_row_is_refused_by_name(tmp_path, tokenizers, verb, name):
+    (tmp_path / name).write_text({"f.csv": "prompt,completion\n", "f.json": "[]"}.get(name, "\n"))
+    with pytest.raises(ConfigError, match=rf"{name} holds no row"):
+        run_verb(["data", verb, str(tmp_path / name), f"--tokenizer={tokenizers['v1'][1]}"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -169,6 +244,7 @@ def test_a_row_without_a_token_to_learn_is_bad_in_training_alone(capsys, tmp_pat
         (["inspect", "f.jsonl", "--tokenizer=train:400"], "name the run's workdir"),
         (["inspect", "f.jsonl", "--tokenizer=nowhere.model"], "nowhere.model: no such file"),
         (["validate", "f.jsonl", "--sequence_length=1"], "at least 2"),
+        (["validate", "f.jsonl", "--fields=q"], "^--fields: 'q' must be NAME:MEANING"),
     ],
 )
 def test_a_wrong_flag_is_answered_with_what_would_be_right(arguments, words):

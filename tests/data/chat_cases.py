@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import sentencepiece
 
 from mixtral_jax.data.chat.messages import Mode
@@ -159,3 +161,47 @@ def good_line(number: int) -> bytes:
         {"interactions": [asked, said], "system_prompt": "Be exact."},
     ][number % 5]
     return json.dumps(row).encode()
+
+
+# Fields that change nothing that is learnt.
+UNREAD_NAMES = (
+    *("id", "source", "meta", "category", "score", "name", "lang", "split", "difficulty"),
+    *("cache_control", "annotations", "parallel_tool_calls", "prompt_id", "created_at"),
+)
+
+
+def row_of(form: str) -> dict[str, Any]:
+    """A good row of a format; `prompts` is `prompt_completion` with lists of messages."""
+    asked, said = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    rows: dict[str, dict[str, Any]] = {
+        "messages": {"messages": [asked, said]},
+        "interactions": {"interactions": [asked, said]},
+        "conversations": {
+            "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+        },
+        "alpaca": {"instruction": "q", "output": "a"},
+        "prompt_completion": {"prompt": "q", "completion": "a"},
+        "prompts": {"prompt": [asked], "completion": [said]},
+        "text": {"text": "t"},
+    }
+    return rows[form]
+
+
+def random_value(rng: random.Random) -> Any:
+    """A value of any type in JSON that is not empty."""
+    return rng.choice(
+        [True, False, 0, 1, -3, 0.5, "text", "true", [0], ["x"], {"a": 1}, [{"a": None}], [[]]]
+    )
+
+
+def write_table(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows as the suffix of the file says: JSON lines, Parquet or Arrow."""
+    if file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return
+    table = pyarrow.Table.from_pylist(rows)
+    if file.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, file, row_group_size=1)
+    else:
+        with pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)

@@ -61,7 +61,25 @@ def message(role, content, **fields):
             [message("user", "a", text="b"), ANSWER],
             "training",
             InvalidUserMessageException,
-            "not both",
+            "content and text, not both",
+        ),
+        (
+            [message("user", None, value="a", text="b"), ANSWER],
+            "training",
+            InvalidUserMessageException,
+            "text and value, not both",
+        ),
+        (
+            [USER, message("assistant", "a", **{"from": "human"})],
+            "training",
+            InvalidMessageStructureException,
+            r"must agree: .*\[1\], role='assistant', from='human'",
+        ),
+        (
+            [message("user", "a", context="c"), ANSWER],
+            "training",
+            InvalidUserMessageException,
+            "may belong to the question, .*found context",
         ),
         (
             [message("user", "a", weight=1), ANSWER],
@@ -137,3 +155,23 @@ def message(role, content, **fields):
 def test_a_mistake_has_a_name_a_rule_and_a_place(template, messages, mode, kind, words):
     with pytest.raises(kind, match=words):
         template.encode(messages, mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "words"),
+    [
+        ("a", r"an object with type and text \(messages\[0\], content\[1\] is text\)"),
+        (None, r"an object with type and text .*content\[1\] is null"),
+        ({"value": "a"}, r"an object with type and text .*content\[1\] has value"),
+        ({"text": "a"}, r"an object with type and text .*content\[1\] has text"),
+        ({"type": "image_url", "image_url": {"url": "u"}}, r"content\[1\], type='image_url'"),
+        ({"type": "text", "value": "a"}, r"its text in the field text .*\[1\] has type, value"),
+        ({"type": "text", "text": None}, r"its text in the field text .*\[1\] has type, text"),
+        ({"type": "text", "text": 3}, r"its text in the field text .*\[1\] has a number as text"),
+        ({"type": "text", "text": "a", "image_url": {"url": "u"}}, "only text is read"),
+    ],
+)
+def test_what_is_wrong_with_a_chunk_is_said_of_that_chunk(template, chunk, words):
+    content = [{"type": "text", "text": "a"}, chunk]
+    with pytest.raises(InvalidUserMessageException, match=words):
+        template.encode([message("user", content), ANSWER])

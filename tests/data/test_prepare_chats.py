@@ -165,3 +165,24 @@ def test_questions_are_held_out_conversations_up_to_their_first_answer(tokenizer
             == ChatTemplate(tokenizer).encode(messages[:1], mode="serving").tokens.tolist()
         )
         assert question.answer.tolist() == [*tokenizer.encode(f"answer {number}"), EOS]
+
+
+def test_fields_that_are_not_read_are_counted_and_kept_with_the_cache(tokenizer, tmp_path):
+    rows = [ask(number, name="n") | {"id": number} for number in range(NUM_ROWS)]
+    rows[0] |= {"source": "s"}
+    rows[1] |= {"id": None, "images": ["i.png"]}  # A bad row is named instead.
+    file = write_rows(tmp_path / "f.jsonl", rows)
+    expected = {"id": NUM_ROWS - 1, "name of a message": NUM_ROWS - 1, "source": 1}
+    for _ in range(2):
+        prepared = prepare(file, tokenizer, tmp_path, max_bad_fraction=0.1)
+        assert prepared.unread == expected and prepared.num_bad == 1
+
+
+def test_named_fields_are_conversations_of_their_own_in_the_cache(tokenizer, tmp_path):
+    rows = [{"q": f"q {number}", "a": "a", "b": "b"} for number in range(NUM_ROWS)]
+    file = write_rows(tmp_path / "f.jsonl", rows)
+    for answer, other in ("ab", "ba"):
+        chat = ChatConfig(fields=f"q:user,{answer}:assistant")
+        prepared = prepare(file, tokenizer, tmp_path, chat=chat)
+        assert all(text.endswith(answer) for text in texts_of(prepared.train, tokenizer))
+        assert prepared.unread == {other: NUM_ROWS}

@@ -11,7 +11,8 @@ import pytest
 
 from mixtral_jax.config import ConfigError
 from mixtral_jax.data.documents import Document, read_documents
-from mixtral_jax.data.readers import BadRow
+from mixtral_jax.data.readers import NOT_LOADED, BadRow, read_file
+from tests.data.chat_cases import write_table
 from tests.data.text_files import texts, write_file
 
 SAVE = "save the text as UTF-8, or leave the row out"
@@ -198,3 +199,27 @@ def test_a_file_damaged_inside_is_a_config_error(tmp_path, suffix):
 def test_a_text_file_of_invalid_utf8_is_one_bad_row(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff no such text")
     assert bad_rows(tmp_path) == {"a.txt": f"invalid UTF-8 at character 0: {SAVE}"}
+
+
+def test_a_line_of_csv_with_more_cells_than_the_header_is_a_bad_row(tmp_path):
+    (tmp_path / "f.csv").write_text('id,text\n1,one, two\n2,"one, two"\n3,three\n')
+    assert texts(tmp_path) == ["one, two", "three"]
+    (reason,) = bad_rows(tmp_path).values()
+    assert reason.startswith("invalid CSV: it has more cells than the header")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_columns_that_nobody_needs_are_not_loaded_but_known_to_be_filled(tmp_path, suffix):
+    rows = [
+        {"text": "a", "full": "x" * 9, "empty": None, "mixed": 1, "nested.list": [{"b": 1}]},
+        {"text": "b", "full": "y" * 9, "empty": None, "mixed": None, "nested.list": [{"b": 2}]},
+    ]
+    file = tmp_path / f"f{suffix}"
+    write_table(file, rows)
+    first, second = (row.value for row in read_file(file, ["text"]))
+    assert first == {
+        "text": "a",
+        "empty": None,
+        **dict.fromkeys(("full", "mixed", "nested.list"), NOT_LOADED),
+    }
+    assert second == first | {"text": "b", "mixed": None}

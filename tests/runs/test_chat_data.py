@@ -2,13 +2,18 @@
 
 import io
 import json
+import types
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from mixtral_jax.config import ConfigError
+from mixtral_jax.parallel.processes import Processes
+from mixtral_jax.parallel.rules import AxisRules
 from mixtral_jax.runs.chat_data import open_chat
+from mixtral_jax.runs.eval_data import EvalTask, open_task
 from tests.cases import cpu_model_maker, make_run, mesh_of, small_config
 from tests.data.chat_cases import good_line, train_tokenizer, write_mixed_rows
 
@@ -104,6 +109,30 @@ def test_what_is_left_out_is_said_with_counts(open_run, tmp_path):
         ConfigError, match=r"2 of \d+ conversations are longer than train.sequence_length=96"
     ):
         open_run(tmp_path / "f.jsonl", **settings, data__chat__long_rows="error")
+
+
+def test_fields_that_are_not_read_are_named_at_every_start(open_run, tmp_path):
+    rows = [json.loads(good_line(number)) | {"id": number, "[b]": 1} for number in range(50)]
+    (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for _ in range(2):  # The second time from the cache.
+        assert "not read    [b] (50 rows), id (50)\n" in open_run(tmp_path / "f.jsonl")[1]
+    write_good(tmp_path / "g.jsonl", 60)
+    assert "not read" not in open_run(tmp_path / "g.jsonl")[1]
+
+
+def test_fields_that_are_not_read_are_named_where_a_model_is_evaluated(
+    open_run, tokenizer, tmp_path, capsys
+):
+    rows = [json.loads(good_line(number)) | {"id": number} for number in range(50)]
+    (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    _, _, run = open_run(tmp_path / "f.jsonl")
+    model = types.SimpleNamespace(rules=AxisRules())
+    loaded: Any = types.SimpleNamespace(
+        tokenizer=tokenizer, config=run.config, mesh=run.mesh, model=model
+    )
+    task = EvalTask(run.config.data, "all", True, LENGTH, None)
+    assert open_task(loaded, task, Processes()).counts
+    assert "not read: id (50 rows)\n" in capsys.readouterr().err
 
 
 def test_held_out_answers_are_judged_and_questions_given(open_run, tokenizer, tmp_path):

@@ -4,13 +4,25 @@
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from mixtral_jax.config import ChatFormat
-from mixtral_jax.data.chat.errors import ChatException, NoSupervisedTokenException
+from mixtral_jax.config import ChatFormat, FieldMeaning
+from mixtral_jax.data.chat.errors import (
+    ChatException,
+    InvalidRowException,
+    NoSupervisedTokenException,
+)
+from mixtral_jax.data.chat.fields import (
+    NamedRow,
+    Row,
+    list_unread_fields,
+    name_fields,
+    refuse_fields,
+)
 from mixtral_jax.data.chat.formats import (
     FIELDS,
-    Row,
+    FORMATS_IN_PARTS,
+    READ_FIELDS,
     find_format,
     read_row,
     read_system,
@@ -20,7 +32,7 @@ from mixtral_jax.data.chat.formats import (
 from mixtral_jax.data.chat.messages import Message, Mode
 from mixtral_jax.data.chat.template import ChatTemplate, Turn
 from mixtral_jax.data.domains import UNKNOWN, Category
-from mixtral_jax.data.readers import BadRow, RawRow
+from mixtral_jax.data.readers import BadRow, RawRow, is_filled, name_type
 from mixtral_jax.data.sources import Source, read_rows
 
 
@@ -35,6 +47,7 @@ class Chat:
             row's `split_group`, or else what the user says.
         origin: where it was read, such as `file.jsonl:17`.
         category: the kind of text, judged by its file (`domains`).
+        unread: what the row fills and nothing reads, such as `id` or `name of a message`.
     """
 
     turns: Sequence[Turn]
@@ -42,6 +55,7 @@ class Chat:
     key: str
     origin: str
     category: Category = UNKNOWN
+    unread: Sequence[str] = ()
 
     @property
     def num_characters(self) -> int:
@@ -54,6 +68,7 @@ def read_chats(
     template: ChatTemplate,
     *,
     format: ChatFormat = "auto",
+    fields: Mapping[str, FieldMeaning] | None = None,
     mode: Mode = "training",
     suffixes: str | None = None,
 ) -> Iterator[Chat | BadRow]:
@@ -61,26 +76,32 @@ def read_chats(
 
     Args:
         source: or the path of one.
+        fields: what fields of rows mean, if the user says so.
         suffixes: which files to read, as in `DataConfig`.
 
     Raises:
-        ConfigError: there is nothing to read (raised at once), or a file cannot be read (raised
-            when its turn comes).
+        ConfigError: there is nothing to read (raised at once, or at the end), or a file cannot be
+            read (raised when its turn comes).
     """
 
     def read(row: RawRow | BadRow) -> Chat | BadRow:
         if isinstance(row, BadRow):
             return row
         try:
-            return read_chat(row, template, format=format, mode=mode)
+            return read_chat(row, template, format=format, fields=fields, mode=mode)
         except ChatException as error:
             return _as_bad_row(error)
 
-    return map(read, read_rows(source, FIELDS, suffixes))
+    return map(read, read_rows(source, (*FIELDS, *(fields or ())), suffixes))
 
 
 def read_chat(
-    row: RawRow, template: ChatTemplate, *, format: ChatFormat = "auto", mode: Mode = "training"
+    row: RawRow,
+    template: ChatTemplate,
+    *,
+    format: ChatFormat = "auto",
+    fields: Mapping[str, FieldMeaning] | None = None,
+    mode: Mode = "training",
 ) -> Chat:
     """Reads the conversation in a row.
 
@@ -89,16 +110,22 @@ def read_chat(
     """
     system: list[Message] = []
     try:
-        fields = require_fields(row.value)
-        name = find_format(fields) if format == "auto" else format
+        named = name_fields(require_fields(row.value), fields or {})
+        refuse_fields(named.row)
+        name = _choose_format(named, format)
         if name == "text":
-            text = read_text(fields)
-            return Chat(template.lay_out_text(text, mode=mode), (), text, row.origin, row.category)
-        messages = read_row(fields, name)
-        system = read_system(fields, messages)
-        everything = [*system, *messages]
-        turns = template.lay_out(everything, mode=mode)
-        return Chat(turns, everything, _make_key(fields, messages), row.origin, row.category)
+            text = read_text(named.row)
+            turns = template.lay_out_text(text, mode=mode)
+            messages, everything = [], []
+        else:
+            text = ""
+            messages = read_row(named.row, name)
+            system = read_system(named.row, messages)
+            everything = [*system, *messages]
+            turns = template.lay_out(everything, mode=mode)
+        key = _read_group(named.row) or text or _make_key(messages)
+        unread = _list_unread(named, name, messages)
+        return Chat(turns, everything, key, row.origin, row.category, unread)
     except ChatException as error:
         _number_as_in_row(error, num_system=len(system))
         error.origin = row.origin
@@ -122,10 +149,32 @@ def _as_bad_row(error: ChatException) -> BadRow:
     return BadRow(error.origin, error.describe(), type(error).__name__)
 
 
-def _make_key(row: Row, messages: Sequence[Message]) -> str:
+def _choose_format(named: NamedRow, format: ChatFormat) -> ChatFormat:
+    if named.has_messages:
+        return "messages"
+    return find_format(named.row) if format == "auto" else format
+
+
+def _list_unread(named: NamedRow, format: ChatFormat, messages: Sequence[Message]) -> list[str]:
+    is_in_parts = named.is_in_parts or format in FORMATS_IN_PARTS
+    unread = list_unread_fields(named.row, READ_FIELDS[format], is_in_parts=is_in_parts)
+    of_messages = (name for message in messages for name in message.unread)
+    return list(dict.fromkeys([*named.unread, *unread, *of_messages]))
+
+
+def _read_group(row: Row) -> str:
+    """The group of the held-out split that a row names; empty if it names none."""
     group = row.get("split_group")
-    if isinstance(group, str) and group:
-        return group
+    if not is_filled(group):
+        return ""
+    if not isinstance(group, str | int):
+        raise InvalidRowException(
+            "split_group must be text or a whole number", found=f"found {name_type(group)}"
+        )
+    return str(group)
+
+
+def _make_key(messages: Sequence[Message]) -> str:
     questions = [message.content for message in messages if message.role == "user"]
     return "\0".join(questions) or "\0".join(message.content for message in messages)
 

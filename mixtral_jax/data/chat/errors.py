@@ -46,15 +46,15 @@ class InvalidMessageStructureException(ChatException):
 
 
 class InvalidUserMessageException(ChatException):
-    """A user message is not text."""
+    """A user message is not text, or a field of it changes what it means."""
 
 
 class InvalidAssistantMessageException(ChatException):
-    """An assistant message is empty or not text, or its weight or prefix is wrong."""
+    """An assistant message is empty or not text, or a field of it cannot be honoured."""
 
 
 class InvalidSystemPromptException(ChatException):
-    """A system message is not text."""
+    """A system message is not text, or a field of it changes what it means."""
 
 
 class TokenizerException(ChatException):
@@ -70,7 +70,7 @@ class LiteralInstException(ChatException):
 
 
 class InvalidRowException(ChatException):
-    """A row has no known format, or does not follow it."""
+    """A row has no known format, does not follow it, or fills a field that changes its meaning."""
 
 
 class NoSupervisedTokenException(ChatException):

@@ -13,12 +13,12 @@ from mixtral_jax.data.chat.errors import (
     InvalidRowException,
     InvalidSystemPromptException,
     InvalidTextException,
-    TokenizerException,
 )
+from mixtral_jax.data.chat.fields import Row
 from mixtral_jax.data.chat.messages import Message, read_messages
-from mixtral_jax.data.readers import describe_invalid_utf8, name_type
-
-Row = Mapping[Any, Any]
+from mixtral_jax.data.chat.refused import QUESTION_PARTS, REFUSED
+from mixtral_jax.data.marks import MARKS
+from mixtral_jax.data.readers import describe_invalid_utf8, is_filled, name_type
 
 # Which format a field is a sign of. The first of these fields that is not null decides.
 _FORMAT_BY_FIELD: dict[str, ChatFormat] = {
@@ -32,33 +32,31 @@ _FORMAT_BY_FIELD: dict[str, ChatFormat] = {
 }
 _LIST_FORMATS: tuple[ChatFormat, ...] = ("messages", "interactions", "conversations")
 _SYSTEM_FIELDS = ("system_prompt", "system")
-_TOOL_FIELDS = ("tools", "available_tools")
-# All fields that are read; other columns of a table are never loaded.
-FIELDS = (
-    "text",
-    "content",
-    "messages",
-    "interactions",
-    "conversations",
-    "instruction",
-    "input",
-    "output",
-    "history",
-    "prompt",
-    "completion",
-    *_SYSTEM_FIELDS,
-    *_TOOL_FIELDS,
-    "only_last",
-    "split_group",
-)
-_SHAREGPT_ROLES = {
-    "human": "user",
-    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant"),
+_COMMON_FIELDS = ("only_last", "split_group", *MARKS)
+# Format -> the fields that it reads.
+READ_FIELDS: dict[ChatFormat, tuple[str, ...]] = {
+    **{field: (field, *_SYSTEM_FIELDS, *_COMMON_FIELDS) for field in _LIST_FORMATS},
+    "alpaca": ("instruction", "input", "output", "history", *_SYSTEM_FIELDS, *_COMMON_FIELDS),
+    "prompt_completion": ("prompt", "completion", *_SYSTEM_FIELDS, *_COMMON_FIELDS),
+    "text": ("text", "content", *_COMMON_FIELDS),
 }
+# Formats whose question is a field of the row, so that another field may belong to it.
+FORMATS_IN_PARTS: tuple[ChatFormat, ...] = ("alpaca", "prompt_completion")
+# All fields whose values matter; other columns of a table are never loaded. A file that is one text
+# becomes the first.
+FIELDS = tuple(
+    dict.fromkeys(
+        [
+            "text",
+            *(name for names in READ_FIELDS.values() for name in names),
+            *(*REFUSED, *QUESTION_PARTS),
+        ]
+    )
+)
 
 
 def require_fields(value: object) -> Row:
-    """Makes sure that a row is an object without tools.
+    """Makes sure that a row is an object.
 
     Raises:
         ChatException: it is not.
@@ -68,12 +66,6 @@ def require_fields(value: object) -> Row:
             f"a row must be an object with one of the fields {', '.join(_FORMAT_BY_FIELD)}",
             found=f"found {name_type(value)}",
         )
-    for field in _TOOL_FIELDS:
-        if value.get(field) not in (None, "", [], "[]"):
-            raise TokenizerException(
-                "tools are not supported by any template: leave such rows out",
-                found=f"found {field}",
-            )
     return value
 
 
@@ -92,7 +84,8 @@ def find_format(row: Row) -> ChatFormat:
         )
     if not filled:
         raise InvalidRowException(
-            f"a row must have one of the fields {', '.join(_FORMAT_BY_FIELD)}",
+            f"a row must have one of the fields {', '.join(_FORMAT_BY_FIELD)}; or say what its own "
+            "are with data.chat.fields, such as question:user,answer:assistant",
             found=f"it has {', '.join(map(str, row)) or 'none'}",
         )
     return _FORMAT_BY_FIELD[filled[0]]
@@ -104,7 +97,8 @@ def read_row(row: Row, format: ChatFormat) -> list[Message]:
     Raises:
         ChatException: says what is wrong, and in which message.
     """
-    return _READERS[format](row)
+    messages = _READERS[format](row)
+    return _train_on_last(messages) if _is_only_last(row) else messages
 
 
 def read_text(row: Row) -> str:
@@ -118,6 +112,8 @@ def read_text(row: Row) -> str:
         raise InvalidRowException(
             "a row must have one of text and content, not both: leave one out"
         )
+    if _is_only_last(row):
+        raise InvalidRowException("a text has no answers, so only_last must not be true")
     text = _require_text(row, "text" if content is None else "content")
     if not text.strip():
         raise InvalidTextException("empty text: leave the row out")
@@ -131,18 +127,14 @@ def read_text(row: Row) -> str:
 
 def _read_list(field: str) -> Callable[[Row], list[Message]]:
     def read(row: Row) -> list[Message]:
-        items = _transpose(row.get(field))
-        if _is_list(items):
-            items = [_rename(item) for item in items]
-        messages = read_messages(items)
-        return _train_on_last(messages) if row.get("only_last") else messages
+        return read_messages(_transpose(row.get(field)))
 
     return read
 
 
 def _read_alpaca(row: Row) -> list[Message]:
     question = _require_text(row, "instruction")
-    if row.get("input"):
+    if is_filled(row.get("input")):
         question += "\n" + _require_text(row, "input")
     history: Any = row.get("history") or []
     messages = []
@@ -225,13 +217,11 @@ def _transpose(items: Any) -> Any:
     return [dict(zip(items, values, strict=True)) for values in zip(*items.values(), strict=True)]
 
 
-def _rename(item: Any) -> Any:
-    """Gives a ShareGPT message, `{"from": "human", "value": ...}`, role and content."""
-    if not isinstance(item, Mapping) or item.get("from") is None or item.get("role") is not None:
-        return item
-    role = item["from"]
-    role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-    return {"role": role, "content": item.get("value"), "weight": item.get("weight")}
+def _is_only_last(row: Row) -> bool:
+    only_last = row.get("only_last")
+    if is_filled(only_last) and only_last not in (True, False):
+        raise InvalidRowException("only_last must be true or false", found=f"found {only_last!r}")
+    return bool(only_last)
 
 
 def _train_on_last(messages: list[Message]) -> list[Message]:

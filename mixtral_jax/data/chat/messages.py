@@ -15,6 +15,8 @@ from mixtral_jax.data.chat.errors import (
     InvalidTextException,
     TokenizerException,
 )
+from mixtral_jax.data.chat.refused import QUESTION_PARTS, REFUSED, TOOLS, find_refused, list_unread
+from mixtral_jax.data.marks import MARKS, read_marks
 from mixtral_jax.data.readers import describe_invalid_utf8, name_type
 
 Role = Literal["system", "user", "assistant"]
@@ -22,6 +24,15 @@ Mode = Literal["training", "serving"]
 
 TEXT_SEPARATOR = "\n\n"  # Between texts that are joined into one.
 _TOOL_ROLES = ("tool", "function", "observation", "function_call")
+# ShareGPT's names of roles, in `from`.
+_SHAREGPT_ROLES = {
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant"),
+}
+_CONTENT_FIELDS = ("content", "text", "value")
+_MESSAGE_FIELDS = {"role", "from", *_CONTENT_FIELDS, "prefix", *MARKS}
+_CHUNK_FIELDS = {"type", "text", *MARKS}
+_RULES = REFUSED | QUESTION_PARTS
 _FOLLOWERS: dict[Role, set[Role]] = {
     "system": {"system", "user", "assistant"},
     "user": {"system", "user", "assistant"},
@@ -36,22 +47,26 @@ class Message:
     Attributes:
         weight: for an assistant message: 0 leaves it out of the loss; 1 and None do not.
         prefix: whether generation continues this message, which must be the last.
+        unread: fields of the message that are filled but not read, such as `name of a message`.
     """
 
     role: Role
     content: str
     weight: int | None = None
     prefix: bool = False
+    unread: tuple[str, ...] = ()
 
 
 def read_messages(items: object) -> list[Message]:
-    """Reads messages from mappings with `role` and `content`.
+    """Reads messages from mappings with `role` and `content`, or ShareGPT's `from` and `value`.
 
     A field that is None counts as missing, because tables have every field in every row. `content`
-    may be a list of text chunks, or be named `text`. Fields that `Message` lacks are ignored.
+    may be a list of text chunks, or be named `text`. A message that is marked in another tool's
+    words (`marks`) as not to be learnt gets the weight 0.
 
     Raises:
-        ChatException: names the index of the first item that is not a message.
+        ChatException: names the index of the first item that is not a message, or that fills a
+            field that no template can express.
     """
     if not isinstance(items, Sequence) or isinstance(items, str | bytes):
         raise InvalidMessageStructureException(
@@ -125,27 +140,43 @@ def _read_message(item: object, index: int) -> Message:
             found=f"found {name_type(item)}",
         )
     role = _read_role(item, index)
-    content = _read_content(item, role, index)
-    weight, prefix = item.get("weight"), item.get("prefix")
-    if role != "assistant" and (weight or prefix):
-        rule = f"only assistant messages may have weight or prefix, not a {role} message"
-        raise INVALID_CONTENT[role](rule, message=index)
-    if prefix not in (None, True, False):
-        found = f"prefix={prefix!r}"
-        raise InvalidAssistantMessageException(
-            "prefix must be true or false", message=index, found=found
-        )
-    return Message(role, content, weight if role == "assistant" else None, bool(prefix))
+    _refuse_fields(item, _MESSAGE_FIELDS, role, index)
+    weight = _read_weight(item, role, index)
+    content = _find_content(item, role, index)
+    read = _MESSAGE_FIELDS if item.get("role") is not None else {*_MESSAGE_FIELDS, "from"}
+    unread = [f"{name} of a message" for name in list_unread(item, read)]
+    if isinstance(content, Sequence) and not isinstance(content, str | bytes):
+        learns = role == "assistant" and weight != 0
+        texts = [
+            _read_chunk(chunk, place, role, index, learns=learns)
+            for place, chunk in enumerate(content)
+        ]
+        unread += [
+            f"{name} of a chunk" for chunk in content for name in list_unread(chunk, _CHUNK_FIELDS)
+        ]
+        content = TEXT_SEPARATOR.join(filter(None, texts))
+    text = _require_text(content, role, index)
+    return Message(role, text, weight, _read_prefix(item, role, index), tuple(unread))
+
+
+def _refuse_fields(fields: Mapping[Any, Any], read: set[str], role: Role, index: int) -> None:
+    """Refuses a message, or a chunk of one, that fills a field which changes what it means."""
+    if name := find_refused(fields, _RULES, read):
+        kind = TokenizerException if name in TOOLS else INVALID_CONTENT[role]
+        raise kind(f"{_RULES[name]}: leave such rows out", message=index, found=f"found {name}")
 
 
 def _read_role(item: Mapping[Any, Any], index: int) -> Role:
-    role = item.get("role")
-    if role in _TOOL_ROLES or item.get("tool_calls"):
-        raise TokenizerException(
-            "tools are not supported by any template: leave such messages out",
-            message=index,
-            found="found tool_calls" if item.get("tool_calls") else f"role={role!r}",
-        )
+    role, sender = item.get("role"), item.get("from")
+    sender = _SHAREGPT_ROLES.get(sender, sender) if isinstance(sender, str) else sender
+    role = sender if role is None else role
+    if sender in get_args(Role) and sender != role:
+        found = f"role={role!r}, from={item['from']!r}"
+        rule = "role and from of a message must agree: leave one out"
+        raise InvalidMessageStructureException(rule, message=index, found=found)
+    if role in _TOOL_ROLES:
+        rule = "tools are not supported by any template: leave such rows out"
+        raise TokenizerException(rule, message=index, found=f"role={role!r}")
     if role == "developer":  # The name of the system role for newer OpenAI models.
         return "system"
     for known in get_args(Role):
@@ -156,21 +187,56 @@ def _read_role(item: Mapping[Any, Any], index: int) -> Role:
     raise InvalidMessageStructureException(rule, message=index, found=found)
 
 
-def _read_content(item: Mapping[Any, Any], role: Role, index: int) -> str:
-    content, text = item.get("content"), item.get("text")
-    invalid = INVALID_CONTENT[role]
-    if content is not None and text is not None:
-        rule = "a message must have one of content and text, not both: leave one out"
-        raise invalid(rule, message=index)
-    content = text if content is None else content
-    if isinstance(content, Sequence) and not isinstance(content, str | bytes):
-        texts = [_read_chunk(chunk, role, index) for chunk in content]
-        content = TEXT_SEPARATOR.join(filter(None, texts))
-    if content is None and role == "assistant":
-        content = ""  # `check_structure` rejects both with the same words.
+def _read_weight(item: Mapping[Any, Any], role: Role, index: int) -> Any:
+    """What the marks of a message say: 0, 1 or None; a wrong `weight` is given as it is."""
+    said = read_marks(item)
+    found = ", ".join(f"{name}={item[name]!r}" for name in said)
+    if role != "assistant":
+        if set(said.values()) <= {False}:  # It is not learnt anyway.
+            return None
+        rule = f"only assistant messages can be learnt, not a {role} message: leave the mark out"
+        raise INVALID_CONTENT[role](rule, message=index, found=found)
+    if not said:
+        return None
+    mark, *others = set(said.values())
+    if others:
+        rule = "the marks of a message must agree on whether it is learnt"
+        raise InvalidAssistantMessageException(rule, message=index, found=found)
+    if mark is not None:
+        return int(mark)
+    for name in said:
+        if name != "weight":  # `check_structure` looks at that one.
+            rule = f"{name} must be true or false, or 1 or 0"
+            raise InvalidAssistantMessageException(rule, message=index, found=found)
+    return item["weight"]
+
+
+def _read_prefix(item: Mapping[Any, Any], role: Role, index: int) -> bool:
+    prefix = item.get("prefix")
+    if role != "assistant" and prefix:
+        rule = f"only assistant messages may have a prefix, not a {role} message"
+        raise INVALID_CONTENT[role](rule, message=index)
+    if prefix not in (None, True, False):
+        rule = "prefix must be true or false"
+        raise InvalidAssistantMessageException(rule, message=index, found=f"prefix={prefix!r}")
+    return bool(prefix)
+
+
+def _find_content(item: Mapping[Any, Any], role: Role, index: int) -> Any:
+    given = [name for name in _CONTENT_FIELDS if item.get(name) is not None]
+    if len(given) > 1:
+        rule = f"a message must have one of {' and '.join(given)}, not both: leave one out"
+        raise INVALID_CONTENT[role](rule, message=index)
+    if not given:  # `check_structure` rejects an answer that is missing or empty in one way.
+        return "" if role == "assistant" else None
+    return item[given[0]]
+
+
+def _require_text(content: object, role: Role, index: int) -> str:
     if not isinstance(content, str):
         found = "it is missing" if content is None else f"found {name_type(content)}"
-        raise invalid(f"content of a {role} message must be text", message=index, found=found)
+        rule = f"content of a {role} message must be text"
+        raise INVALID_CONTENT[role](rule, message=index, found=found)
     try:
         content.encode()
     except UnicodeEncodeError as error:
@@ -180,14 +246,34 @@ def _read_content(item: Mapping[Any, Any], role: Role, index: int) -> str:
     return content
 
 
-def _read_chunk(chunk: object, role: Role, index: int) -> str:
-    """Reads a chunk of a message, `{"type": "text", "text": ...}`."""
-    text = chunk.get("text") if isinstance(chunk, Mapping) and chunk.get("type") == "text" else None
-    if not isinstance(text, str):
-        is_object = isinstance(chunk, Mapping)
-        raise INVALID_CONTENT[role](
-            f"Unexpected content chunk types in {role} message: only text chunks are supported",
-            message=index,
-            found=f"type={chunk.get('type')!r}" if is_object else f"found {name_type(chunk)}",
-        )
-    return text
+def _read_chunk(chunk: object, place: int, role: Role, index: int, *, learns: bool) -> str:
+    """Reads a chunk of a message, `{"type": "text", "text": ...}`.
+
+    Args:
+        place: its index among the chunks of the message.
+        learns: whether the message is learnt, which a mark of the chunk must not contradict.
+    """
+    kind, name = INVALID_CONTENT[role], f"content[{place}]"
+    if not isinstance(chunk, Mapping) or chunk.get("type") is None:
+        rule = "a chunk of content must be an object with type and text"
+        raise kind(rule, message=index, found=f"{name} {_describe_chunk(chunk)}")
+    if chunk["type"] != "text":
+        rule = f"Unexpected content chunk types in {role} message: only text chunks are supported"
+        raise kind(rule, message=index, found=f"{name}, type={chunk['type']!r}")
+    _refuse_fields(chunk, _CHUNK_FIELDS, role, index)
+    if not isinstance(chunk.get("text"), str):
+        rule = "a text chunk must have its text in the field text"
+        raise kind(rule, message=index, found=f"{name} {_describe_chunk(chunk)}")
+    if any(said is not learns for said in read_marks(chunk).values()):
+        rule = "a message is learnt whole: a mark of a chunk must say the same as its message"
+        marks = ", ".join(f"{mark}={chunk[mark]!r}" for mark in read_marks(chunk))
+        raise kind(rule, message=index, found=f"{name} has {marks}")
+    return chunk["text"]
+
+
+def _describe_chunk(chunk: object) -> str:
+    if not isinstance(chunk, Mapping):
+        return f"is {name_type(chunk)}"
+    if chunk.get("text") is None or isinstance(chunk["text"], str):
+        return f"has {', '.join(map(str, chunk)) or 'no field'}"
+    return f"has {name_type(chunk['text'])} as text"

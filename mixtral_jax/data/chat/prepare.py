@@ -6,11 +6,11 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from mixtral_jax.config import DataConfig, require
+from mixtral_jax.config import DataConfig, parse_fields, require
 from mixtral_jax.data.cache import Tokenizing, default_cache_dir, open_or_write
 from mixtral_jax.data.chat.conversations import Chat, drop_unsupervised, read_chats
 from mixtral_jax.data.chat.template import ChatTemplate
@@ -28,8 +28,13 @@ _CACHE_FORMAT = 4
 
 @dataclasses.dataclass(frozen=True)
 class PreparedChats:
-    """The conversations of a run: two stores, their template, the number of bad rows, and how many
-    conversations of `data.held_out` have the key of one in `train`; of those drawn, none has.
+    """The conversations of a run: two stores, and their template.
+
+    Attributes:
+        num_bad: the number of bad rows.
+        num_shared: how many conversations of `data.held_out` have the key of one in `train`; of
+            those that are drawn, none has.
+        unread: fields that are filled and not read, and the number of rows that fill them.
     """
 
     train: TokenStore
@@ -37,6 +42,7 @@ class PreparedChats:
     template: ChatTemplate
     num_bad: int
     num_shared: int
+    unread: Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +66,15 @@ def prepare_chats(config: DataConfig, tokenizer: Tokenizer) -> PreparedChats:
         ConfigError: nothing to read, too many bad rows, or a template that does not fit the
             tokenizer.
     """
-    template = ChatTemplate(tokenizer, config.chat.template, literal_inst=config.chat.literal_inst)
+    chat = config.chat
+    template = ChatTemplate(tokenizer, chat.template, literal_inst=chat.literal_inst)
+    fields = parse_fields(chat.fields, chat.format)
 
     def read(source: Source) -> Iterator[Chat | BadRow]:
         return drop_unsupervised(
-            read_chats(source, template, format=config.chat.format, suffixes=config.suffixes)
+            read_chats(
+                source, template, format=chat.format, fields=fields, suffixes=config.suffixes
+            )
         )
 
     def encode(chats: list[Chat]) -> list[Tokenized]:
@@ -83,7 +93,9 @@ def prepare_chats(config: DataConfig, tokenizer: Tokenizer) -> PreparedChats:
     tokenizing = Tokenizing(items, lambda: corpus.count, encode, tokenizer.vocab_size)
     cached = open_or_write(default_cache_dir() / f"{key}-chats", tokenizing, config)
     count = cached.count
-    return PreparedChats(cached.train, cached.held_out, template, count.num_bad, count.num_shared)
+    return PreparedChats(
+        cached.train, cached.held_out, template, count.num_bad, count.num_shared, count.unread
+    )
 
 
 def pick_questions(store: TokenStore, count: int) -> list[Question]:
@@ -110,6 +122,7 @@ def _fingerprint_chats(config: DataConfig, template: ChatTemplate, tokenizer: To
     settings = [
         config.held_out_fraction if config.held_out is None else None,
         config.chat.format,
+        config.chat.fields,
         config.chat.literal_inst,
         template.version,
     ]

@@ -52,6 +52,8 @@ class ChatTemplate:
     """A chat template of Mixtral Instruct for one tokenizer.
 
     Args:
+        tokenizer: None if conversations are only to be checked and laid out, not encoded; `auto` is
+            then `v1`.
         version: `auto` is `v3` if the tokenizer has its control tokens, else `v1`.
         literal_inst: what `v1` does with a text that contains `[INST]` or `[/INST]`, whose ids
             equal those of the template's own: `reject` the conversation, `keep` the text, or
@@ -66,25 +68,24 @@ class ChatTemplate:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         version: TemplateName = "auto",
         *,
         literal_inst: LiteralInst = "reject",
     ):
-        controls = [
-            control
-            for piece in (_BEGIN, _END)
-            if (control := tokenizer.control_id(piece)) is not None
-        ]
+        ids = [tokenizer.control_id(piece) for piece in (_BEGIN, _END)] if tokenizer else []
+        controls = [control for control in ids if control is not None]
         has_controls = len(controls) == 2
         require(
-            version != "v3" or has_controls,
+            version != "v3" or has_controls or tokenizer is None,
             f"template v3 needs a tokenizer with control tokens {_BEGIN} and {_END}, such as "
             "mixtral-v3: use that tokenizer or template v1",
         )
-        self.version: Literal["v1", "v3"] = "v3" if has_controls and version != "v1" else "v1"
+        is_v3 = version == "v3" or (version == "auto" and has_controls)
+        self.version: Literal["v1", "v3"] = "v3" if is_v3 else "v1"
         self._literal_inst = literal_inst if self.version == "v1" else "keep"
-        self._controls = controls
+        self._begin, self._end = tuple(controls[:1]), tuple(controls[1:])
+        self._eos = (tokenizer.eos_id,) if tokenizer else ()
         self._tokenizer = tokenizer
 
     def encode(
@@ -142,40 +143,41 @@ class ChatTemplate:
         """Lays out a plain text without a template: to be trained on whole, or to be continued."""
         if mode == "serving":
             return [Turn(text)]
-        return [Turn(text, after=(self._tokenizer.eos_id,), is_supervised=True)]
+        return [Turn(text, after=self._eos, is_supervised=True)]
 
     def encode_turns(self, conversations: Sequence[Sequence[Turn]]) -> list[Tokenized]:
         """Tokenizes many conversations at once, on all cores."""
+        tokenizer = self._tokenizer
+        assert tokenizer is not None, "a template without a tokenizer only checks"
         texts = [turn.text for turns in conversations for turn in turns]
-        encoded = iter(self._tokenizer.encode_all(texts))
+        encoded = iter(tokenizer.encode_all(texts))
         return [
-            self._join(turns, list(itertools.islice(encoded, len(turns))))
+            _join(tokenizer, turns, list(itertools.islice(encoded, len(turns))))
             for turns in conversations
         ]
-
-    def _join(self, turns: Sequence[Turn], texts: Sequence[np.ndarray]) -> Tokenized:
-        pieces = [np.array([self._tokenizer.bos_id])]
-        text_bytes = [np.array([0])]
-        for turn, ids in zip(turns, texts, strict=True):
-            pieces.append(np.array([*turn.before, *ids, *turn.after]))
-            counts = self._tokenizer.count_text_bytes(turn.text, ids)
-            text_bytes.append(np.pad(counts, (len(turn.before), len(turn.after))))
-        is_supervised = [False, *(turn.is_supervised for turn in turns)]
-        loss_mask = np.repeat(np.array(is_supervised, np.int32), [len(piece) for piece in pieces])
-        tokens = np.concatenate(pieces).astype(np.int32)
-        return Tokenized(tokens, loss_mask, np.concatenate(text_bytes))
 
     def _ask(self, message: Message) -> Turn:
         if self.version == "v1":
             return Turn(f"{_BEGIN} {message.content} {_END}")
-        begin, end = self._controls
-        return Turn(message.content, before=(begin,), after=(end,))
+        return Turn(message.content, before=self._begin, after=self._end)
 
     def _answer(self, message: Message) -> Turn:
         # mistral-common strips spaces from the end of an answer in v3 but not in v1.
         text = message.content if self.version == "v1" else message.content.rstrip(" ")
-        end = () if message.prefix else (self._tokenizer.eos_id,)
+        end = () if message.prefix else self._eos
         return Turn(text, after=end, is_supervised=message.weight != 0)
+
+
+def _join(tokenizer: Tokenizer, turns: Sequence[Turn], texts: Sequence[np.ndarray]) -> Tokenized:
+    pieces, text_bytes = [np.array([tokenizer.bos_id])], [np.array([0])]
+    for turn, ids in zip(turns, texts, strict=True):
+        pieces.append(np.array([*turn.before, *ids, *turn.after]))
+        counts = tokenizer.count_text_bytes(turn.text, ids)
+        text_bytes.append(np.pad(counts, (len(turn.before), len(turn.after))))
+    is_supervised = [False, *(turn.is_supervised for turn in turns)]
+    loss_mask = np.repeat(np.array(is_supervised, np.int32), [len(piece) for piece in pieces])
+    tokens = np.concatenate(pieces).astype(np.int32)
+    return Tokenized(tokens, loss_mask, np.concatenate(text_bytes))
 
 
 def _merge(messages: Sequence[Message]) -> Iterator[Message]:

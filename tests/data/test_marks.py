@@ -1,0 +1,165 @@
+"""Marks of what is learnt, in the words of many tools: of messages, chunks, rows and documents."""
+
+import pytest
+
+from mixtral_jax.data.chat.conversations import Chat, read_chat, read_chats
+from mixtral_jax.data.chat.errors import ChatException
+from mixtral_jax.data.chat.template import ChatTemplate
+from mixtral_jax.data.documents import Document, read_documents
+from mixtral_jax.data.marks import MARKS, read_marks
+from mixtral_jax.data.readers import BadRow, RawRow
+from tests.data.chat_cases import row_of, train_tokenizer, write_table
+
+ASK, FIRST, LAST = (
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "a"},
+    {"role": "assistant", "content": "b"},
+)
+# Values of a mark that say yes, no, and neither.
+YES, NO, NEITHER = (True, 1, 1.0), (False, 0, 0.0), (0.5, 2, -1, "false", "0", [1], {"on": True})
+
+
+@pytest.fixture(scope="module")
+def template():
+    return ChatTemplate(train_tokenizer())
+
+
+def read(row, template):
+    """The conversation, or the reason why the row is bad."""
+    try:
+        return read_chat(RawRow(row, "f.jsonl:7"), template)
+    except ChatException as error:
+        return error.describe()
+
+
+def talk(template, *, ask=None, first=None, last=None):
+    """What becomes of a conversation of two questions whose messages have further fields."""
+    turns = [ASK | (ask or {}), FIRST | (first or {}), ASK, LAST | (last or {})]
+    return read({"messages": turns}, template)
+
+
+def learns(name):
+    """The values of a mark by which a message is learnt, and by which it is not."""
+    return (YES, NO) if MARKS[name] else (NO, YES)
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_a_mark_of_an_answer_is_honoured_or_makes_the_row_bad_by_name(template, name):
+    learnt, not_learnt = learns(name)
+    for value in not_learnt:
+        expected = talk(template, first={"weight": 0})
+        assert talk(template, first={name: value}).turns == expected.turns
+    for value in learnt:
+        expected = talk(template)
+        assert talk(template, first={name: value}).turns == expected.turns
+    for value in NEITHER:
+        assert f"{name}={value!r}" in talk(template, first={name: value})
+    for value in (None, ""):
+        assert talk(template, first={name: value}) == talk(template)
+
+
+@pytest.mark.parametrize("name", MARKS)
+@pytest.mark.parametrize("role", ["user", "system"])
+def test_a_mark_of_another_message_may_only_say_what_happens_anyway(template, name, role):
+    learnt, not_learnt = learns(name)
+    for value in not_learnt:
+        assert talk(template, ask={"role": role, name: value}) == talk(template, ask={"role": role})
+    for value in (*learnt, *NEITHER):
+        reason = talk(template, ask={"role": role, name: value})
+        assert f"only assistant messages can be learnt, not a {role} message" in reason
+        assert f"{name}={value!r}" in reason
+
+
+@pytest.mark.parametrize("name", sorted(MARKS.keys() - {"weight"}))
+def test_marks_that_disagree_make_the_row_bad_by_name(template, name):
+    learnt, not_learnt = learns(name)
+    reason = talk(template, first={name: learnt[0], "weight": 0})
+    assert "must agree" in reason and name in reason and "weight=0" in reason
+    assert talk(template, first={name: not_learnt[0], "weight": 0}) == talk(
+        template, first={"weight": 0}
+    )
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_a_mark_of_a_chunk_must_say_what_its_message_says(template, name):
+    learnt, not_learnt = learns(name)
+
+    def chunk(value):
+        return {
+            "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "", name: value}]
+        }
+
+    plain = {"content": [{"type": "text", "text": "a"}]}
+    assert talk(template, first=chunk(learnt[0])) == talk(template, first=plain)
+    assert talk(template, ask=chunk(not_learnt[0])) == talk(template, ask=plain)
+    marked = chunk(not_learnt[0]) | {"weight": 0}
+    assert talk(template, first=marked) == talk(template, first=plain | {"weight": 0})
+    for wrong in (
+        talk(template, first=chunk(not_learnt[0])),
+        talk(template, first=chunk(0.5)),
+        talk(template, ask=chunk(learnt[0])),
+        talk(template, first=chunk(learnt[0]) | {"weight": 0}),
+    ):
+        assert "content[1] has" in wrong and name in wrong
+
+
+@pytest.mark.parametrize("name", MARKS)
+@pytest.mark.parametrize("form", ["messages", "alpaca", "prompt_completion", "text"])
+def test_a_row_that_is_marked_as_not_to_be_learnt_is_bad_by_name(template, name, form):
+    learnt, not_learnt = learns(name)
+    for value in learnt:
+        assert read(row_of(form) | {name: value}, template) == read(row_of(form), template)
+    for value in not_learnt:
+        reason = read(row_of(form) | {name: value}, template)
+        assert "marked as not to be learnt" in reason and f"{name}={value!r}" in reason
+    for value in NEITHER:
+        assert f"{name}={value!r}" in read(row_of(form) | {name: value}, template)
+
+
+def test_columns_that_hold_marks_are_loaded(template, tmp_path):
+    rows = [row_of("messages") | {"train": train} for train in (True, False)]
+    write_table(tmp_path / "f.parquet", rows)
+    good, bad = read_chats(str(tmp_path), template)
+    assert isinstance(good, Chat) and "train=False" in bad.reason
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("row", "is_good"),
+    [
+        ({"text": "t", "id": 3, "url": "u", "label": True, "labels": ["news"]}, True),
+        ({"text": "t", "attention_mask": [1, 0]}, True),
+        ({"text": "t", "weight": 1, "train": True, "masked": False}, True),
+        # Measured, as by a filter.
+        ({"text": "t", "loss": 2.31}, True),
+        ({"text": "t", "train": False}, False),
+        ({"text": "t", "masked": True}, False),
+        ({"text": "t", "loss": 0}, False),
+        ({"text": "t", "weight": 0.5}, False),
+        ({"text": "t", "sample_weight": 3}, False),
+        ({"text": "t", "loss_mask": [1, 0]}, False),
+        ({"text": [5, 6], "loss_mask": [1, 1], "attention_mask": [1, 1], "labels": [5, 6]}, True),
+        ({"text": [5, 6], "loss_mask": [0, 1]}, False),
+        ({"text": [5, 6, 0], "attention_mask": [1, 1, 0]}, False),
+        ({"text": [5, 6], "labels": [-100, 6]}, False),
+    ],
+)
+def test_a_document_that_is_not_to_be_learnt_whole_is_bad_by_name(tmp_path, suffix, row, is_good):
+    write_table(tmp_path / f"f{suffix}", [row])
+    (found,) = read_documents(str(tmp_path), "text")
+    assert isinstance(found, Document) == is_good
+    if isinstance(found, BadRow):
+        *_, name = row
+        assert found.reason.startswith(f"{name}=") and found.kind == "not to be learnt"
+
+
+def test_the_text_itself_is_no_mark(tmp_path):
+    write_table(tmp_path / "f.jsonl", [{"loss": "t", "labels": [5, 6]}])
+    for field in ("loss", "labels"):
+        (found,) = read_documents(str(tmp_path), field)
+        assert isinstance(found, Document)
+
+
+def test_marks_are_read_by_name():
+    fields = {"loss": True, "masked": 1, "weight": 0.5, "train": None, "id": 1}
+    assert read_marks(fields) == {"loss": True, "masked": False, "weight": None}
