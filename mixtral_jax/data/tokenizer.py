@@ -37,6 +37,7 @@ class Tokenizer:
         bytes_per_token: int64 [vocab_size], the number of bytes of UTF-8 text per piece.
         prefix_bytes: how many bytes the pieces of a text have beyond the text itself: 1 if the
             model, like Mixtral's, adds a space before a text, else 0.
+        unused_ids: ids that stand for nothing, and that no text encodes to.
 
     Raises:
         ValueError: the bytes are not a SentencePiece model with BOS and EOS pieces.
@@ -60,6 +61,7 @@ class Tokenizer:
         self.bytes_per_token = np.array(
             [self._count_bytes(token) for token in range(self.vocab_size)], np.int64
         )
+        self.unused_ids = tuple(filter(self._processor.is_unused, range(self.vocab_size)))
         self.prefix_bytes = int(self._processor.normalize("a").startswith(_SPACE))
 
     def encode(self, text: str) -> list[int]:

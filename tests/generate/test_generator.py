@@ -187,7 +187,7 @@ def test_a_cache_is_written_in_place(small):
 class Numbers:
     """A tokenizer with 50 pieces for a model with 96 ids. It writes an id as number and space."""
 
-    vocab_size, bos_id, eos_id = 50, 1, -1
+    vocab_size, bos_id, eos_id, unused_ids = 50, 1, -1, ()
 
     def decode(self, ids):
         return "".join(f"{token} " for token in ids)
