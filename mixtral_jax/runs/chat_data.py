@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import time
+from typing import Literal
 
 from mixtral_jax.data.chat.prepare import PreparedChats, Question, pick_questions, prepare_chats
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -29,10 +30,12 @@ class ChatData(TrainingData):
     Attributes:
         questions: at most `MAX_QUESTIONS` held-out questions with their answers, as ids.
         tokenizer: of the model that is tuned.
+        template: the version of the chat template, `v1` or `v3`.
     """
 
     questions: list[Question]
     tokenizer: Tokenizer
+    template: Literal["v1", "v3"]
 
 
 def open_chat(run: Run, tokenizer: Tokenizer) -> ChatData:
@@ -70,6 +73,7 @@ def open_chat(run: Run, tokenizer: Tokenizer) -> ChatData:
         fingerprint=fingerprint,
         questions=pick_questions(chats.held_out, MAX_QUESTIONS),
         tokenizer=tokenizer,
+        template=chats.template.version,
     )
 
 
