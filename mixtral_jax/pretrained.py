@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mixtral_jax.checkpoint.formats.side_files import SideFiles
 from mixtral_jax.checkpoint.on_devices import load_model
 from mixtral_jax.checkpoint.weights import open_weights
 from mixtral_jax.config import Config, ConfigError, LiteralInst, MeshConfig, local_path, require
@@ -43,6 +44,8 @@ class Pretrained:
         config: the config that the model was built with; its mesh has the sizes of `mesh`.
         tokenizer: the tokenizer of the folder; None if it has none.
         kernels: the implementations that the model runs, chosen for the devices of `mesh`.
+        side_files: what the folder says beside its weights, such as the ids that end a text.
+        notes: what of the folder is not followed here, to be shown to people.
     """
 
     config: Config
@@ -50,6 +53,8 @@ class Pretrained:
     tokenizer: Tokenizer | None
     mesh: jax.sharding.Mesh
     kernels: Kernels
+    side_files: SideFiles = dataclasses.field(default_factory=SideFiles)
+    notes: tuple[str, ...] = ()
 
     def logits(self, tokens_BT: np.ndarray, mask_BT: np.ndarray | None = None) -> np.ndarray:
         """Next-token logits of int [B, T] tokens: float32 [B, T, V].
@@ -67,7 +72,7 @@ class Pretrained:
     def generator(self) -> Generator:
         """The generator behind `generate` and `chat`, which keeps compiled programs."""
         context = max(self.config.train.sequence_length, _MIN_CONTEXT_TOKENS)
-        return Generator(self.model, self.mesh, self.tokenizer, context)
+        return Generator(self.model, self.mesh, self.tokenizer, context, self.side_files.eos_ids)
 
     def generate(
         self, prompt: Prompt | Sequence[Prompt], **settings: Any
@@ -122,7 +127,7 @@ class Pretrained:
         speed: Speed | None = None,
         **settings: Any,
     ) -> Iterator[str]:
-        """The model's answer, piece by piece.
+        """The model's answer, piece by piece, in the folder's own chat template if we know it.
 
         Args:
             messages: the conversation, such as `[{"role": "user", "content": "Hi"}]`. The model
@@ -140,7 +145,7 @@ class Pretrained:
         if self.tokenizer is None:
             raise ConfigError("a chat needs a tokenizer, and this model came without one")
         guardrail = [{"role": "system", "content": SAFE_PROMPT}] if safe_mode else []
-        template = ChatTemplate(self.tokenizer, literal_inst=literal_inst)
+        template = ChatTemplate(self.tokenizer, self.side_files.template, literal_inst=literal_inst)
         ids = template.encode([*guardrail, *messages], mode="serving").tokens.tolist()
         is_answer = messages[-1]["role"] != "assistant"
         shown = 0
@@ -250,4 +255,6 @@ def load_pretrained(
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(model_maker(config, kernels, rules))
         model = load_model(weights.parameters, shapes)
-    return Pretrained(config, model, weights.tokenizer, mesh, kernels)
+    return Pretrained(
+        config, model, weights.tokenizer, mesh, kernels, weights.side_files, weights.notes
+    )

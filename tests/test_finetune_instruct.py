@@ -3,6 +3,7 @@ with seeds.
 """
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -127,7 +128,9 @@ def test_adapters_learn_the_same_on_one_device_and_on_expert_4_fsdp_2(folder, un
 
 
 def test_of_several_seeds_the_best_is_exported(folder, unbroken):
-    base = folder / "unbroken" / "export"  # A Hugging Face folder, this time.
+    base = folder / "base"  # A Hugging Face folder, this time, with settings of its own.
+    shutil.copytree(folder / "unbroken" / "export", base)
+    (base / "generation_config.json").write_text('{"eos_token_id": [5, 2], "temperature": 0.6}')
     output = tune(
         folder,
         "seeds",
@@ -141,6 +144,8 @@ def test_of_several_seeds_the_best_is_exported(folder, unbroken):
     summary = json.loads((folder / "seeds" / "seeds.json").read_text())
     assert summary["best"] == best and summary["mean"] == pytest.approx(sum(losses) / 2, rel=1e-5)
     assert f"seed {best}: held-out loss" in output
+    kept = json.loads((folder / "seeds" / "export" / "generation_config.json").read_text())
+    assert (sorted(kept["eos_token_id"]), kept["temperature"]) == ([2, 5], 0.6)
     exported = mixtral_jax.load_pretrained(folder / "seeds" / "export")
     of_best = mixtral_jax.load_pretrained(folder / "seeds" / f"seed-{best}")
     np.testing.assert_array_equal(exported.logits([[1, 2, 3]]), of_best.logits([[1, 2, 3]]))

@@ -24,6 +24,7 @@ from mixtral_jax.checkpoint.formats.relayout import as_tensors
 from mixtral_jax.checkpoint.formats.tokenizer_json import make_tokenizer_config, make_tokenizer_json
 from mixtral_jax.checkpoint.model_card import make_model_card
 from mixtral_jax.checkpoint.weights import Weights
+from mixtral_jax.config import require
 
 Format = Literal["hf", "mistral"]
 
@@ -32,25 +33,38 @@ _BOS_ID, _EOS_ID = 1, 2
 
 
 def _make_hugging_face_files(weights: Weights) -> dict[str, str]:
-    tokenizer, architecture = weights.tokenizer, weights.architecture
+    tokenizer, architecture, side = weights.tokenizer, weights.architecture, weights.side_files
     bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (_BOS_ID, _EOS_ID)
-    dtype = architecture.model.param_dtype
+    eos_ids = list(side.eos_ids) or [eos_id]
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0]}
+    ids |= {} if side.pad_id is None else {"pad_token_id": side.pad_id}
     files = {
-        "config.json": huggingface.make_config(architecture, dtype, bos_id, eos_id),
-        "generation_config.json": huggingface.make_generation_config(bos_id, eos_id),
+        "config.json": huggingface.make_config(architecture, architecture.model.param_dtype) | ids,
+        "generation_config.json": {**side.generation, **ids},
     }
+    texts = {"README.md": make_model_card(weights)}
     if tokenizer is not None:
-        template = CHAT_TEMPLATES[find_version(tokenizer)]
         files["tokenizer.json"] = make_tokenizer_json(tokenizer)
         files["tokenizer_config.json"] = make_tokenizer_config(
-            tokenizer, template, architecture.context_length
+            tokenizer,
+            side.chat_template or CHAT_TEMPLATES[find_version(tokenizer)],
+            architecture.context_length,
+            eos_token=side.eos_token,
+            pad_token=side.pad_token,
         )
-    return {name: _to_json(value) for name, value in files.items()} | {
-        "README.md": make_model_card(weights)
-    }
+    elif side.chat_template is not None:
+        texts["chat_template.jinja"] = side.chat_template
+    return {name: _to_json(value) for name, value in files.items()} | texts
 
 
 def _make_mistral_files(weights: Weights) -> dict[str, str]:
+    if tokenizer := weights.tokenizer:
+        others = sorted(set(weights.side_files.eos_ids) - {tokenizer.eos_id})
+        require(
+            not others,
+            f"the model ends texts with the ids {', '.join(map(str, others))} too, and "
+            f"mistral-inference stops at {tokenizer.eos_id} alone: export with --format=hf",
+        )
     return {"params.json": _to_json(mistral.make_params(weights.architecture))}
 
 
@@ -91,6 +105,16 @@ def make_small_files(weights: Weights, format_: Format) -> dict[str, str]:
     return FORMATS[format_].make_small_files(weights)
 
 
+def require_exportable(weights: Weights, format_: Format) -> None:
+    """Finds now, without reading a weight, what `write_folder` would raise at the end of a run.
+
+    Raises:
+        ConfigError: the format cannot express the model, its tokenizer or where its texts end.
+    """
+    make_small_files(weights, format_)
+    as_tensors(FORMATS[format_].layout, weights.parameters, weights.architecture.model)
+
+
 def write_folder(
     weights: Weights, folder: Path, format_: Format, report: Callable[[int], None]
 ) -> None:
@@ -115,7 +139,8 @@ def write_folder(
         index = _make_index(dict(zip(names, shards, strict=True)), weights)
         small_files[f"{target.stem}.safetensors.index.json"] = _to_json(index)
     for name, text in small_files.items():
-        (folder / name).write_text(text, "utf-8")
+        # Lone surrogates in another program's text, which UTF-8 has not, are escaped as in JSON.
+        (folder / name).write_bytes(text.encode(errors="backslashreplace"))
     if weights.tokenizer is not None:
         is_v3 = find_version(weights.tokenizer) == "v3"
         weights.tokenizer.save(folder / (target.v3_tokenizer if is_v3 else "tokenizer.model"))

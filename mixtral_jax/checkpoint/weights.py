@@ -6,7 +6,6 @@ Everything that needs weights starts from here: training, generation, import and
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,16 @@ from typing import Any
 import numpy as np
 
 from mixtral_jax.checkpoint import run_parameters
-from mixtral_jax.checkpoint.files import safetensors, torch_pickle
 from mixtral_jax.checkpoint.files.file_tensor import FileTensor
 from mixtral_jax.checkpoint.files.foreign_folder import find_file, read_bytes, read_object
 from mixtral_jax.checkpoint.files.stored import DTYPES, StoredArray
-from mixtral_jax.checkpoint.formats import huggingface, mistral
-from mixtral_jax.checkpoint.formats.architecture import Architecture
+from mixtral_jax.checkpoint.formats import huggingface, mistral, tied
+from mixtral_jax.checkpoint.formats.architecture import Architecture, find_differences
 from mixtral_jax.checkpoint.formats.layouts import Layout, find_layout
+from mixtral_jax.checkpoint.formats.reading_side_files import SideFileReader
 from mixtral_jax.checkpoint.formats.relayout import as_parameters
+from mixtral_jax.checkpoint.formats.side_files import SideFiles, open_side_files
+from mixtral_jax.checkpoint.formats.weight_files import enter_cache, find_weights
 from mixtral_jax.config import (
     ConfigError,
     FinetuneConfig,
@@ -33,10 +34,7 @@ from mixtral_jax.config import (
 from mixtral_jax.data.tokenizer import Tokenizer, check_vocabulary
 
 _TOKENIZERS = ("tokenizer.model", "tokenizer.model.v1", "tokenizer.model.v2", "tokenizer.model.v3")
-_HUGGING_FACE_FILE, _MISTRAL_FILE = "model.safetensors", "consolidated.safetensors"
-_INDEX_SUFFIX = ".index.json"
-_OTHER_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_PICKLE = re.compile(r"consolidated\.(\d\d)\.(pt|pth)")
+_OTHER_TOKENIZERS = ("tekken.json",)
 # A hostile config can ask for any number of layers and experts; Mixtral 8x22B has 1,739 tensors.
 _MAX_TENSORS = 200_000
 
@@ -50,6 +48,8 @@ class Weights:
         tokenizer: None if the folder has none.
         source: which program or run wrote the weights; shown to people.
         record: the JSON record that a run saved beside them; empty for other folders.
+        side_files: what other programs do with the model, as its folder says.
+        reading_notes: what was left unread in the folder.
     """
 
     architecture: Architecture
@@ -57,6 +57,14 @@ class Weights:
     tokenizer: Tokenizer | None
     source: str
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    side_files: SideFiles = dataclasses.field(default_factory=SideFiles)
+    reading_notes: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What people should know who use the model: what is not followed here, or was missing."""
+        told = self.side_files.notes(self.tokenizer)
+        return (*self.reading_notes, *self.architecture.notes, *told)
 
     @property
     def num_parameters(self) -> int:
@@ -119,90 +127,71 @@ def _open_step(workdir: Path, step: Path) -> Weights:
         model = dataclasses.replace(model, param_dtype=finetune.frozen_dtype)
         architecture = dataclasses.replace(architecture, model=model)
     record = read_object(step / "record" / "metadata")
-    tokenizer = _read_tokenizer(workdir, model)
-    return Weights(architecture, parameters, tokenizer, f"step {step.name} of a run", record)
+    tokenizer, _ = _read_tokenizer(workdir, model)
+    source, side_files = f"step {step.name} of a run", open_side_files(workdir)
+    return Weights(architecture, parameters, tokenizer, source, record, side_files)
 
 
 def _open_foreign(folder: Path) -> Weights:
-    tensors = _open_hugging_face(folder)
-    configs = {"config.json": huggingface.read_config, "params.json": mistral.read_params}
-    if tensors is None:
-        tensors = _open_mistral(folder)
-        configs = dict(reversed(configs.items()))
-    for name, read in configs.items():
-        if path := find_file(folder, name):
-            architecture = read(path)
-            break
-    else:
-        raise ConfigError(
-            f"{folder} has weights, but no {' or '.join(configs)}: copy the one that belongs to "
-            "the weights"
-        )
-    layout = _require_all_tensors(folder, tensors, architecture.model)
+    folder, notes = enter_cache(folder)
+    files = find_weights(folder)
+    architecture, config_notes = _read_configs(folder, files.configs)
+    layout, tensors = _find_layout(folder, files.tensors), files.tensors
+    if architecture.ties_embeddings:
+        tensors = tied.add_unembedding(layout, tensors)
+    _require_all_tensors(folder, layout, tensors, architecture.model)
     parameters = as_parameters(layout, tensors, architecture.model)
+    if architecture.ties_embeddings:
+        if len(tensors) == len(files.tensors):
+            tied.require_equal(folder, parameters)
+        notes += (tied.NOTE,)
     widest = functools.reduce(np.promote_types, (stored.dtype for stored in parameters.values()))
-    architecture = _with_dtype(architecture, widest.name)
+    architecture = _with_dtype(
+        dataclasses.replace(architecture, ties_embeddings=False), widest.name
+    )
+    tokenizer, tokenizer_notes = _read_tokenizer(folder, architecture.model)
+    reader = SideFileReader(folder, architecture.model.vocab_size, tokenizer)
+    side_files = reader.read()
     return Weights(
-        architecture, parameters, _read_tokenizer(folder, architecture.model), layout.name
+        architecture,
+        parameters,
+        side_files.add_tokens(tokenizer) if tokenizer else None,
+        layout.name,
+        side_files=side_files,
+        reading_notes=(*notes, *files.notes, *config_notes, *tokenizer_notes, *reader.notes),
     )
 
 
-def _open_hugging_face(folder: Path) -> dict[str, FileTensor] | None:
-    return _open_safetensors(folder, _HUGGING_FACE_FILE)
+def _read_configs(folder: Path, names: tuple[str, ...]) -> tuple[Architecture, tuple[str, ...]]:
+    """The architecture in the first of the configs, after a comparison with the other, and notes.
 
-
-def _open_mistral(folder: Path) -> dict[str, FileTensor]:
-    tensors = _open_safetensors(folder, _MISTRAL_FILE)
-    pickles = sorted(path.name for path in folder.iterdir() if _PICKLE.fullmatch(path.name))
-    if tensors is None and not pickles:
-        others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_PICKLES)
-        fix = "name another folder, or copy the weights there"
-        if others:
-            fix = f"{', '.join(others)} may run code when read, so save the weights as safetensors"
+    Raises:
+        ConfigError: there is none, it is no Mixtral's, or the two disagree.
+    """
+    readers = {"config.json": huggingface.read_config, "params.json": mistral.read_params}
+    paths = {name: path for name in names if (path := find_file(folder, name))}
+    if not paths:
         raise ConfigError(
-            f"{folder} has no weights: no {_HUGGING_FACE_FILE}, no consolidated.* and no index; "
-            f"{fix}"
+            f"{folder} has weights, but no {' or '.join(names)}: copy the one that belongs to the "
+            "weights"
         )
-    require(
-        tensors is None or not pickles,
-        f"{folder} has both {_MISTRAL_FILE} and {', '.join(pickles)}: remove the one that you do "
-        "not need",
-    )
-    if tensors is not None:
-        return tensors
-    numbers = [int(name.split(".")[1]) for name in pickles]
-    require(
-        numbers == list(range(len(numbers))),
-        f"{folder} has {', '.join(pickles)}, which must be numbered from 00 without gaps: one is "
-        "missing, or there is both a .pt and a .pth",
-    )
-    tensors = {}
-    for name in pickles:
-        path = find_file(folder, name)
-        assert path is not None
-        found = torch_pickle.open_file(path)
-        repeated = sorted(tensors.keys() & found.keys())
+    first, *others = paths
+    architecture = readers[first](paths[first])
+    for name in others:
+        try:
+            other = readers[name](paths[name])
+        except ConfigError as error:
+            return architecture, (f"{name} is not read: {error}",)
+        differing = find_differences(architecture, other)
         require(
-            not repeated,
-            f"{path}: {', '.join(repeated)} is in another file too: keep the files of one model",
+            not differing,
+            f"{folder}: {first} and {name} are of different models: {', '.join(differing)}; remove "
+            "the wrong one",
         )
-        tensors |= found
-    return tensors
+    return architecture, ()
 
 
-def _open_safetensors(folder: Path, name: str) -> dict[str, FileTensor] | None:
-    """The tensors of one file or, if it does not exist, of the files in an index."""
-    if path := find_file(folder, name):
-        return safetensors.open_file(path)
-    if index := find_file(folder, name + _INDEX_SUFFIX):
-        return safetensors.open_shards(folder, index)
-    return None
-
-
-def _require_all_tensors(
-    folder: Path, tensors: Mapping[str, FileTensor], model: ModelConfig
-) -> Layout:
-    """The layout of the tensors, after a check that they are complete and nothing is left over."""
+def _find_layout(folder: Path, tensors: Mapping[str, FileTensor]) -> Layout:
     layout = find_layout(tensors)
     if layout is None:
         named = ", ".join(sorted(tensors)[:3])
@@ -210,6 +199,13 @@ def _require_all_tensors(
             f"{folder}: its tensors ({named}, ...) have names that no known layout of a Mixtral "
             "has: convert the weights to the names of transformers or Mistral"
         )
+    return layout
+
+
+def _require_all_tensors(
+    folder: Path, layout: Layout, tensors: Mapping[str, FileTensor], model: ModelConfig
+) -> None:
+    """Checks that the tensors are complete, and that nothing is left over."""
     num_wanted = layout.count_tensors(model)
     require(
         num_wanted <= _MAX_TENSORS,
@@ -233,19 +229,27 @@ def _require_all_tensors(
         f"{folder} does not fit its config ({layout.name}): {'; '.join(sorted(wrong))}; use the "
         "config and the weights of one model",
     )
-    return layout
 
 
-def _read_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer | None:
-    for name in _TOKENIZERS:
-        if path := find_file(folder, name):
-            try:
-                tokenizer = Tokenizer(read_bytes(path))
-                check_vocabulary(tokenizer, model.vocab_size)
-            except ValueError as error:
-                raise ConfigError(f"{path}: {error}; remove or replace it") from None
-            return tokenizer
-    return None
+def _read_tokenizer(folder: Path, model: ModelConfig) -> tuple[Tokenizer | None, tuple[str, ...]]:
+    """The tokenizer, which several files may hold, and a note if others than those are there."""
+    found = {path: read_bytes(path) for name in _TOKENIZERS if (path := find_file(folder, name))}
+    if not found:
+        others = [name for name in _OTHER_TOKENIZERS if find_file(folder, name)]
+        fix = "text needs a tokenizer.model"
+        return None, tuple(f"{folder}: {name} is not read; {fix}" for name in others)
+    path, content = next(iter(found.items()))
+    require(
+        len(set(found.values())) == 1,
+        f"{folder}: {' and '.join(path.name for path in found)} are different tokenizers: remove "
+        "the wrong one",
+    )
+    try:
+        tokenizer = Tokenizer(content)
+        check_vocabulary(tokenizer, model.vocab_size)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}; remove or replace it") from None
+    return tokenizer, ()
 
 
 def _with_dtype(architecture: Architecture, dtype: str) -> Architecture:

@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     )
     flags = parser.parse_args(arguments)
 
-    from mixtral_jax.checkpoint.export import make_small_files, write_folder
+    from mixtral_jax.checkpoint.export import require_exportable, write_folder
     from mixtral_jax.checkpoint.files.new_folder import new_folder, require_room
     from mixtral_jax.checkpoint.weights import open_weights
     from mixtral_jax.runs.console import byte_progress
@@ -32,12 +32,12 @@ def main(arguments: list[str]) -> int:
     weights = open_weights(flags.checkpoint)
     if flags.dtype:
         weights = weights.astype(flags.dtype)
-    make_small_files(weights, flags.format)  # Fails before anything is written.
+    require_exportable(weights, flags.format)  # Fails before anything is written.
     require_room(flags.to, weights.nbytes)
     start = time.monotonic()
     with new_folder(flags.to) as folder, byte_progress("exporting", weights.nbytes) as report:
         write_folder(weights, folder, flags.format, report)
-    for line in weights.architecture.notes:
+    for line in weights.notes:
         print(f"note: {line}")
     print(
         f"exported {weights.num_parameters:,} parameters in "

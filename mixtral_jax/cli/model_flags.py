@@ -80,7 +80,7 @@ def parse_model_flags(
 
 
 def open_model(flags: ModelFlags, processes: "Processes") -> "Pretrained":
-    """Loads the model; call before jax first touches a device.
+    """Loads the model, with its notes on standard error; call before jax first touches a device.
 
     Raises:
         ConfigError: the processes were started with different flags or have unequal devices, or
@@ -88,6 +88,7 @@ def open_model(flags: ModelFlags, processes: "Processes") -> "Pretrained":
     """
     from mixtral_jax.parallel.mesh import use_virtual_cpu_devices
     from mixtral_jax.pretrained import load_pretrained
+    from mixtral_jax.runs.console import print_notes
     from mixtral_jax.runs.run import require_equal_devices
 
     everywhere = processes.share("flags", flags.all_flags)
@@ -99,7 +100,9 @@ def open_model(flags: ModelFlags, processes: "Processes") -> "Pretrained":
     )
     use_virtual_cpu_devices(flags.mesh.cpu_devices)
     require_equal_devices(processes)
-    return load_pretrained(flags.checkpoint, flags.dtype, flags.mesh)
+    loaded = load_pretrained(flags.checkpoint, flags.dtype, flags.mesh)
+    print_notes(loaded.notes, is_shown=processes.index == 0)
+    return loaded
 
 
 def add_settings_flags(parser: argparse.ArgumentParser, defaults: Settings) -> None:

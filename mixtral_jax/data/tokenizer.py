@@ -38,6 +38,7 @@ class Tokenizer:
             text may have more or fewer bytes of the text behind it, unless `spells_text`.
         prefix_bytes: how many bytes the pieces of a text have beyond the text itself: 1 if the
             model, like Mixtral's, adds a space before a text, else 0.
+        unused_ids: ids that stand for nothing, and that no text encodes to.
 
     Raises:
         ValueError: the bytes are not a SentencePiece model with BOS and EOS pieces.
@@ -61,6 +62,7 @@ class Tokenizer:
         self.bytes_per_token = np.array(
             [self._count_bytes(token) for token in range(self.vocab_size)], np.int64
         )
+        self.unused_ids = tuple(filter(self._processor.is_unused, range(self.vocab_size)))
         self.prefix_bytes = int(self._processor.normalize("a").startswith(_SPACE))
 
     def encode(self, text: str) -> list[int]:

@@ -1,25 +1,26 @@
 """The pieces of a SentencePiece model and its settings: what another program needs in order to
-tokenize in the same way.
+tokenize in the same way. Also adds control pieces to a model.
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from sentencepiece import sentencepiece_model_pb2
 
 from mixtral_jax.data.tokenizer import Tokenizer
 
-PieceKind = Literal["text", "control", "unknown", "byte"]
+PieceKind = Literal["text", "control", "unknown", "byte", "unused"]
 # SentencePiece's type numbers. User-defined pieces are matched before all others, but are text.
 _KINDS: dict[int, PieceKind] = {
     1: "text",
     2: "unknown",
     3: "control",
     4: "text",
-    5: "text",
+    5: "unused",
     6: "byte",
 }
-_USER_DEFINED = 4
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 _BPE = 2
 
 
@@ -30,7 +31,8 @@ class Piece:
     Attributes:
         text: the spelling in the model, with `\u2581` for a space.
         score: BPE merges the two neighbours whose joint piece has the highest score.
-        kind: `control` pieces stand for no text, `byte` pieces for one byte that no other covers.
+        kind: `control` pieces stand for no text, `byte` pieces for one byte that no other covers,
+            `unused` pieces only keep an id free.
     """
 
     text: str
@@ -58,8 +60,7 @@ class Vocabulary:
 
 def read_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     """Reads the vocabulary of a tokenizer."""
-    model_proto = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
-    spec = model_proto.FromString(tokenizer.model)
+    spec = _parse(tokenizer)
     user_defined = [piece.piece for piece in spec.pieces if piece.type == _USER_DEFINED]
     keeps_text = (
         spec.normalizer_spec.name == "identity"
@@ -77,3 +78,29 @@ def read_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     return Vocabulary(
         tuple(Piece(p.piece, p.score, _KINDS[p.type]) for p in spec.pieces), is_like_mixtral
     )
+
+
+def add_control_pieces(tokenizer: Tokenizer, added: Mapping[int, str]) -> Tokenizer:
+    """The tokenizer with a control piece at each of some ids after its last; others keep theirs.
+
+    Ids between them that nobody names get unused pieces.
+
+    Raises:
+        ValueError: a name is that of another piece.
+    """
+    spec, first = _parse(tokenizer), tokenizer.vocab_size
+    assert min(added, default=first) >= first, added
+    taken = {piece.piece for piece in spec.pieces}
+    for id_ in range(first, max(added, default=first - 1) + 1):
+        name = added.get(id_, f"<unused_{id_}>")
+        if name in taken:
+            raise ValueError(f"{name!r} with id {id_} is a piece with another id already")
+        taken.add(name)
+        kind = _CONTROL if id_ in added else _UNUSED
+        spec.pieces.add(piece=name, score=0.0, type=kind)
+    return Tokenizer(spec.SerializeToString())
+
+
+def _parse(tokenizer: Tokenizer) -> Any:
+    model_proto = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
+    return model_proto.FromString(tokenizer.model)

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any, Literal
 
 import jax
@@ -62,13 +62,13 @@ class Continuation:
     """The new tokens after one prompt.
 
     Attributes:
-        finish_reason: None while the continuation goes on, `stop` after the model's end of text or
-            a stop string, `length` at the maximum number of tokens.
+        finish_reason: None while the continuation goes on, `stop` after an end of text or a stop
+            string, `length` at the maximum number of tokens.
     """
 
-    def __init__(self, settings: Settings, eos_id: int | None, stream: TextStream | None):
+    def __init__(self, settings: Settings, eos_ids: Set[int], stream: TextStream | None):
         self._settings = settings
-        self._eos_id = eos_id
+        self._eos_ids = eos_ids
         self._stream = stream
         self._ids: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -94,7 +94,7 @@ class Continuation:
         for token in ids:
             if self.finish_reason is not None:
                 return
-            if token == self._eos_id:
+            if token in self._eos_ids:
                 self._finish("stop")
                 return
             self._ids.append(int(token))
@@ -119,20 +119,33 @@ class Generator:
     """Continues prompts with a model, on the mesh that holds its parameters.
 
     Args:
-        tokenizer: turns new ids into text. Without one, there are no stop strings and no end of
-            text, and continuations have only ids.
+        tokenizer: turns new ids into text. Without one, there are no stop strings, and
+            continuations have only ids.
         context: the maximum number of tokens of a prompt and its continuation together.
+        eos_ids: ids that end a text, besides the tokenizer's own.
     """
 
     def __init__(
-        self, model: Transformer, mesh: jax.sharding.Mesh, tokenizer: Tokenizer | None, context: int
+        self,
+        model: Transformer,
+        mesh: jax.sharding.Mesh,
+        tokenizer: Tokenizer | None,
+        context: int,
+        eos_ids: Iterable[int] = (),
     ):
         self.model = model
         self.mesh = mesh
         self.tokenizer = tokenizer
         self.context = context
+        self._more_eos_ids = frozenset(eos_ids)
         self._prefill_program = _Program(prefill, static="num_slots")
         self._decode_program = _Program(decode, static="room", donated="state")
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Each id that ends a text."""
+        own = [] if self.tokenizer is None else [self.tokenizer.eos_id]
+        return self._more_eos_ids.union(own)
 
     def generate(
         self,
@@ -183,10 +196,9 @@ class Generator:
             require(
                 not settings.stop, "stop strings need a tokenizer, and this model came without one"
             )
-            return Continuation(settings, None, None)
-        return Continuation(
-            settings, self.tokenizer.eos_id, TextStream(self.tokenizer, context, settings.stop)
-        )
+            return Continuation(settings, self.eos_ids, None)
+        stream = TextStream(self.tokenizer, context, settings.stop)
+        return Continuation(settings, self.eos_ids, stream)
 
     def _run(
         self,
@@ -204,12 +216,13 @@ class Generator:
             yield continuations
 
     def _make_rule(self, settings: Sequence[Settings]) -> Rule:
-        num_choices, eos_id = self.model.config.vocab_size, -1
+        num_choices, unused_ids = self.model.config.vocab_size, ()
         if self.tokenizer is not None:
-            num_choices, eos_id = min(num_choices, self.tokenizer.vocab_size), self.tokenizer.eos_id
-        return Rule(
-            lay_out_sampling(settings, self.mesh, self.model.rules), np.int32(eos_id), num_choices
-        )
+            num_choices = min(num_choices, self.tokenizer.vocab_size)
+            unused_ids = self.tokenizer.unused_ids
+        sampling = lay_out_sampling(settings, self.mesh, self.model.rules)
+        eos_ids = np.array(sorted(self.eos_ids), np.int32)
+        return Rule(sampling, eos_ids, num_choices, unused_ids)
 
     def _prefill(self, prompts, settings, rule, continuations, speed) -> State:
         rows = lay_out(prompts, settings, self.mesh, self.model.rules)

@@ -28,13 +28,19 @@ class Rule:
 
     Attributes:
         sampling: the sampling settings per row; None is greedy.
-        eos_id: the id that ends a row; -1 for none.
+        eos_ids: int32 [number of ids], each of which ends a row; there may be none.
         num_choices: ids from this number on are never chosen, because they have no meaning.
+        unused_ids: lower ids without a meaning, which are never chosen either.
     """
 
     sampling: Sampling | None
-    eos_id: jax.Array | np.int32
+    eos_ids: jax.Array | np.ndarray
     num_choices: int = dataclasses.field(metadata={"static": True})
+    unused_ids: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    def goes_on(self, token_B: jax.Array) -> jax.Array:
+        """Which rows do not end with this token."""
+        return jnp.all(token_B[:, None] != self.eos_ids[None, :], axis=-1)
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +80,7 @@ def prefill(
     token_B = _choose(model, output.x_BTD, rule, jnp.int32(0))
     cache = Cache.begin(output.key_values, segment_ids_BT, num_slots)
     is_row_B = lengths_B > 0
-    state = State(cache, token_B, lengths_B, is_row_B & (token_B != rule.eos_id), jnp.int32(1))
+    state = State(cache, token_B, lengths_B, is_row_B & rule.goes_on(token_B), jnp.int32(1))
     return Written(state, _replicate(jnp.where(is_row_B, token_B, NO_TOKEN)[:, None]))
 
 
@@ -121,7 +127,7 @@ def _advance(model: Transformer, state: State, rule: Rule) -> tuple[jax.Array, S
     assert output.key_values is not None
     token_B = _choose(model, output.x_BTD, rule, state.num_chosen)
     cache = state.cache.append(output.key_values, segment_ids_B1)
-    is_live_B = state.is_live_B & (token_B != rule.eos_id)
+    is_live_B = state.is_live_B & rule.goes_on(token_B)
     written_B = jnp.where(state.is_live_B, token_B, NO_TOKEN)
     return written_B, State(cache, token_B, state.position_B + 1, is_live_B, state.num_chosen + 1)
 
@@ -129,7 +135,14 @@ def _advance(model: Transformer, state: State, rule: Rule) -> tuple[jax.Array, S
 def _choose(model: Transformer, x_BTD: jax.Array, rule: Rule, num_chosen: jax.Array) -> jax.Array:
     """The token that follows the last column."""
     logits_BV = model.to_logits(x_BTD[:, -1:])[:, 0]
-    return choose_tokens(logits_BV, rule.sampling, num_chosen, rule.num_choices, model.rules)
+    return choose_tokens(
+        logits_BV,
+        rule.sampling,
+        num_chosen,
+        rule.num_choices,
+        model.rules,
+        unused_ids=rule.unused_ids,
+    )
 
 
 def _replicate(x_BC: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mixtral_jax.parallel.rules import AxisRules
 
@@ -34,6 +35,8 @@ def choose_tokens(
     num_chosen: jax.Array,
     num_choices: int,
     rules: AxisRules,
+    *,
+    unused_ids: tuple[int, ...] = (),
 ) -> jax.Array:
     """The next token of each row, int32 [B].
 
@@ -41,9 +44,12 @@ def choose_tokens(
         sampling: None is greedy: the most likely token, and of equal logits the lowest id.
         num_chosen: how many tokens the rows have so far; it selects the random numbers.
         num_choices: ids from this number on are never chosen, because they have no meaning.
+        unused_ids: lower ids that are never chosen either.
     """
     whole_BV = jax.reshard(logits_BV.astype(jnp.float32), rules.spec("batch", None))
     whole_BV = whole_BV[:, :num_choices]
+    if unused_ids:
+        whole_BV = whole_BV.at[:, np.array(unused_ids)].set(-jnp.inf)
     if sampling is None:
         return jnp.argmax(whole_BV, axis=-1).astype(jnp.int32)
     # No row needs another, so each device draws for its own rows. Outside `shard_map`, random

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from mixtral_jax.checkpoint.export import require_exportable
 from mixtral_jax.checkpoint.formats.architecture import find_inexpressible, require_mixtral
 from mixtral_jax.checkpoint.on_devices import load_model
 from mixtral_jax.checkpoint.run_parameters import find_steps
@@ -19,7 +20,7 @@ from mixtral_jax.config import (
     local_path,
     require,
 )
-from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.data.tokenizer import Tokenizer, check_vocabulary
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.runs.run import Run
 from mixtral_jax.runs.text_data import find_tokenizer
@@ -67,6 +68,9 @@ def open_base(folder: Path, config: Config) -> Base:
     require_mixtral(weights.architecture)
     vocab_size = weights.architecture.model.vocab_size
     tokenizer = find_tokenizer(weights.tokenizer, config.data, vocab_size)
+    if weights.tokenizer is None:
+        tokenizer = weights.side_files.add_tokens(tokenizer)
+        check_vocabulary(tokenizer, vocab_size)
     return Base(folder, weights, tokenizer)
 
 
@@ -86,6 +90,9 @@ def open_named_base(config: Config) -> Base:
     assert config.finetune is not None and config.finetune.base is not None
     base = open_base(require_folder(config.finetune.base, "finetune.base"), config)
     require_tunable(base.fit(config))
+    # As the run will have it at its end, but for the numbers.
+    weights = dataclasses.replace(base.weights, tokenizer=base.tokenizer)
+    require_exportable(weights, "hf")
     return base
 
 

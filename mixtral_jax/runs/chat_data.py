@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import time
+from typing import Literal
 
 from rich.markup import escape
 
@@ -34,10 +35,12 @@ class ChatData(TrainingData):
     Attributes:
         questions: at most `MAX_QUESTIONS` held-out questions with their answers, as ids.
         tokenizer: of the model that is tuned.
+        template: the version of the chat template, `v1` or `v3`.
     """
 
     questions: list[Question]
     tokenizer: Tokenizer
+    template: Literal["v1", "v3"]
 
 
 def open_chat(run: Run, tokenizer: Tokenizer) -> ChatData:
@@ -78,6 +81,7 @@ def open_chat(run: Run, tokenizer: Tokenizer) -> ChatData:
         held_out_fingerprint=packed.held_out_fingerprint,
         questions=pick_questions(chats.held_out, MAX_QUESTIONS),
         tokenizer=tokenizer,
+        template=chats.template.version,
     )
 
 

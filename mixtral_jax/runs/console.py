@@ -37,6 +37,12 @@ def note(text: object, *, is_shown: bool = True) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def print_notes(notes: Iterable[str], *, is_shown: bool = True) -> None:
+    """Prints what people should know of a model that they opened, each as a `note`."""
+    for text in notes:
+        note(f"note: {text}", is_shown=is_shown)
+
+
 def in_gib(num_bytes: float) -> str:
     """A size for people, as `3.50 GiB`, or `3.50 MiB` below 0.1 GiB."""
     if num_bytes < 2**30 / 10:

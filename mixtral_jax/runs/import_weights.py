@@ -92,8 +92,8 @@ def _copy_in_background(
 
 
 def _describe(weights: Weights, to: Path, seconds: float, console: Console) -> None:
-    for note in weights.architecture.notes:
-        console.print(f"note: {note}")
+    for note in weights.notes:
+        console.print(f"note: {note}", markup=False)
     console.print(
         f"imported {weights.num_parameters:,} parameters in "
         f"{weights.architecture.model.param_dtype} "
@@ -107,3 +107,4 @@ def _write_rest(weights: Weights, folder: Path) -> None:
     write_json(folder / "config.json", dataclasses.asdict(config))
     if weights.tokenizer is not None:
         weights.tokenizer.save(folder / "tokenizer.model")
+    weights.side_files.save(folder)

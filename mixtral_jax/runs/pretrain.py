@@ -35,6 +35,8 @@ def _upcycle(run: Run, stop: StopSignal, callbacks: Sequence[Callback]) -> Outco
     with stop.at_once():
         kept = run.workdir / "tokenizer.model"
         data = open_text(run, dense.tokenizer if dense else read_tokenizer(f"{kept}"))
+    if dense and run.is_writer:
+        dense.weights.side_files.after_training(dense.tokenizer).save(run.workdir)
     load = dense_loader(dense, run) if dense else None
     return train_model(run, data, stop, load, callbacks=callbacks).outcome
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import jax
 
-from mixtral_jax.config import Config
+from mixtral_jax.checkpoint.formats.tokenizer_json import make_tokenizer_json
+from mixtral_jax.config import Config, ConfigError
 from mixtral_jax.data.sources import require_sources
+from mixtral_jax.data.tokenizer import read_tokenizer
 from mixtral_jax.parallel.mesh import resolve_mesh
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs.answers import Answers, ask, ask_base, compare_with_base, report_answers
@@ -21,6 +23,8 @@ from mixtral_jax.runs.base import (
     saved_steps,
 )
 from mixtral_jax.runs.chat_data import open_chat
+from mixtral_jax.runs.checkup import check_disk, free_bytes
+from mixtral_jax.runs.console import in_gib, print_notes
 from mixtral_jax.runs.describe import describe_run
 from mixtral_jax.runs.export import save_adapters
 from mixtral_jax.runs.pretrain import pretrain
@@ -52,7 +56,9 @@ def find_base(config: Config, workdir: Path, processes: Processes, stop: StopSig
     """
     assert config.finetune is not None
     if config.finetune.base is not None:
-        return open_named_base(config)
+        base = open_named_base(config)
+        print_notes(base.weights.notes, is_shown=processes.index == 0)
+        return base
     require_tunable(config)
     if processes.index == 0:
         # Runs that were started before began with a base that these settings made.
@@ -71,8 +77,27 @@ def _check_tuning(config: Config, run: Run) -> None:
     """Finds now what the tuning would find minutes later: missing data, targets without a match."""
     config = resolve_mesh(config, run.mesh.size)
     require_sources(config.data)
+    if config.data.tokenizer and not config.data.tokenizer.startswith("train:"):
+        make_tokenizer_json(read_tokenizer(config.data.tokenizer))  # As the export will.
     with jax.set_mesh(run.mesh):
         jax.eval_shape(make_training(config, platform_of(run.mesh)).make_model)
+
+
+def _require_room(run: Run, base: Base) -> None:
+    """Makes sure that the disk has room for the checkpoints that are still to come and the export.
+
+    Raises:
+        ConfigError: it has too little.
+    """
+    with jax.set_mesh(run.mesh):
+        state = run.training.abstract_state()
+    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    export_bytes = base.weights.astype(run.config.model.param_dtype).nbytes
+    free = max(0, free_bytes(run.workdir) - export_bytes)
+    for problem in check_disk(free, num_bytes, run.config.checkpoint.keep, run.workdir):
+        raise ConfigError(
+            f"{problem.what} beside an export of {in_gib(export_bytes)}: {problem.fix}"
+        )
 
 
 def tune(
@@ -84,8 +109,12 @@ def tune(
         None if it was stopped.
     """
     describe_run(run)
+    _require_room(run, base)
     with stop.at_once():
         data = open_chat(run, base.tokenizer)
+    if run.is_writer:  # Read by whoever opens the workdir, and by the export.
+        side_files = base.weights.side_files
+        side_files.after_training(base.tokenizer, data.template).save(run.workdir)
     before = ask_base(base, run, data)
     compared = compare_with_base(data, before)
     ending = train_model(run, compared, stop, base.loader(run), callbacks)

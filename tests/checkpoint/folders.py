@@ -106,7 +106,8 @@ def tensors_of(
 
 def write_config(folder: Path, model: ModelConfig, chosen: int = 2, **changes: Any) -> None:
     """Writes a config.json; changing a key to None removes it."""
-    config = huggingface.make_config(architecture_of(model, chosen), model.dtype, 1, 2) | changes
+    config = huggingface.make_config(architecture_of(model, chosen), model.dtype)
+    config |= {"bos_token_id": 1, "eos_token_id": 2} | changes
     kept = {key: value for key, value in config.items() if value is not None or key not in changes}
     (folder / "config.json").write_text(json.dumps(kept))
 

@@ -187,7 +187,7 @@ def test_a_cache_is_written_in_place(small):
 class Numbers:
     """A tokenizer with 50 pieces for a model with 96 ids. It writes an id as number and space."""
 
-    vocab_size, bos_id, eos_id = 50, 1, -1
+    vocab_size, bos_id, eos_id, unused_ids = 50, 1, -1, ()
 
     def decode(self, ids):
         return "".join(f"{token} " for token in ids)
@@ -219,6 +219,27 @@ def test_a_row_ends_at_the_end_of_text_or_a_stop_string_and_the_others_go_on(sma
     row, other = generator.generate(prompts, settings)
     assert (row.ids, row.finish_reason) == (first[:2], "length")
     assert (other.text, other.finish_reason) == (tokenizer.decode(second[:place])[:-1], "stop")
+
+
+@pytest.mark.parametrize("tokenizer", [None, Numbers()])
+def test_a_row_ends_at_each_of_several_ids_with_and_without_a_tokenizer(small, tokenizer):
+    prompts, asked = [[1, 2], [3]], Settings(max_new_tokens=12)
+    free = Generator(small.model, small.mesh, tokenizer, 512).generate(prompts, asked)
+    ids = [row.ids for row in free]
+    ends = {next(token for token in row if row.index(token) >= 1) for row in ids}
+    ended = Generator(small.model, small.mesh, tokenizer, 512, ends).generate(prompts, asked)
+    for before, row in zip(ids, ended, strict=True):
+        place = min(before.index(token) for token in ends if token in before)
+        assert (row.ids, row.finish_reason) == (before[:place], "stop")
+
+
+def test_unused_ids_are_never_written(small):
+    tokenizer = Numbers()
+    generator = Generator(small.model, small.mesh, tokenizer, 512)
+    settings = Settings(max_new_tokens=8, temperature=1.0)
+    written = generator.generate([[1, 2]], settings)[0].ids
+    tokenizer.unused_ids = tuple(written)
+    assert not set(written) & set(generator.generate([[1, 2]], settings)[0].ids)
 
 
 def test_a_continuation_ends_at_the_context(small):

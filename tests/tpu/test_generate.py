@@ -56,7 +56,8 @@ def compiled() -> dict[str, Any]:
             *(row((B,), dtype) for dtype in (jnp.float32, jnp.float32, jnp.int32, jnp.uint32))
         )
         rules = {
-            name: Rule(how, np.int32(2), 2048) for name, how in (("greedy", None), ("drawn", draws))
+            name: Rule(how, np.array([2, 7], np.int32), 2048)
+            for name, how in (("greedy", None), ("drawn", draws))
         }
         prompts = (model, row((B, T), jnp.int32), row((B,), jnp.int32), rules["greedy"])
         read = functools.partial(prefill, num_slots=SLOTS)

@@ -41,6 +41,8 @@ _MODEL_KEYS = (
     "attention",
     "context_length",
 )
+# Not every program's config has these.
+_NOT_COMPARED = ("vocab_size", "initializer_range", "dtype", "param_dtype", "context_length")
 _ROUTER_KEYS = (
     "num_experts_per_token",
     "load_balance",
@@ -58,13 +60,15 @@ class Architecture:
     """The model, its router with the losses that it was trained with, and its longest sequence.
 
     Attributes:
-        notes: which values were missing in the file and which defaults are used, to be printed.
+        notes: what of the file is not followed, or was missing, to be printed.
+        ties_embeddings: whether the file says that one array is embedding and unembedding.
     """
 
     model: ModelConfig
     router: RouterConfig
     context_length: int
     notes: tuple[str, ...] = ()
+    ties_embeddings: bool = False
 
     def __post_init__(self):
         self.config()
@@ -77,6 +81,18 @@ class Architecture:
         """
         train = TrainConfig(num_steps=1, batch_size=batch_size, sequence_length=self.context_length)
         return Config(model=self.model, router=self.router, train=train)
+
+
+def find_differences(one: Architecture, other: Architecture) -> list[str]:
+    """The keys with different values in two descriptions of the same weights.
+
+    Vocabularies may differ, since some programs round them up.
+    """
+    keys = [key for key in _MODEL_KEYS if key not in _NOT_COMPARED]
+    values = {f"model.{key}": (getattr(one.model, key), getattr(other.model, key)) for key in keys}
+    chosen = (one.router.num_experts_per_token, other.router.num_experts_per_token)
+    values["router.num_experts_per_token"] = chosen
+    return [f"{key} is {a} and {b}" for key, (a, b) in values.items() if a != b]
 
 
 def find_misfits(
@@ -98,6 +114,25 @@ def require_numbers(settings: Mapping[str, Any]) -> None:
     """
     texts = [f"{name}={value!r}" for name, value in settings.items() if isinstance(value, str)]
     require(not texts, f"{', '.join(texts)} must be a number, without quotation marks")
+
+
+def describe_window(key: str, window: Any, context_length: int) -> tuple[str, ...]:
+    """A note on a sliding window that no text of the model's context reaches; none without one.
+
+    Raises:
+        ConfigError: the window changes what is computed within the context.
+    """
+    if window is None:
+        return ()
+    require(
+        type(window) is int and window >= context_length,
+        f"{key}={window!r} is shorter than the context of {context_length} tokens, and attention "
+        "in a window is not computed here: set it to null only if the model was trained without it",
+    )
+    return (
+        f"{key}={window} is as long as the context of {context_length} tokens, so it changes "
+        "nothing; longer texts are read without it",
+    )
 
 
 def require_mixtral(architecture: Architecture) -> None:

@@ -55,7 +55,7 @@ _V3 = r"""
     {%- endif -%}
 {%- endfor -%}
 """
-CHAT_TEMPLATES = {"v1": _TURNS + _V1, "v3": _TURNS + _V3}
+CHAT_TEMPLATES: dict[Literal["v1", "v3"], str] = {"v1": _TURNS + _V1, "v3": _TURNS + _V3}
 
 
 def find_version(tokenizer: Tokenizer) -> Literal["v1", "v3"]:

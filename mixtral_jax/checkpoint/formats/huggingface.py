@@ -1,6 +1,7 @@
 """Reads and writes a Mixtral's config.json, with the keys of transformers 4 and 5.
 
-A family that differs from Mixtral has another `model_type`, and perhaps more keys: add them here.
+`config_keys` has what happens to each key. A family that differs from Mixtral has another
+`model_type`, and perhaps more keys: add them there and here.
 """
 
 from collections.abc import Mapping
@@ -11,8 +12,13 @@ from mixtral_jax.checkpoint.files.foreign_folder import read_object
 from mixtral_jax.checkpoint.formats.architecture import (
     UNKNOWN_LOSSES,
     Architecture,
-    find_misfits,
+    describe_window,
     require_numbers,
+)
+from mixtral_jax.checkpoint.formats.config_keys import (
+    KEYS,
+    ROPE_KEYS,
+    Settings,
 )
 from mixtral_jax.config import ConfigError, ModelConfig, RouterConfig, build, require
 
@@ -31,14 +37,6 @@ _OPTIONAL_KEYS = {
     "rms_norm_eps": ("norm_eps", 1e-5),
     "initializer_range": ("initializer_range", 0.02),
 }
-# Keys with one possible value: any other value describes a model that is not a Mixtral.
-_FIXED_KEYS = {
-    "model_type": "mixtral",
-    "hidden_act": "silu",
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "quantization_config": None,
-}
 _DEFAULT_ROPE_THETA = 1e6
 _DEFAULT_CONTEXT = 131_072
 
@@ -52,28 +50,24 @@ def read_config(path: Path) -> Architecture:
         ConfigError: the file describes another kind of model, or contradicts itself; names each
             key.
     """
-    theirs = read_object(path)
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    wrong = find_misfits(theirs, (*_MODEL_KEYS, "num_experts_per_tok"), _FIXED_KEYS)
-    if isinstance(rope, Mapping):
-        wrong += find_misfits(rope, (), {"rope_type": "default", "type": "default"})
-    else:
-        wrong.append(f"rope_parameters={rope!r} must be an object")
+    settings = Settings.of(read_object(path), KEYS)
+    theirs = settings.values
+    needed = (*_MODEL_KEYS, "num_experts_per_tok")
+    wrong = [*settings.wrong, *(f"{key} is missing" for key in needed if key not in theirs)]
+    wrong += settings.find_refused(KEYS)
+    thetas, wrong_positions = _read_rope(theirs)
+    wrong += wrong_positions
+    if not isinstance(theirs.get("tie_word_embeddings", False), bool):
+        wrong.append(f"tie_word_embeddings={theirs['tie_word_embeddings']!r} must be true or false")
     require(
         not wrong,
         f"{path} does not describe a Mixtral that can be loaded: {'; '.join(wrong)}; use the "
         "config.json that belongs to the weights of a Mixtral",
     )
-    thetas = {
-        "rope_theta": theirs.get("rope_theta"),
-        "rope_parameters.rope_theta": rope.get("rope_theta"),
-    }
-    thetas = {key: theta for key, theta in thetas.items() if theta is not None}
-    notes = (
-        ()
-        if thetas
-        else (f"{path} has no rope_theta: uses {_DEFAULT_ROPE_THETA:g}, as transformers does",)
-    )
+    unknown = settings.find_unknown(KEYS)
+    notes = (f"config.json: not read: {', '.join(unknown)}",) if unknown else ()
+    if not thetas:
+        notes += (f"{path} has no rope_theta: uses {_DEFAULT_ROPE_THETA:g}, as transformers does",)
     try:
         require_numbers(thetas)
         described = " and ".join(f"{key}={theta}" for key, theta in thetas.items())
@@ -82,10 +76,35 @@ def read_config(path: Path) -> Architecture:
             all(other == theta for other in thetas.values()),
             f"{described} contradict each other: remove the wrong one",
         )
-        model = _model_config(theirs, theta)
-        return Architecture(model, _router_config(theirs), _context_length(theirs), notes)
+        context_length = _context_length(theirs)
+        notes += describe_window("sliding_window", theirs.get("sliding_window"), context_length)
+        return Architecture(
+            _model_config(theirs, theta),
+            _router_config(theirs),
+            context_length,
+            notes,
+            ties_embeddings=theirs.get("tie_word_embeddings", False),
+        )
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _read_rope(theirs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The bases of rotary positions by the keys that give them, and what cannot be computed."""
+    thetas = {"rope_theta": theirs["rope_theta"]} if "rope_theta" in theirs else {}
+    wrong = []
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = theirs.get(key, {})
+        if not isinstance(rope, Mapping):
+            wrong.append(f"{key}={rope!r} must be an object")
+            continue
+        settings = Settings.of(rope, ROPE_KEYS)
+        found = [*settings.wrong, *settings.find_refused(ROPE_KEYS)]
+        found += [f"{each} is not computed here" for each in settings.find_unknown(ROPE_KEYS)]
+        wrong += [f"{key}.{each}" for each in found]
+        if "rope_theta" in settings.values:
+            thetas[f"{key}.rope_theta"] = settings.values["rope_theta"]
+    return thetas, wrong
 
 
 def _model_config(theirs: Mapping[str, Any], rope_theta: Any) -> ModelConfig:
@@ -127,15 +146,21 @@ def _context_length(theirs: Mapping[str, Any]) -> int:
     return length
 
 
-def make_config(architecture: Architecture, dtype: str, bos_id: int, eos_id: int) -> dict[str, Any]:
-    """The config.json of a model whose weights are in `dtype`, for transformers 4 and 5."""
+def make_config(architecture: Architecture, dtype: str) -> dict[str, Any]:
+    """The config.json of a model whose weights are in `dtype`, for transformers 4 and 5.
+
+    Without the ids of special tokens, which `checkpoint.export` adds.
+    """
     model, router = architecture.model, architecture.router
     balance = router.load_balance
     # At perfect balance transformers' loss is k (experts per token), and that of `switch` is 1.
     unit = 1 if balance.normalization == "hf" else router.num_experts_per_token
     return {
         "architectures": ["MixtralForCausalLM"],
-        **{key: value for key, value in _FIXED_KEYS.items() if key != "quantization_config"},
+        "model_type": "mixtral",
+        "hidden_act": "silu",
+        "sliding_window": None,
+        "tie_word_embeddings": False,
         **{key: getattr(model, name) for key, name in _MODEL_KEYS.items()},
         **{key: getattr(model, name) for key, (name, _) in _OPTIONAL_KEYS.items()},
         "head_dim": model.head_dim,
@@ -150,11 +175,4 @@ def make_config(architecture: Architecture, dtype: str, bos_id: int, eos_id: int
         "use_cache": True,
         "torch_dtype": dtype,
         "dtype": dtype,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
     }
-
-
-def make_generation_config(bos_id: int, eos_id: int) -> dict[str, Any]:
-    """The generation_config.json, which says at which id generation stops."""
-    return {"bos_token_id": bos_id, "eos_token_id": eos_id}

@@ -8,6 +8,7 @@ from mixtral_jax.checkpoint.files.foreign_folder import read_object
 from mixtral_jax.checkpoint.formats.architecture import (
     UNKNOWN_LOSSES,
     Architecture,
+    describe_window,
     find_misfits,
     require_numbers,
 )
@@ -28,10 +29,13 @@ _MOE_KEYS = ("num_experts", "num_experts_per_tok")
 # Keys with one possible value: any other value describes a model that is not a Mixtral.
 _FIXED_KEYS = {
     "model_type": "transformer",
-    "sliding_window": None,
-    "_sliding_window": None,
     "lora": None,
+    "quantization": None,
+    "tied_embeddings": False,
+    "use_biases": False,
 }
+# Two names of one thing.
+_WINDOWS = ("sliding_window", "_sliding_window")
 # Keys that are settings of Mistral's program and not of the model.
 _IGNORED_KEYS = ("max_batch_size", "max_seq_len")
 # The default of mistral-inference. That of mistral-finetune is 10,000, so we always write the key.
@@ -51,7 +55,7 @@ def read_params(path: Path) -> Architecture:
     theirs = read_object(path)
     moe = theirs.get("moe")
     wrong = find_misfits(theirs, _MODEL_KEYS, _FIXED_KEYS)
-    known = {*_MODEL_KEYS, *_FIXED_KEYS, *_IGNORED_KEYS, "moe", "rope_theta"}
+    known = {*_MODEL_KEYS, *_FIXED_KEYS, *_IGNORED_KEYS, *_WINDOWS, "moe", "rope_theta"}
     wrong += [f"{key} is not a key of a Mixtral" for key in theirs if key not in known]
     if not isinstance(moe, dict) or moe.keys() != set(_MOE_KEYS):
         wrong.append(f"moe={moe!r} must be an object with {' and '.join(_MOE_KEYS)}")
@@ -72,6 +76,8 @@ def read_params(path: Path) -> Architecture:
         default = f"{_DEFAULT_ROPE_THETA:g}"
         notes = (f"{path} has no rope_theta: uses {default}, as mistral-inference does",)
     try:
+        for key in _WINDOWS:
+            notes += describe_window(key, theirs.get(key), _CONTEXT_LENGTH)
         require_numbers(ours | moe)
         model = build(ModelConfig, ours | {"dtype": "float32"}, "model.")
         chosen = build(

@@ -120,15 +120,26 @@ def find_merges(pieces: Sequence[Piece]) -> list[list[str]]:
 
 
 def make_tokenizer_config(
-    tokenizer: Tokenizer, chat_template: str, context_length: int
+    tokenizer: Tokenizer,
+    chat_template: str,
+    context_length: int,
+    *,
+    eos_token: str | None = None,
+    pad_token: str | None = None,
 ) -> dict[str, Any]:
-    """The tokenizer_config.json, with the special pieces and the chat template."""
+    """The tokenizer_config.json, with the special pieces and the chat template.
+
+    Args:
+        eos_token: what ends an answer; None is the tokenizer's own.
+        pad_token: None is none.
+    """
     vocabulary = read_vocabulary(tokenizer)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": vocabulary.pieces[tokenizer.bos_id].text,
-        "eos_token": vocabulary.pieces[tokenizer.eos_id].text,
+        "eos_token": eos_token or vocabulary.pieces[tokenizer.eos_id].text,
         "unk_token": vocabulary.find("unknown")[0],
+        **({} if pad_token is None else {"pad_token": pad_token}),
         "add_bos_token": True,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
