@@ -5,12 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 from mixtral_jax.checkpoint.run import RunCheckpoints
-from mixtral_jax.config import ConfigError
+from mixtral_jax.config import Config, ConfigError
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.parallel.agreement import require_same
 from mixtral_jax.runs.run import Run
 from mixtral_jax.runs.text_data import SAME_DATA, name_data
 from mixtral_jax.runs.workdir import adopt_data
+from mixtral_jax.training.optimizer import learning_rate_schedule
 from mixtral_jax.training.state import TrainState
 
 
@@ -39,13 +40,14 @@ def resume_or_init(
         ConfigError: the data changed since the checkpoint, or the processes do not agree.
     """
     step = checkpoints.latest_step()
+    length = {"num_steps": run.config.train.num_steps}
     state_of_affairs = f"{name_data(data_fingerprint)} at step {step or 0}"
     fix = f"{SAME_DATA}, and one --workdir"
     require_same(run.processes, "data and step", state_of_affairs, fix)
     if step is None:
         # No name is bound to the base here, so that the state can take over its memory.
         state = run.training.init() if load_base is None else run.training.init(load_base())
-        return StartState(0, state, {"tokens": 0, "data": data_fingerprint})
+        return StartState(0, state, {"tokens": 0, "data": data_fingerprint} | length)
     record = checkpoints.read_record(step)
     if record["data"] != data_fingerprint:
         raise ConfigError(
@@ -67,4 +69,18 @@ def resume_or_init(
             markup=False,
         )
     run.console.print(f"resuming after step {step} of {run.config.train.num_steps}")
-    return StartState(step, state, record)
+    if record.get("num_steps", run.config.train.num_steps) != run.config.train.num_steps:
+        run.console.print(_describe_new_length(run.config, record["num_steps"], step))
+    return StartState(step, state, record | length)
+
+
+def _describe_new_length(config: Config, num_steps_before: int, step: int) -> str:
+    """What another number of steps does to the learning rate, whose schedule it stretches."""
+    num_steps = config.train.num_steps
+    before = learning_rate_schedule(config.optimizer, num_steps_before)(step - 1)
+    now = learning_rate_schedule(config.optimizer, num_steps)(step)
+    return (
+        f"train.num_steps was {num_steps_before}, and is now {num_steps}: the learning rate follows "
+        f"the schedule of {num_steps} steps, and goes from {float(before):.2g} at step {step} to "
+        f"{float(now):.2g} at step {step + 1}"
+    )

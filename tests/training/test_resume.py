@@ -77,8 +77,9 @@ def test_a_changed_config_is_refused_by_name_and_a_longer_run_is_not(folder, unb
     assert code == 2
     assert errors.strip().count("\n") == 0
     assert "optimizer.learning_rate (0.004 -> 0.5)" in errors
-    code, _, errors = finish(
+    code, printed, errors = finish(
         start(folder, "unbroken", "--config.train.num_steps=62", "--config.mesh.fsdp=2")
     )
     assert code == 0, errors
+    assert f"train.num_steps was {STEPS}, and is now 62: the learning rate" in printed
     assert [line["step"] for line in lines_of(folder / "unbroken")] == list(range(1, 63))

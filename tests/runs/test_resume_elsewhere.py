@@ -1,4 +1,4 @@
-"""Runs that go on with their data elsewhere, and held-out data of their own."""
+"""Runs that go on elsewhere or for longer, and held-out data of their own."""
 
 import dataclasses
 import io
@@ -15,6 +15,7 @@ from mixtral_jax.runs.chat_data import open_chat
 from mixtral_jax.runs.resume import resume_or_init
 from mixtral_jax.runs.text_data import open_text
 from mixtral_jax.runs.workdir import check_saved, open_workdir
+from mixtral_jax.training.optimizer import learning_rate_schedule
 from tests.cases import make_run, mesh_of, small_config
 from tests.data.chat_cases import good_line, train_tokenizer
 
@@ -185,3 +186,19 @@ def test_arms_of_an_ablation_keep_their_data(tmp_path, changed):
     run = SimpleNamespace(arm=arm, config=after, folder=lambda workdir: workdir)
     with pytest.raises(ConfigError, match=rf"arm usual: .*changed: data\.{next(iter(changed))} "):
         check_saved_arms(SimpleNamespace(runs=[run]), tmp_path)
+
+
+@pytest.mark.parametrize("num_steps", [3, 5, 40])
+def test_another_number_of_steps_is_said_with_what_it_does_to_the_learning_rate(
+    start, begun, folder, num_steps
+):
+    saved = begun(train__num_steps=3)
+    saved.record["num_steps"] = 3
+    run, data, said = start(folder, data__held_out="validation", train__num_steps=num_steps)
+    record = resume(run, saved, data).record
+    assert record["num_steps"] == num_steps
+    line = f"train.num_steps was 3, and is now {num_steps}: "
+    assert (line in said.getvalue()) == (num_steps != 3)
+    if num_steps != 3:
+        rate = float(learning_rate_schedule(run.config.optimizer, num_steps)(3))
+        assert f"to {rate:.2g} at step 4" in said.getvalue().replace("\n", " ")
