@@ -1,6 +1,8 @@
 """Every shipped config builds, says how to run it, and fits the machine in its name."""
 
 import ast
+import dataclasses
+import json
 import math
 import shutil
 import sys
@@ -8,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_jax.config import Config, build, load_config_file, run_config_file
+from mixtral_jax.config import (
+    Config,
+    ConfigError,
+    build,
+    load_config,
+    load_config_file,
+    run_config_file,
+)
 from mixtral_jax.lab.ablation.definition import plan_ablation, read_ablation
 from mixtral_jax.parallel.mesh import MESH_AXES, resolve_mesh
 
@@ -101,3 +110,31 @@ def test_a_copied_file_finds_the_shipped_configs_anywhere(
     assert load_config_file(Path("configs/pretrain/tiny.py")) == load_config_file(
         CONFIGS / "pretrain/tiny.py"
     )
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "instruct"])
+def test_the_config_json_of_a_run_is_a_config_file(tmp_path, kind):
+    config = build(Config, load_config_file(CONFIGS / kind / "tiny.py"))
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    assert load_config(tmp_path / "config.json") == config
+    longer = load_config(tmp_path / "config.json", {"train.num_steps": 1234})
+    assert longer.train.num_steps == 1234
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("config.json", "{", r"cannot be read: Expecting property name"),
+        ("config.json", "[1]", "is not the config.json of a run, an object with the sections"),
+        ("config.json", '{"model_type": "mixtral"}', "is not the config.json of a run"),
+        ("run.yaml", "train: {}", r"must be a .py file with a function get_config\(\)"),
+        ("run/config.json", "{}", r"run: is a folder: name its config.json"),
+        ("run/other.py", "", r"run: is a folder: name a .py file in it"),
+    ],
+)
+def test_what_is_no_config_file_is_refused_by_name(tmp_path, name, content, error):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=error):
+        load_config(file if file.parent == tmp_path else file.parent)

@@ -1,15 +1,17 @@
-"""Reads config files: Python files with a function get_config().
+"""Reads config files: Python files with a function get_config(), and the config.json of a run.
 
-They import their parents from a folder `configs`.
+Python files import their parents from a folder `configs`.
 """
 
+import dataclasses
+import json
 import runpy
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mixtral_jax.config.errors import ConfigError
+from mixtral_jax.config.errors import ConfigError, require
 from mixtral_jax.config.mapping import build, set_key
 from mixtral_jax.config.paths import local_path
 from mixtral_jax.config.run import Config
@@ -18,13 +20,15 @@ Read = TypeVar("Read")
 
 # Beside the package in a clone, which is how it is installed.
 SHIPPED = Path(__file__).parents[2] / "configs"
+_SECTIONS = {field.name for field in dataclasses.fields(Config)}
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """The config of a file, with some keys changed.
 
     Args:
-        path: a .py file with a function get_config(), as for `run_config_file`.
+        path: a .py file with a function get_config(), as for `run_config_file`, or the config.json
+            of a run.
         overrides: dotted keys and their values, as `{"train.num_steps": 100}`.
 
     Raises:
@@ -37,8 +41,27 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def load_config_file(path: Path) -> dict[str, Any]:
-    """The nested mapping that `get_config()` of a config file returns. The file runs as Python."""
-    return run_config_file(path, _to_mapping)
+    """The nested mapping that `get_config()` of a config file returns; the file runs as Python.
+
+    Of a .json file, such as the config.json of a run, it is the object in it.
+
+    Raises:
+        ConfigError: as `run_config_file`, or the file holds no JSON object.
+    """
+    return _read_json(path) if path.suffix == ".json" else run_config_file(path, _to_mapping)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        mapping = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config={path} cannot be read: {error}") from error
+    require(
+        isinstance(mapping, dict) and mapping.keys() <= _SECTIONS,
+        f"--config={path} is not the config.json of a run, an object with the sections "
+        f"{', '.join(sorted(_SECTIONS))}: name a config file, such as configs/pretrain/tiny.py",
+    )
+    return mapping
 
 
 def run_config_file(path: Path, read: Callable[[Any], Read]) -> Read:
@@ -53,8 +76,13 @@ def run_config_file(path: Path, read: Callable[[Any], Read]) -> Read:
     if not path.exists() and shipped.is_file():
         path = shipped
     if not path.is_file():
-        problem = "is a folder: name a .py file in it" if path.is_dir() else "there is no such file"
+        is_run = (path / "config.json").is_file()
+        inside = "its config.json" if is_run else "a .py file in it"
+        problem = f"is a folder: name {inside}" if path.is_dir() else "there is no such file"
         raise ConfigError(f"--config={path}: {problem}; shipped ones are under configs/")
+    require(
+        path.suffix == ".py", f"--config={path} must be a .py file with a function get_config()"
+    )
     # Config files import their parents from the `configs` folder that they live in, then from that
     # of the current folder, and then from the shipped one.
     roots = [str(folder.parent) for folder in path.resolve().parents if folder.name == "configs"]

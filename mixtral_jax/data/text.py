@@ -74,7 +74,7 @@ def prepare_text(
     tokenizer = load_tokenizer(
         config.tokenizer, lambda: _train_texts(config, corpus), saved, may_save=may_save
     )
-    check_vocabulary(tokenizer, vocab_size)
+    check_vocabulary(tokenizer, vocab_size, is_planned=True)
     prepared = _tokenize(
         config, corpus, tokenizer, cache_dir / f"{key}-{tokenizer.fingerprint[:16]}"
     )

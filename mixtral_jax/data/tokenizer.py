@@ -244,17 +244,24 @@ def check_planned_vocabulary(spec: str, vocab_size: int) -> None:
     )
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, *, is_planned: bool = False) -> None:
     """Makes sure that the model has an embedding for every piece; it may have more.
+
+    Args:
+        is_planned: the model is still to be made, so its vocabulary may still change.
 
     Raises:
         ConfigError: names both sizes and the fix.
     """
     pieces = tokenizer.vocab_size
+    fix = (
+        f"set --config.model.vocab_size={pieces}"
+        if is_planned
+        else "use the tokenizer that the model was trained with"
+    )
     require(
         pieces <= vocab_size,
-        f"the tokenizer has {pieces} pieces but model.vocab_size={vocab_size}: set "
-        f"--config.model.vocab_size={pieces}",
+        f"the tokenizer has {pieces} pieces but model.vocab_size={vocab_size}: {fix}",
     )
 
 

@@ -101,7 +101,7 @@ def _open_tokenizer(config: Config) -> None:
     if not config.data.tokenizer.startswith("train:"):  # That one is yet to be trained.
         nowhere = Path(tempfile.gettempdir()) / "mixtral_jax-no-tokenizer-here"
         tokenizer = load_tokenizer(config.data.tokenizer, lambda: (), nowhere, may_save=False)
-        check_vocabulary(tokenizer, config.model.vocab_size)
+        check_vocabulary(tokenizer, config.model.vocab_size, is_planned=True)
 
 
 def fit_base(config: Config, problems: list[Problem]) -> Config:

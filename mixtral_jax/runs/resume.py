@@ -80,7 +80,7 @@ def _describe_new_length(config: Config, num_steps_before: int, step: int) -> st
     before = learning_rate_schedule(config.optimizer, num_steps_before)(step - 1)
     now = learning_rate_schedule(config.optimizer, num_steps)(step)
     return (
-        f"train.num_steps was {num_steps_before}, and is now {num_steps}: the learning rate follows "
-        f"the schedule of {num_steps} steps, and goes from {float(before):.2g} at step {step} to "
-        f"{float(now):.2g} at step {step + 1}"
+        f"train.num_steps was {num_steps_before}, and is now {num_steps}: the learning rate "
+        f"follows the schedule of {num_steps} steps, and goes from {float(before):.2g} at step "
+        f"{step} to {float(now):.2g} at step {step + 1}"
     )

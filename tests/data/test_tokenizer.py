@@ -229,7 +229,8 @@ def test_the_model_must_have_a_row_for_every_piece(tokenizer):
     check_vocabulary(tokenizer, 400)
     check_vocabulary(tokenizer, 512)
     with pytest.raises(
-        ConfigError,
-        match=r"has 400 pieces but model.vocab_size=399: set --config.model.vocab_size=400",
+        ConfigError, match=r"has 400 pieces .*=399: use the tokenizer that the model"
     ):
         check_vocabulary(tokenizer, 399)
+    with pytest.raises(ConfigError, match=r"=399: set --config.model.vocab_size=400"):
+        check_vocabulary(tokenizer, 399, is_planned=True)
