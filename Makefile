@@ -37,7 +37,7 @@ test: install
 test-runs: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m 'runs and not full'
 
-# On further meshes, what `make test` computes on some.
+# Further meshes and transports, and further options of the router on them.
 test-meshes: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m 'meshes and not full'
 

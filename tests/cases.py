@@ -1,13 +1,14 @@
 """What many tests start from: a small model, its kernels, a mesh by its sizes, a packed batch."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mixtral_jax.config import Config, GroupedMatmulName, TransportName, build
 from mixtral_jax.kernels.choose import Choice, Kernels, choose_kernels
@@ -95,6 +96,15 @@ def make_run(config: Config, mesh: jax.sharding.Mesh, workdir: Path, output: Any
     """A run of one process whose devices are up; its workdir is not opened. Prints to `output`."""
     console = make_console(is_writer=output is not None, output=output)
     return Run(config, mesh, workdir, console, Processes(), make_training(config, "cpu"))
+
+
+def keep_some(cases: Mapping[str, Any], *kept: str) -> list[Any]:
+    """Cases by name, to parametrize with: all but `kept` are for `make test-meshes` alone."""
+    assert cases.keys() >= set(kept)
+    return [
+        pytest.param(case, id=name, marks=() if name in kept else pytest.mark.meshes)
+        for name, case in cases.items()
+    ]
 
 
 def only_masked(is_real_BT: Any) -> Tokens:

@@ -90,8 +90,16 @@ def adapted_model() -> Model:
 
 @pytest.mark.parametrize(
     ("sizes", "dtype"),
-    [({}, "float32"), ({}, "bfloat16"), ({"expert": 2, "fsdp": 2, "tensor": 2}, "float32")],
-    ids=["float32", "bfloat16", "float32 on a mesh"],
+    [
+        pytest.param({}, "float32", id="float32"),
+        pytest.param({}, "bfloat16", id="bfloat16"),
+        pytest.param(
+            {"expert": 2, "fsdp": 2, "tensor": 2},
+            "float32",
+            id="float32 on a mesh",
+            marks=pytest.mark.meshes,
+        ),
+    ],
 )
 def test_fresh_adapters_change_no_bit(sizes: dict[str, int], dtype: str) -> None:
     config = tuning_config(model__dtype=dtype)

@@ -176,6 +176,7 @@ def test_new_units_have_the_mean_and_deviation_of_the_old_ones(hidden):
         np.testing.assert_allclose(got[e], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.meshes
 @pytest.mark.parametrize("method", ["noise", "drop"])
 def test_random_changes_are_the_same_on_every_mesh(method):
     expected, *others = (

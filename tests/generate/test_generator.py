@@ -55,9 +55,9 @@ def continue_without_cache(logits_of, prompt, count):
 @pytest.mark.parametrize(
     ("folder", "sizes"),
     [
-        ("hf_tiny", {}),
-        ("hf_tiny", {"expert": 4, "tensor": 2}),
         ("mistral_tiny", {"expert": 4, "tensor": 2}),
+        pytest.param("hf_tiny", {}, marks=pytest.mark.meshes),
+        pytest.param("hf_tiny", {"expert": 4, "tensor": 2}, marks=pytest.mark.meshes),
     ],
 )
 def test_greedy_continuation_is_that_of_transformers(folder, sizes, golden):

@@ -37,6 +37,7 @@ def test_each_host_gets_one_process_and_the_same_coordinator(two_hosts):
     ]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("codes", "code", "starts"), [((75, 75, 0), 0, 3), ((75, 2), 2, 2), ((2,), 2, 1), ((1,), 1, 1)]
 )

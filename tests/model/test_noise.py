@@ -10,7 +10,7 @@ import pytest
 
 from mixtral_jax.config import NoiseConfig
 from mixtral_jax.model.noise import add_noise, jitter
-from tests.cases import RULES, mesh_of, relative_norm
+from tests.cases import RULES, keep_some, mesh_of, relative_norm
 from tests.model.routed_layer import LayerRun, config_of, run
 
 NOISE = {
@@ -25,7 +25,7 @@ def run_plain() -> LayerRun:
     return run(config_of({}))
 
 
-@pytest.mark.parametrize("options", NOISE.values(), ids=NOISE)
+@pytest.mark.parametrize("options", keep_some(NOISE, "jitter"))
 def test_noise_is_there_in_training_alone_and_the_same_on_a_mesh(options: dict[str, Any]) -> None:
     config, plain = config_of(options), run_plain()
     calm = run(config, is_training=False)

@@ -8,7 +8,7 @@ from tests.cases import packed_batch, relative_norm, small_config
 from tests.training.steps import gradients_of, in_micro_batches, train
 
 
-@pytest.mark.parametrize("normalization", ["switch", "hf"])
+@pytest.mark.parametrize("normalization", ["hf", pytest.param("switch", marks=pytest.mark.meshes)])
 def test_balance_of_the_global_batch_is_that_of_one_big_batch(normalization: str) -> None:
     keys = {
         "router__load_balance__weight": 10.0,
@@ -34,14 +34,20 @@ def test_balance_of_micro_batches_is_not_that_of_one_big_batch() -> None:
 @pytest.mark.parametrize(
     "keys",
     [
-        {"router__load_balance__scope": "sequence", "router__load_balance__weight": 10.0},
-        {
-            "router__load_balance__weight": 0.0,
-            "router__sequence_loss_weight": 10.0,
-            "router__score": "sigmoid",
-        },
+        pytest.param(
+            {"router__load_balance__scope": "sequence", "router__load_balance__weight": 10.0},
+            id="scope",
+        ),
+        pytest.param(
+            {
+                "router__load_balance__weight": 0.0,
+                "router__sequence_loss_weight": 10.0,
+                "router__score": "sigmoid",
+            },
+            id="complementary",
+            marks=pytest.mark.meshes,
+        ),
     ],
-    ids=["scope", "complementary"],
 )
 def test_balance_within_sequences_does_not_depend_on_micro_batches(keys: dict[str, Any]) -> None:
     config = small_config(**keys)

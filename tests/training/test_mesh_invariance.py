@@ -22,10 +22,8 @@ MESHES = {
 
 # What `make test` runs; `make test-meshes` runs the rest of the product.
 MAIN_CASES = (
-    ("expert=8", "dropless"),
     ("fsdp=2,expert=2,tensor=2", "dropless"),
     ("expert=4,fsdp=2", "capacity 1.25"),
-    ("data=2,expert=2,tensor=2", "capacity 1.25"),
 )
 
 

@@ -34,7 +34,7 @@ def test_micro_batches_give_the_gradient_of_one_big_batch():
         assert metrics_four[name] == pytest.approx(metrics_one[name], rel=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"expert": 2}])
+@pytest.mark.parametrize("sizes", [{}, pytest.param({"expert": 2}, marks=pytest.mark.meshes)])
 def test_the_balance_gradient_keeps_its_weight_under_accumulation(sizes):
     """Four times the same micro-batch is balanced like one of them: same gradient, not a fraction
     of it.
@@ -57,7 +57,7 @@ def prefer_expert_3(state):
     return state
 
 
-@pytest.mark.parametrize("sizes", [{}, {"expert": 8}])
+@pytest.mark.parametrize("sizes", [{}, pytest.param({"expert": 8}, marks=pytest.mark.meshes)])
 def test_experts_without_a_token_get_exactly_zero_gradient_and_one_may_get_all(sizes):
     config = small_config(router__num_experts_per_token=1)
     gradients, metrics = one_step(config, packed_batch(config), prefer_expert_3, **sizes)
