@@ -77,8 +77,8 @@ def resume_or_init(
 def _describe_new_length(config: Config, num_steps_before: int, step: int) -> str:
     """What another number of steps does to the learning rate, whose schedule it stretches."""
     num_steps = config.train.num_steps
-    before = learning_rate_schedule(config.optimizer, num_steps_before)(step - 1)
-    now = learning_rate_schedule(config.optimizer, num_steps)(step)
+    before: Any = learning_rate_schedule(config.optimizer, num_steps_before)(step - 1)
+    now: Any = learning_rate_schedule(config.optimizer, num_steps)(step)
     return (
         f"train.num_steps was {num_steps_before}, and is now {num_steps}: the learning rate "
         f"follows the schedule of {num_steps} steps, and goes from {float(before):.2g} at step "
