@@ -86,6 +86,7 @@ def open_model(flags: ModelFlags, processes: "Processes") -> "Pretrained":
         ConfigError: the processes were started with different flags or have unequal devices, or
             what loading raises.
     """
+    from mixtral_jax.parallel.connections import connect_processes
     from mixtral_jax.parallel.mesh import use_virtual_cpu_devices
     from mixtral_jax.pretrained import load_pretrained
     from mixtral_jax.runs.console import print_notes
@@ -101,6 +102,7 @@ def open_model(flags: ModelFlags, processes: "Processes") -> "Pretrained":
     use_virtual_cpu_devices(flags.mesh.cpu_devices)
     require_equal_devices(processes)
     loaded = load_pretrained(flags.checkpoint, flags.dtype, flags.mesh)
+    connect_processes(loaded.mesh, processes)
     print_notes(loaded.notes, is_shown=processes.index == 0)
     return loaded
 

@@ -15,6 +15,7 @@ from mixtral_jax.parallel.agreement import (
     require_agreement,
     share_devices,
 )
+from mixtral_jax.parallel.connections import connect_processes
 from mixtral_jax.parallel.mesh import (
     make_mesh,
     matmul_precision,
@@ -74,6 +75,7 @@ def start_run(
     mesh = make_mesh(config.mesh)
     training = make_training(config, platform_of(mesh), optimizer=optimizer, loss=loss)
     open_workdir(workdir, config, processes)
+    connect_processes(mesh, processes)
     return Run(config, mesh, workdir, make_console(processes.index == 0), processes, training)
 
 
@@ -87,6 +89,7 @@ def start_part(run: Run, config: Config, workdir: Path) -> Run:
     mesh = make_mesh(config.mesh)
     training = make_training(config, platform_of(mesh))
     open_workdir(workdir, config, run.processes)
+    connect_processes(mesh, run.processes)
     return dataclasses.replace(run, config=config, mesh=mesh, workdir=workdir, training=training)
 
 
