@@ -5,8 +5,12 @@ Devices of several processes that meet in a collective connect when they first d
 Once they are connected, they wait for each other as long as it takes.
 """
 
+import contextlib
 import itertools
 import math
+import os
+import sys
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +34,22 @@ def connect_processes(mesh: jax.sharding.Mesh, processes: Processes) -> None:
         sum_each = jax.jit(lambda arrays: [jnp.sum(array) for array in arrays])
         compiled = sum_each.lower(ones).compile()
         processes.share("connecting", "")
-        sums = jax.block_until_ready(compiled(ones))
+        with _without_stdout():
+            sums = jax.block_until_ready(compiled(ones))
     sizes = [math.prod(mesh.shape[axis] for axis in group) for group in groups]
     assert [int(each) for each in sums] == sizes
+
+
+@contextlib.contextmanager
+def _without_stdout() -> Iterator[None]:
+    """Drops what is printed on standard output: gloo prints a line there for each connection."""
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w") as output, open(os.devnull, "w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(output.fileno(), 1)
 
 
 def _make_ones(mesh: jax.sharding.Mesh, group: tuple[str, ...]) -> jax.Array:
