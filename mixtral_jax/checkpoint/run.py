@@ -1,8 +1,8 @@
 """The checkpoints of a run: saves a step in the background, finds the newest, and restores it.
 
-Everything that decides whether a saved step can be trusted belongs here. This module knows only
-pytrees and steps. A checkpoint has a small JSON record and a flat dictionary from the path of each
-leaf to its array, so that it can be read without the classes that made it.
+This module knows only pytrees and steps. Readers of other rooms find steps with `run_parameters`. A
+checkpoint has a small JSON record and a flat dictionary from the path of each leaf to its array, so
+that it can be read without the classes that made it.
 """
 
 from pathlib import Path
