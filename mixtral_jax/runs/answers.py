@@ -56,6 +56,8 @@ def ask(folder: Path, run: Run, data: ChatData) -> Answers:
         ConfigError: what `load_pretrained` raises.
     """
     loaded = load_pretrained(folder, run.config.model.dtype, run.mesh)
+    # A base that came without a tokenizer is asked with the one that the config names.
+    loaded = dataclasses.replace(loaded, tokenizer=data.tokenizer)
     prompts = [question.prompt.tolist() for question in pick_asked(data)]
     max_new_tokens = min(MAX_NEW_TOKENS, run.config.train.sequence_length)
     *_, continuations = loaded.generator.stream(

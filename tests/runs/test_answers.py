@@ -1,14 +1,17 @@
-"""What a base said is kept for the same question, and for no other."""
+"""A base is asked in text, and what it said is kept for the same question and for no other."""
 
 import dataclasses
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mixtral_jax.data.chat.prepare import Question
 from mixtral_jax.runs import answers
-from mixtral_jax.runs.answers import Answer, Answers, ask_base
+from mixtral_jax.runs.answers import Answer, Answers, ask, ask_base
 from tests.cases import make_run, mesh_of, small_config
+from tests.checkpoint.side_folders import tokenizer, write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,3 +43,16 @@ def test_a_base_is_asked_once_until_it_or_the_conversations_change(tmp_path, mon
             assert ask_base(base_of(folder, source), run, Data(*fingerprints)) == expected
     with pytest.raises(StopIteration):
         next(left)
+
+
+def test_a_base_that_came_without_a_tokenizer_answers_in_text(tmp_path):
+    write(tmp_path, {})
+    (tmp_path / "tokenizer.model").unlink()
+    data = types.SimpleNamespace(
+        questions=[Question(np.array([1, 5]), np.array([6, 2]))],
+        tokenizer=tokenizer(),
+        evaluate=lambda model: {"eval/loss": 1.0, "eval/bits_per_byte": 0.5},
+    )
+    run = make_run(small_config(train__sequence_length=2), mesh_of(), tmp_path)
+    (answer,) = ask(tmp_path, run, data).answers
+    assert isinstance(answer.text, str)
