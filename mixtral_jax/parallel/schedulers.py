@@ -89,4 +89,4 @@ def require_all_met(num_met: int) -> None:
     scheduler = find_scheduler()
     missing = scheduler and scheduler.describe_missing(num_met)
     if scheduler and missing:
-        raise ConfigError(f"{missing}, and would train by itself: {scheduler.fix}")
+        raise ConfigError(f"{missing}, which would train without the others: {scheduler.fix}")
