@@ -20,11 +20,12 @@ def main(arguments: list[str]) -> int:
     from mixtral_jax.parallel.processes import join_processes
     from mixtral_jax.runs.eval_data import read_run, score
 
-    data = choose_data(arguments, read_run(flags.checkpoint))
+    run = read_run(flags.checkpoint)
+    data = choose_data(arguments, run)
     require_sources(data)  # Missing data are found before much is loaded.
     with claim_stdout() as output, join_processes(model.launch) as processes:
         loaded = open_model(model, processes)
-        figures = score(loaded, read_task(flags, data, loaded), processes)
+        figures = score(loaded, read_task(flags, run, data, loaded), processes)
         if processes.index == 0:
             print(json.dumps(figures), file=output)
     return 0

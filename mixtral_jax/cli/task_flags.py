@@ -63,12 +63,14 @@ def choose_data(arguments: Sequence[str], run: "TrainedRun | None") -> DataConfi
     return build(DataConfig, changed | {"path": run.data.path}, "data.")
 
 
-def read_task(flags: argparse.Namespace, data: DataConfig, loaded: "Pretrained") -> "EvalTask":
+def read_task(
+    flags: argparse.Namespace, run: "TrainedRun | None", data: DataConfig, loaded: "Pretrained"
+) -> "EvalTask":
     """The task that the flags ask for; raises ConfigError if a number is out of range."""
     from mixtral_jax.runs.eval_data import plan_task
 
     return plan_task(
-        flags.checkpoint,
+        run,
         data,
         loaded,
         part=flags.part,

@@ -95,7 +95,7 @@ class PackedText:
 
 
 def plan_task(
-    checkpoint: Path,
+    run: TrainedRun | None,
     data: DataConfig,
     loaded: Pretrained,
     *,
@@ -106,14 +106,13 @@ def plan_task(
 ) -> EvalTask:
     """The task that was asked for; None is filled in.
 
-    If `data` are those that the checkpoint's own run was trained on, the held-out part is read, in
-    as many rows as the run reads; else all of the data are.
+    If `data` are those that `run`, which made the checkpoint, was trained on, the held-out part is
+    read, in as many rows as the run reads; else all of the data are.
 
     Raises:
         ConfigError: a number is out of range, or the held-out part of the run's own data is asked
             for with settings by which it would hold documents that the run was trained on.
     """
-    run = read_run(checkpoint)
     length, count = sequence_length, num_sequences
     require(length is None or length >= 2, f"--sequence_length={length} must be at least 2")
     require(count is None or count >= 1, f"--num_sequences={count} must be at least 1")

@@ -199,8 +199,9 @@ def test_what_a_run_was_trained_on_is_judged_as_the_run_does(tmp_path):
             "sequence_length": None,
             "num_sequences": None,
         } | flags
-        data = choose_data([f"--data.path={path}", *keys], read_run(checkpoint))
-        return plan_task(checkpoint, data, Loaded, **asked)
+        run = read_run(checkpoint)
+        data = choose_data([f"--data.path={path}", *keys], run)
+        return plan_task(run, data, Loaded, **asked)
 
     own = EvalTask(config.data, "held_out", False, 24, 7)
     assert plan("own.txt") == plan("own.txt", tmp_path / "checkpoints" / "3") == own
@@ -234,10 +235,11 @@ def test_a_held_out_part_that_would_hold_trained_documents_is_refused(tmp_path, 
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
 
     def plan(part, path):
-        data = choose_data([f"--data.path={path}", f"--data.{key}"], read_run(tmp_path))
+        run = read_run(tmp_path)
+        data = choose_data([f"--data.path={path}", f"--data.{key}"], run)
         loaded = SimpleNamespace(config=config)
         asked = {"is_chat": False, "sequence_length": None, "num_sequences": None}
-        return plan_task(tmp_path, data, loaded, part=part, **asked)
+        return plan_task(run, data, loaded, part=part, **asked)
 
     # However the run's own folder is spelled.
     for path in (tmp_path / "own", f"{tmp_path}/own/../own"):

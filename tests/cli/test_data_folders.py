@@ -37,9 +37,10 @@ def test_held_out_data_of_ones_own_may_be_named_for_any_run(tmp_path):
     def plan(own, *keys):
         config = small_config(data__path="own.txt", data__held_out=own)
         (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-        data = choose_data(keys, read_run(tmp_path))
+        run = read_run(tmp_path)
+        data = choose_data(keys, run)
         asked = {"is_chat": False, "sequence_length": None, "num_sequences": None, "part": None}
-        return plan_task(tmp_path, data, SimpleNamespace(config=config), **asked)
+        return plan_task(run, data, SimpleNamespace(config=config), **asked)
 
     assert plan("b.txt").data.held_out == "b.txt"
     for own in (None, "b.txt"):
