@@ -24,7 +24,6 @@ from mixtral_jax.data.batches import spread_batches
 from mixtral_jax.data.chat.prepare import PreparedChats, prepare_chats
 from mixtral_jax.data.chat.refused import describe_unread
 from mixtral_jax.data.packing import PackPlan, plan_rows
-from mixtral_jax.data.sources import describe_files
 from mixtral_jax.data.store import TokenStore
 from mixtral_jax.data.text import tokenize_text
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -35,7 +34,7 @@ from mixtral_jax.parallel.mesh import matmul_precision
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.pretrained import Pretrained
 from mixtral_jax.runs.console import note, show_progress
-from mixtral_jax.runs.text_data import SAME_DATA, find_tokenizer, name_data
+from mixtral_jax.runs.text_data import SAME_DATA, describe_reading, find_tokenizer, name_data
 
 Part = Literal["held_out", "all"]
 # Tokens of a row, unless the run was trained on shorter ones.
@@ -156,7 +155,7 @@ def open_task(loaded: Pretrained, task: EvalTask, processes: Processes) -> Packe
     """
     length = task.sequence_length
     tokenizer = find_tokenizer(loaded.tokenizer, task.data, loaded.config.model.vocab_size)
-    stores = _open_stores(task, tokenizer, is_shown=processes.index == 0)
+    stores = _open_stores(loaded, task, tokenizer, is_shown=processes.index == 0)
     long_documents = task.data.chat.long_rows if task.is_chat else "split"
     plans = [plan_rows(store, length, long_documents=long_documents) for store in stores]
     names = " and ".join(name_data(plan.fingerprint) for plan in plans)
@@ -228,12 +227,16 @@ def read_run(checkpoint: Path) -> TrainedRun | None:
     return None
 
 
-def _open_stores(task: EvalTask, tokenizer: Tokenizer, *, is_shown: bool) -> list[TokenStore]:
-    note(f"reading {task.data.path} (tokenized once, then cached) ...", is_shown=is_shown)
-    for line in describe_files(task.data) if is_shown else ():
+def _open_stores(
+    loaded: Pretrained, task: EvalTask, tokenizer: Tokenizer, *, is_shown: bool
+) -> list[TokenStore]:
+    for line in describe_reading(task.data) if is_shown else ():
         note(line)
-    prepare = prepare_chats if task.is_chat else tokenize_text
-    prepared = prepare(task.data, tokenizer)
+    data, chat = task.data, task.data.chat
+    if chat.template == "auto":  # As chats with the model do.
+        chat = dataclasses.replace(chat, template=loaded.side_files.template)
+        data = dataclasses.replace(data, chat=chat)
+    prepared = prepare_chats(data, tokenizer) if task.is_chat else tokenize_text(data, tokenizer)
     if isinstance(prepared, PreparedChats) and prepared.unread:
         note(f"not read: {describe_unread(prepared.unread)}", is_shown=is_shown)
     if task.part == "held_out":

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import time
+from collections.abc import Iterator
 
 from mixtral_jax.config import DataConfig, require
 from mixtral_jax.data.batches import TrainBatches, held_out_batches
@@ -108,13 +109,15 @@ def open_text(run: Run, tokenizer: Tokenizer | None = None) -> TrainingData:
 
 def announce_reading(run: Run) -> None:
     """Prints what is about to be read, and what is not."""
-    data = run.config.data
-    held_out = "" if data.held_out is None else f", held out {data.held_out}"
-    run.console.print(
-        f"reading {data.path}{held_out} (tokenized once, then cached) ...", markup=False
-    )
-    for line in describe_files(data) if run.is_writer else ():
+    for line in describe_reading(run.config.data) if run.is_writer else ():
         run.console.print(line, markup=False)
+
+
+def describe_reading(data: DataConfig) -> Iterator[str]:
+    """What is about to be read, and which files are not."""
+    held_out = "" if data.held_out is None else f", held out {data.held_out}"
+    yield f"reading {data.path}{held_out} (tokenized once, then cached) ..."
+    yield from describe_files(data)
 
 
 def describe_shared(num_shared: int, held_out: TokenStore, what: str) -> str:

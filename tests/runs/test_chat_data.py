@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from mixtral_jax.checkpoint.formats.side_files import SideFiles
 from mixtral_jax.config import ConfigError
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.parallel.rules import AxisRules
@@ -128,7 +129,11 @@ def test_fields_that_are_not_read_are_named_where_a_model_is_evaluated(
     _, _, run = open_run(tmp_path / "f.jsonl")
     model = types.SimpleNamespace(rules=AxisRules())
     loaded: Any = types.SimpleNamespace(
-        tokenizer=tokenizer, config=run.config, mesh=run.mesh, model=model
+        tokenizer=tokenizer,
+        config=run.config,
+        mesh=run.mesh,
+        model=model,
+        side_files=SideFiles(),
     )
     task = EvalTask(run.config.data, "all", True, LENGTH, None)
     assert open_task(loaded, task, Processes()).counts
