@@ -22,6 +22,7 @@ from mixtral_jax.config import (
 )
 from mixtral_jax.data.tokenizer import Tokenizer, check_vocabulary
 from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.runs.console import print_notes
 from mixtral_jax.runs.run import Run
 from mixtral_jax.runs.text_data import find_tokenizer
 
@@ -58,13 +59,17 @@ class Base:
         return load
 
 
-def open_base(folder: Path, config: Config) -> Base:
+def open_base(folder: Path, config: Config, *, is_shown: bool) -> Base:
     """Opens what `--checkpoint` takes, without reading the weights.
+
+    Args:
+        is_shown: whether this process prints the notes on the folder.
 
     Raises:
         ConfigError: there is no Mixtral, none that could be exported again, or no tokenizer for it.
     """
     weights = open_weights(folder)
+    print_notes(weights.notes, is_shown=is_shown)
     require_mixtral(weights.architecture)
     vocab_size = weights.architecture.model.vocab_size
     tokenizer = find_tokenizer(weights.tokenizer, config.data, vocab_size)
@@ -81,14 +86,15 @@ def require_folder(base: str, key: str) -> Path:
     return folder
 
 
-def open_named_base(config: Config) -> Base:
-    """Opens what `finetune.base` names.
+def open_named_base(config: Config, *, is_shown: bool) -> Base:
+    """Opens what `finetune.base` names, as `open_base` does.
 
     Raises:
         ConfigError: as of `open_base`; or the tuned model could not be exported.
     """
     assert config.finetune is not None and config.finetune.base is not None
-    base = open_base(require_folder(config.finetune.base, "finetune.base"), config)
+    folder = require_folder(config.finetune.base, "finetune.base")
+    base = open_base(folder, config, is_shown=is_shown)
     require_tunable(base.fit(config))
     # As the run will have it at its end, but for the numbers.
     weights = dataclasses.replace(base.weights, tokenizer=base.tokenizer)

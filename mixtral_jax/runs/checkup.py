@@ -104,17 +104,20 @@ def _open_tokenizer(config: Config) -> None:
         check_vocabulary(tokenizer, config.model.vocab_size, is_planned=True)
 
 
-def fit_base(config: Config, problems: list[Problem]) -> Config:
+def fit_base(config: Config, problems: list[Problem], *, is_shown: bool) -> Config:
     """The config of a tuning with the shape of the base, if it names one.
 
     Adds to `problems` what is wrong with the config or with the base.
+
+    Args:
+        is_shown: whether this process prints the notes on the base.
     """
     try:
         require_trainable(config)
         if config.finetune is None:
             return config
         if config.finetune.base is not None:
-            return open_named_base(config).fit(config)
+            return open_named_base(config, is_shown=is_shown).fit(config)
         require_tunable(config)
     except ConfigError as error:
         problems.append(as_problem(error, "name another in finetune.base"))

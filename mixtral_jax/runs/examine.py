@@ -44,7 +44,8 @@ def examine(config: Config, workdir: Path | None, processes: Processes) -> dict[
     problems += checkup.check_workdir(workdir, processes, members)
     problems += _check_each_machine(config, processes, members, devices)
     can_work_together = not differences and not unequal
-    plan = _examine_plan(config, workdir or Path("runs"), problems, can_work_together)
+    fitted = checkup.fit_base(config, problems, is_shown=processes.index == 0)
+    plan = _examine_plan(fitted, workdir or Path("runs"), problems, can_work_together)
     return {
         "processes": [_row(*pair) for pair in zip(members, devices, strict=True)],
         "versions": members[0].versions,
@@ -89,7 +90,7 @@ def _examine_plan(
         "free_bytes": checkup.free_bytes(workdir),
     }
     try:
-        config = resolve_mesh(checkup.fit_base(config, problems), jax.device_count())
+        config = resolve_mesh(config, jax.device_count())
         training = make_training(config, device.platform)
     except ConfigError as error:
         fix = "set the axes in --config.mesh, or use another number of devices"

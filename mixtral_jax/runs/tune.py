@@ -24,7 +24,7 @@ from mixtral_jax.runs.base import (
 )
 from mixtral_jax.runs.chat_data import open_chat
 from mixtral_jax.runs.checkup import check_disk, free_bytes
-from mixtral_jax.runs.console import in_gib, print_notes
+from mixtral_jax.runs.console import in_gib
 from mixtral_jax.runs.describe import describe_run
 from mixtral_jax.runs.export import save_adapters
 from mixtral_jax.runs.pretrain import pretrain
@@ -56,9 +56,7 @@ def find_base(config: Config, workdir: Path, processes: Processes, stop: StopSig
     """
     assert config.finetune is not None
     if config.finetune.base is not None:
-        base = open_named_base(config)
-        print_notes(base.weights.notes, is_shown=processes.index == 0)
-        return base
+        return open_named_base(config, is_shown=processes.index == 0)
     require_tunable(config)
     if processes.index == 0:
         # Runs that were started before began with a base that these settings made.
@@ -70,7 +68,7 @@ def find_base(config: Config, workdir: Path, processes: Processes, stop: StopSig
         run.console.print(f"finetune.base is not given: pretraining a base into {run.workdir}")
         if pretrain(run, stop) == "stopped":
             return None
-    return open_base(run.workdir, config)
+    return open_base(run.workdir, config, is_shown=run.is_writer)
 
 
 def _check_tuning(config: Config, run: Run) -> None:

@@ -20,7 +20,6 @@ from mixtral_jax.data.sources import require_sources
 from mixtral_jax.finetune.upcycling import upcycle, without_routers
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.runs.base import Base, open_base, plan_base, require_folder
-from mixtral_jax.runs.console import print_notes
 from mixtral_jax.runs.run import Run, start_part
 
 # Keys that must be equal: they give the shapes of weights that are taken over, or change what
@@ -77,8 +76,7 @@ def open_dense(run: Run) -> Base:
         folder = run.workdir / "base"
     else:
         folder = require_folder(settings.base, "upcycle.base")
-    base = open_base(folder, run.config)
-    print_notes(base.weights.notes, is_shown=run.is_writer)
+    base = open_base(folder, run.config, is_shown=run.is_writer)
     misfits = find_misfits(base.weights.architecture.model, run.config.model, settings)
     require(not misfits, f"upcycle.base={folder} does not fit the run: {'; '.join(misfits)}")
     if settings.scale(run.config.router) is None:

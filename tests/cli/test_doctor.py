@@ -111,11 +111,11 @@ def test_doctor_looks_at_the_base_of_a_tuning_and_at_what_cannot_be_trained(tmp_
         (tmp_path / "empty", "has no weights"),
     ):
         found = []
-        checkup.fit_base(small_config(finetune__base=str(base)), found)
+        checkup.fit_base(small_config(finetune__base=str(base)), found, is_shown=True)
         assert words in found[0].what and found[0].fix
     found = []
-    assert checkup.fit_base(small_config(), found) == small_config() and not found
-    checkup.fit_base(small_config(model__param_dtype="float16"), found)
+    assert checkup.fit_base(small_config(), found, is_shown=True) == small_config() and not found
+    checkup.fit_base(small_config(model__param_dtype="float16"), found, is_shown=True)
     assert "param_dtype=float16" in found[0].what and "use float32" in found[0].fix
 
 
