@@ -4,7 +4,7 @@ import dataclasses
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from mixtral_jax.runs.base import open_named_base, require_tunable
 from mixtral_jax.runs.console import in_gib
 from mixtral_jax.runs.run import require_trainable
 from mixtral_jax.runs.workdir import NEEDED, not_writable, require_seen_by_all
+from mixtral_jax.training.assemble import Training
 
 # Patterns of the device files of NVIDIA GPUs and Cloud TPUs, and the extra whose jax uses them.
 _DEVICE_FILES = {"nvidia[0-9]*": "cuda", "accel[0-9]*": "tpu", "vfio/[0-9]*": "tpu"}
@@ -178,20 +179,35 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(next(place for place in places if place.exists())).free
 
 
-def check_disk(free: int, checkpoint_bytes: int, keep: int, workdir: Path) -> list[Problem]:
-    """Finds that the disk has no room for the checkpoints that are still to come.
+def check_disk(training: Training, workdir: Path) -> list[Problem]:
+    """Finds that the disk has no room for what a run still has to write.
 
-    Those are the newest `keep`, and one that is being written.
+    It writes checkpoints, of which it keeps the newest `checkpoint.keep` beside the one that is
+    being written, and a tuning an export. Call this with the mesh in force.
     """
-    num_saved = len(list((workdir / "checkpoints").glob("[0-9]*")))
-    needed = max(1, keep + 1 - num_saved) * checkpoint_bytes
+    config = training.config
+    saved = [path.name for path in (workdir / "checkpoints").glob("[0-9]*")]
+    is_trained = str(config.train.num_steps) in saved
+    num_to_come = 0 if is_trained else max(1, config.checkpoint.keep + 1 - len(saved))
+    checkpoint = count_bytes(jax.tree.leaves(training.abstract_state()))
+    export = 0
+    if config.finetune is not None:
+        export = count_bytes(jax.tree.leaves(jax.eval_shape(training.make_base)))
+    needed, free = num_to_come * checkpoint + export, free_bytes(workdir)
     if free >= needed:
         return []
+    parts = [f"checkpoints of {in_gib(checkpoint)}"] if num_to_come else []
+    parts += [f"an export of {in_gib(export)}"] if export else []
     what = (
-        f"too little space in {workdir}: {in_gib(needed)} for checkpoints of "
-        f"{in_gib(checkpoint_bytes)}, {in_gib(free)} are free"
+        f"too little space in {workdir}: {in_gib(needed)} for {' and '.join(parts)}, "
+        f"{in_gib(free)} are free"
     )
     return [Problem(what, "free some, or lower checkpoint.keep")]
+
+
+def count_bytes(leaves: Iterable[Any]) -> int:
+    """The bytes of arrays, or of the shapes of some."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def check_memory(state_bytes: int, device: Any) -> list[Problem]:

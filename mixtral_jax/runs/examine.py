@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +104,8 @@ def _examine_plan(
     if not can_work_together:
         return plan
     plan |= _measure(training)
-    num_kept = config.checkpoint.keep
-    problems += checkup.check_disk(plan["free_bytes"], plan["checkpoint_bytes"], num_kept, workdir)
+    with jax.set_mesh(make_mesh(config.mesh)):
+        problems += checkup.check_disk(training, workdir)
     problems += checkup.check_memory(plan["state_bytes_per_device"], device)
     return plan
 
@@ -124,8 +123,8 @@ def _measure(training: Training) -> dict[str, Any]:
         "mesh": {axis: mesh.shape[axis] for axis in MESH_AXES},
         "experts": describe_experts(mesh, training.config.model.num_experts),
         "parameters": count.total,
-        "checkpoint_bytes": _count_bytes(leaves),
-        "state_bytes_per_device": _count_bytes(shards),
+        "checkpoint_bytes": checkup.count_bytes(leaves),
+        "state_bytes_per_device": checkup.count_bytes(shards),
         "sum_seconds": checkup.time_sum(mesh),
     }
 
@@ -140,7 +139,3 @@ def _row(member: Member, devices: LocalDevices) -> dict[str, Any]:
         "num_devices": devices.count,
         "workdir": member.workdir,
     }
-
-
-def _count_bytes(leaves: Iterable[Any]) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

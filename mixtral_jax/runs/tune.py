@@ -23,8 +23,7 @@ from mixtral_jax.runs.base import (
     saved_steps,
 )
 from mixtral_jax.runs.chat_data import open_chat
-from mixtral_jax.runs.checkup import check_disk, free_bytes
-from mixtral_jax.runs.console import in_gib
+from mixtral_jax.runs.checkup import check_disk
 from mixtral_jax.runs.describe import describe_run
 from mixtral_jax.runs.export import save_adapters
 from mixtral_jax.runs.pretrain import pretrain
@@ -32,7 +31,7 @@ from mixtral_jax.runs.run import Run, platform_of, start_run
 from mixtral_jax.runs.stop import StopSignal
 from mixtral_jax.runs.training import Callback, train_model
 from mixtral_jax.runs.workdir import check_saved
-from mixtral_jax.training.assemble import make_training
+from mixtral_jax.training.assemble import Training, make_training
 from mixtral_jax.whole_files import write_json
 
 
@@ -63,7 +62,7 @@ def find_base(config: Config, workdir: Path, processes: Processes, stop: StopSig
         for tuned in (workdir, *sorted(workdir.glob("seed-*"))):
             check_saved(tuned, config, "finetune.pretrain.")
     run = start_run(plan_base(config, config.finetune.pretrain), workdir / "base", processes)
-    _check_tuning(config, run)
+    _check_tuning(config, workdir, run)
     if run.config.train.num_steps not in saved_steps(run):
         run.console.print(f"finetune.base is not given: pretraining a base into {run.workdir}")
         if pretrain(run, stop) == "stopped":
@@ -71,31 +70,25 @@ def find_base(config: Config, workdir: Path, processes: Processes, stop: StopSig
     return open_base(run.workdir, config, is_shown=run.is_writer)
 
 
-def _check_tuning(config: Config, run: Run) -> None:
-    """Finds now what the tuning would find minutes later: missing data, targets without a match."""
+def _check_tuning(config: Config, workdir: Path, run: Run) -> None:
+    """Finds now what the tuning in `workdir` would find when `run` has made its base.
+
+    Such as missing data, targets without a match, or too little space.
+    """
     config = resolve_mesh(config, run.mesh.size)
     require_sources(config.data)
     if config.data.tokenizer and not config.data.tokenizer.startswith("train:"):
         make_tokenizer_json(read_tokenizer(config.data.tokenizer))  # As the export will.
+    training = make_training(config, platform_of(run.mesh))
     with jax.set_mesh(run.mesh):
-        jax.eval_shape(make_training(config, platform_of(run.mesh)).make_model)
+        jax.eval_shape(training.make_model)
+        _require_room(training, workdir)
 
 
-def _require_room(run: Run, base: Base) -> None:
-    """Makes sure that the disk has room for the checkpoints that are still to come and the export.
-
-    Raises:
-        ConfigError: it has too little.
-    """
-    with jax.set_mesh(run.mesh):
-        state = run.training.abstract_state()
-    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    export_bytes = base.weights.astype(run.config.model.param_dtype).nbytes
-    free = max(0, free_bytes(run.workdir) - export_bytes)
-    for problem in check_disk(free, num_bytes, run.config.checkpoint.keep, run.workdir):
-        raise ConfigError(
-            f"{problem.what} beside an export of {in_gib(export_bytes)}: {problem.fix}"
-        )
+def _require_room(training: Training, workdir: Path) -> None:
+    """Raises ConfigError if the disk has no room for what a tuning writes; see `check_disk`."""
+    for problem in check_disk(training, workdir):
+        raise ConfigError(f"{problem.what}: {problem.fix}")
 
 
 def tune(
@@ -107,7 +100,8 @@ def tune(
         None if it was stopped.
     """
     describe_run(run)
-    _require_room(run, base)
+    with jax.set_mesh(run.mesh):
+        _require_room(run.training, run.workdir)
     with stop.at_once():
         data = open_chat(run, base.tokenizer)
     if run.is_writer:  # Read by whoever opens the workdir, and by the export.

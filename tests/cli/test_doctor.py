@@ -181,14 +181,6 @@ def test_accelerators_left_unused_are_a_problem(
     assert not found or words in found[0].fix
 
 
-def test_disk_must_hold_the_checkpoints_to_come(tmp_path):
-    assert checkup.check_disk(30 * GIB, 10 * GIB, 2, tmp_path) == []
-    assert "30.00 GiB" in checkup.check_disk(29 * GIB, 10 * GIB, 2, tmp_path)[0].what
-    for step in ("10", "20"):
-        (tmp_path / "checkpoints" / step).mkdir(parents=True)
-    assert checkup.check_disk(10 * GIB, 10 * GIB, 2, tmp_path) == []
-
-
 def test_state_must_fit_a_device():
     class Device:
         def memory_stats(self):

@@ -2,20 +2,22 @@
 
 import contextlib
 import dataclasses
-import types
 from typing import Any
 
+import jax
 import pytest
 
 from mixtral_jax.config import ConfigError
+from mixtral_jax.parallel.mesh import resolve_mesh
 from mixtral_jax.parallel.processes import Processes
-from mixtral_jax.runs import tune
+from mixtral_jax.runs import checkup, tune
 from mixtral_jax.runs.base import open_named_base
-from mixtral_jax.runs.checkup import fit_base
+from mixtral_jax.runs.checkup import count_bytes, fit_base
 from mixtral_jax.runs.upcycle import open_dense
+from mixtral_jax.training.assemble import make_training
 from tests.cases import make_run, mesh_of, small_config
-from tests.checkpoint.folders import random_weights
-from tests.checkpoint.side_folders import MODEL, write
+from tests.checkpoint.side_folders import write
+from tests.data.chat_cases import good_line
 from tests.data.test_vocabulary import train
 
 
@@ -47,10 +49,28 @@ def test_each_way_to_open_a_base_prints_its_notes_in_one_process(index, tmp_path
 
 
 def test_a_disk_without_room_for_checkpoints_and_export_is_refused(tmp_path, monkeypatch):
-    run = make_run(small_config(), mesh_of(), tmp_path)
-    weights = random_weights(MODEL, 2, "float32")
-    base = types.SimpleNamespace(weights=weights)
-    tune._require_room(run, base)
-    monkeypatch.setattr(tune, "free_bytes", lambda folder: weights.nbytes)
-    with pytest.raises(ConfigError, match=r"too little space .* beside an export .*: free some"):
-        tune._require_room(run, base)
+    config = small_config(finetune={"lora": {"rank": 2}}, checkpoint__keep=2)
+    training = make_training(resolve_mesh(config, 1), "cpu")
+    with jax.set_mesh(mesh_of()):
+        state = count_bytes(jax.tree.leaves(training.abstract_state()))
+        export = count_bytes(jax.tree.leaves(jax.eval_shape(training.make_base)))
+        # The tuned model has the frozen parameters of its checkpoints, which have adapters too.
+        assert 0 < export < state < 2 * export
+        for saved, num_to_come in (("", 3), ("4", 2), ("8", 1), ("12", 0)):
+            (tmp_path / "checkpoints" / saved).mkdir(parents=True)
+            for missing in (0, 1):
+                free = num_to_come * state + export - missing
+                monkeypatch.setattr(checkup, "free_bytes", lambda folder, free=free: free)
+                assert len(checkup.check_disk(training, tmp_path)) == missing
+        # Of a run that is trained, the export alone is to come.
+        with pytest.raises(ConfigError, match=r"for an export of .*: free some"):
+            tune._require_room(training, tmp_path)
+
+
+def test_room_for_a_tuning_is_asked_for_before_its_base_is_pretrained(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkup, "free_bytes", lambda folder: 0)
+    config = small_config(finetune={}, data__path=str(tmp_path), data__tokenizer="train:90")
+    (tmp_path / "chats.jsonl").write_bytes(good_line(0))
+    run = make_run(config, mesh_of(), tmp_path / "run" / "base")
+    with pytest.raises(ConfigError, match=r"run: .* for checkpoints of .* and an export of"):
+        tune._check_tuning(config, tmp_path / "run", run)
