@@ -62,17 +62,18 @@ class SideFileReader:
         Raises:
             ConfigError: files disagree, or say what cannot be followed; names file and value.
         """
-        if self._objects[_TOKENIZER] and not self._pieces:
-            self.notes.append(
-                f"{_TOKENIZER} is not read, since there is no tokenizer.model: an export has no "
-                "tokenizer"
-            )
+        if not self._pieces:
+            dropped = [name for name in (_TOKENIZER, _ADDED_TOKENS) if self._objects[name]]
+            self.notes += [
+                f"{name} is not kept, since there is no tokenizer.model: an export has no tokenizer"
+                for name in dropped
+            ]
         self._check_pieces()
         added = self._read_added_tokens()
         special = {name: self._read_special(name) for name in ("eos_token", "pad_token")}
         self._check_bos()
         eos_ids = self._read_ids("eos_token_id")
-        if (text := special["eos_token"]) is not None and self._pieces:
+        if (text := special["eos_token"]) is not None and (self._pieces or text in added):
             eos_ids.append(self._find_id("eos_token", text, added))
         if (text := special["pad_token"]) is not None and self._pieces:
             self._find_id("pad_token", text, added)
