@@ -25,6 +25,7 @@ from mixtral_jax.checkpoint.formats.tokenizer_json import make_tokenizer_config,
 from mixtral_jax.checkpoint.model_card import make_model_card
 from mixtral_jax.checkpoint.weights import Weights
 from mixtral_jax.config import require
+from mixtral_jax.data.tokenizer import Tokenizer
 
 Format = Literal["hf", "mistral"]
 
@@ -47,7 +48,7 @@ def _make_hugging_face_files(weights: Weights) -> dict[str, str]:
         files["tokenizer.json"] = make_tokenizer_json(tokenizer)
         files["tokenizer_config.json"] = make_tokenizer_config(
             tokenizer,
-            side.chat_template or CHAT_TEMPLATES[find_version(tokenizer)],
+            side.chat_template or CHAT_TEMPLATES[_choose_version(weights, tokenizer)],
             architecture.context_length,
             eos_token=side.eos_token,
             pad_token=side.pad_token,
@@ -66,6 +67,12 @@ def _make_mistral_files(weights: Weights) -> dict[str, str]:
             f"mistral-inference stops at {tokenizer.eos_id} alone: export with --format=hf",
         )
     return {"params.json": _to_json(mistral.make_params(weights.architecture))}
+
+
+def _choose_version(weights: Weights, tokenizer: Tokenizer) -> Literal["v1", "v3"]:
+    """The version of the chat template: the model's own, or the one that fits its tokenizer."""
+    own = weights.side_files.template
+    return find_version(tokenizer) if own == "auto" else own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +122,21 @@ def require_exportable(weights: Weights, format_: Format) -> None:
     as_tensors(FORMATS[format_].layout, weights.parameters, weights.architecture.model)
 
 
+def find_lost(weights: Weights, format_: Format) -> tuple[str, ...]:
+    """A note on what the model came with, if anything, and the format has no place for."""
+    if format_ == "hf":
+        return ()
+    side = weights.side_files
+    lost = list(side.defaults)
+    lost += [] if side.pad_id is None else [f"pad_token_id={side.pad_id}"]
+    if weights.tokenizer is None and side.eos_ids:  # With one, other ends than its own are refused.
+        lost.append(f"eos_token_id={list(side.eos_ids)}")
+    if side.chat_template is not None and side.template == "auto":
+        lost.append("the chat template")
+    named = ", ".join(lost)
+    return (f"not exported, since Mistral's format has no place for it: {named}",) if lost else ()
+
+
 def write_folder(
     weights: Weights, folder: Path, format_: Format, report: Callable[[int], None]
 ) -> None:
@@ -142,7 +164,7 @@ def write_folder(
         # Lone surrogates in another program's text, which UTF-8 has not, are escaped as in JSON.
         (folder / name).write_bytes(text.encode(errors="backslashreplace"))
     if weights.tokenizer is not None:
-        is_v3 = find_version(weights.tokenizer) == "v3"
+        is_v3 = _choose_version(weights, weights.tokenizer) == "v3"
         weights.tokenizer.save(folder / (target.v3_tokenizer if is_v3 else "tokenizer.model"))
     for name, shard in zip(names, shards, strict=True):
         _write_shard(folder / name, shard, report)

@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     )
     flags = parser.parse_args(arguments)
 
-    from mixtral_jax.checkpoint.export import require_exportable, write_folder
+    from mixtral_jax.checkpoint.export import find_lost, require_exportable, write_folder
     from mixtral_jax.checkpoint.files.new_folder import new_folder, require_room
     from mixtral_jax.checkpoint.weights import open_weights
     from mixtral_jax.runs.console import byte_progress
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     start = time.monotonic()
     with new_folder(flags.to) as folder, byte_progress("exporting", weights.nbytes) as report:
         write_folder(weights, folder, flags.format, report)
-    for line in weights.notes:
+    for line in (*weights.notes, *find_lost(weights, flags.format)):
         print(f"note: {line}")
     print(
         f"exported {weights.num_parameters:,} parameters in "

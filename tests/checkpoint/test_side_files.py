@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_jax.checkpoint.export import require_exportable, write_folder
+from mixtral_jax.checkpoint.export import Format, find_lost, require_exportable, write_folder
 from mixtral_jax.checkpoint.formats.chat_templates import CHAT_TEMPLATES
 from mixtral_jax.checkpoint.formats.side_files import SideFiles, open_side_files
 from mixtral_jax.checkpoint.weights import Weights, open_weights
@@ -25,9 +25,9 @@ from tests.checkpoint.side_folders import (
 from tests.data.chat_cases import train_tokenizer
 
 
-def export(weights: Weights, folder: Path) -> Path:
+def export(weights: Weights, folder: Path, format_: Format = "hf") -> Path:
     folder.mkdir()
-    write_folder(weights, folder, "hf", lambda _: None)
+    write_folder(weights, folder, format_, lambda _: None)
     return folder
 
 
@@ -170,12 +170,50 @@ def test_an_end_that_mistral_inference_does_not_know_is_refused_before_anything_
         require_exportable(weights, "mistral")
 
 
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, None),
+        ({"generation_config.json": {"use_cache": True}}, None),
+        ({"chat_template.jinja": CHAT_TEMPLATES["v1"]}, None),
+        ({"chat_template.jinja": "{{ ours }}"}, "the chat template"),
+        (
+            {"generation_config.json": {"pad_token_id": 3, "temperature": 0.6, "top_k": 5}},
+            "temperature=0.6, top_k=5, pad_token_id=3",
+        ),
+    ],
+)
+def test_what_has_no_place_in_mistrals_format_is_told_and_else_kept(files, words, folder):
+    weights = open_weights(write(folder, files))
+    assert find_lost(weights, "hf") == ()
+    lost = find_lost(weights, "mistral")
+    assert len(lost) == (words is not None) and (words or "") in "".join(lost)
+
+
+@pytest.mark.parametrize("own", CHAT_TEMPLATES)
+def test_a_tokenizer_has_the_name_of_the_template_that_the_model_has(own, folder):
+    write(folder, {"chat_template.jinja": CHAT_TEMPLATES[own]})
+    train_tokenizer(control_symbols=["[INST]", "[/INST]"]).save(folder / "tokenizer.model")
+    exported = export(open_weights(folder), folder.parent / "out", "mistral")
+    name = {"v1": "tokenizer.model", "v3": "tokenizer.model.v3"}[own]
+    assert [path.name for path in exported.glob("tokenizer*")] == [name]
+
+
+def test_an_end_is_found_among_added_tokens_without_a_tokenizer_too(folder):
+    files = {"added_tokens.json": CHATML, "special_tokens_map.json": {"eos_token": "<|im_end|>"}}
+    write(folder, files)
+    (folder / "tokenizer.model").unlink()
+    weights = open_weights(folder)
+    assert END in weights.side_files.eos_ids
+    assert any("added_tokens.json is not kept" in note for note in weights.notes)
+
+
 def test_without_a_tokenizer_ends_and_template_are_kept(folder):
     files = {"chat_template.jinja": "{{ ours }}", "tokenizer.json": {"added_tokens": []}}
     write(folder, files, eos_token_id=[2, 5])
     (folder / "tokenizer.model").unlink()
     weights = open_weights(folder)
-    assert any("tokenizer.json is not read" in note for note in weights.notes)
+    assert any("tokenizer.json is not kept" in note for note in weights.notes)
     again = open_weights(export(weights, folder.parent / "out")).side_files
     assert (again.eos_ids, again.chat_template) == ((2, 5), "{{ ours }}")
 

@@ -44,6 +44,15 @@ class SideFiles:
     chat_template: str | None = None
 
     @property
+    def defaults(self) -> tuple[str, ...]:
+        """The defaults of a generation that decide how tokens are chosen, or when a text ends."""
+        return tuple(
+            f"{key}={value!r}"
+            for key, value in self.generation.items()
+            if not (key in _QUIET_DEFAULTS or key.startswith("output_"))
+        )
+
+    @property
     def template(self) -> TemplateName:
         """The chat template by our name; `auto` if the folder has none, or none that we know."""
         for version, text in CHAT_TEMPLATES.items():
@@ -95,21 +104,16 @@ class SideFiles:
                 f"added tokens {listed}: in a text they stay text, as </s> does, and written they "
                 "are not shown; only a prompt of ids can have them"
             )
-        defaults = [
-            f"{key}={value!r}"
-            for key, value in self.generation.items()
-            if not (key in _QUIET_DEFAULTS or key.startswith("output_"))
-        ]
-        if defaults:
+        if self.defaults:
             notes.append(
-                f"generation_config.json: not used here, but kept for exports: "
-                f"{', '.join(defaults)}; flags and settings decide"
+                "generation_config.json: not used here, but kept for exports to Hugging Face: "
+                f"{', '.join(self.defaults)}; flags and settings decide"
             )
         if self.chat_template is not None and self.template == "auto":
             version = f"{find_version(tokenizer)}, by its tokenizer" if tokenizer else "v1 or v3"
             notes.append(
                 "its chat template is none that is known here: chats and tuning use template "
-                f"{version}; an export keeps the template unless the model is tuned"
+                f"{version}; an export to Hugging Face keeps it unless the model is tuned"
             )
         return tuple(notes)
 
