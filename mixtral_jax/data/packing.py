@@ -69,7 +69,11 @@ class _Pieces:
 
 
 def plan_rows(
-    store: TokenStore, sequence_length: int, *, long_documents: LongDocuments = "split"
+    store: TokenStore,
+    sequence_length: int,
+    *,
+    long_documents: LongDocuments = "split",
+    key: str = "train.sequence_length",
 ) -> PackPlan:
     """Packs documents into rows of `sequence_length` (input, target) pairs.
 
@@ -80,6 +84,7 @@ def plan_rows(
             neighbouring pieces share a token, the last target of one and the first input of the
             next, so that each token after BOS is a target exactly once. `cut` keeps the first
             piece. `drop` leaves them out. `error` raises if there are any.
+        key: the key or flag that sets `sequence_length`, for the message of an error.
 
     Raises:
         ConfigError: a document is too long and `long_documents` is `error`.
@@ -89,7 +94,7 @@ def plan_rows(
     require(
         not num_long or long_documents != "error",
         f"{num_long} of {len(num_pairs)} conversations are longer than "
-        f"train.sequence_length={sequence_length}, the longest of {num_pairs.max(initial=0) + 1} "
+        f"{key}={sequence_length}, the longest of {num_pairs.max(initial=0) + 1} "
         "tokens: raise it, or set data.chat.long_rows to cut or drop (mixtral-jax data validate "
         f"--sequence_length={sequence_length} names them)",
     )

@@ -157,7 +157,10 @@ def open_task(loaded: Pretrained, task: EvalTask, processes: Processes) -> Packe
     tokenizer = find_tokenizer(loaded.tokenizer, task.data, loaded.config.model.vocab_size)
     stores = _open_stores(loaded, task, tokenizer, is_shown=processes.index == 0)
     long_documents = task.data.chat.long_rows if task.is_chat else "split"
-    plans = [plan_rows(store, length, long_documents=long_documents) for store in stores]
+    plans = [
+        plan_rows(store, length, long_documents=long_documents, key="--sequence_length")
+        for store in stores
+    ]
     names = " and ".join(name_data(plan.fingerprint) for plan in plans)
     require_same(processes, "data", names, SAME_DATA)
     num_rows = sum(plan.num_rows for plan in plans)

@@ -1,5 +1,6 @@
 """Conversations on the mesh, as a run of instruct tuning reads them."""
 
+import dataclasses
 import io
 import json
 import types
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.checkpoint.formats.side_files import SideFiles
-from mixtral_jax.config import ConfigError
+from mixtral_jax.config import ChatConfig, ConfigError
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.parallel.rules import AxisRules
 from mixtral_jax.runs.chat_data import open_chat
@@ -121,21 +122,35 @@ def test_fields_that_are_not_read_are_named_at_every_start(open_run, tmp_path):
     assert "not read" not in open_run(tmp_path / "g.jsonl")[1]
 
 
+def to_evaluate(run, tokenizer) -> tuple[Any, EvalTask]:
+    """What reading the conversations of a run needs of a model, and all of them as a task."""
+    loaded = types.SimpleNamespace(
+        tokenizer=tokenizer,
+        config=run.config,
+        mesh=run.mesh,
+        model=types.SimpleNamespace(rules=AxisRules()),
+        side_files=SideFiles(),
+    )
+    return loaded, EvalTask(run.config.data, "all", True, LENGTH, None)
+
+
+def test_rows_that_are_too_short_for_a_conversation_are_named_by_the_flag_that_sets_their_length(
+    open_run, tokenizer, tmp_path
+):
+    _, _, run = open_run(write_good(tmp_path / "f.jsonl", 50))
+    loaded, task = to_evaluate(run, tokenizer)
+    data = dataclasses.replace(task.data, chat=ChatConfig(long_rows="error"))
+    task = dataclasses.replace(task, data=data, sequence_length=4)
+    with pytest.raises(ConfigError, match=r"longer than --sequence_length=4, .*: raise it"):
+        open_task(loaded, task, Processes())
+
+
 def test_fields_that_are_not_read_are_named_where_a_model_is_evaluated(
     open_run, tokenizer, tmp_path, capsys
 ):
     rows = [json.loads(good_line(number)) | {"id": number} for number in range(50)]
     (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    _, _, run = open_run(tmp_path / "f.jsonl")
-    model = types.SimpleNamespace(rules=AxisRules())
-    loaded: Any = types.SimpleNamespace(
-        tokenizer=tokenizer,
-        config=run.config,
-        mesh=run.mesh,
-        model=model,
-        side_files=SideFiles(),
-    )
-    task = EvalTask(run.config.data, "all", True, LENGTH, None)
+    loaded, task = to_evaluate(open_run(tmp_path / "f.jsonl")[2], tokenizer)
     assert open_task(loaded, task, Processes()).counts
     assert "not read: id (50 rows)\n" in capsys.readouterr().err
 
