@@ -62,12 +62,8 @@ def resume_or_init(
             f"{run.workdir} cannot be resumed ({error}): resume with the model and the optimizer "
             "that it began with, or use another --workdir"
         ) from error
-    before = adopt_data(run.workdir, run.config) if run.is_writer else None
-    if before:
-        run.console.print(
-            f"data.path was {before}, and is now {run.config.data.path}: the content is the same",
-            markup=False,
-        )
+    for line in adopt_data(run.workdir, run.config) if run.is_writer else ():
+        run.console.print(line, markup=False)
     run.console.print(f"resuming after step {step} of {run.config.train.num_steps}")
     if record.get("num_steps", run.config.train.num_steps) != run.config.train.num_steps:
         run.console.print(_describe_new_length(run.config, record["num_steps"], step))

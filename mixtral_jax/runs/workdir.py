@@ -158,15 +158,23 @@ def changed_since(workdir: Path, config: Config, also_fixed: tuple[str, ...] = (
     return changed
 
 
-def adopt_data(workdir: Path, config: Config) -> str | None:
+def adopt_data(workdir: Path, config: Config) -> list[str]:
     """Writes into config.json where the data are, once they are known to be those of the run.
 
     Returns:
-        The `data.path` that was there before, if it is another.
+        A line for each place that is another than before.
     """
-    before = _read_saved_data(workdir).get("path")
+    before, data = _read_saved_data(workdir), config.data
     _write_config(workdir, config, {})
-    return before if before != config.data.path else None
+    places = {
+        "path": (data.path, "the content is the same"),
+        "held_out": (data.held_out, "evaluations are of the data there from now on"),
+    }
+    return [
+        f"data.{key} was {before[key]}, and is now {now}: {meaning}"
+        for key, (now, meaning) in places.items()
+        if key in before and before[key] != now
+    ]
 
 
 def _write_config(workdir: Path, config: Config, saved_data: dict[str, Any]) -> None:

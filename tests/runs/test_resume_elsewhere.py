@@ -104,6 +104,7 @@ def test_a_run_goes_on_with_data_that_were_moved_and_says_so(start, begun, folde
     )  # Until it is known that it is the same content.
     assert resume(run, saved, data).step == 3
     assert f"data.path was {folder}, and is now {tmp_path / 'there'}" in said.getvalue()
+    assert "data.held_out was validation, and is now test: evaluations are" in said.getvalue()
     assert saved_data(run) == (str(tmp_path / "there"), "test")
 
 
