@@ -186,7 +186,8 @@ def make_parser(
         "--config",
         type=parse_path,
         default=SHIPPED / default_config,
-        help=f"a .py file with get_config(); by default configs/{default_config}",
+        help=f"a .py file with get_config(), or a run's config.json; by default "
+        f"configs/{default_config}",
     )
     return parser
 
