@@ -193,9 +193,15 @@ class Numbers:
         return "".join(f"{token} " for token in ids)
 
 
-def test_a_row_ends_at_the_end_of_text_or_a_stop_string_and_the_others_go_on(small):
-    tokenizer = Numbers()
-    generator = Generator(small.model, small.mesh, tokenizer, 512)
+@pytest.fixture(scope="module")
+def numbered(small):
+    """The generator of the small model with such a tokenizer; copies share compiled programs."""
+    return Generator(small.model, small.mesh, Numbers(), 512)
+
+
+def test_a_row_ends_at_the_end_of_text_or_a_stop_string_and_the_others_go_on(numbered):
+    generator = copy.copy(numbered)
+    tokenizer = generator.tokenizer = Numbers()
     prompts = [[1, 2], [3]]
     first, second = (row.ids for row in generator.generate(prompts, Settings(max_new_tokens=12)))
     assert max(first + second) < 50, "ids without a piece are never written"
@@ -221,25 +227,27 @@ def test_a_row_ends_at_the_end_of_text_or_a_stop_string_and_the_others_go_on(sma
     assert (other.text, other.finish_reason) == (tokenizer.decode(second[:place])[:-1], "stop")
 
 
-@pytest.mark.parametrize("tokenizer", [None, Numbers()])
-def test_a_row_ends_at_each_of_several_ids_with_and_without_a_tokenizer(small, tokenizer):
-    prompts, asked = [[1, 2], [3]], Settings(max_new_tokens=12)
-    free = Generator(small.model, small.mesh, tokenizer, 512).generate(prompts, asked)
-    ids = [row.ids for row in free]
+@pytest.mark.parametrize("name", ["small", "numbered"])
+def test_a_row_ends_at_each_of_several_ids_with_and_without_a_tokenizer(name, request):
+    free = request.getfixturevalue(name)
+    prompts, settings = [[1, 2], [3]], Settings(max_new_tokens=12)
+    ids = [row.ids for row in free.generate(prompts, settings)]
     ends = {next(token for token in row if row.index(token) >= 1) for row in ids}
-    ended = Generator(small.model, small.mesh, tokenizer, 512, ends).generate(prompts, asked)
-    for before, row in zip(ids, ended, strict=True):
+    ended = Generator(free.model, free.mesh, free.tokenizer, 512, ends)
+    for before, row in zip(ids, ended.generate(prompts, settings), strict=True):
         place = min(before.index(token) for token in ends if token in before)
         assert (row.ids, row.finish_reason) == (before[:place], "stop")
 
 
-def test_unused_ids_are_never_written(small):
-    tokenizer = Numbers()
-    generator = Generator(small.model, small.mesh, tokenizer, 512)
-    settings = Settings(max_new_tokens=8, temperature=1.0)
-    written = generator.generate([[1, 2]], settings)[0].ids
-    tokenizer.unused_ids = tuple(written)
-    assert not set(written) & set(generator.generate([[1, 2]], settings)[0].ids)
+def test_unused_ids_are_never_written(numbered):
+    def write(generator):
+        rows = generator.generate([[1, 2], [3]], Settings(max_new_tokens=12))
+        return {token for row in rows for token in row.ids}
+
+    written, generator = write(numbered), copy.copy(numbered)
+    generator.tokenizer = Numbers()
+    generator.tokenizer.unused_ids = tuple(written)
+    assert not written & write(generator)
 
 
 def test_a_continuation_ends_at_the_context(small):
