@@ -29,13 +29,16 @@ from mixtral_jax.data.tokenizer import Tokenizer
 
 Format = Literal["hf", "mistral"]
 
-# Ids in Mixtral's tokenizer, used for a model that has no tokenizer.
+# Ids in Mixtral's tokenizer, for a model without a tokenizer whose folder names none.
 _BOS_ID, _EOS_ID = 1, 2
 
 
 def _make_hugging_face_files(weights: Weights) -> dict[str, str]:
     tokenizer, architecture, side = weights.tokenizer, weights.architecture, weights.side_files
-    bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (_BOS_ID, _EOS_ID)
+    if tokenizer is None:
+        bos_id, eos_id = _BOS_ID if side.bos_id is None else side.bos_id, _EOS_ID
+    else:
+        bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id
     eos_ids = list(side.eos_ids) or [eos_id]
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0]}
     ids |= {} if side.pad_id is None else {"pad_token_id": side.pad_id}

@@ -208,14 +208,16 @@ def test_an_end_is_found_among_added_tokens_without_a_tokenizer_too(folder):
     assert any("added_tokens.json is not kept" in note for note in weights.notes)
 
 
-def test_without_a_tokenizer_ends_and_template_are_kept(folder):
+def test_without_a_tokenizer_ids_and_template_are_kept(folder):
     files = {"chat_template.jinja": "{{ ours }}", "tokenizer.json": {"added_tokens": []}}
-    write(folder, files, eos_token_id=[2, 5])
+    write(folder, files, eos_token_id=[2, 5], bos_token_id=7, pad_token_id=0)
     (folder / "tokenizer.model").unlink()
     weights = open_weights(folder)
     assert any("tokenizer.json is not kept" in note for note in weights.notes)
     again = open_weights(export(weights, folder.parent / "out")).side_files
-    assert (again.eos_ids, again.chat_template) == ((2, 5), "{{ ours }}")
+    assert again == weights.side_files
+    assert (again.eos_ids, again.bos_id, again.pad_id) == ((2, 5), 7, 0)
+    assert again.chat_template == "{{ ours }}"
 
 
 def test_tokenizers_under_two_names_must_be_the_same(folder):

@@ -77,13 +77,11 @@ class SideFileReader:
             eos_ids.append(self._find_id("eos_token", text, added))
         if (text := special["pad_token"]) is not None and self._pieces:
             self._find_id("pad_token", text, added)
-        pad_ids = list(dict.fromkeys(self._read_ids("pad_token_id")))
-        if len(pad_ids) > 1:
-            self.notes.append(f"pad_token_id is {pad_ids} in its files: an export has the first")
         generation = self._objects[_GENERATION]
         return SideFiles(
             eos_ids=tuple(dict.fromkeys(eos_ids)),
-            pad_id=pad_ids[0] if pad_ids else None,
+            bos_id=None if self._pieces else self._read_id("bos_token_id"),
+            pad_id=self._read_id("pad_token_id"),
             **special,
             added_tokens=added,
             generation={key: value for key, value in generation.items() if key not in _NOT_KEPT},
@@ -102,6 +100,13 @@ class SideFileReader:
                     self._require_id(name, key, id_)
                     found.append(id_)
         return found
+
+    def _read_id(self, key: str) -> int | None:
+        """The one id that `key` has in the configs; of several the first."""
+        first, *others = dict.fromkeys(self._read_ids(key)) or (None,)
+        if others:
+            self.notes.append(f"{key} is {[first, *others]} in its files: an export has the first")
+        return first
 
     def _require_id(self, name: str, what: str, id_: Any) -> None:
         require(

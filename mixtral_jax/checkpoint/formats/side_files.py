@@ -27,6 +27,7 @@ class SideFiles:
 
     Attributes:
         eos_ids: each of them ends a text, besides the tokenizer's own.
+        bos_id: the id with which a text begins; a tokenizer's own comes before it.
         pad_id: the id that fills rows up.
         eos_token, pad_token: what the folder's tokenizer puts at the end of a text, and what it
             fills rows up with; None is the tokenizer's own, and none.
@@ -36,6 +37,7 @@ class SideFiles:
     """
 
     eos_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
     pad_id: int | None = None
     eos_token: str | None = None
     pad_token: str | None = None
