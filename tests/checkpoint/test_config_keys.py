@@ -138,5 +138,7 @@ def test_a_window_as_long_as_the_context_is_told_and_a_shorter_one_refused(key, 
 
 def test_the_other_name_of_a_window_in_params_is_read_too(tmp_path):
     write_params(tmp_path, SMALL, _sliding_window=40_000, sliding_window=4096)
-    with pytest.raises(ConfigError, match="sliding_window=4096 is shorter"):
+    with pytest.raises(ConfigError, match="_sliding_window=40000 and sliding_window=4096 contra"):
         read_params(tmp_path / "params.json")
+    write_params(tmp_path, SMALL, _sliding_window=40_000, sliding_window=40_000)
+    assert len(read_params(tmp_path / "params.json").notes) == 1

@@ -4,9 +4,10 @@
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from mixtral_jax.checkpoint.formats.config_keys import Settings
 from mixtral_jax.config import (
     Config,
     ConfigError,
@@ -95,18 +96,6 @@ def find_differences(one: Architecture, other: Architecture) -> list[str]:
     return [f"{key} is {a} and {b}" for key, (a, b) in values.items() if a != b]
 
 
-def find_misfits(
-    theirs: Mapping[str, Any], needed: Iterable[str], fixed: Mapping[str, Any]
-) -> list[str]:
-    """Lists what is wrong with the settings in another program's config.
-
-    They must have all keys in `needed`; a key in `fixed` may be missing, but has no other value.
-    """
-    unsupported = [key for key, value in fixed.items() if theirs.get(key, value) != value]
-    wrong = [f"{key} is missing" for key in needed if theirs.get(key) is None]
-    return wrong + [f"{key}={theirs[key]!r} must be {fixed[key]!r}" for key in unsupported]
-
-
 def require_numbers(settings: Mapping[str, Any]) -> None:
     """Raises ConfigError if a setting is text.
 
@@ -116,14 +105,15 @@ def require_numbers(settings: Mapping[str, Any]) -> None:
     require(not texts, f"{', '.join(texts)} must be a number, without quotation marks")
 
 
-def describe_window(key: str, window: Any, context_length: int) -> tuple[str, ...]:
+def describe_window(settings: Settings, context_length: int) -> tuple[str, ...]:
     """A note on a sliding window that no text of the model's context reaches; none without one.
 
     Raises:
         ConfigError: the window changes what is computed within the context.
     """
-    if window is None:
+    if "sliding_window" not in settings.values:
         return ()
+    key, window = settings.names["sliding_window"], settings.values["sliding_window"]
     require(
         type(window) is int and window >= context_length,
         f"{key}={window!r} is shorter than the context of {context_length} tokens, and attention "

@@ -1,11 +1,12 @@
-"""What happens to each key of a config.json: `KEYS`, the one table of them.
+"""What happens to each key of another program's config; `KEYS` has those of a config.json.
 
-`huggingface` reads the values. A key is in the table because Mixtral has it, because any model of
-transformers has it, or because a relative of Mixtral computes something else with it.
+`huggingface` reads the values. A key is in `KEYS` because Mixtral has it, because any model of
+transformers has it, or because a relative of Mixtral computes something else with it. `mistral` has
+the few keys of a params.json.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 # `read`: its value decides what is computed, or is kept for an export.
@@ -20,8 +21,8 @@ class Key:
     """What happens to a key.
 
     Attributes:
-        values: the values that are as good as none; of `one_of`, no others may be, and the first is
-            the one to name. Empty if all are.
+        values: those that are as good as none; empty if all are. Of `one_of`, others are refused,
+            and the error names the first of these; of `no_effect`, others are told.
         also: other names of the same thing, which are read too.
     """
 
@@ -171,6 +172,10 @@ class Settings:
             values.setdefault(key, value)
             names.setdefault(key, name)
         return cls(values, names, tuple(wrong))
+
+    def find_missing(self, needed: Iterable[str]) -> list[str]:
+        """The keys that must be there, and are not."""
+        return [f"{key} is missing" for key in needed if key not in self.values]
 
     def find_refused(self, keys: Mapping[str, Key]) -> list[str]:
         """The settings with values that are not computed here."""

@@ -4,7 +4,7 @@
 `model_type`, and perhaps more keys: add them there and here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,7 @@ from mixtral_jax.checkpoint.formats.architecture import (
     describe_window,
     require_numbers,
 )
-from mixtral_jax.checkpoint.formats.config_keys import (
-    KEYS,
-    ROPE_KEYS,
-    Settings,
-)
+from mixtral_jax.checkpoint.formats.config_keys import KEYS, ROPE_KEYS, Settings
 from mixtral_jax.config import ConfigError, ModelConfig, RouterConfig, build, require
 
 # From transformers' keys to ours.
@@ -37,6 +33,8 @@ _OPTIONAL_KEYS = {
     "rms_norm_eps": ("norm_eps", 1e-5),
     "initializer_range": ("initializer_range", 0.02),
 }
+# Objects that may have the base of rotary positions too, and how positions are scaled.
+_ROPE_OBJECTS = ("rope_parameters", "rope_scaling")
 _DEFAULT_ROPE_THETA = 1e6
 _DEFAULT_CONTEXT = 131_072
 
@@ -52,11 +50,8 @@ def read_config(path: Path) -> Architecture:
     """
     settings = Settings.of(read_object(path), KEYS)
     theirs = settings.values
-    needed = (*_MODEL_KEYS, "num_experts_per_tok")
-    wrong = [*settings.wrong, *(f"{key} is missing" for key in needed if key not in theirs)]
-    wrong += settings.find_refused(KEYS)
-    thetas, wrong_positions = _read_rope(theirs)
-    wrong += wrong_positions
+    wrong = [*settings.wrong, *settings.find_missing((*_MODEL_KEYS, "num_experts_per_tok"))]
+    wrong += [*settings.find_refused(KEYS), *_find_wrong_positions(theirs)]
     if not isinstance(theirs.get("tie_word_embeddings", False), bool):
         wrong.append(f"tie_word_embeddings={theirs['tie_word_embeddings']!r} must be true or false")
     require(
@@ -66,6 +61,7 @@ def read_config(path: Path) -> Architecture:
     )
     unknown = settings.find_unknown(KEYS)
     notes = (f"config.json: not read: {', '.join(unknown)}",) if unknown else ()
+    thetas = _find_thetas(theirs)
     if not thetas:
         notes += (f"{path} has no rope_theta: uses {_DEFAULT_ROPE_THETA:g}, as transformers does",)
     try:
@@ -77,7 +73,7 @@ def read_config(path: Path) -> Architecture:
             f"{described} contradict each other: remove the wrong one",
         )
         context_length = _context_length(theirs)
-        notes += describe_window("sliding_window", theirs.get("sliding_window"), context_length)
+        notes += describe_window(settings, context_length)
         return Architecture(
             _model_config(theirs, theta),
             _router_config(theirs),
@@ -89,22 +85,24 @@ def read_config(path: Path) -> Architecture:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _read_rope(theirs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The bases of rotary positions by the keys that give them, and what cannot be computed."""
-    thetas = {"rope_theta": theirs["rope_theta"]} if "rope_theta" in theirs else {}
-    wrong = []
-    for key in ("rope_parameters", "rope_scaling"):
+def _find_wrong_positions(theirs: Mapping[str, Any]) -> Iterator[str]:
+    """What the two objects about rotary positions say that cannot be computed."""
+    for key in _ROPE_OBJECTS:
         rope = theirs.get(key, {})
         if not isinstance(rope, Mapping):
-            wrong.append(f"{key}={rope!r} must be an object")
+            yield f"{key}={rope!r} must be an object"
             continue
         settings = Settings.of(rope, ROPE_KEYS)
         found = [*settings.wrong, *settings.find_refused(ROPE_KEYS)]
         found += [f"{each} is not computed here" for each in settings.find_unknown(ROPE_KEYS)]
-        wrong += [f"{key}.{each}" for each in found]
-        if "rope_theta" in settings.values:
-            thetas[f"{key}.rope_theta"] = settings.values["rope_theta"]
-    return thetas, wrong
+        yield from (f"{key}.{each}" for each in found)
+
+
+def _find_thetas(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """The base of rotary positions, by each key that gives it."""
+    places = {"rope_theta": theirs.get("rope_theta")}
+    places |= {f"{key}.rope_theta": theirs.get(key, {}).get("rope_theta") for key in _ROPE_OBJECTS}
+    return {key: theta for key, theta in places.items() if theta is not None}
 
 
 def _model_config(theirs: Mapping[str, Any], rope_theta: Any) -> ModelConfig:

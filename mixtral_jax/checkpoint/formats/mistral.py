@@ -9,9 +9,9 @@ from mixtral_jax.checkpoint.formats.architecture import (
     UNKNOWN_LOSSES,
     Architecture,
     describe_window,
-    find_misfits,
     require_numbers,
 )
+from mixtral_jax.checkpoint.formats.config_keys import Key, Settings
 from mixtral_jax.config import ConfigError, ModelConfig, RouterConfig, build, require
 
 # From Mistral's keys to ours.
@@ -26,18 +26,18 @@ _MODEL_KEYS = {
     "vocab_size": "vocab_size",
 }
 _MOE_KEYS = ("num_experts", "num_experts_per_tok")
-# Keys with one possible value: any other value describes a model that is not a Mixtral.
-_FIXED_KEYS = {
-    "model_type": "transformer",
-    "lora": None,
-    "quantization": None,
-    "tied_embeddings": False,
-    "use_biases": False,
+_KEYS = {
+    **dict.fromkeys((*_MODEL_KEYS, "moe", "rope_theta"), Key("read")),
+    "sliding_window": Key("read", also=("_sliding_window",)),
+    "model_type": Key("one_of", ("transformer",)),
+    "lora": Key("one_of", (None,)),
+    "quantization": Key("one_of", (None,)),
+    "tied_embeddings": Key("one_of", (False,)),
+    "use_biases": Key("one_of", (False,)),
+    # Settings of Mistral's program and not of the model.
+    "max_batch_size": Key("no_effect"),
+    "max_seq_len": Key("no_effect"),
 }
-# Two names of one thing.
-_WINDOWS = ("sliding_window", "_sliding_window")
-# Keys that are settings of Mistral's program and not of the model.
-_IGNORED_KEYS = ("max_batch_size", "max_seq_len")
 # The default of mistral-inference. That of mistral-finetune is 10,000, so we always write the key.
 _DEFAULT_ROPE_THETA = 1e6
 # The context length of Mixtral 8x7B; params.json has no key for it.
@@ -52,11 +52,11 @@ def read_params(path: Path) -> Architecture:
     Raises:
         ConfigError: the file describes another kind of model; names each key.
     """
-    theirs = read_object(path)
+    settings = Settings.of(read_object(path), _KEYS)
+    theirs = settings.values
     moe = theirs.get("moe")
-    wrong = find_misfits(theirs, _MODEL_KEYS, _FIXED_KEYS)
-    known = {*_MODEL_KEYS, *_FIXED_KEYS, *_IGNORED_KEYS, *_WINDOWS, "moe", "rope_theta"}
-    wrong += [f"{key} is not a key of a Mixtral" for key in theirs if key not in known]
+    wrong = [*settings.wrong, *settings.find_missing(_MODEL_KEYS), *settings.find_refused(_KEYS)]
+    wrong += [f"{key} is not a key of a Mixtral" for key in theirs if key not in _KEYS]
     if not isinstance(moe, dict) or moe.keys() != set(_MOE_KEYS):
         wrong.append(f"moe={moe!r} must be an object with {' and '.join(_MOE_KEYS)}")
     require(
@@ -76,8 +76,7 @@ def read_params(path: Path) -> Architecture:
         default = f"{_DEFAULT_ROPE_THETA:g}"
         notes = (f"{path} has no rope_theta: uses {default}, as mistral-inference does",)
     try:
-        for key in _WINDOWS:
-            notes += describe_window(key, theirs.get(key), _CONTEXT_LENGTH)
+        notes += describe_window(settings, _CONTEXT_LENGTH)
         require_numbers(ours | moe)
         model = build(ModelConfig, ours | {"dtype": "float32"}, "model.")
         chosen = build(
