@@ -34,7 +34,6 @@ from mixtral_jax.config import (
 from mixtral_jax.data.tokenizer import Tokenizer, check_vocabulary
 
 _TOKENIZERS = ("tokenizer.model", "tokenizer.model.v1", "tokenizer.model.v2", "tokenizer.model.v3")
-_OTHER_TOKENIZERS = ("tekken.json",)
 # A hostile config can ask for any number of layers and experts; Mixtral 8x22B has 1,739 tensors.
 _MAX_TENSORS = 200_000
 
@@ -127,29 +126,30 @@ def _open_step(workdir: Path, step: Path) -> Weights:
         model = dataclasses.replace(model, param_dtype=finetune.frozen_dtype)
         architecture = dataclasses.replace(architecture, model=model)
     record = read_object(step / "record" / "metadata")
-    tokenizer, _ = _read_tokenizer(workdir, model)
+    tokenizer = _read_tokenizer(workdir, model)
     source, side_files = f"step {step.name} of a run", open_side_files(workdir)
     return Weights(architecture, parameters, tokenizer, source, record, side_files)
 
 
-def _open_foreign(folder: Path) -> Weights:
-    folder, notes = enter_cache(folder)
+def _open_foreign(named: Path) -> Weights:
+    folder = enter_cache(named)
+    notes = [] if folder == named else [f"reads {folder}, a snapshot in a cache"]
     files = find_weights(folder)
-    architecture, config_notes = _read_configs(folder, files.configs)
+    notes += files.notes
+    architecture = _read_configs(folder, files.configs)
     layout, tensors = _find_layout(folder, files.tensors), files.tensors
     if architecture.ties_embeddings:
         tensors = tied.add_unembedding(layout, tensors)
+        notes.append(tied.NOTE)
     _require_all_tensors(folder, layout, tensors, architecture.model)
     parameters = as_parameters(layout, tensors, architecture.model)
-    if architecture.ties_embeddings:
-        if len(tensors) == len(files.tensors):
-            tied.require_equal(folder, parameters)
-        notes += (tied.NOTE,)
+    if architecture.ties_embeddings and len(tensors) == len(files.tensors):
+        tied.require_equal(folder, parameters)
     widest = functools.reduce(np.promote_types, (stored.dtype for stored in parameters.values()))
     architecture = _with_dtype(
         dataclasses.replace(architecture, ties_embeddings=False), widest.name
     )
-    tokenizer, tokenizer_notes = _read_tokenizer(folder, architecture.model)
+    tokenizer = _read_tokenizer(folder, architecture.model)
     reader = SideFileReader(folder, architecture.model.vocab_size, tokenizer)
     side_files = reader.read()
     return Weights(
@@ -158,12 +158,12 @@ def _open_foreign(folder: Path) -> Weights:
         side_files.add_tokens(tokenizer) if tokenizer else None,
         layout.name,
         side_files=side_files,
-        reading_notes=(*notes, *files.notes, *config_notes, *tokenizer_notes, *reader.notes),
+        reading_notes=(*notes, *reader.notes),
     )
 
 
-def _read_configs(folder: Path, names: tuple[str, ...]) -> tuple[Architecture, tuple[str, ...]]:
-    """The architecture in the first of the configs, after a comparison with the other, and notes.
+def _read_configs(folder: Path, names: tuple[str, ...]) -> Architecture:
+    """The architecture in the first of the configs, after a comparison with the other.
 
     Raises:
         ConfigError: there is none, it is no Mixtral's, or the two disagree.
@@ -181,14 +181,15 @@ def _read_configs(folder: Path, names: tuple[str, ...]) -> tuple[Architecture, t
         try:
             other = readers[name](paths[name])
         except ConfigError as error:
-            return architecture, (f"{name} is not read: {error}",)
+            notes = (*architecture.notes, f"{name} is not read: {error}")
+            return dataclasses.replace(architecture, notes=notes)
         differing = find_differences(architecture, other)
         require(
             not differing,
             f"{folder}: {first} and {name} are of different models: {', '.join(differing)}; remove "
             "the wrong one",
         )
-    return architecture, ()
+    return architecture
 
 
 def _find_layout(folder: Path, tensors: Mapping[str, FileTensor]) -> Layout:
@@ -231,13 +232,11 @@ def _require_all_tensors(
     )
 
 
-def _read_tokenizer(folder: Path, model: ModelConfig) -> tuple[Tokenizer | None, tuple[str, ...]]:
-    """The tokenizer, which several files may hold, and a note if others than those are there."""
+def _read_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer | None:
+    """The tokenizer, which several files may hold."""
     found = {path: read_bytes(path) for name in _TOKENIZERS if (path := find_file(folder, name))}
     if not found:
-        others = [name for name in _OTHER_TOKENIZERS if find_file(folder, name)]
-        fix = "text needs a tokenizer.model"
-        return None, tuple(f"{folder}: {name} is not read; {fix}" for name in others)
+        return None
     path, content = next(iter(found.items()))
     require(
         len(set(found.values())) == 1,
@@ -249,7 +248,7 @@ def _read_tokenizer(folder: Path, model: ModelConfig) -> tuple[Tokenizer | None,
         check_vocabulary(tokenizer, model.vocab_size)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}; remove or replace it") from None
-    return tokenizer, ()
+    return tokenizer
 
 
 def _with_dtype(architecture: Architecture, dtype: str) -> Architecture:

@@ -201,11 +201,12 @@ def test_a_tokenizer_has_the_name_of_the_template_that_the_model_has(own, folder
 
 def test_an_end_is_found_among_added_tokens_without_a_tokenizer_too(folder):
     files = {"added_tokens.json": CHATML, "special_tokens_map.json": {"eos_token": "<|im_end|>"}}
-    write(folder, files)
+    write(folder, files | {"tekken.json": "not JSON"})
     (folder / "tokenizer.model").unlink()
     weights = open_weights(folder)
     assert END in weights.side_files.eos_ids
-    assert any("added_tokens.json is not kept" in note for note in weights.notes)
+    for name in ("added_tokens.json", "tekken.json"):
+        assert any(f"{name} is not kept" in note for note in weights.notes)
 
 
 def test_without_a_tokenizer_ids_and_template_are_kept(folder):

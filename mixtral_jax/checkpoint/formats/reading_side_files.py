@@ -17,6 +17,7 @@ from mixtral_jax.data.vocabulary import read_vocabulary
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _TOKENIZER_CONFIG, _SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 _ADDED_TOKENS, _TOKENIZER = "added_tokens.json", "tokenizer.json"
+_TEKKEN = "tekken.json"
 _TEMPLATE, _TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
 # Keys of generation_config.json that are read, or say who wrote it.
 _NOT_KEPT = (
@@ -63,10 +64,10 @@ class SideFileReader:
             ConfigError: files disagree, or say what cannot be followed; names file and value.
         """
         if not self._pieces:
-            dropped = [name for name in (_TOKENIZER, _ADDED_TOKENS) if self._objects[name]]
             self.notes += [
                 f"{name} is not kept, since there is no tokenizer.model: an export has no tokenizer"
-                for name in dropped
+                for name in (_TOKENIZER, _ADDED_TOKENS, _TEKKEN)
+                if find_file(self._folder, name)
             ]
         self._check_pieces()
         added = self._read_added_tokens()

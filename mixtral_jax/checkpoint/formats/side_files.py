@@ -103,8 +103,8 @@ class SideFiles:
         if self.added_tokens and tokenizer is not None:
             listed = ", ".join(f"{text} ({id_})" for text, id_ in self.added_tokens.items())
             notes.append(
-                f"added tokens {listed}: in a text they stay text, as </s> does, and written they "
-                "are not shown; only a prompt of ids can have them"
+                f"added tokens {listed}: no text encodes to them, as none does to </s>, and they "
+                "are not shown where the model writes them; only a prompt of ids can have them"
             )
         if self.defaults:
             notes.append(

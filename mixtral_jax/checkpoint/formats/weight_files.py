@@ -37,8 +37,8 @@ class WeightFiles:
     notes: tuple[str, ...]
 
 
-def enter_cache(folder: Path) -> tuple[Path, tuple[str, ...]]:
-    """The snapshot in the folder of a model in the Hugging Face cache, with a note.
+def enter_cache(folder: Path) -> Path:
+    """The snapshot in the folder of a model in the Hugging Face cache.
 
     That is the one that `refs/main` names, or the only one. Other folders are returned as they are.
 
@@ -47,7 +47,7 @@ def enter_cache(folder: Path) -> tuple[Path, tuple[str, ...]]:
     """
     snapshots, refs = folder / "snapshots", folder / "refs"
     if not (snapshots.is_dir() and refs.is_dir()):
-        return folder, ()
+        return folder
     names = sorted(path.name for path in snapshots.iterdir() if path.is_dir())
     main = find_file(refs, "main")
     chosen = read_bytes(main).decode(errors="replace").strip() if main else None
@@ -58,7 +58,7 @@ def enter_cache(folder: Path) -> tuple[Path, tuple[str, ...]]:
             f"{''.join(f', {name}' for name in names[:5])}: name one as {snapshots}/HASH",
         )
         chosen = names[0]
-    return snapshots / chosen, (f"reads {snapshots / chosen}, a snapshot in a cache",)
+    return snapshots / chosen
 
 
 def find_weights(folder: Path) -> WeightFiles:
