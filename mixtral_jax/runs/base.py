@@ -20,7 +20,7 @@ from mixtral_jax.config import (
     local_path,
     require,
 )
-from mixtral_jax.data.tokenizer import Tokenizer, check_vocabulary
+from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.runs.console import print_notes
 from mixtral_jax.runs.run import Run
@@ -72,10 +72,7 @@ def open_base(folder: Path, config: Config, *, is_shown: bool) -> Base:
     print_notes(weights.notes, is_shown=is_shown)
     require_mixtral(weights.architecture)
     vocab_size = weights.architecture.model.vocab_size
-    tokenizer = find_tokenizer(weights.tokenizer, config.data, vocab_size)
-    if weights.tokenizer is None:
-        tokenizer = weights.side_files.add_tokens(tokenizer)
-        check_vocabulary(tokenizer, vocab_size)
+    tokenizer = weights.tokenizer or find_tokenizer(weights.side_files, config.data, vocab_size)
     return Base(folder, weights, tokenizer)
 
 

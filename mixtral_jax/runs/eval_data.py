@@ -154,7 +154,8 @@ def open_task(loaded: Pretrained, task: EvalTask, processes: Processes) -> Packe
             read different data.
     """
     length = task.sequence_length
-    tokenizer = find_tokenizer(loaded.tokenizer, task.data, loaded.config.model.vocab_size)
+    vocab_size = loaded.config.model.vocab_size
+    tokenizer = loaded.tokenizer or find_tokenizer(loaded.side_files, task.data, vocab_size)
     stores = _open_stores(loaded, task, tokenizer, is_shown=processes.index == 0)
     long_documents = task.data.chat.long_rows if task.is_chat else "split"
     plans = [

@@ -5,6 +5,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 
+from mixtral_jax.checkpoint.formats.side_files import SideFiles
 from mixtral_jax.config import DataConfig, require
 from mixtral_jax.data.batches import TrainBatches, held_out_batches
 from mixtral_jax.data.packing import LongDocuments, PackPlan, plan_rows
@@ -133,21 +134,25 @@ def name_data(fingerprint: str) -> str:
     return f"data {fingerprint[:12]}"
 
 
-def find_tokenizer(of_model: Tokenizer | None, data: DataConfig, vocab_size: int) -> Tokenizer:
-    """The tokenizer that came with a model, or, if it came without, the one that the config names.
+def find_tokenizer(side_files: SideFiles, data: DataConfig, vocab_size: int) -> Tokenizer:
+    """The tokenizer that the config names, for a model that came without one.
+
+    Args:
+        side_files: of the model, whose added tokens it gets.
 
     Raises:
-        ConfigError: there is neither, or it does not fit the vocabulary.
+        ConfigError: it names none, or one that does not fit the model.
     """
-    if of_model is not None:
-        return of_model
     is_named = data.tokenizer and not data.tokenizer.startswith("train:")
-    require(
-        is_named,
-        "the checkpoint came without a tokenizer: name the one it was trained with as "
-        "data.tokenizer",
-    )
+    fix = "name the one it was trained with as data.tokenizer"
+    require(is_named, f"the checkpoint came without a tokenizer: {fix}")
     tokenizer = read_tokenizer(data.tokenizer)
+    require(
+        side_files.bos_id in (None, tokenizer.bos_id),
+        f"data.tokenizer={data.tokenizer} begins texts with the id {tokenizer.bos_id}, and the "
+        f"checkpoint, which came without a tokenizer, with {side_files.bos_id}: {fix}",
+    )
+    tokenizer = side_files.add_tokens(tokenizer)
     check_vocabulary(tokenizer, vocab_size)
     return tokenizer
 

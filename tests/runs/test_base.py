@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shutil
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from mixtral_jax.runs.checkup import count_bytes, fit_base
 from mixtral_jax.runs.upcycle import open_dense
 from mixtral_jax.training.assemble import make_training
 from tests.cases import make_run, mesh_of, small_config
-from tests.checkpoint.side_folders import write
+from tests.checkpoint.side_folders import CHATML, write
 from tests.data.chat_cases import good_line
 from tests.data.test_vocabulary import train
 
@@ -29,6 +30,21 @@ def test_a_base_whose_tokenizer_cannot_be_exported_is_refused(changes, tmp_path)
     train(**changes).save(tmp_path / "tokenizer.model")
     with pytest.raises(ConfigError, match="tokenizer cannot be written for Hugging Face"):
         open_named_base(config, is_shown=False)
+
+
+@pytest.mark.parametrize(("bos_id", "words"), [(None, None), (1, None), (3, "with 3: name the")])
+def test_a_tokenizer_that_the_config_names_must_begin_texts_as_the_base_does(
+    bos_id, words, tmp_path
+):
+    write(tmp_path, {"added_tokens.json": CHATML}, bos_token_id=bos_id)
+    named = shutil.move(tmp_path / "tokenizer.model", tmp_path / "other.model")
+    config = small_config(finetune={"base": str(tmp_path)}, data__tokenizer=str(named))
+    if words is None:
+        tokenizer = open_named_base(config, is_shown=False).tokenizer
+        assert [tokenizer.control_id(text) for text in CHATML] == list(CHATML.values())
+    else:
+        with pytest.raises(ConfigError, match=words):
+            open_named_base(config, is_shown=False)
 
 
 @pytest.mark.parametrize("index", [0, 1])
