@@ -223,9 +223,14 @@ def test_a_cache_of_the_hub_is_refused_with_what_to_name(tmp_path, inside):
     assert read(root / "snapshots" / "5f1c") == ["train.jsonl"]
 
 
-def test_files_that_two_sources_name_are_said(tmp_path):
-    write(tmp_path, "a.jsonl", "b.jsonl")
-    assert "named twice: 1 (" in said(f"{tmp_path},{tmp_path / 'a.jsonl'}")
+def test_files_that_are_read_more_than_once_are_named(monkeypatch, tmp_path):
+    write(tmp_path, "a.jsonl", "b.jsonl", "train.jsonl", "dev.jsonl")
+    monkeypatch.chdir(tmp_path)
+    once = f"files read more than once: 1 ({tmp_path}/a.jsonl)"
+    assert said(f"{tmp_path},./a.jsonl").endswith(once)
+    assert said("a.jsonl", held_out=str(tmp_path / "a.jsonl")) == once
+    (tmp_path / "c.jsonl").symlink_to("a.jsonl")
+    assert said(tmp_path, held_out="dev.jsonl") == once
 
 
 def test_a_split_that_is_held_out_is_read(tmp_path):
