@@ -72,7 +72,12 @@ def describe_unread(unread: Mapping[str, int], max_names: int | None = 20) -> st
     Args:
         max_names: how many are named, the most frequent first; None names all.
     """
-    ordered = sorted(unread.items(), key=lambda item: (-item[1], item[0]))
+    # A name may not be UTF-8, or be empty, as that of the index that pandas writes into CSV.
+    named = {
+        name.encode(errors="backslashreplace").decode() or "''": count
+        for name, count in unread.items()
+    }
+    ordered = sorted(named.items(), key=lambda item: (-item[1], item[0]))
     described = [f"{name} ({count:,})" for name, count in ordered[:max_names]]
     described[:1] = [
         f"{name} ({count:,} {'row' if count == 1 else 'rows'})" for name, count in ordered[:1]
