@@ -135,10 +135,12 @@ def test_a_cached_text_is_held_to_the_limit_of_each_run(tmp_path, monkeypatch):
     prepare(tmp_path / "f.jsonl", tmp_path, max_bad_fraction=0.3)
     monkeypatch.setattr(Tokenizer, "encode_all", lambda self, texts: pytest.fail("tokenized again"))
     prepare(tmp_path / "f.jsonl", tmp_path, workdir="other", max_bad_fraction=0.5)
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "f.jsonl").rename(tmp_path / "moved" / "f.jsonl")
     with pytest.raises(
-        ConfigError, match=r"25 of 100 rows are bad .*first: .*f.jsonl:4: invalid JSON"
+        ConfigError, match=r"25 of 100 rows are bad .*first: .*/moved/f.jsonl:4: invalid JSON"
     ):
-        prepare(tmp_path / "f.jsonl", tmp_path, workdir="strict", max_bad_fraction=0.1)
+        prepare(tmp_path / "moved", tmp_path, workdir="strict", max_bad_fraction=0.1)
     assert not (tmp_path / "strict").exists()
 
 
