@@ -76,6 +76,14 @@ def test_a_damaged_compressed_file_is_a_config_error(tmp_path, suffix, compressi
         texts(tmp_path)
 
 
+@pytest.mark.parametrize("compression", COMPRESSED)
+def test_what_follows_the_compressed_part_of_a_file_is_not_lost(tmp_path, compression):
+    line = b'{"text": "a"}\n'
+    (tmp_path / f"a.jsonl{compression}").write_bytes(COMPRESSED[compression](line) + line)
+    with pytest.raises(ConfigError, match=rf"/a.jsonl{compression}: unreadable"):
+        texts(tmp_path)
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".ndjson.gz"])
 def test_rows_in_utf16_are_refused_with_what_to_do(tmp_path, suffix, encoding):
