@@ -90,7 +90,8 @@ def _read_row(row: RawRow, text_field: str, domain_field: str | None) -> Documen
         return BadRow(origin, reason, "no text field")
     category = row.category
     if domain_field:
-        category = category._replace(domain=str(value.get(domain_field, "")))
+        domain = value.get(domain_field)
+        category = category._replace(domain="" if domain is None else str(domain))
     text = value[text_field]
     others = {name: value[name] for name in value if name not in (text_field, domain_field)}
     if name := forbids_learning(others) or _find_mask_of_ids(others, text):
