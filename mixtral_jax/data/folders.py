@@ -90,9 +90,10 @@ def list_files(path: str, key: str, suffixes: str | None, split: str | None) -> 
     if place.is_dir():
         files = _choose_split(list(_walk(place, readable, not_read, name)), split, name, not_read)
     else:
+        problem = "is neither a file nor a folder" if place.exists() else "does not exist"
         require(
             glob.has_magic(path),
-            f"{name} does not exist: name a file, folder, glob, hub:NAME or python-stdlib",
+            f"{name} {problem}: name a file, folder, glob, hub:NAME or python-stdlib",
         )
         require(
             split in (TRAIN, None), f"{name} is a glob: it has no split {split}; {_NAME_A_PATH}"
