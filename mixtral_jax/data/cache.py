@@ -14,7 +14,7 @@ from typing import Generic
 
 import numpy as np
 
-from mixtral_jax.config import DataConfig
+from mixtral_jax.config import ConfigError, DataConfig
 from mixtral_jax.data.corpus import CorpusCount, ItemT, Placed, RowCount
 from mixtral_jax.data.store import StoreWriter, TokenStore, open_store
 from mixtral_jax.data.tokenized import Tokenized
@@ -63,9 +63,13 @@ def open_or_write(folder: Path, tokenizing: Tokenizing, config: DataConfig) -> C
         ConfigError: the items cannot be read, or too many rows are bad.
     """
     cached = _open_or_write(folder, tokenizing)
-    cached.count.check(config)  # The limit may have changed since it was written.
+    try:
+        cached.count.check(config)  # The limit may have changed since it was written.
+    except ConfigError:
+        tokenizing.count()  # The rows are read again, to name the bad ones where they lie by now.
+        raise
     if cached.count.num_bad:
-        log.warning("data.path=%s: %d bad rows are left out", config.path, cached.count.num_bad)
+        log.warning("%d bad rows are left out", cached.count.num_bad)
     return cached
 
 

@@ -1,6 +1,6 @@
 """Files as bytes, whatever compresses them, and the suffix that names what is inside."""
 
-import bz2
+import functools
 import gzip
 import io
 import lzma
@@ -12,18 +12,30 @@ from typing import Any
 # What reading a damaged file may raise besides OSError and ValueError.
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError)
 
-
-def _open_zstandard(file: Path) -> Any:
-    import pyarrow  # Slow to import, and Python's library has zstandard only from 3.14 on.
-
-    return pyarrow.input_stream(str(file), compression="zstd")
+_XZ_END = b"YZ"
 
 
+def _open_by_arrow(codec: str, file: Path) -> Any:
+    import pyarrow  # Slow to import.
+
+    return pyarrow.input_stream(str(file), compression=codec)
+
+
+def _open_xz(file: Path) -> Any:
+    with file.open("rb") as content:
+        content.seek(max(file.stat().st_size - len(_XZ_END), 0))
+        if content.read() != _XZ_END:
+            raise lzma.LZMAError("it does not end as xz files do")
+    return lzma.open(file)
+
+
+# Each reads a file to its end, and fails if something there is not compressed. Python's own readers
+# of bz2 and xz leave that out in silence, and its library has zstandard only from 3.14 on.
 _OPENERS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": _open_zstandard,
+    ".bz2": functools.partial(_open_by_arrow, "bz2"),
+    ".xz": _open_xz,
+    ".zst": functools.partial(_open_by_arrow, "zstd"),
 }
 
 

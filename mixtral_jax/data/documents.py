@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mixtral_jax.data.domains import UNKNOWN, Category
-from mixtral_jax.data.marks import MARKS, forbids_learning
+from mixtral_jax.data.marks import MARKS, TOKEN_MARKS, any_not_learnt, forbids_learning
 from mixtral_jax.data.readers import (
     INVALID_UTF8,
     BadRow,
@@ -16,8 +16,8 @@ from mixtral_jax.data.readers import (
 )
 from mixtral_jax.data.sources import Source, read_rows
 
-# Fields that say which tokens are learnt; the last two matter beside token ids alone.
-_MASKS = ("loss_mask", "completion_mask", "attention_mask", "labels")
+# Further fields that say which tokens are learnt, beside token ids.
+_MASK_OF_IDS, _LABELS = "attention_mask", "labels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,8 @@ def read_documents(
             when its turn comes).
     """
     named = [text_field, domain_field] if domain_field else [text_field]
-    rows = read_rows(source, list(dict.fromkeys([*named, *MARKS, *_MASKS])), suffixes)
+    marks = (*MARKS, *TOKEN_MARKS, _MASK_OF_IDS, _LABELS)
+    rows = read_rows(source, list(dict.fromkeys([*named, *marks])), suffixes)
     return (
         row if isinstance(row, BadRow) else _read_row(row, text_field, domain_field) for row in rows
     )
@@ -89,10 +90,11 @@ def _read_row(row: RawRow, text_field: str, domain_field: str | None) -> Documen
         return BadRow(origin, reason, "no text field")
     category = row.category
     if domain_field:
-        category = category._replace(domain=str(value.get(domain_field, "")))
+        domain = value.get(domain_field)
+        category = category._replace(domain="" if domain is None else str(domain))
     text = value[text_field]
     others = {name: value[name] for name in value if name not in (text_field, domain_field)}
-    if name := forbids_learning(others) or _find_mask(others, text):
+    if name := forbids_learning(others) or _find_mask_of_ids(others, text):
         reason = f"{name}={value[name]!r:.40} says that not all of the text is to be learnt"
         return BadRow(origin, f"{reason}: leave the row out, or that field", "not to be learnt")
     if isinstance(text, list):
@@ -111,15 +113,14 @@ def _read_row(row: RawRow, text_field: str, domain_field: str | None) -> Documen
     return Document(text, origin, category)
 
 
-def _find_mask(row: Mapping[Any, Any], text: Any) -> str | None:
-    """The first field by which some tokens are padding, or not to be learnt; None if all are."""
-    holds_ids = isinstance(text, list)
-    for name in _MASKS[:3] if holds_ids else _MASKS[:2]:
-        mask = row.get(name)
-        if isinstance(mask, list) and any(said != 1 for said in mask):
-            return name
-    labels = row.get("labels")
-    return "labels" if holds_ids and is_filled(labels) and labels != text else None
+def _find_mask_of_ids(row: Mapping[Any, Any], ids: Any) -> str | None:
+    """The field by which some token ids are padding, or not to be learnt; None if all are."""
+    if not isinstance(ids, list):
+        return None
+    if any_not_learnt(row.get(_MASK_OF_IDS)):
+        return _MASK_OF_IDS
+    labels = row.get(_LABELS)
+    return _LABELS if is_filled(labels) and labels != ids else None
 
 
 def _read_ids(ids: list[Any], origin: str, category: Category) -> Document | BadRow:

@@ -17,7 +17,14 @@ from mixtral_jax.data.compression import find_suffix
 from mixtral_jax.data.domains import find_root
 from mixtral_jax.data.not_read import NotRead, describe, find_reasons, is_readable, refuse_hub_cache
 from mixtral_jax.data.readers import READERS
-from mixtral_jax.data.splits import TRAIN, Split, name_split, split_of_file, split_of_folder
+from mixtral_jax.data.splits import (
+    TRAIN,
+    Split,
+    find_missing_shards,
+    name_split,
+    split_of_file,
+    split_of_folder,
+)
 
 _NAME_A_PATH = "name a path in data.held_out"
 
@@ -89,10 +96,13 @@ def list_files(path: str, key: str, suffixes: str | None, split: str | None) -> 
     not_read: NotRead = collections.defaultdict(list)
     if place.is_dir():
         files = _choose_split(list(_walk(place, readable, not_read, name)), split, name, not_read)
+        if missing := find_missing_shards(files):
+            not_read["missing shards"] = missing
     else:
+        problem = "is neither a file nor a folder" if place.exists() else "does not exist"
         require(
             glob.has_magic(path),
-            f"{name} does not exist: name a file, folder, glob, hub:NAME or python-stdlib",
+            f"{name} {problem}: name a file, folder, glob, hub:NAME or python-stdlib",
         )
         require(
             split in (TRAIN, None), f"{name} is a glob: it has no split {split}; {_NAME_A_PATH}"

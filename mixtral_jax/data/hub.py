@@ -39,7 +39,6 @@ def load_hub(path: str, key: str, split: str | None = None) -> Any:
         ConfigError: it cannot be loaded; lists the configs and the splits that there are.
     """
     import datasets  # Slow to import, and most runs read files.
-    from datasets.exceptions import DatasetsError
 
     name, *parts = _COLON.split(path.removeprefix(HUB))
     require(
@@ -52,9 +51,13 @@ def load_hub(path: str, key: str, split: str | None = None) -> Any:
     wanted = split or (parts or [TRAIN])[0]
     try:
         return datasets.load_dataset(
-            _find_place(name), config.name, data_dir=config.data_dir, split=wanted
+            _find_place(name),
+            config.name,
+            data_dir=config.data_dir,
+            split=wanted,
+            keep_in_memory=False,  # From files, by which its rows are known again.
         )
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    except Exception as error:  # Its libraries for files and networks have errors of many kinds.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         choices = "" if isinstance(error, ConnectionError) else _describe_choices(name, config)
         raise ConfigError(
@@ -70,12 +73,11 @@ def _list_configs(name: str) -> dict[str, _Config]:
     A folder that declares none has one for each of its folders, except those of splits.
     """
     import datasets
-    from datasets.exceptions import DatasetsError
 
     place = _find_place(name)
     try:
         declared = datasets.get_dataset_config_names(place)
-    except (OSError, ValueError, RuntimeError, DatasetsError):
+    except Exception:
         declared = []
     configs = {config: _Config(config) for config in declared}
     if names_existing(name) and declared == ["default"]:
@@ -93,7 +95,6 @@ def _find_place(name: str) -> str:
 def _describe_choices(name: str, config: _Config) -> str:
     """The configs of a data set, and the splits of one, to stand before the advice of an error."""
     import datasets
-    from datasets.exceptions import DatasetsError
 
     configs = _list_configs(name)
     if not configs:
@@ -104,6 +105,6 @@ def _describe_choices(name: str, config: _Config) -> str:
         splits = datasets.get_dataset_split_names(
             _find_place(name), configs[chosen].name, data_dir=configs[chosen].data_dir
         )
-    except (OSError, ValueError, RuntimeError, DatasetsError):
+    except Exception:
         return described
     return f"{described}{chosen} has the splits {', '.join(splits)}; "

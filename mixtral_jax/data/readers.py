@@ -18,6 +18,7 @@ from typing import Any
 from mixtral_jax.config import ConfigError
 from mixtral_jax.data.compression import DAMAGED, find_suffix, is_compressed, open_bytes
 from mixtral_jax.data.domains import UNKNOWN, Category
+from mixtral_jax.data.unique_names import parse_json, require_unique
 
 INVALID_JSON = "invalid JSON"
 INVALID_UTF8 = "invalid UTF-8"
@@ -36,6 +37,7 @@ _TYPE_NAMES: tuple[tuple[type, str], ...] = (
     (int, "a number"),
     (float, "a number"),
     (str, "text"),
+    (bytes, "bytes"),
     (Mapping, "an object"),
     (Sequence, "a list"),
 )
@@ -97,12 +99,12 @@ def read_file(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
         ConfigError: the file, or the rest of it, cannot be read; names it and the reason.
     """
     try:
-        with open_bytes(file) as content:
+        with file.open("rb") as content:  # As it lies there: a pointer is never compressed.
             if content.read(len(_POINTER)) == _POINTER:
                 raise ValueError("it only points to the data: run `git lfs pull`")
         yield from READERS.get(find_suffix(file), _read_text)(file, fields)
     # pyarrow's errors are subclasses of these.
-    except (OSError, ValueError, RuntimeError, csv.Error, *DAMAGED) as error:
+    except (OSError, ValueError, RuntimeError, *DAMAGED) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"{file}: unreadable {file.suffix} file ({reason}): mend it, or move it out of "
@@ -123,7 +125,7 @@ def _require_utf8(content: io.BufferedReader) -> None:
 
 def _read_json_line(line: bytes, origin: str) -> RawRow | BadRow:
     try:
-        return RawRow(json.loads(line.decode("utf-8-sig")), origin)
+        return RawRow(parse_json(line.decode("utf-8-sig")), origin)
     except UnicodeDecodeError as error:
         return BadRow(origin, describe_invalid_utf8(f"byte {error.start}"), INVALID_UTF8)
     except (ValueError, RecursionError) as error:
@@ -155,7 +157,7 @@ def _read_json(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
         _require_utf8(opened)
         content = opened.read()
     try:
-        rows = json.loads(content.decode("utf-8-sig"))
+        rows = parse_json(content.decode("utf-8-sig"))
     except ValueError:
         if not _begins_with_json_line(content):
             raise
@@ -180,16 +182,22 @@ def _read_csv(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
         io.TextIOWrapper(content, "utf-8-sig", "surrogateescape", newline="") as lines,
     ):
         _require_utf8(content)
-        reader = csv.DictReader(lines)
-        last_line = reader.line_num if reader.fieldnames else 0
-        for row in reader:
-            origin = f"{file}:{last_line + 1}"
+        # Strict, since a quote that is not closed would join all rows after it to one.
+        reader = csv.DictReader(lines, strict=True)
+        last_line = 0
+        try:
+            require_unique(reader.fieldnames or ())
             last_line = reader.line_num
-            if None in row:  # Cells that no name of the header belongs to.
-                reason = "it has more cells than the header: put texts with commas into quotes"
-                yield BadRow(origin, f"{INVALID_CSV}: {reason}", INVALID_CSV)
-            else:
-                yield RawRow(row, origin)
+            for row in reader:
+                origin = f"{file}:{last_line + 1}"
+                last_line = reader.line_num
+                if None in row:  # Cells that no name of the header belongs to.
+                    reason = "it has more cells than the header: put texts with commas into quotes"
+                    yield BadRow(origin, f"{INVALID_CSV}: {reason}", INVALID_CSV)
+                else:
+                    yield RawRow(row, origin)
+        except csv.Error as error:
+            raise ValueError(f"the quotes of the row in line {last_line + 1}: {error}") from error
 
 
 def _read_parquet(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
@@ -205,6 +213,7 @@ def _read_parquet(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow
                 yield batch, full
 
     with pyarrow.parquet.ParquetFile(_open_anywhere(file)) as table:
+        require_unique(table.schema_arrow.names)
         yield from _read_columns(read_groups(), fields, file)
 
 
@@ -229,7 +238,8 @@ def _read_arrow(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
             batches = map(reader.get_batch, range(reader.num_record_batches))
         else:  # The streaming format, which `datasets` writes.
             source.seek(0)
-            batches = pyarrow.ipc.open_stream(source)
+            batches = reader = pyarrow.ipc.open_stream(source)
+        require_unique(reader.schema.names)
         yield from _read_columns(((batch, ()) for batch in batches), fields, file)
 
 

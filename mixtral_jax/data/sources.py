@@ -7,6 +7,7 @@ and `conversations` interpret rows, and `corpus` limits the number of bad ones.
 import collections
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -169,24 +170,27 @@ def require_sources(config: DataConfig, *, with_hub: bool = True) -> None:
 
 
 def describe_files(config: DataConfig) -> list[str]:
-    """Lines about files that are not read, or that several sources to train on name."""
+    """Lines about files that are not read, or that are read more than once."""
     sources = [source for source in all_sources(config) if not source.path.startswith(HUB)]
     listings = [list_source(source, config.suffixes) for source in sources]
-    counts = collections.Counter(file for listing in listings for file in listing.files)
+    # One file may have several names: links, or paths of several sources.
+    counts = collections.Counter(
+        os.path.realpath(file) for listing in listings for file in listing.files
+    )
     lines: dict[str, str] = {}
     for source, listing in zip(sources, listings, strict=True):
         left = {
-            reason: [path for path in paths if path not in counts]
+            reason: [path for path in paths if os.path.realpath(path) not in counts]
             for reason, paths in listing.not_read.items()
         }
         left = {reason: paths for reason, paths in left.items() if paths}
         if left:  # Two splits of one path have the same beside them.
             described = describe(left, find_root(source.path))
             lines[source.path] = f"{source.key}={source.path}: not read: {described}"
-    twice = [str(file) for file, count in counts.items() if count > 1]
+    twice = [file for file, count in counts.items() if count > 1]
     if twice:
         more = ", ..." if len(twice) > 1 else ""
-        lines["twice"] = f"files named twice: {len(twice):,} ({twice[0]}{more})"
+        lines["twice"] = f"files read more than once: {len(twice):,} ({twice[0]}{more})"
     return list(lines.values())
 
 

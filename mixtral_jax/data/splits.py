@@ -3,8 +3,10 @@
 The words are those of `datasets`. `folders` decides which splits are read.
 """
 
+import collections
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from mixtral_jax.data.compression import without_compression
@@ -18,7 +20,8 @@ _ROLES = {
 }
 _ROLE_BY_WORD = {word: role for role, words in _ROLES.items() for word in words}
 # What follows the name of a split in `train-00000-of-00002.parquet`, perhaps with a hash.
-_SHARD = re.compile(r"[-.]\d+-of-\d+.*")
+_SHARD = re.compile(r"[-.](\d+)-of-(\d+).*")
+_MAX_SHARD_DIGITS = 5  # Longer ones are dates and the like.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +75,23 @@ def split_of_file(file: Path) -> SplitOfFile | None:
     has_own_name = name != stem and word.start() == 0
     rest = f"{name[: word.start()]}*{name[word.end() :]}"
     return SplitOfFile(Split(name if has_own_name else role, role), rest)
+
+
+def find_missing_shards(files: Sequence[Path]) -> list[Path]:
+    """The shards that are not among `files` though others of their set are, named without what may
+    follow their number.
+    """
+    numbers_by_set: dict[tuple[Path, str], set[int]] = collections.defaultdict(set)
+    for file in files:
+        shard = _SHARD.search(file.name)
+        if shard and len(shard[2]) <= _MAX_SHARD_DIGITS:
+            numbers_by_set[file.with_name(file.name[: shard.start(1)]), shard[2]].add(int(shard[1]))
+    missing = []
+    for (start, total), numbers in numbers_by_set.items():
+        first = int(int(total) in numbers)  # Some programs count from 1.
+        left = sorted({*range(first, first + int(total))} - numbers)
+        missing += [start.with_name(f"{start.name}{n:0{len(total)}}-of-{total}") for n in left]
+    return missing
 
 
 def _find_word(name: str) -> re.Match[str] | None:

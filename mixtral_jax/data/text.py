@@ -26,7 +26,7 @@ from mixtral_jax.data.tokenizer import (
 )
 
 # Increase this when the same files and config would give different stores.
-_CACHE_FORMAT = 6
+_CACHE_FORMAT = 7
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,7 +172,8 @@ class Tokenizer:
         processor = self._processor
         if processor.is_byte(token):
             return 1
-        if processor.is_control(token) or processor.is_unknown(token):
+        without_text = (processor.is_control, processor.is_unknown, processor.is_unused)
+        if any(is_kind(token) for is_kind in without_text):
             return 0
         return len(processor.id_to_piece(token).replace(_SPACE, " ").encode())
 

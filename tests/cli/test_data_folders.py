@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -29,6 +30,17 @@ def test_what_a_folder_holds_besides_is_said_once_and_not_on_standard_output(
         f"data.path={folder}: not read: split test: 1 (test.jsonl); other suffixes: 1 (README.md)\n"
     )
     assert "test.jsonl" not in printed.out
+
+
+@pytest.mark.parametrize("verb", ["inspect", "validate"])
+def test_names_that_are_not_utf8_can_be_printed(capsys, tmp_path, verb):
+    train_tokenizer().save(tmp_path / "tokenizer.model")
+    file = tmp_path / os.fsdecode(b"caf\xe9.csv")
+    file.write_bytes(b"prompt,completion,pr\xe9nom\nq,a,n\n,,n\n")
+    run_verb(["data", verb, str(file), f"--tokenizer={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert "/caf\\udce9.csv:3" in printed
+    assert verb == "inspect" or "not read: pr\\udce9nom (1 row)" in printed
 
 
 def test_held_out_data_of_ones_own_may_be_named_for_any_run(tmp_path):

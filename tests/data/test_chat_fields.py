@@ -244,6 +244,7 @@ def test_fields_are_described_with_their_rows_the_most_frequent_first():
     assert describe_unread(unread) == "id (10,000 rows), a (2), b (2), c (1)"
     assert describe_unread(unread, 2) == "id (10,000 rows), a (2), and 2 more"
     assert describe_unread({"id": 1}) == "id (1 row)"
+    assert describe_unread({"": 3, "\udce9t": 2}) == "'' (3 rows), \\udce9t (2)"
 
 
 def test_the_page_on_conversations_names_every_field_that_has_a_meaning():

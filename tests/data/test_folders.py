@@ -145,6 +145,23 @@ def test_a_saved_data_set_with_a_missing_file_is_refused(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["train-00000-of-00003.parquet"], "2 (train-00001-of-00003, train-00002-of-00003)"),
+        (["c4-train.00000-of-01024.json"], "1,023 (c4-train.00001-of-01024, "),
+        (["a-00001-of-00002-9f38.csv", "b-00002-of-00002.csv"], "2 (a-00000-of-00002, b-00001-of-"),
+        (["train/x-1-of-3.jsonl", "train/x-3-of-3.jsonl"], "1 (train/x-2-of-3)"),
+        (["a-00000-of-00002.csv", "a-00001-of-00002-7d.csv", "b-1-of-20240131.csv"], None),
+    ],
+)
+def test_shards_that_are_missing_in_a_folder_are_named(tmp_path, names, missing):
+    write(tmp_path, *names)
+    assert read(tmp_path) == sorted(names)
+    assert f"missing shards: {missing}" in said(tmp_path) if missing else not said(tmp_path)
+    assert said(tmp_path / names[0]) == ""  # One that is named alone is meant alone.
+
+
 def test_empty_files_of_rows_are_named(tmp_path):
     write(tmp_path, "a.jsonl")
     for name in ("b.jsonl", "c.csv", "d.NDJSON"):
@@ -223,9 +240,14 @@ def test_a_cache_of_the_hub_is_refused_with_what_to_name(tmp_path, inside):
     assert read(root / "snapshots" / "5f1c") == ["train.jsonl"]
 
 
-def test_files_that_two_sources_name_are_said(tmp_path):
-    write(tmp_path, "a.jsonl", "b.jsonl")
-    assert "named twice: 1 (" in said(f"{tmp_path},{tmp_path / 'a.jsonl'}")
+def test_files_that_are_read_more_than_once_are_named(monkeypatch, tmp_path):
+    write(tmp_path, "a.jsonl", "b.jsonl", "train.jsonl", "dev.jsonl")
+    monkeypatch.chdir(tmp_path)
+    once = f"files read more than once: 1 ({tmp_path}/a.jsonl)"
+    assert said(f"{tmp_path},./a.jsonl").endswith(once)
+    assert said("a.jsonl", held_out=str(tmp_path / "a.jsonl")) == once
+    (tmp_path / "c.jsonl").symlink_to("a.jsonl")
+    assert said(tmp_path, held_out="dev.jsonl") == once
 
 
 def test_a_split_that_is_held_out_is_read(tmp_path):

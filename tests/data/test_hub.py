@@ -99,8 +99,19 @@ def test_a_split_of_the_same_data_set_is_held_out(repositories):
     assert fingerprint_data(config) != fingerprint_data(DataConfig(path=config.path))
 
 
+def test_rows_that_changed_are_seen_also_where_small_data_sets_are_held_in_memory(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("datasets.config.IN_MEMORY_MAX_SIZE", 2**30)
+    found = set()
+    for text in ("one", "other"):
+        (tmp_path / "train.jsonl").write_text(json.dumps({"text": text}))
+        found.add(fingerprint_data(DataConfig(path=f"hub:{tmp_path}")))
+    assert len(found) == 2
+
+
 def test_a_hub_dataset_is_read_by_name_and_split(monkeypatch):
-    def load_dataset(name, config, data_dir, split):
+    def load_dataset(name, config, *, split, **_):
         return datasets.Dataset.from_dict({"text": [name, split, None]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -116,14 +127,16 @@ def test_a_hub_dataset_is_read_by_name_and_split(monkeypatch):
     assert texts("hub:name") == ["name", "train"]
 
 
-def test_a_hub_dataset_that_cannot_be_had_is_a_config_error(monkeypatch):
-    def load_dataset(name, config, data_dir, split):
-        raise ConnectionError("no network\nand more")
+@pytest.mark.parametrize("error", [ConnectionError, type("OfAnyLibrary", (Exception,), {})])
+def test_a_hub_dataset_that_cannot_be_had_is_a_config_error(monkeypatch, error):
+    def load_dataset(name, config, *, split, **_):
+        raise error("no network\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["default"])
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_, **__: ["train"])
     with pytest.raises(
         ConfigError,
-        match=r"data.path=hub:a/b cannot be loaded \(no network\): check NAME, CONFIG and SPLIT",
+        match=r"data.path=hub:a/b cannot be loaded \(no network\): .*check NAME, CONFIG and SPLIT",
     ):
         read_documents("hub:a/b", "text")

@@ -100,9 +100,12 @@ def test_a_document_is_of_the_type_of_its_file_and_only_python_has_parts_of_pyth
 
 def test_a_field_of_rows_says_what_they_are_and_the_rarest_are_others(tokenizer, tmp_path):
     rows = [{"text": f"{n} " * (20 - n % 12), "lang": f"l{n % 12:02}"} for n in range(120)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"text": "no field"}])))
+    rows += [{"text": "no field"}, {"text": "null", "lang": None}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     text = prepare(tokenizer, tmp_path, domain_field="lang")
     stores = [text.train, text.held_out]
+    domains = {category.domain for store in stores for category in store.category_names}
+    assert domains == {"", *(f"l{n:02}" for n in range(12))}
     (labelling,) = find_labellings(stores, DataConfig(path=str(tmp_path)), tokenizer)
     assert (
         len(labelling.names) == 8 and labelling.names[0] == "l00" and labelling.names[-1] == OTHER

@@ -6,7 +6,7 @@ from mixtral_jax.data.chat.conversations import Chat, read_chat, read_chats
 from mixtral_jax.data.chat.errors import ChatException
 from mixtral_jax.data.chat.template import ChatTemplate
 from mixtral_jax.data.documents import Document, read_documents
-from mixtral_jax.data.marks import MARKS, read_marks
+from mixtral_jax.data.marks import MARKS, TOKEN_MARKS, read_marks
 from mixtral_jax.data.readers import BadRow, RawRow
 from tests.data.chat_cases import row_of, train_tokenizer, write_table
 
@@ -16,7 +16,8 @@ ASK, FIRST, LAST = (
     {"role": "assistant", "content": "b"},
 )
 # Values of a mark that say yes, no, and neither.
-YES, NO, NEITHER = (True, 1, 1.0), (False, 0, 0.0), (0.5, 2, -1, "false", "0", [1], {"on": True})
+YES, NO = (True, 1, 1.0, "true", "1", "True"), (False, 0, 0.0, "FALSE", "0", "0.0")
+NEITHER = (0.5, 2, -1, "no", "0.5", [1], {"on": True})
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,17 @@ def test_a_row_that_is_marked_as_not_to_be_learnt_is_bad_by_name(template, name,
         assert f"{name}={value!r}" in read(row_of(form) | {name: value}, template)
 
 
+def test_marks_are_read_in_csv(template, tmp_path):
+    rows = ["q,a,1,false", "q,a,TRUE,", "q,a,0,", "q,a,,True"]
+    (tmp_path / "f.csv").write_text("\n".join(["prompt,completion,train,masked", *rows]))
+    good, other, *bad = read_chats(str(tmp_path), template)
+    assert isinstance(good, Chat) and isinstance(other, Chat)
+    assert ["train='0'" in bad[0].reason, "masked='True'" in bad[1].reason] == [True, True]
+    good, other, *bad = read_documents(str(tmp_path), "prompt")
+    assert isinstance(good, Document) and isinstance(other, Document)
+    assert [row.reason[:10] for row in bad] == ["train='0' ", "masked='Tr"]
+
+
 def test_columns_that_hold_marks_are_loaded(template, tmp_path):
     rows = [row_of("messages") | {"train": train} for train in (True, False)]
     write_table(tmp_path / "f.parquet", rows)
@@ -137,7 +149,14 @@ def test_columns_that_hold_marks_are_loaded(template, tmp_path):
         ({"text": "t", "loss": 0}, False),
         ({"text": "t", "weight": 0.5}, False),
         ({"text": "t", "sample_weight": 3}, False),
-        ({"text": "t", "loss_mask": [1, 0]}, False),
+        ({"text": "t", "weight": "1", "train": "true", "loss": "cross entropy"}, True),
+        ({"text": "t", "weight": "0.5"}, False),
+        ({"text": "t", "train": "false"}, False),
+        ({"text": "t", "masked": [1, 0]}, False),
+        *(({"text": "t", name: [1, 0]}, False) for name in TOKEN_MARKS),
+        *(({"text": [5, 6], name: [1.0, 0.5]}, False) for name in TOKEN_MARKS),
+        ({"text": "t", "loss_mask": 0}, False),
+        ({"text": "t", "loss_mask": 1, "mask": [1, 1], "masks": "a.png"}, True),
         ({"text": [5, 6], "loss_mask": [1, 1], "attention_mask": [1, 1], "labels": [5, 6]}, True),
         ({"text": [5, 6], "loss_mask": [0, 1]}, False),
         ({"text": [5, 6, 0], "attention_mask": [1, 1, 0]}, False),

@@ -69,10 +69,18 @@ def test_a_compressed_text_is_one_document(tmp_path, compression):
 @pytest.mark.parametrize("compression", COMPRESSED)
 @pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".csv", ".parquet"])
 def test_a_damaged_compressed_file_is_a_config_error(tmp_path, suffix, compression, damage):
-    content = random.Random(0).randbytes(100_000).hex().encode()
+    content = random.Random(0).randbytes(20_000).hex().encode()
     file = tmp_path / f"a{suffix}{compression}"
     file.write_bytes(damage(COMPRESSED[compression](content)))
     with pytest.raises(ConfigError, match=rf"/a{suffix}{compression}: unreadable .*: mend it"):
+        texts(tmp_path)
+
+
+@pytest.mark.parametrize("compression", COMPRESSED)
+def test_what_follows_the_compressed_part_of_a_file_is_not_lost(tmp_path, compression):
+    line = b'{"text": "a"}\n'
+    (tmp_path / f"a.jsonl{compression}").write_bytes(COMPRESSED[compression](line) + line)
+    with pytest.raises(ConfigError, match=rf"/a.jsonl{compression}: unreadable"):
         texts(tmp_path)
 
 
@@ -91,7 +99,7 @@ def test_a_text_in_utf16_is_a_bad_row(tmp_path, encoding):
     assert bad_rows(tmp_path)["a.txt"].startswith("UTF-16, not UTF-8: convert it")
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".parquet", ".json"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".parquet", ".json", ".jsonl.gz", ".csv.zst"])
 def test_a_pointer_of_git_lfs_is_not_taken_for_the_data(tmp_path, suffix):
     (tmp_path / f"a{suffix}").write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -187,7 +195,7 @@ def test_a_file_that_cannot_be_read_is_a_config_error(tmp_path, suffix, content)
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_a_file_damaged_inside_is_a_config_error(tmp_path, suffix):
     file = tmp_path / f"a{suffix}"
-    write_file(file, ["a text of many words " * 1000] * 3000)
+    write_file(file, ["a text of many words " * 1000] * 300)
     content = file.read_bytes()
     file.write_bytes(
         content[: len(content) // 2] + (content[-100:] if suffix == ".parquet" else b"")
@@ -206,6 +214,53 @@ def test_a_line_of_csv_with_more_cells_than_the_header_is_a_bad_row(tmp_path):
     assert texts(tmp_path) == ["one, two", "three"]
     (reason,) = bad_rows(tmp_path).values()
     assert reason.startswith("invalid CSV: it has more cells than the header")
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        ('1,good\n2,"never closed\n3,lost\n', 3),
+        ('1,"two\nlines"\n2,"a" and more\n', 4),
+        ('1,"a \\"quote\\", as other programs write it"\n', 2),
+    ],
+)
+def test_quotes_that_csv_does_not_know_are_refused_by_line(tmp_path, rows, line):
+    (tmp_path / "f.csv").write_text(f"id,text\n{rows}")
+    with pytest.raises(
+        ConfigError, match=rf"f.csv: unreadable .* quotes of the row in line {line}"
+    ):
+        texts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "a", "text": "b"}',
+        '{"text": "a", "meta": [{"weight": 0, "weight": 1}]}',
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_an_object_with_two_fields_of_one_name_is_a_bad_row(tmp_path, suffix, line):
+    (tmp_path / f"f{suffix}").write_text(f'{line}\n{{"text": "good"}}\n')
+    assert texts(tmp_path) == ["good"]
+    (reason,) = bad_rows(tmp_path).values()
+    assert reason.startswith("invalid JSON: two fields are called '")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".arrow", ".json"])
+def test_a_file_with_two_columns_of_one_name_is_refused(tmp_path, suffix):
+    columns = [pyarrow.array([value]) for value in "abc"]
+    table = pyarrow.Table.from_arrays(columns, names=["text", "id", "text"])
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(table, tmp_path / "f.parquet")
+    elif suffix == ".arrow":
+        with pyarrow.ipc.new_stream(tmp_path / "f.arrow", table.schema) as writer:
+            writer.write_table(table)
+    else:
+        rows = '[\n{"text": "a", "text": "c"}\n]' if suffix == ".json" else "text,id,text\na,b,c\n"
+        (tmp_path / f"f{suffix}").write_text(rows)
+    with pytest.raises(ConfigError, match=r"unreadable .* \(two fields are called 'text'\)"):
+        texts(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])

@@ -67,6 +67,7 @@ def test_skipped_folders_are_not_entered(tmp_path, monkeypatch, path, skipped):
     ("name", "message"),
     [
         ("absent.txt", "does not exist: name a file"),
+        ("pipe.txt", "is neither a file nor a folder: name a file"),
         ("absent*.txt", "holds no readable file"),
         ("empty", "holds no readable file: it must hold at least one of .txt"),
         ("notes.md", "is none of .txt"),
@@ -75,6 +76,7 @@ def test_skipped_folders_are_not_entered(tmp_path, monkeypatch, path, skipped):
 def test_a_path_without_documents_is_a_config_error_at_once(tmp_path, name, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.md").write_text("x")
+    os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(ConfigError, match=message) as error:
         read_documents(str(tmp_path / name), "text")
     assert name in str(error.value) and "\n" not in str(error.value)

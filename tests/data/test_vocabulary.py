@@ -10,7 +10,7 @@ import sentencepiece
 from mixtral_jax.checkpoint.formats.tokenizer_json import make_tokenizer_json
 from mixtral_jax.config import ConfigError
 from mixtral_jax.data.tokenizer import Tokenizer
-from mixtral_jax.data.vocabulary import read_vocabulary
+from mixtral_jax.data.vocabulary import add_control_pieces, read_vocabulary
 
 MIXTRAL = {
     "model_type": "bpe",
@@ -73,3 +73,11 @@ def test_names_in_brackets_are_pieces_of_text():
     vocabulary = read_vocabulary(train(user_defined_symbols=["[REFERENCE_DOC_0]"]))
     assert vocabulary.is_like_mixtral
     assert "[REFERENCE_DOC_0]" in vocabulary.find("text")
+
+
+def test_added_pieces_and_the_free_ids_between_them_have_no_bytes_of_text():
+    tokenizer = train()
+    size = tokenizer.vocab_size
+    more = add_control_pieces(tokenizer, {size + 2: "<end of turn>"})
+    assert more.vocab_size == size + 3 and more.unused_ids == (size, size + 1)
+    assert not more.bytes_per_token[size:].any()

@@ -7,6 +7,7 @@ learnt: they are counted, and named to whoever reads the data.
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from mixtral_jax.data.marks import TOKEN_MARKS
 from mixtral_jax.data.readers import is_filled
 
 _NO_TOOLS = "tools are not supported by any template"
@@ -28,8 +29,7 @@ _REFUSED = {
         "reasoning reasoning_content reasoning_details thinking thoughts channel"
     ),
     "messages are learnt whole or not at all": (
-        "mask masks loss_mask completion_mask assistant_mask assistant_masks labels weights "
-        "loss_weights token_weights train_detail training_detail"
+        f"{' '.join(TOKEN_MARKS)} labels train_detail training_detail"
     ),
     "a system prompt must be in the field system or system_prompt": (
         "system_message system_instruction system_instructions preamble"
@@ -72,7 +72,12 @@ def describe_unread(unread: Mapping[str, int], max_names: int | None = 20) -> st
     Args:
         max_names: how many are named, the most frequent first; None names all.
     """
-    ordered = sorted(unread.items(), key=lambda item: (-item[1], item[0]))
+    # A name may not be UTF-8, or be empty, as that of the index that pandas writes into CSV.
+    named = {
+        name.encode(errors="backslashreplace").decode() or "''": count
+        for name, count in unread.items()
+    }
+    ordered = sorted(named.items(), key=lambda item: (-item[1], item[0]))
     described = [f"{name} ({count:,})" for name, count in ordered[:max_names]]
     described[:1] = [
         f"{name} ({count:,} {'row' if count == 1 else 'rows'})" for name, count in ordered[:1]
