@@ -1,8 +1,6 @@
 """`data inspect` shows what training sees of conversations; `data validate` names every bad row."""
 
 import importlib
-import io
-import sys
 
 from mixtral_jax.config import ConfigError
 
@@ -26,6 +24,4 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(
             f"unknown verb {f'data {verb}'!r}; there are: data inspect, data validate"
         )
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # Names may not be UTF-8.
     return importlib.import_module(f"mixtral_jax.cli.data_{verb}").main(rest)

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import io
 import os
 import signal
 import sys
@@ -64,6 +65,8 @@ def run_command(command: Callable[[list[str]], int]) -> NoReturn:
     # Tracing makes many objects and few cycles: to look for these after every 700 objects, which is
     # Python's default, takes a fifth of its time.
     gc.set_threshold(100_000, 50, 100)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # Names of files may not be UTF-8.
     try:
         code = command(sys.argv[1:])
     except ConfigError as error:

@@ -53,7 +53,8 @@ class TokenBytes:
 
     def in_text(self, piece_bytes: Any, previous: Any) -> Any:
         """Bytes of text, given the bytes of pieces and the token before each, in the same shape."""
-        return piece_bytes - self.prefix * (previous == self.bos_id)
+        is_first = (previous == self.bos_id) & (piece_bytes > 0)  # A control token has no bytes.
+        return piece_bytes - self.prefix * is_first
 
 
 def make_evaluator(

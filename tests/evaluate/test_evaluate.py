@@ -74,3 +74,8 @@ def test_ngrams_of_unseen_tokens_are_finite():
         np.full(50, 7), batches_of(config), TokenBytes(np.ones(96, np.int64), BOS, 1)
     )
     assert math.isfinite(bits["unigram"]) and math.isfinite(bits["bigram"])
+
+
+def test_a_control_token_after_the_start_of_a_document_has_no_bytes():
+    token_bytes = TokenBytes(np.array([0, 0, 4]), BOS, prefix=1)
+    assert token_bytes.in_text(np.array([0, 4, 4]), np.array([BOS, BOS, 2])).tolist() == [0, 3, 4]
