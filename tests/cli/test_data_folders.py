@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from mixtral_jax.cli.flags import run_command
 from mixtral_jax.cli.main import run_verb
 from mixtral_jax.cli.task_flags import choose_data
 from mixtral_jax.config import ConfigError
@@ -33,11 +34,15 @@ def test_what_a_folder_holds_besides_is_said_once_and_not_on_standard_output(
 
 
 @pytest.mark.parametrize("verb", ["inspect", "validate"])
-def test_names_that_are_not_utf8_can_be_printed(capsys, tmp_path, verb):
+def test_names_that_are_not_utf8_can_be_printed(capsys, monkeypatch, tmp_path, verb):
     train_tokenizer().save(tmp_path / "tokenizer.model")
     file = tmp_path / os.fsdecode(b"caf\xe9.csv")
     file.write_bytes(b"prompt,completion,pr\xe9nom\nq,a,n\n,,n\n")
-    run_verb(["data", verb, str(file), f"--tokenizer={tmp_path}"])
+    monkeypatch.setattr(
+        "sys.argv", ["mixtral-jax", "data", verb, str(file), f"--tokenizer={tmp_path}"]
+    )
+    with pytest.raises(SystemExit):
+        run_command(run_verb)
     printed = capsys.readouterr().out
     assert "/caf\\udce9.csv:3" in printed
     assert verb == "inspect" or "not read: pr\\udce9nom (1 row)" in printed
