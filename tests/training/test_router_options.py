@@ -44,10 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-KEPT = ("groups, capacity", "expert choice, dropout")
-
-
-@pytest.mark.parametrize("keys", keep_some(OPTIONS, *KEPT))
+@pytest.mark.parametrize("keys", keep_some(OPTIONS, "groups, capacity"))
 def test_metrics_and_gradients_are_the_same_on_every_mesh(keys: dict[str, Any]) -> None:
     config = small_config(**keys)
     batch = packed_batch(config)
@@ -67,7 +64,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("keys", keep_some(OPTIONS | CONTROLS, *KEPT, "dense"))
+@pytest.mark.parametrize("keys", keep_some(OPTIONS | CONTROLS, "groups, capacity", "dense"))
 def test_masked_tokens_influence_nothing(keys: dict[str, Any]) -> None:
     config = small_config(**keys)
     batch = packed_batch(config)
