@@ -12,7 +12,7 @@ import numpy as np
 
 from mixtral_jax.config import Config, ConfigError
 from mixtral_jax.kernels.choose import choose_transport
-from mixtral_jax.kernels.chunks import count_balanced_chunks
+from mixtral_jax.kernels.loops import count_expected_trips
 from mixtral_jax.model.transformer import ParameterCount, count_parameters
 from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.compilation_cache import compilation_cache_options
@@ -81,7 +81,7 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
     seconds = time.perf_counter() - start
     routed_rows = count_routed_rows(config)
     program = parse_program(
-        compiled.as_text() or "", lambda loop: count_balanced_chunks(loop.op_name, routed_rows)
+        compiled.as_text() or "", lambda loop: count_expected_trips(loop.op_name, routed_rows)
     )
     memory = StepMemory(
         peak=peak_memory_bytes(compiled) or 0,

@@ -15,7 +15,7 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from mixtral_jax.config import Config
-from mixtral_jax.kernels.chunks import count_balanced_chunks
+from mixtral_jax.kernels.loops import count_expected_trips
 from mixtral_jax.model.transformer import ParameterCount
 from mixtral_jax.plan.hlo import Array, Computation, Instruction, Program
 
@@ -103,7 +103,7 @@ def _traced(jaxpr: Any, routed_rows: int, only_pallas: bool) -> int:
 def _times(eqn: Any, routed_rows: int) -> int:
     """How often an operation runs its inner jaxprs."""
     if eqn.primitive.name == "while":
-        trips = count_balanced_chunks(str(eqn.source_info.name_stack), routed_rows)
+        trips = count_expected_trips(str(eqn.source_info.name_stack), routed_rows)
         if trips is None:
             raise ValueError(
                 "the length of a loop with matmuls depends on the data: trace with ragged_dot"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels import attention, splash
+from mixtral_jax.kernels import blockwise, splash
 from mixtral_jax.kernels.attention import attend
 from tests.cases import RULES, mesh_of, relative_norm
 
@@ -46,29 +46,62 @@ def check(got, expected):
         assert relative_norm(a, b) < 1e-5, name
 
 
-@pytest.mark.parametrize(
-    "sizes", [{}, {"data": 2, "tensor": 2}], ids=["one device", "data=2,tensor=2"]
-)
-def test_blocks_of_queries_give_what_all_at_once_do(monkeypatch, sizes):
-    whole = lambda *x: attend(*x, "xla")  # noqa: E731
-    arrays = inputs(T=64, H=12)
-    expected = value_and_grads(whole, mesh_of(), *arrays)
-    monkeypatch.setattr(attention, "QUERIES_PER_BLOCK", 16)
-    check(value_and_grads(lambda *x: attend(*x, "xla"), mesh_of(**sizes), *arrays), expected)
+def all_scores_at_once(q, k, v, segments):
+    """Attention by its definition."""
+    B, T, N, H = q.shape
+    by_head = jax.typeof(q).sharding
+    k, v = (jnp.repeat(x, N // x.shape[2], axis=2, out_sharding=by_head) for x in (k, v))
+    sees = (segments[:, :, None] == segments[:, None]) & jnp.tri(T, dtype=bool)[None]
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * H**-0.5
+    weights = jax.nn.softmax(jnp.where(sees[:, None], scores, -1e30), axis=-1)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v)
 
 
-def test_blocks_of_queries_need_less_memory_than_all_at_once():
-    def peak(T, block):
+def cut_into(monkeypatch, block_tokens):
+    monkeypatch.setattr(blockwise, "MAX_BLOCK_TOKENS", block_tokens)
+    return lambda *x: attend(*x, "xla")
+
+
+@pytest.mark.parametrize("T", [64, 57], ids=["whole blocks", "the last block is cut"])
+def test_blocks_give_what_all_scores_at_once_do(monkeypatch, T):
+    arrays = inputs(T=T, H=12)
+    expected = value_and_grads(all_scores_at_once, mesh_of(), *arrays)
+    for block_tokens in (16, 64):
+        check(value_and_grads(cut_into(monkeypatch, block_tokens), mesh_of(), *arrays), expected)
+
+
+def test_blocks_give_the_same_on_a_mesh(monkeypatch):
+    arrays, blocks = inputs(T=64, H=12), cut_into(monkeypatch, 16)
+    expected = value_and_grads(blocks, mesh_of(), *arrays)
+    check(value_and_grads(blocks, mesh_of(data=2, tensor=2), *arrays), expected)
+
+
+def test_pairs_of_blocks_that_share_no_segment_are_left_out():
+    def visits(segments):
+        pairs = blockwise._Pairs(jnp.asarray(segments, jnp.int32), T=len(segments[0]), size=2)
+        add = lambda pair, seen: seen.at[pair.query // 2, pair.key // 2].add(1)  # noqa: E731
+        return np.asarray(pairs.fold(add, jnp.zeros((4, 4), jnp.int32))).tolist()
+
+    whole = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert visits([[1] * 8]) == whole
+    assert visits([[1, 1, 1, 2, 2, 2, 0, 0]]) == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [0, 1, 1, 0],
+        [0, 0, 0, 0],
+    ]
+    assert visits([[1, 1, 1, 2, 2, 2, 0, 0], [1] * 8]) == whole
+
+
+def test_memory_grows_with_the_length_of_a_row_and_not_with_its_square(monkeypatch):
+    def peak(T):
         q, k, v, dy, segments = inputs(B=1, T=T, N=2, K=1, H=8)
-        attention.QUERIES_PER_BLOCK, before = block, attention.QUERIES_PER_BLOCK
-        try:
-            grad = jax.grad(lambda q: jnp.sum(attend(q, k, v, segments, "xla") * dy))
-            with jax.set_mesh(mesh_of()):
-                return jax.jit(grad).lower(q).compile().memory_analysis().peak_memory_in_bytes
-        finally:
-            attention.QUERIES_PER_BLOCK = before
+        grad = jax.grad(lambda q: jnp.sum(attend(q, k, v, segments, "xla") * dy))
+        with jax.set_mesh(mesh_of()):
+            return jax.jit(grad).lower(q).compile().memory_analysis().peak_memory_in_bytes
 
-    assert peak(2048, 256) < peak(2048, 2048) / 3
+    monkeypatch.setattr(blockwise, "MAX_BLOCK_TOKENS", 64)
+    assert peak(4096) < 2.5 * peak(2048)
 
 
 @pytest.mark.parametrize(
