@@ -77,7 +77,9 @@ def _forward(
         weights_BKGbc = jnp.where(sees_BKGbc, jnp.exp(scores_BKGbc - new_max_BKGb1), 0)
         shrink_BKGb1 = jnp.exp(max_BKGb1 - new_max_BKGb1)
         sum_BKGb1 = sum_BKGb1 * shrink_BKGb1 + jnp.sum(weights_BKGbc, axis=-1, keepdims=True)
-        weighed_BKGbH = _matmul("BKGbc,BKcH->BKGbH", weights_BKGbc.astype(v.dtype), pair.read_keys(v))
+        weighed_BKGbH = _matmul(
+            "BKGbc,BKcH->BKGbH", weights_BKGbc.astype(v.dtype), pair.read_keys(v)
+        )
         new = (new_max_BKGb1, sum_BKGb1, y_BKGbH * shrink_BKGb1 + weighed_BKGbH)
         return tuple(map(pair.write_queries, carry, new))
 
@@ -94,9 +96,9 @@ def _forward(
 def _backward(residuals: Any, dy_BKGTH: jax.Array) -> tuple[jax.Array, ...]:
     q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, y_BKGTH, log_sum_BKGT1 = residuals
     pairs = _Pairs.of(segment_ids_BT)
-    along_y_BKGT1 = jnp.einsum(
-        "BKGTH,BKGTH->BKGT", y_BKGTH, dy_BKGTH, preferred_element_type=jnp.float32
-    )[..., None]
+    along_y_BKGT1 = jnp.sum(
+        y_BKGTH.astype(jnp.float32) * dy_BKGTH.astype(jnp.float32), axis=-1, keepdims=True
+    )
     q, k, v, dy, log_sum, along_y = (
         pairs.pad(x) for x in (q_BKGTH, k_BKTH, v_BKTH, dy_BKGTH, log_sum_BKGT1, along_y_BKGT1)
     )

@@ -144,9 +144,13 @@ def sum_micro_batches(
     compute: Callable[[jax.Array, Batch], Any], add: Callable[[Any, Any], Any], batch: Batch
 ) -> Any:
     """The sum of `compute(number, micro_batch)` over the micro-batches of a step, one at a time."""
+    num_micro_batches = batch.tokens.shape[0]
+    micro_batches = (jnp.arange(num_micro_batches), batch)
+    if num_micro_batches == 1:
+        # There is nothing to sum: a loop would write a copy of the whole gradient.
+        return compute(*jax.tree.map(lambda rows: rows[0], micro_batches))
     # Both uses below share one trace, which takes seconds. Inlined, it leaves no call in a program.
     compute = jax.jit(compute, inline=True)
-    micro_batches = (jnp.arange(batch.tokens.shape[0]), batch)
     micro_shapes = jax.tree.map(lambda rows: rows[0], micro_batches)
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x), jax.eval_shape(compute, *micro_shapes))
 
