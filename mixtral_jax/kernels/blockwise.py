@@ -93,7 +93,7 @@ def _forward(
     return y_BKGTH, (q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, y_BKGTH, log_sum_BKGT1)
 
 
-def _backward(residuals: Any, dy_BKGTH: jax.Array) -> tuple[jax.Array, ...]:
+def _backward(residuals: Any, dy_BKGTH: jax.Array) -> tuple[jax.Array | None, ...]:
     q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, y_BKGTH, log_sum_BKGT1 = residuals
     pairs = _Pairs.of(segment_ids_BT)
     along_y_BKGT1 = jnp.sum(
@@ -200,19 +200,20 @@ class _Pairs:
     def fold(self, body: Callable[[_Pair, Any], Any], carry: Any) -> Any:
         """Folds `body(pair, carry)` over the pairs in which a query may see a key."""
 
-        def step(query: Any, key: Any, carry: Any) -> Any:
+        def step(starts: Any, carry: Any) -> Any:
+            query, key = starts
             return body(_Pair(query, key, self.segment_ids_BP, self.size), carry)
 
         num_blocks = self.segment_ids_BP.shape[1] // self.size
         if num_blocks == 1:
-            return step(0, 0, carry)
+            return step((0, 0), carry)
         query_X, key_X = np.tril_indices(num_blocks)
         is_needed_X = self._overlap(num_blocks)[query_X, key_X]
         order_X = jnp.argsort(~is_needed_X, stable=True)
         starts_X2 = self.size * jnp.asarray(np.stack([query_X, key_X], axis=1))[order_X]
         with jax.named_scope(f"{_SCOPE}{len(query_X)}"):
             return jax.lax.fori_loop(
-                0, jnp.sum(is_needed_X), lambda i, carry: step(*starts_X2[i], carry), carry
+                0, jnp.sum(is_needed_X), lambda i, carry: step(starts_X2[i], carry), carry
             )
 
     def _overlap(self, num_blocks: int) -> jax.Array:
