@@ -90,7 +90,7 @@ def open_model(flags: ModelFlags, processes: "Processes") -> "Pretrained":
     from mixtral_jax.parallel.mesh import use_virtual_cpu_devices
     from mixtral_jax.pretrained import load_pretrained
     from mixtral_jax.runs.console import print_notes
-    from mixtral_jax.runs.run import require_equal_devices
+    from mixtral_jax.runs.run import keep_programs, require_equal_devices
 
     everywhere = processes.share("flags", flags.all_flags)
     differing = [index for index, other in enumerate(everywhere) if other != everywhere[0]]
@@ -100,6 +100,7 @@ def open_model(flags: ModelFlags, processes: "Processes") -> "Pretrained":
         "the same",
     )
     use_virtual_cpu_devices(flags.mesh.cpu_devices)
+    keep_programs(processes)
     require_equal_devices(processes)
     loaded = load_pretrained(flags.checkpoint, flags.dtype, flags.mesh)
     connect_processes(loaded.mesh, processes)

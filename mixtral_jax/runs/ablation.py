@@ -1,12 +1,9 @@
 """All runs of an ablation: checked, trained one after the other, and shown in a report."""
 
-import contextlib
 import datetime
-import os
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -16,7 +13,6 @@ from mixtral_jax.lab.ablation.definition import Ablation, ArmRun
 from mixtral_jax.lab.ablation.records import FAILURE, is_finished
 from mixtral_jax.lab.ablation.results import Results, read_results
 from mixtral_jax.lab.report.files import write_report
-from mixtral_jax.parallel.compilation_cache import compilation_cache_options
 from mixtral_jax.parallel.mesh import make_mesh, resolve_mesh
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs.ablation_routing import analyze_arms, picture_routing
@@ -26,9 +22,6 @@ from mixtral_jax.runs.stop import StopSignal
 from mixtral_jax.runs.workdir import changed_since, one_at_a_time
 from mixtral_jax.training.assemble import make_training
 from mixtral_jax.training.loop import Outcome
-
-# Programs that compile faster than this are not worth a file.
-_MIN_COMPILE_SECONDS = 0.3
 
 _FIXED_KEYS = ("train.num_steps", "data.path", "data.held_out")
 
@@ -45,7 +38,7 @@ def run_ablation(
     Raises:
         ConfigError: an arm does not fit the devices, or has no such model; names the arm.
     """
-    _check_arms(ablation)
+    _check_arms(ablation, processes)
     if processes.index == 0:
         print(_describe(ablation))
     finished = [run.name for run in chosen if is_finished(run, workdir)]
@@ -59,8 +52,7 @@ def run_ablation(
             f"{len(finished)} of {len(chosen)} runs are finished, and not repeated: "
             f"{', '.join(finished)}"
         )
-    with _shared_compilations(processes):
-        return _train_all(left, workdir, processes, stop)
+    return _train_all(left, workdir, processes, stop)
 
 
 def check_saved_arms(ablation: Ablation, workdir: Path) -> None:
@@ -99,7 +91,7 @@ def report_ablation(
             analyze_arms(ablation, workdir, processes)
         return 0
     # If several tasks end together, the last one in here sees the runs of all.
-    with one_at_a_time(workdir / "report"), _shared_compilations(processes):
+    with one_at_a_time(workdir / "report"):
         results = read_results(ablation, workdir)
         page = _write_report(results, ablation, workdir)
         if analyzes_models and analyze_arms(ablation, workdir, processes):
@@ -119,9 +111,9 @@ def _describe(ablation: Ablation) -> str:
     )
 
 
-def _check_arms(ablation: Ablation) -> None:
+def _check_arms(ablation: Ablation, processes: Processes) -> None:
     """Finds now what would be found hours later: an arm that does not fit, or has no such model."""
-    prepare_devices(ablation.arms[0].config)
+    prepare_devices(ablation.arms[0].config, processes)
     for arm in ablation.arms:
         try:
             config = resolve_mesh(arm.config, jax.device_count())
@@ -149,27 +141,6 @@ def _train_all(
         if outcome == "stopped" or (stop.is_set and run is not runs[-1]):
             return "stopped"
     return "finished"
-
-
-@contextlib.contextmanager
-def _shared_compilations(processes: Processes) -> Iterator[None]:
-    """Caches compiled programs while the block runs, since the seeds of an arm are one program.
-
-    Not for longer, since another machine may lack instructions of this one. Not with several
-    processes: jax lets only the first write its cache, and all must compile alike. And not if the
-    environment names a cache.
-    """
-    if processes.count > 1 or "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        yield
-        return
-    with (
-        tempfile.TemporaryDirectory(prefix="mixtral_jax-compiled-") as folder,
-        compilation_cache_options(
-            jax_compilation_cache_dir=folder,
-            jax_persistent_cache_min_compile_time_secs=_MIN_COMPILE_SECONDS,
-        ),
-    ):
-        yield
 
 
 def _write_report(results: Results, ablation: Ablation, workdir: Path) -> Path:

@@ -34,7 +34,7 @@ def examine(config: Config, workdir: Path | None, processes: Processes) -> dict[
     """Everything that is found, as values that JSON can hold; all processes must call this."""
     members = introduce(processes, config, workdir)
     differences = find_disagreements(processes, config, members)
-    prepare_devices(config)
+    prepare_devices(config, processes)
     devices = share_devices(processes)
     unequal = find_unequal_devices(devices)
     problems = [Problem(what, ALIKE) for what in differences]

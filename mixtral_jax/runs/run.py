@@ -9,12 +9,14 @@ import optax
 from rich.console import Console
 
 from mixtral_jax.config import Config, require
+from mixtral_jax.data.cache import default_cache_dir
 from mixtral_jax.parallel.agreement import (
     EQUAL,
     find_unequal_devices,
     require_agreement,
     share_devices,
 )
+from mixtral_jax.parallel.compilation_cache import keep_compiled_programs
 from mixtral_jax.parallel.connections import connect_processes
 from mixtral_jax.parallel.mesh import (
     make_mesh,
@@ -126,7 +128,7 @@ def start_devices(config: Config, processes: Processes) -> Config:
     Raises:
         ConfigError: the processes have unequal devices, or the mesh does not fit them.
     """
-    prepare_devices(config)
+    prepare_devices(config, processes)
     require_equal_devices(processes)
     return resolve_mesh(config, jax.device_count())
 
@@ -141,11 +143,21 @@ def require_equal_devices(processes: Processes) -> None:
     require(not unequal, f"{'; '.join(unequal)}: {EQUAL}")
 
 
-def prepare_devices(config: Config) -> None:
+def prepare_devices(config: Config, processes: Processes) -> None:
     """Sets what must be set before jax first touches a device."""
     use_virtual_cpu_devices(config.mesh.cpu_devices)
+    keep_programs(processes)
     if precision := matmul_precision(config.model.dtype):
         jax.config.update("jax_default_matmul_precision", precision)
+
+
+def keep_programs(processes: Processes) -> None:
+    """Keeps compiled programs in the cache folder, unless there are several processes.
+
+    Of several, jax would let only the first write to the cache, and all must compile alike.
+    """
+    if processes.count == 1:
+        keep_compiled_programs(default_cache_dir() / "programs")
 
 
 def platform_of(mesh: jax.sharding.Mesh) -> str:
