@@ -68,8 +68,7 @@ _OF_MIXTRAL = {
     "eos_token_id": _READ,
     "pad_token_id": _READ,
     # Only the weights say in which dtype they are.
-    "torch_dtype": _NO_EFFECT,
-    "dtype": _NO_EFFECT,
+    "dtype": Key("no_effect", also=("torch_dtype",)),
     "attention_dropout": Key("no_effect", (0.0,)),
     "output_router_logits": _NO_EFFECT,
 }

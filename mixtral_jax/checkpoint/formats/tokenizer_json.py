@@ -47,7 +47,8 @@ def make_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         vocabulary.is_like_mixtral,
         "the tokenizer cannot be written for Hugging Face: it is not a SentencePiece model of type "
         "BPE with byte fallback that puts a space before a text and does not change it otherwise; "
-        "remove tokenizer.model to export the weights alone",
+        "`export --format=mistral` can write it, and a tuning, which is exported for Hugging Face, "
+        "needs another tokenizer",
     )
     pieces = vocabulary.pieces
     bos = pieces[tokenizer.bos_id].text
