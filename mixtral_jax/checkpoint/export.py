@@ -55,6 +55,7 @@ def _make_hugging_face_files(weights: Weights) -> dict[str, str]:
             architecture.context_length,
             eos_token=side.eos_token,
             pad_token=side.pad_token,
+            settings=side.tokenizer_settings,
         )
     elif side.chat_template is not None:
         texts["chat_template.jinja"] = side.chat_template
@@ -130,7 +131,7 @@ def find_lost(weights: Weights, format_: Format) -> tuple[str, ...]:
     if format_ == "hf":
         return ()
     side = weights.side_files
-    lost = list(side.defaults)
+    lost = [*side.defaults, *(side.described_settings if weights.tokenizer else ())]
     lost += [] if side.pad_id is None else [f"pad_token_id={side.pad_id}"]
     if weights.tokenizer is None and side.eos_ids:  # With one, other ends than its own are refused.
         lost.append(f"eos_token_id={list(side.eos_ids)}")

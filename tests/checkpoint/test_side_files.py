@@ -127,8 +127,6 @@ def test_what_is_not_followed_is_told(folder):
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"tokenizer_config.json": {"add_bos_token": False}}, "add_bos_token=False"),
-        ({"tokenizer_config.json": {"add_eos_token": True}}, "add_eos_token=True"),
         ({"generation_config.json": {"bos_token_id": 2}}, "bos_token_id=2"),
         ({"generation_config.json": {"pad_token_id": -1}}, None),
         (
