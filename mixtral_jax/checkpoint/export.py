@@ -132,7 +132,8 @@ def find_lost(weights: Weights, format_: Format) -> tuple[str, ...]:
         return ()
     side = weights.side_files
     lost = [*side.defaults, *(side.described_settings if weights.tokenizer else ())]
-    lost += [] if side.pad_id is None else [f"pad_token_id={side.pad_id}"]
+    padding = {"pad_token_id": side.pad_id, "pad_token": side.pad_token}
+    lost += [f"{key}={value}" for key, value in padding.items() if value is not None]
     if weights.tokenizer is None and side.eos_ids:  # With one, other ends than its own are refused.
         lost.append(f"eos_token_id={list(side.eos_ids)}")
     if side.chat_template is not None and side.template == "auto":

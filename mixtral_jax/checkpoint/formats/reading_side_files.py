@@ -118,8 +118,8 @@ class SideFileReader:
         require(
             not (settings.refused and self._pieces),
             f"{self._folder / _TOKENIZER_CONFIG}: {'; '.join(settings.refused)}, since here "
-            "tokenizer.model alone decides which ids a text gets: remove what is wrong if the model "
-            "was trained on these ids; otherwise it cannot be used here",
+            "tokenizer.model alone decides which ids a text gets: remove what is wrong if the "
+            "model was trained on these ids; otherwise it cannot be used here",
         )
         others = {name: special.named[name] for name in _KEPT_TOKENS if name in special.named}
         others |= special.listed
