@@ -55,6 +55,7 @@ def _make_hugging_face_files(weights: Weights) -> dict[str, str]:
             architecture.context_length,
             eos_token=side.eos_token,
             pad_token=side.pad_token,
+            settings=side.tokenizer_settings,
         )
     elif side.chat_template is not None:
         texts["chat_template.jinja"] = side.chat_template
@@ -130,8 +131,9 @@ def find_lost(weights: Weights, format_: Format) -> tuple[str, ...]:
     if format_ == "hf":
         return ()
     side = weights.side_files
-    lost = list(side.defaults)
-    lost += [] if side.pad_id is None else [f"pad_token_id={side.pad_id}"]
+    lost = [*side.defaults, *(side.described_settings if weights.tokenizer else ())]
+    padding = {"pad_token_id": side.pad_id, "pad_token": side.pad_token}
+    lost += [f"{key}={value}" for key, value in padding.items() if value is not None]
     if weights.tokenizer is None and side.eos_ids:  # With one, other ends than its own are refused.
         lost.append(f"eos_token_id={list(side.eos_ids)}")
     if side.chat_template is not None and side.template == "auto":

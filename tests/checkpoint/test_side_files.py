@@ -127,8 +127,6 @@ def test_what_is_not_followed_is_told(folder):
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"tokenizer_config.json": {"add_bos_token": False}}, "add_bos_token=False"),
-        ({"tokenizer_config.json": {"add_eos_token": True}}, "add_eos_token=True"),
         ({"generation_config.json": {"bos_token_id": 2}}, "bos_token_id=2"),
         ({"generation_config.json": {"pad_token_id": -1}}, None),
         (
@@ -177,6 +175,7 @@ def test_an_end_that_mistral_inference_does_not_know_is_refused_before_anything_
         ({"generation_config.json": {"use_cache": True}}, None),
         ({"chat_template.jinja": CHAT_TEMPLATES["v1"]}, None),
         ({"chat_template.jinja": "{{ ours }}"}, "the chat template"),
+        ({"special_tokens_map.json": {"pad_token": "<unk>"}}, "pad_token=<unk>"),
         (
             {"generation_config.json": {"pad_token_id": 3, "temperature": 0.6, "top_k": 5}},
             "temperature=0.6, top_k=5, pad_token_id=3",

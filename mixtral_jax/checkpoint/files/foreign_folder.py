@@ -74,6 +74,15 @@ def read_object(path: Path) -> dict[str, Any]:
     return parse_object(read_bytes(path), str(path))
 
 
+def require_kind(path: Path, what: str, value: Any, kind: type) -> None:
+    """Makes sure that `what`, a value in a JSON file, is a dict, a list or a str, else raises."""
+    names = {dict: "an object", list: "a list", str: "a text"}
+    require(
+        isinstance(value, kind),
+        f"{path}: {what} must be {names[kind]}, not {value!r:.60}: copy the file again",
+    )
+
+
 def parse_object(text: bytes, name: str) -> dict[str, Any]:
     """The JSON object in `text`; `name` says in error messages where the text is from.
 

@@ -12,8 +12,9 @@ from typing import Any, Literal
 # `read`: its value decides what is computed, or is kept for an export.
 # `one_of`: it changes what a model computes, and only some values are computed here; others are
 #     refused by name.
+# `kept`: it is of no effect here, and an export has it again.
 # `no_effect`: it says nothing of what is computed here.
-Fate = Literal["read", "one_of", "no_effect"]
+Fate = Literal["read", "one_of", "kept", "no_effect"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Key:
 
     Attributes:
         values: those that are as good as none; empty if all are. Of `one_of`, others are refused,
-            and the error names the first of these; of `no_effect`, others are told.
+            and the error names the first of these; of `no_effect`, others are told. Of `kept`,
+            an export has these anyway.
         also: other names of the same thing, which are read too.
     """
 
@@ -68,8 +70,7 @@ _OF_MIXTRAL = {
     "eos_token_id": _READ,
     "pad_token_id": _READ,
     # Only the weights say in which dtype they are.
-    "torch_dtype": _NO_EFFECT,
-    "dtype": _NO_EFFECT,
+    "torch_dtype": Key("no_effect", also=("dtype",)),
     "attention_dropout": Key("no_effect", (0.0,)),
     "output_router_logits": _NO_EFFECT,
 }

@@ -8,9 +8,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mixtral_jax.checkpoint.files.foreign_folder import find_file, read_bytes, read_object
+from mixtral_jax.checkpoint.files.foreign_folder import (
+    find_file,
+    read_object,
+    require_kind,
+)
+from mixtral_jax.checkpoint.formats.config_keys import Settings
+from mixtral_jax.checkpoint.formats.reading_templates import read_template
 from mixtral_jax.checkpoint.formats.side_files import SideFiles
-from mixtral_jax.config import ConfigError, require
+from mixtral_jax.checkpoint.formats.special_tokens import SpecialTokens, find_flags
+from mixtral_jax.checkpoint.formats.tokenizer_keys import SPECIAL_TOKENS, read_settings
+from mixtral_jax.config import require
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.data.vocabulary import read_vocabulary
 
@@ -18,7 +26,6 @@ _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _TOKENIZER_CONFIG, _SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 _ADDED_TOKENS, _TOKENIZER = "added_tokens.json", "tokenizer.json"
 _TEKKEN = "tekken.json"
-_TEMPLATE, _TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
 # Keys of generation_config.json that are read, or say who wrote it.
 _NOT_KEPT = (
     "eos_token_id",
@@ -27,6 +34,8 @@ _NOT_KEPT = (
     "_from_model_config",
     "transformers_version",
 )
+# Special tokens that nobody here uses.
+_KEPT_TOKENS = ("cls_token", "sep_token", "mask_token")
 # An added token with such a name is a mark, and no word of a text.
 _MARK = re.compile(r"<.*>|\[.*\]")
 _ONE_MODEL = "use the files of one model"
@@ -46,15 +55,20 @@ class SideFileReader:
     def __init__(self, folder: Path, vocab_size: int, tokenizer: Tokenizer | None):
         self._folder = folder
         self._vocab_size = vocab_size
-        self._pieces = [p.text for p in read_vocabulary(tokenizer).pieces] if tokenizer else []
+        vocabulary = read_vocabulary(tokenizer) if tokenizer else None
+        self._pieces = [piece.text for piece in vocabulary.pieces] if vocabulary else []
+        self._unknown = vocabulary.find("unknown")[0] if vocabulary else None
         self._bos_id = tokenizer.bos_id if tokenizer else None
+        self._adds_space = tokenizer is None or tokenizer.prefix_bytes == 1
         self._objects = {
             name: read_object(path) if (path := find_file(folder, name)) else {}
             for name in (
                 *(_CONFIG, _GENERATION, _TOKENIZER_CONFIG, _SPECIAL_TOKENS),
-                *(_ADDED_TOKENS, _TOKENIZER, _TEMPLATE_JSON),
+                *(_ADDED_TOKENS, _TOKENIZER),
             )
         }
+        names = (_SPECIAL_TOKENS, _TOKENIZER_CONFIG)
+        self._special = SpecialTokens(folder, {name: self._objects[name] for name in names})
         self.notes: list[str] = []
 
     def read(self) -> SideFiles:
@@ -71,23 +85,70 @@ class SideFileReader:
             ]
         self._check_pieces()
         added = self._read_added_tokens()
-        special = {name: self._read_special(name) for name in ("eos_token", "pad_token")}
+        special = self._special.named
         self._check_bos()
         eos_ids = self._read_ids("eos_token_id")
-        if (text := special["eos_token"]) is not None and (self._pieces or text in added):
+        if (text := special.get("eos_token")) is not None and (self._pieces or text in added):
             eos_ids.append(self._find_id("eos_token", text, added))
-        if (text := special["pad_token"]) is not None and self._pieces:
-            self._find_id("pad_token", text, added)
+        for text in sorted(self._special.texts) if self._pieces else ():
+            self._find_id("special token", text, added)
         generation = self._objects[_GENERATION]
+        template = read_template(self._folder)
+        self.notes += template.notes
         return SideFiles(
             eos_ids=tuple(dict.fromkeys(eos_ids)),
             bos_id=None if self._pieces else self._read_id("bos_token_id"),
             pad_id=self._read_id("pad_token_id"),
-            **special,
+            eos_token=special.get("eos_token"),
+            pad_token=special.get("pad_token"),
             added_tokens=added,
             generation={key: value for key, value in generation.items() if key not in _NOT_KEPT},
-            chat_template=self._read_template(),
+            tokenizer_settings=self._read_settings(),
+            chat_template=template.text,
         )
+
+    def _read_settings(self) -> dict[str, Any]:
+        """What other programs do with the tokenizer, which an export has again."""
+        config, special = self._objects[_TOKENIZER_CONFIG], self._special
+        settings = read_settings(
+            config,
+            adds_space=self._adds_space,
+            context_length=self._objects[_CONFIG].get("max_position_embeddings"),
+        )
+        require(
+            not (settings.refused and self._pieces),
+            f"{self._folder / _TOKENIZER_CONFIG}: {'; '.join(settings.refused)}, since here "
+            "tokenizer.model alone decides which ids a text gets: remove what is wrong if the "
+            "model was trained on these ids; otherwise it cannot be used here",
+        )
+        others = {name: special.named[name] for name in _KEPT_TOKENS if name in special.named}
+        others |= special.listed
+        unread = [*settings.refused, *settings.unread]
+        if not self._pieces:
+            unread += [f"{name}={value!r:.60}" for name, value in others.items()]
+        if unread:
+            self.notes.append(f"{_TOKENIZER_CONFIG}: not read: {', '.join(unread)}")
+        self._tell_special_tokens()
+        return {**settings.kept, **(others if self._pieces else {})}
+
+    def _tell_special_tokens(self) -> None:
+        """Notes what is not followed of special and added tokens."""
+        tokens = self._objects[_SPECIAL_TOKENS]
+        if unknown := Settings.of(tokens, SPECIAL_TOKENS).find_unknown(SPECIAL_TOKENS):
+            self.notes.append(f"{_SPECIAL_TOKENS}: not read: {', '.join(unknown)}")
+        added = self._objects[_TOKENIZER].get("added_tokens")
+        if flags := find_flags(self._objects[_TOKENIZER_CONFIG], tokens, added):
+            described = ", ".join(f"{', '.join(sorted(flags[text]))} of {text!r}" for text in flags)
+            self.notes.append(
+                f"of special and added tokens, not followed and not exported: {described:.200}; "
+                "here no text encodes to them"
+            )
+        unk = self._special.named.get("unk_token")
+        if self._pieces and unk not in (None, self._unknown):
+            self.notes.append(
+                f"unk_token={unk!r} is not followed: here and in exports it is {self._unknown!r}, "
+                "as in tokenizer.model"
+            )
 
     def _read_ids(self, key: str) -> list[int]:
         """The ids that `key` has in the configs: a number or a list in each."""
@@ -134,7 +195,7 @@ class SideFileReader:
                 f"{self._folder}: {name} has the added token {text!r} with id {id_}, and {origin} "
                 f"has {earlier!r} with id {added.get(earlier, id_)}: {_ONE_MODEL}",
             )
-            are_special[text] = are_special.get(text, False) or is_special is not False
+            are_special[text] = are_special.get(text, False) or is_special is True
         for text, id_ in added.items():
             piece = self._pieces[id_] if id_ < len(self._pieces) else None
             require(
@@ -143,11 +204,16 @@ class SideFileReader:
                 f"tokenizer.model: {_ONE_MODEL}",
             )
         new = {text: id_ for text, id_ in added.items() if id_ >= len(self._pieces)}
-        words = [text for text in new if not (are_special[text] or _MARK.fullmatch(text))]
+        words = [
+            text
+            for text in new
+            if not (are_special[text] or text in self._special.texts or _MARK.fullmatch(text))
+        ]
         require(
             not (words and self._pieces),
             f"{self._folder}: the added tokens {', '.join(map(repr, words))} are words that texts "
-            "encode to, which tokenizer.model does not know: add them there as user-defined pieces",
+            "encode to, which tokenizer.model does not know: add them there as user-defined "
+            "pieces, or set special to true if they are no words",
         )
         return dict(sorted(new.items(), key=lambda item: item[1]))
 
@@ -156,21 +222,23 @@ class SideFileReader:
         for text, id_ in self._objects[_ADDED_TOKENS].items():
             yield _ADDED_TOKENS, id_, text, None
         described = self._objects[_TOKENIZER_CONFIG].get("added_tokens_decoder") or {}
-        self._require_kind(_TOKENIZER_CONFIG, "added_tokens_decoder", described, dict)
+        require_kind(self._folder / _TOKENIZER_CONFIG, "added_tokens_decoder", described, dict)
         for key, token in described.items():
-            self._require_kind(_TOKENIZER_CONFIG, f"added_tokens_decoder.{key}", token, dict)
+            require_kind(
+                self._folder / _TOKENIZER_CONFIG, f"added_tokens_decoder.{key}", token, dict
+            )
             id_ = int(key) if key.isascii() and key.isdecimal() and len(key) < 10 else key
             yield _TOKENIZER_CONFIG, id_, token.get("content"), token.get("special")
         listed = self._objects[_TOKENIZER].get("added_tokens") or []
-        self._require_kind(_TOKENIZER, "added_tokens", listed, list)
+        require_kind(self._folder / _TOKENIZER, "added_tokens", listed, list)
         for token in listed:
-            self._require_kind(_TOKENIZER, "an added token", token, dict)
+            require_kind(self._folder / _TOKENIZER, "an added token", token, dict)
             yield _TOKENIZER, token.get("id"), token.get("content"), token.get("special")
 
     def _check_pieces(self) -> None:
         """Makes sure that tokenizer.json has the pieces of tokenizer.model, with the same ids."""
         model = self._objects[_TOKENIZER].get("model") or {}
-        self._require_kind(_TOKENIZER, "model", model, dict)
+        require_kind(self._folder / _TOKENIZER, "model", model, dict)
         vocabulary = model.get("vocab") or {}
         if not isinstance(vocabulary, Mapping):
             return
@@ -185,22 +253,6 @@ class SideFileReader:
             f"such as {''.join(differing[:1])}: {_ONE_MODEL}",
         )
 
-    def _read_special(self, name: str) -> str | None:
-        """A special token, such as eos_token, of the two files that may have it."""
-        found: dict[str, str] = {}
-        for file in (_SPECIAL_TOKENS, _TOKENIZER_CONFIG):
-            token = self._objects[file].get(name)
-            text = token.get("content") if isinstance(token, dict) else token
-            if text is not None:
-                self._require_kind(file, name, text, str)
-                found[file] = text
-        described = " and ".join(f"{text!r} in {file}" for file, text in found.items())
-        require(
-            len(set(found.values())) <= 1,
-            f"{self._folder}: {name} is {described}: remove the wrong one",
-        )
-        return next(iter(found.values()), None)
-
     def _find_id(self, name: str, text: str, added: Mapping[str, int]) -> int:
         if text in added:
             return added[text]
@@ -213,7 +265,7 @@ class SideFileReader:
 
     def _check_bos(self) -> None:
         """Makes sure that a text begins as it does here: with BOS of tokenizer.model."""
-        bos = self._read_special("bos_token")
+        bos = self._special.named.get("bos_token")
         if self._bos_id is not None:
             ours = self._pieces[self._bos_id]
             require(
@@ -227,52 +279,3 @@ class SideFileReader:
                         f"bos_token_id={id_} is not followed: texts begin with {ours!r}, id "
                         f"{self._bos_id}, here and in exports"
                     )
-        config = self._objects[_TOKENIZER_CONFIG]
-        for key, ours in (("add_bos_token", True), ("add_eos_token", False)):
-            if config.get(key, ours) != ours:
-                self.notes.append(
-                    f"{_TOKENIZER_CONFIG}: {key}={config[key]!r} is not followed: texts begin with "
-                    "BOS here and in exports, and no prompt ends with EOS"
-                )
-
-    def _read_template(self) -> str | None:
-        """The chat template, of three files that may have it."""
-        found: dict[str, str] = {}
-        for file in (_TOKENIZER_CONFIG, _TEMPLATE_JSON):
-            template = self._objects[file].get("chat_template")
-            if isinstance(template, list):
-                template = self._choose_template(file, template)
-            if template is not None:
-                self._require_kind(file, "chat_template", template, str)
-                found[file] = template
-        if path := find_file(self._folder, _TEMPLATE):
-            try:
-                found[_TEMPLATE] = read_bytes(path).decode()
-            except UnicodeDecodeError as error:
-                raise ConfigError(f"{path} is not UTF-8 ({error}): copy it again") from None
-        require(
-            len({template.strip() for template in found.values()}) <= 1,
-            f"{self._folder}: the chat templates in {' and '.join(found)} differ: remove the wrong "
-            "one",
-        )
-        return next(iter(found.values()), None)
-
-    def _choose_template(self, file: str, templates: list[Any]) -> Any:
-        """The template that is named default, of a list of named ones."""
-        for template in templates:
-            self._require_kind(file, "each entry of chat_template", template, dict)
-        named = {str(template.get("name")): template.get("template") for template in templates}
-        if others := named.keys() - {"default"}:
-            self.notes.append(
-                f"{file}: the chat templates {', '.join(sorted(others))} are not read and not kept "
-                "for exports; only the one that is named default is"
-            )
-        return named.get("default")
-
-    def _require_kind(self, file: str, what: str, value: Any, kind: type) -> None:
-        names = {dict: "an object", list: "a list", str: "a text"}
-        require(
-            isinstance(value, kind),
-            f"{self._folder / file}: {what} must be {names[kind]}, not {value!r:.60}: copy the "
-            "file again",
-        )

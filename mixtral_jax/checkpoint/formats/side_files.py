@@ -32,6 +32,8 @@ class SideFiles:
         eos_token, pad_token: what the folder's tokenizer puts at the end of a text, and what it
             fills rows up with; None is the tokenizer's own, and none.
         added_tokens: from texts to ids, for those that tokenizer.model does not have.
+        tokenizer_settings: what other programs do with the tokenizer, beside the ids of texts, as
+            tokenizer_config.json has it.
         generation: defaults of a generation, as generation_config.json has them.
         chat_template: the text of a Jinja template, which is never run.
     """
@@ -42,6 +44,7 @@ class SideFiles:
     eos_token: str | None = None
     pad_token: str | None = None
     added_tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    tokenizer_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     chat_template: str | None = None
 
@@ -53,6 +56,11 @@ class SideFiles:
             for key, value in self.generation.items()
             if not (key in _QUIET_DEFAULTS or key.startswith("output_"))
         )
+
+    @property
+    def described_settings(self) -> tuple[str, ...]:
+        """The settings of the tokenizer in words; long values are cut."""
+        return tuple(f"{key}={value!r:.60}" for key, value in self.tokenizer_settings.items())
 
     @property
     def template(self) -> TemplateName:
@@ -110,6 +118,13 @@ class SideFiles:
             notes.append(
                 "generation_config.json: not used here, but kept for exports to Hugging Face: "
                 f"{', '.join(self.defaults)}; flags and settings decide"
+            )
+        if self.tokenizer_settings:
+            kept = "but kept for exports to Hugging Face"
+            kept = kept if tokenizer else "nor in an export, which has no tokenizer"
+            notes.append(
+                f"tokenizer_config.json: not used here, {kept}: "
+                f"{', '.join(self.described_settings)}"
             )
         if self.chat_template is not None and self.template == "auto":
             version = f"{find_version(tokenizer)}, by its tokenizer" if tokenizer else "v1 or v3"

@@ -5,7 +5,8 @@ by id, but Mixtral's pieces of several spaces have low scores and not high ids. 
 space before a text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from mixtral_jax.config import require
@@ -47,7 +48,8 @@ def make_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         vocabulary.is_like_mixtral,
         "the tokenizer cannot be written for Hugging Face: it is not a SentencePiece model of type "
         "BPE with byte fallback that puts a space before a text and does not change it otherwise; "
-        "remove tokenizer.model to export the weights alone",
+        "`export --format=mistral` can write it, and a tuning, which is exported for Hugging Face, "
+        "needs another tokenizer",
     )
     pieces = vocabulary.pieces
     bos = pieces[tokenizer.bos_id].text
@@ -126,12 +128,14 @@ def make_tokenizer_config(
     *,
     eos_token: str | None = None,
     pad_token: str | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The tokenizer_config.json, with the special pieces and the chat template.
 
     Args:
         eos_token: what ends an answer; None is the tokenizer's own.
         pad_token: None is none.
+        settings: further keys; they replace those that are written anyway.
     """
     vocabulary = read_vocabulary(tokenizer)
     return {
@@ -145,4 +149,5 @@ def make_tokenizer_config(
         "clean_up_tokenization_spaces": False,
         "model_max_length": context_length,
         "chat_template": chat_template,
+        **settings,
     }
