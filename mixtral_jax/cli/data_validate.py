@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from mixtral_jax.cli.data_rows import EncodedRow, leave_the_pipe, make_rows_parser, open_rows
 from mixtral_jax.config import require
-from mixtral_jax.data.chat.refused import describe_unread
+from mixtral_jax.data.field_names import describe_unread
 from mixtral_jax.data.readers import BadRow
 
 

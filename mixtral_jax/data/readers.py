@@ -11,13 +11,14 @@ import dataclasses
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mixtral_jax.config import ConfigError
 from mixtral_jax.data.compression import DAMAGED, find_suffix, is_compressed, open_bytes
 from mixtral_jax.data.domains import UNKNOWN, Category
+from mixtral_jax.data.field_names import fold_name
 from mixtral_jax.data.unique_names import parse_json, require_unique
 
 INVALID_JSON = "invalid JSON"
@@ -74,18 +75,6 @@ def describe_invalid_utf8(place: str) -> str:
 def name_type(value: object) -> str:
     """The type of a value in the words of JSON, with an article."""
     return next((name for kind, name in _TYPE_NAMES if isinstance(value, kind)), "another type")
-
-
-def is_filled(value: object) -> bool:
-    """Whether a value says anything: it is not null, and not an empty text, list or object.
-
-    Tables have every field in every row, so an object whose values are all empty is empty too.
-    """
-    if isinstance(value, Mapping):
-        return any(map(is_filled, value.values()))
-    if isinstance(value, list | tuple):
-        return any(item is not None for item in value)
-    return value not in ("", "[]", "{}") if isinstance(value, str) else value is not None
 
 
 def read_file(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
@@ -207,7 +196,7 @@ def _read_parquet(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow
         names = table.schema_arrow.names
         for number in range(table.num_row_groups):
             group = table.metadata.row_group(number)
-            full = [name for name in names if name not in fields and _is_full(group, name)]
+            full = [name for name in _find_unneeded(names, fields) if _is_full(group, name)]
             columns = [name for name in names if name not in full]
             for batch in table.iter_batches(1024, row_groups=[number], columns=columns):
                 yield batch, full
@@ -243,6 +232,12 @@ def _read_arrow(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
         yield from _read_columns(((batch, ()) for batch in batches), fields, file)
 
 
+def _find_unneeded(columns: Iterable[str], fields: Sequence[str]) -> list[str]:
+    """The columns that are none of the fields, however these are spelled."""
+    needed = set(map(fold_name, fields))
+    return [name for name in columns if fold_name(name) not in needed]
+
+
 def _open_anywhere(file: Path) -> Any:
     """Opens a file whose parts are read in any order; a compressed one is held in memory."""
     import pyarrow
@@ -264,7 +259,7 @@ def _read_columns(
     number = 0
     for batch, full in batches:
         columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-        unneeded = [name for name in columns if name not in fields]
+        unneeded = _find_unneeded(columns, fields)
         others = {name: columns.pop(name).is_valid().to_pylist() for name in unneeded}
         for place in range(batch.num_rows):
             number += 1

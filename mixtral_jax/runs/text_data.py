@@ -3,11 +3,14 @@
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+from rich.markup import escape
 
 from mixtral_jax.checkpoint.formats.side_files import SideFiles
 from mixtral_jax.config import DataConfig, require
 from mixtral_jax.data.batches import TrainBatches, held_out_batches
+from mixtral_jax.data.field_names import describe_unread
 from mixtral_jax.data.packing import LongDocuments, PackPlan, plan_rows
 from mixtral_jax.data.sources import describe_files, find_weights
 from mixtral_jax.data.store import TokenStore
@@ -91,6 +94,8 @@ def open_text(run: Run, tokenizer: Tokenizer | None = None) -> TrainingData:
         f"[bold]held out[/]    {len(text.held_out.tokens):,} tokens; read in "
         f"{time.monotonic() - start:.0f} s"
     )
+    if text.unread:
+        say(name_unread(text.unread))
     if text.num_shared:
         say(describe_shared(text.num_shared, text.held_out, "documents"))
     token_bytes = TokenBytes.of(text.tokenizer)
@@ -127,6 +132,11 @@ def describe_shared(num_shared: int, held_out: TokenStore, what: str) -> str:
         f"[bold]trained on[/]  {num_shared:,} of {held_out.num_documents:,} held-out {what} too: "
         "their loss says little about new text"
     )
+
+
+def name_unread(unread: Mapping[str, int]) -> str:
+    """Names the fields that rows fill and nothing reads."""
+    return f"[bold]not read[/]    {escape(describe_unread(unread))}"
 
 
 def name_data(fingerprint: str) -> str:
