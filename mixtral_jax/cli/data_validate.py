@@ -24,7 +24,10 @@ def main(arguments: list[str]) -> int:
     require(length is None or length >= 2, f"--sequence_length={length} must be at least 2")
     tally = Tally(length)
     opened = open_rows(
-        flags, only_supervised=flags.mode == "training", needs_tokens=length is not None
+        flags,
+        only_supervised=flags.mode == "training",
+        needs_tokens=length is not None,
+        hint=", or leave out --sequence_length, which needs a tokenizer" if length else "",
     )
     try:
         for row in opened.rows:

@@ -111,11 +111,11 @@ def list_files(path: str, key: str, suffixes: str | None, split: str | None) -> 
             split in (TRAIN, None), f"{name} is a glob: it has no split {split}; {_NAME_A_PATH}"
         )
         files = list(_match(place, readable, not_read))
+    beside = f" (not read: {describe(not_read, find_root(path))})" if not_read else ""
     require(
         files,
         f"{name} holds no readable file: it must hold at least one of {', '.join(readable)}; "
-        f"data.suffixes can name others (not read: "
-        f"{describe(not_read, find_root(path)) or 'nothing'})",
+        f"data.suffixes can name others{beside}",
     )
     files = sorted(files)
     is_trained_on = place.is_dir() and split == TRAIN

@@ -5,7 +5,6 @@ file that cannot be read is an error, because nobody knows how many rows are los
 which files to read; `documents` and `conversations` decide what a row must hold.
 """
 
-import codecs
 import csv
 import dataclasses
 import io
@@ -16,8 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.config import ConfigError
-from mixtral_jax.data.compression import DAMAGED, find_suffix, is_compressed, open_bytes
+from mixtral_jax.data.compression import (
+    DAMAGED,
+    find_compression,
+    find_suffix,
+    is_compressed,
+    open_bytes,
+)
 from mixtral_jax.data.domains import UNKNOWN, Category
+from mixtral_jax.data.encodings import find_other_encoding, require_utf8
 from mixtral_jax.data.field_names import fold_name
 from mixtral_jax.data.unique_names import parse_json, require_unique
 
@@ -28,9 +34,6 @@ INVALID_CSV = "invalid CSV"
 NOT_LOADED = object()
 
 _POINTER = b"version https://git-lfs.github.com/"
-_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_UTF16 = "UTF-16, not UTF-8: convert it, as `iconv -f UTF-16 -t UTF-8` does"
-
 # A boolean is also an int in Python, so it comes first.
 _TYPE_NAMES: tuple[tuple[type, str], ...] = (
     (type(None), "null"),
@@ -89,8 +92,11 @@ def read_file(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     """
     try:
         with file.open("rb") as content:  # As it lies there: a pointer is never compressed.
-            if content.read(len(_POINTER)) == _POINTER:
-                raise ValueError("it only points to the data: run `git lfs pull`")
+            head = content.read(len(_POINTER))
+        if head == _POINTER:
+            raise ValueError("it only points to the data: run `git lfs pull`")
+        if (suffix := find_compression(head)) and not is_compressed(file):
+            raise ValueError(f"it is compressed: call it {file.name}{suffix}")
         yield from READERS.get(find_suffix(file), _read_text)(file, fields)
     # pyarrow's errors are subclasses of these.
     except (OSError, ValueError, RuntimeError, *DAMAGED) as error:
@@ -99,17 +105,6 @@ def read_file(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
             f"{file}: unreadable {file.suffix} file ({reason}): mend it, or move it out of "
             "data.path"
         ) from error
-
-
-def _is_utf16(head: bytes) -> bool:
-    """Whether a text that begins with `head` is UTF-16: by its mark, or by zeros beside letters."""
-    return head.startswith(_UTF16_MARKS) or b"\0\0" in (head[:4:2], head[1:4:2])
-
-
-def _require_utf8(content: io.BufferedReader) -> None:
-    """Raises ValueError if text that was just opened is UTF-16."""
-    if _is_utf16(content.peek(4)):
-        raise ValueError(f"it is {_UTF16}")
 
 
 def _read_json_line(line: bytes, origin: str) -> RawRow | BadRow:
@@ -124,8 +119,8 @@ def _read_json_line(line: bytes, origin: str) -> RawRow | BadRow:
 
 def _read_text(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     with open_bytes(file) as content:
-        if _is_utf16(content.peek(4)):
-            yield BadRow(str(file), _UTF16, INVALID_UTF8)
+        if encoding := find_other_encoding(content):
+            yield BadRow(str(file), encoding, INVALID_UTF8)
             return
         with io.TextIOWrapper(content, "utf-8-sig", "surrogateescape") as opened:
             text = opened.read()
@@ -135,7 +130,7 @@ def _read_text(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
 def _read_json_lines(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     # Read as bytes, so that invalid UTF-8 makes only its own line bad.
     with open_bytes(file) as lines:
-        _require_utf8(lines)
+        require_utf8(lines)
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield _read_json_line(line.rstrip(b"\r\n"), f"{file}:{number}")
@@ -143,7 +138,7 @@ def _read_json_lines(file: Path, fields: Sequence[str]) -> Iterator[RawRow | Bad
 
 def _read_json(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     with open_bytes(file) as opened:
-        _require_utf8(opened)
+        require_utf8(opened)
         content = opened.read()
     try:
         rows = parse_json(content.decode("utf-8-sig"))
@@ -170,7 +165,7 @@ def _read_csv(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
         open_bytes(file) as content,
         io.TextIOWrapper(content, "utf-8-sig", "surrogateescape", newline="") as lines,
     ):
-        _require_utf8(content)
+        require_utf8(content)
         # Strict, since a quote that is not closed would join all rows after it to one.
         reader = csv.DictReader(lines, strict=True)
         last_line = 0

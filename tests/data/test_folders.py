@@ -149,6 +149,18 @@ def test_of_a_saved_data_set_only_the_training_split_is_read(tmp_path):
     assert texts(tmp_path / "saved" / "test") == ["test"]
 
 
+def test_a_folder_that_holds_only_caches_of_map_holds_no_data(tmp_path):
+    for name in ("cache-1.arrow", "cache-2.arrow"):
+        (tmp_path / name).write_text("content")
+    with pytest.raises(ConfigError, match=r"\(not read: caches of datasets' map: 2 \(cache-1"):
+        read(tmp_path)
+
+
+def test_a_folder_that_holds_nothing_is_refused_without_saying_what_is_not_read(tmp_path):
+    with pytest.raises(ConfigError, match="data.suffixes can name others$"):
+        read(tmp_path)
+
+
 def test_caches_and_files_of_an_earlier_save_are_not_read_twice(tmp_path):
     datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path)
     datasets.load_from_disk(str(tmp_path)).map(lambda row: {"text": row["text"] + "!"})
