@@ -88,13 +88,14 @@ def make_rows_parser(verb: str, description: str | None) -> argparse.ArgumentPar
 
 
 def open_rows(
-    flags: argparse.Namespace, *, only_supervised: bool, needs_tokens: bool = True
+    flags: argparse.Namespace, *, only_supervised: bool, needs_tokens: bool = True, hint: str = ""
 ) -> Rows:
     """Opens the rows that the flags name.
 
     Args:
         only_supervised: whether a row without a token that is learned counts as bad.
         needs_tokens: False if rows may stay text where the default tokenizer is not installed.
+        hint: what else the user may do where it is needed and not installed.
 
     Raises:
         ConfigError: no tokenizer, no such file, or a template that does not fit.
@@ -104,7 +105,7 @@ def open_rows(
         tokenizer = read_tokenizer(
             _name_tokenizer(flags),
             key="--tokenizer",
-            alternative="give --tokenizer=DIR (a workdir or a .model file)",
+            alternative=f"give --tokenizer=DIR (a workdir or a .model file){hint}",
         )
     except ConfigError as error:
         if needs_tokens or flags.tokenizer:
@@ -138,6 +139,13 @@ def _name_tokenizer(flags: argparse.Namespace) -> str:
     return str(kept) if kept.is_file() else name
 
 
+def _in_flags(reason: str) -> str:
+    """The reason of a bad row, with the flags of these verbs in place of the settings of a run."""
+    for setting in ("fields", "format", "literal_inst"):
+        reason = reason.replace(f"data.chat.{setting}", f"--{setting}")
+    return reason
+
+
 def _encode(
     rows: Iterator[Chat | BadRow], template: ChatTemplate | None
 ) -> Iterator[EncodedRow | BadRow]:
@@ -148,6 +156,6 @@ def _encode(
             encoded = iter(template.encode_turns([chat.turns for chat in chats]))
         for row in group:
             if isinstance(row, BadRow):
-                yield row
+                yield dataclasses.replace(row, reason=_in_flags(row.reason))
             else:
                 yield EncodedRow(next(encoded), row.origin, row.unread)

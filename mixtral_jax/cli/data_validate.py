@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from mixtral_jax.cli.data_rows import EncodedRow, leave_the_pipe, make_rows_parser, open_rows
 from mixtral_jax.config import require
-from mixtral_jax.data.chat.refused import describe_unread
+from mixtral_jax.data.field_names import describe_unread
 from mixtral_jax.data.readers import BadRow
 
 
@@ -24,7 +24,10 @@ def main(arguments: list[str]) -> int:
     require(length is None or length >= 2, f"--sequence_length={length} must be at least 2")
     tally = Tally(length)
     opened = open_rows(
-        flags, only_supervised=flags.mode == "training", needs_tokens=length is not None
+        flags,
+        only_supervised=flags.mode == "training",
+        needs_tokens=length is not None,
+        hint=", or leave out --sequence_length, which needs a tokenizer" if length else "",
     )
     try:
         for row in opened.rows:

@@ -39,6 +39,24 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+# The suffix of a compression -> the bytes that its files begin with.
+_BEGINNINGS = {
+    ".gz": b"\x1f\x8b\x08",
+    ".bz2": b"BZh",
+    ".xz": b"\xfd7zXZ\0",
+    ".zst": b"\x28\xb5\x2f\xfd",
+}
+_BZIP2_BLOCK = b"1AY&SY"  # After the size of blocks, which is a digit.
+
+
+def find_compression(head: bytes) -> str:
+    """The suffix of the compression of a file that begins with `head`; empty if there is none."""
+    for suffix, beginning in _BEGINNINGS.items():
+        if head.startswith(beginning) and (suffix != ".bz2" or head[4:10] == _BZIP2_BLOCK):
+            return suffix
+    return ""
+
+
 def is_compressed(file: Path) -> bool:
     """Whether the last suffix of a file names a compression."""
     return file.suffix.lower() in _OPENERS

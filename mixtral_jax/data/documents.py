@@ -5,13 +5,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mixtral_jax.data.domains import UNKNOWN, Category
-from mixtral_jax.data.marks import MARKS, TOKEN_MARKS, any_not_learnt, forbids_learning
+from mixtral_jax.data.field_names import is_filled, list_unread
+from mixtral_jax.data.marks import (
+    MARKS,
+    METADATA,
+    TOKEN_MARKS,
+    any_not_learnt,
+    forbids_learning,
+    read_marks,
+    read_token_marks,
+    show_mark,
+)
 from mixtral_jax.data.readers import (
     INVALID_UTF8,
     BadRow,
     RawRow,
     describe_invalid_utf8,
-    is_filled,
     name_type,
 )
 from mixtral_jax.data.sources import Source, read_rows
@@ -29,12 +38,14 @@ class Document:
         origin: where it was read, such as `file.jsonl:17`.
         category: the kind of text, judged by its row or its file (`domains`).
         ids: token ids in place of a text; None if there is a text.
+        unread: what the row fills and nothing reads, such as `id`.
     """
 
     text: str
     origin: str
     category: Category = UNKNOWN
     ids: tuple[int, ...] | None = None
+    unread: Sequence[str] = ()
 
     @property
     def key(self) -> str:
@@ -45,11 +56,6 @@ class Document:
     def num_characters(self) -> int:
         """Number of characters to encode."""
         return len(self.text if self.ids is None else self.ids)
-
-    @property
-    def unread(self) -> Sequence[str]:
-        """Nothing: what else is in the row of a text changes nothing, and is not listed."""
-        return ()
 
 
 def read_documents(
@@ -72,7 +78,7 @@ def read_documents(
             when its turn comes).
     """
     named = [text_field, domain_field] if domain_field else [text_field]
-    marks = (*MARKS, *TOKEN_MARKS, _MASK_OF_IDS, _LABELS)
+    marks = (*MARKS, *TOKEN_MARKS, *METADATA, _MASK_OF_IDS, _LABELS)
     rows = read_rows(source, list(dict.fromkeys([*named, *marks])), suffixes)
     return (
         row if isinstance(row, BadRow) else _read_row(row, text_field, domain_field) for row in rows
@@ -94,11 +100,11 @@ def _read_row(row: RawRow, text_field: str, domain_field: str | None) -> Documen
         category = category._replace(domain="" if domain is None else str(domain))
     text = value[text_field]
     others = {name: value[name] for name in value if name not in (text_field, domain_field)}
-    if name := forbids_learning(others) or _find_mask_of_ids(others, text):
-        reason = f"{name}={value[name]!r:.40} says that not all of the text is to be learnt"
+    if mark := forbids_learning(others) or _find_mask_of_ids(others, text):
+        reason = f"{mark} says that not all of the text is to be learnt"
         return BadRow(origin, f"{reason}: leave the row out, or that field", "not to be learnt")
     if isinstance(text, list):
-        return _read_ids(text, origin, category)
+        return _read_ids(text, origin, category, _list_unread(others, of_ids=True))
     if not isinstance(text, str):
         reason = f"field {text_field!r} must be text, not {name_type(text)}"
         return BadRow(origin, f"{reason}: mend the row, or leave it out", "no text")
@@ -110,24 +116,33 @@ def _read_row(row: RawRow, text_field: str, domain_field: str | None) -> Documen
         # A lone surrogate: \ud800 in JSON, or a byte that a reader could not decode.
         reason = describe_invalid_utf8(f"character {error.start}")
         return BadRow(origin, reason, INVALID_UTF8)
-    return Document(text, origin, category)
+    return Document(text, origin, category, unread=_list_unread(others, of_ids=False))
+
+
+def _list_unread(others: Mapping[Any, Any], *, of_ids: bool) -> tuple[str, ...]:
+    """The filled fields beside a text, or beside token ids, that say nothing of what is learnt."""
+    marks = [name for name, said in read_marks(others).items() if said is not None]
+    read = {*marks, *read_token_marks(others), *((_MASK_OF_IDS, _LABELS) if of_ids else ())}
+    return tuple(list_unread(others, read))
 
 
 def _find_mask_of_ids(row: Mapping[Any, Any], ids: Any) -> str | None:
-    """The field by which some token ids are padding, or not to be learnt; None if all are."""
+    """What says that some token ids are padding, or not to be learnt; None if nothing does."""
     if not isinstance(ids, list):
         return None
     if any_not_learnt(row.get(_MASK_OF_IDS)):
-        return _MASK_OF_IDS
+        return show_mark(_MASK_OF_IDS, row[_MASK_OF_IDS])
     labels = row.get(_LABELS)
-    return _LABELS if is_filled(labels) and labels != ids else None
+    return show_mark(_LABELS, labels) if is_filled(labels) and labels != ids else None
 
 
-def _read_ids(ids: list[Any], origin: str, category: Category) -> Document | BadRow:
+def _read_ids(
+    ids: list[Any], origin: str, category: Category, unread: tuple[str, ...]
+) -> Document | BadRow:
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool) or token < 0:
             reason = f"a list must hold token ids, whole numbers from 0: found {token!r:.40}"
             return BadRow(origin, f"{reason}: mend the row, or leave it out", "no token id")
     if not ids:
         return BadRow(origin, "no token ids: leave the row out", "empty text")
-    return Document("", origin, category, tuple(ids))
+    return Document("", origin, category, tuple(ids), unread)

@@ -21,9 +21,10 @@ from mixtral_jax.data.splits import (
     TRAIN,
     Split,
     find_missing_shards,
+    looks_held_out,
     name_split,
     split_of_file,
-    split_of_folder,
+    splits_of_folders,
 )
 
 _NAME_A_PATH = "name a path in data.held_out"
@@ -35,10 +36,12 @@ class Listing:
 
     Attributes:
         not_read: what is beside them.
+        doubtful: those of the files whose names look as if they were to be held out.
     """
 
     files: list[Path]
     not_read: NotRead
+    doubtful: Sequence[Path] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,13 +111,24 @@ def list_files(path: str, key: str, suffixes: str | None, split: str | None) -> 
             split in (TRAIN, None), f"{name} is a glob: it has no split {split}; {_NAME_A_PATH}"
         )
         files = list(_match(place, readable, not_read))
+    beside = f" (not read: {describe(not_read, find_root(path))})" if not_read else ""
     require(
         files,
         f"{name} holds no readable file: it must hold at least one of {', '.join(readable)}; "
-        f"data.suffixes can name others (not read: "
-        f"{describe(not_read, find_root(path)) or 'nothing'})",
+        f"data.suffixes can name others{beside}",
     )
-    return Listing(sorted(files), not_read)
+    files = sorted(files)
+    is_trained_on = place.is_dir() and split == TRAIN
+    return Listing(files, not_read, _find_doubtful(files, place) if is_trained_on else ())
+
+
+def _find_doubtful(files: Sequence[Path], root: Path) -> list[Path]:
+    """The files that are not known as those of another split, but may be."""
+    doubtful = [file for file in files if looks_held_out(file.relative_to(root))]
+    if any(split_of_file(file) for file in files if file not in doubtful):
+        return doubtful
+    # The name of a text may say what it is about, unless a training split is beside it.
+    return [file for file in doubtful if find_suffix(file) in READERS]
 
 
 def _match(place: Path, readable: Sequence[str], not_read: NotRead) -> Iterator[Path]:
@@ -153,9 +167,9 @@ def _walk(root: Path, readable: Sequence[str], not_read: NotRead, name: str) -> 
                 reason = "hidden" if other.startswith(".") else "linked folders"
                 not_read[reason].append(folder / other)
         is_saved = "dataset_dict.json" in names
-        splits = {
-            other: name_split(other) if is_saved else split_of_folder(other) for other in folders
-        }
+        splits = splits_of_folders(folders)
+        if is_saved:
+            splits = {other: name_split(other) for other in folders}
         has_train = any(split and split.role == TRAIN for split in splits.values())
         for other, split in splits.items():
             insides[folder / other] = inside.narrow(split, is_of_texts=is_saved or has_train)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.config import ConfigError, local_path, names_existing, require
+from mixtral_jax.data.compression import find_suffix
+from mixtral_jax.data.readers import READERS
 from mixtral_jax.data.splits import TRAIN, split_of_folder
 
 HUB = "hub:"
@@ -29,14 +31,15 @@ class _Config:
 def load_hub(path: str, key: str, split: str | None = None) -> Any:
     """Loads a split of the data set that `hub:NAME[:CONFIG][:SPLIT]` names.
 
-    A second part alone is a config if the data set has one of this name, else a split.
+    A second part alone is a config if the data set has one of this name, else a split. Of several
+    configs, one must be named, unless the data set says which one is the default.
 
     Args:
         key: the setting that gives the path, for the message of an error.
         split: the split, whichever `path` names. By default it is `train` if `path` names none.
 
     Raises:
-        ConfigError: it cannot be loaded; lists the configs and the splits that there are.
+        ConfigError: it cannot be loaded, or has several configs; lists these and the splits.
     """
     import datasets  # Slow to import, and most runs read files.
 
@@ -45,9 +48,13 @@ def load_hub(path: str, key: str, split: str | None = None) -> Any:
         name and all(parts) and len(parts) <= 2, f"{key}={path} names no data set: write {_FORM}"
     )
     config = _Config()
+    if names_existing(name):
+        _refuse_saved(Path(_find_place(name)), key, path)
     if len(parts) == 2 or (parts and parts[0] in _list_configs(name)):
         config_name = parts.pop(0)
         config = _list_configs(name).get(config_name, _Config(config_name))
+    elif names_existing(name) or parts:
+        _require_one_config(name, parts, key, path)
     wanted = split or (parts or [TRAIN])[0]
     try:
         return datasets.load_dataset(
@@ -70,7 +77,8 @@ def load_hub(path: str, key: str, split: str | None = None) -> Any:
 def _list_configs(name: str) -> dict[str, _Config]:
     """The configs of a data set; empty if they are not known.
 
-    A folder that declares none has one for each of its folders, except those of splits.
+    A folder that declares none has one for each of its folders with data, except those of splits,
+    and `default` for all of them together.
     """
     import datasets
 
@@ -82,9 +90,52 @@ def _list_configs(name: str) -> dict[str, _Config]:
     configs = {config: _Config(config) for config in declared}
     if names_existing(name) and declared == ["default"]:
         for folder in sorted(Path(place).iterdir()):
-            if folder.is_dir() and folder.name[0] != "." and not split_of_folder(folder.name):
+            if _holds_data(folder) and not split_of_folder(folder.name):
                 configs[folder.name] = _Config(data_dir=folder.name)
     return configs
+
+
+def _holds_data(folder: Path) -> bool:
+    if folder.name.startswith(".") or not folder.is_dir():
+        return False
+    return any(find_suffix(file) in (".txt", *READERS) for file in folder.rglob("*"))
+
+
+def _refuse_saved(folder: Path, key: str, path: str) -> None:
+    is_saved = any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    require(
+        not is_saved,
+        f"{key}={path} is what save_to_disk of datasets wrote: leave out {HUB}, as in {key}="
+        f"{path.removeprefix(HUB).partition(':')[0]}",
+    )
+
+
+def _require_one_config(name: str, parts: list[str], key: str, path: str) -> None:
+    """Makes sure that it is clear which config to read where none is named.
+
+    Args:
+        parts: what follows the name: nothing, or what is no config.
+
+    Raises:
+        ConfigError: there are several configs, and none of them is said to be the default.
+    """
+    import datasets
+
+    configs = _list_configs(name)
+    folders = [config for config in configs if configs[config].data_dir]
+    if len(configs) < 2 or len(folders) == 1:
+        return
+    if not folders and datasets.get_dataset_default_config_name(_find_place(name)):
+        return
+    fault = f"{parts[0]} is none of its configs," if parts else "it has several configs:"
+    described = ", ".join(
+        f"{config} (all together)" if folders and not configs[config].data_dir else config
+        for config in configs
+    )
+    first = f"{HUB}{name}:{(folders or [*configs])[0]}"
+    raise ConfigError(
+        f"{key}={path}: {fault} {described}: write one, as in {first} or {first}:SPLIT"
+    )
 
 
 def _find_place(name: str) -> str:

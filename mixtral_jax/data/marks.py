@@ -1,18 +1,29 @@
 """Marks: what a row, a message or its tokens say of whether they are to be learnt, in the words of
-many tools.
+many tools, however these are spelled.
 
 `documents` and `chat` decide what follows from a mark.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from mixtral_jax.data.readers import is_filled
+from mixtral_jax.data.field_names import fold_name, is_filled
 
-_WEIGHTS = ("weight", "loss_weight", "loss_scale", "sample_weight", "example_weight")
-_SWITCHES = ("loss", "compute_loss", "learn", "train", "training", "trainable", "train_on_turn")
-_REVERSED = ("masked", "is_masked", "no_loss", "ignore_loss")
-# Spelling -> whether it says "learn this" where it is true or 1.
+_WEIGHTS = (
+    *("weight", "loss_weight", "loss_scale", "loss_multiplier"),
+    *("sample_weight", "example_weight"),
+)
+_SWITCHES = (
+    *("loss", "compute_loss", "calculate_loss", "include_in_loss"),
+    *("learn", "learnable", "train", "training", "trainable", "train_on_turn"),
+)
+_NEGATIONS = "no not do_not dont never skip ignore exclude exclude_from without"
+_REVERSED = (
+    *("masked", "is_masked", "mask_loss"),
+    *map("_".join, itertools.product(_NEGATIONS.split(), ("loss", "train", "training", "learn"))),
+)
+# Name -> whether it says "learn this" where it is true or 1.
 MARKS: dict[str, bool] = {
     **dict.fromkeys((*_WEIGHTS, *_SWITCHES), True),
     **dict.fromkeys(_REVERSED, False),
@@ -22,8 +33,14 @@ TOKEN_MARKS = (
     *("mask", "masks", "loss_mask", "completion_mask", "assistant_mask", "assistant_masks"),
     *("weights", "loss_weights", "token_weights"),
 )
+# Fields that hold what is known of a row or a message, and so perhaps a mark.
+METADATA = ("metadata", "meta")
 # How CSV spells the values of a mark.
 _WORDS = {"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0}
+
+_FOLDED_MARKS = {fold_name(name): meaning for name, meaning in MARKS.items()}
+_FOLDED_WEIGHTS = set(map(fold_name, _WEIGHTS))
+_FOLDED_TOKEN_MARKS = set(map(fold_name, TOKEN_MARKS))
 
 
 def read_marks(fields: Mapping[Any, Any]) -> dict[str, bool | None]:
@@ -32,26 +49,54 @@ def read_marks(fields: Mapping[Any, Any]) -> dict[str, bool | None]:
     A mark that is null or empty counts as missing.
     """
     return {
-        name: _read_mark(fields[name], meaning)
-        for name, meaning in MARKS.items()
-        if name in fields and is_filled(fields[name])
+        name: _read_mark(value, _FOLDED_MARKS[fold_name(name)])
+        for name, value in fields.items()
+        if fold_name(name) in _FOLDED_MARKS and is_filled(value)
+    }
+
+
+def read_token_marks(fields: Mapping[Any, Any]) -> dict[str, bool]:
+    """Whether each field that holds marks of tokens says that all of them are to be learnt."""
+    return {
+        name: not any_not_learnt(value)
+        for name, value in fields.items()
+        if fold_name(name) in _FOLDED_TOKEN_MARKS and isinstance(value, int | float | list)
     }
 
 
 def forbids_learning(fields: Mapping[Any, Any]) -> str | None:
-    """The first mark by which a document must not be learnt whole; None if there is none.
+    """The first mark by which a document must not be learnt whole, with its value; None if there is
+    none.
 
     That is a switch that is off, a weight other than 1, or a list. A number that is called `loss`
     is taken for a measurement, unless it is 0 or 1.
     """
     for name, said in read_marks(fields).items():
-        is_partial = name in _WEIGHTS or isinstance(fields[name], list)
+        is_partial = fold_name(name) in _FOLDED_WEIGHTS or isinstance(fields[name], list)
         if said is False or (said is None and is_partial):
-            return name
-    for name in TOKEN_MARKS:
-        if any_not_learnt(fields.get(name)):
-            return name
+            return show_mark(name, fields[name])
+    for name, learns_all in read_token_marks(fields).items():
+        if not learns_all:
+            return show_mark(name, fields[name])
+    return find_hidden_mark(fields)
+
+
+def find_hidden_mark(fields: Mapping[Any, Any]) -> str | None:
+    """The first mark inside the metadata that says "do not learn", with its value.
+
+    Other values there may be about something else, such as the weight of a product.
+    """
+    for name in fields:
+        if fold_name(name) in METADATA and isinstance(fields[name], Mapping):
+            for inner, said in read_marks(fields[name]).items():
+                if said is False:
+                    return show_mark(f"{name}.{inner}", fields[name][inner])
     return None
+
+
+def show_mark(name: str, value: object) -> str:
+    """A mark with its value, for a message."""
+    return f"{name}={value!r:.40}"
 
 
 def any_not_learnt(mask: Any) -> bool:

@@ -44,7 +44,6 @@ def find_reasons(
         ConfigError: files that `state.json` lists are missing.
     """
     listed = _read_state(folder) if "state.json" in names else None
-    has_data = any(name.endswith(".arrow") and not _MAP_CACHE.fullmatch(name) for name in names)
     reasons: dict[str, str | None] = {}
     is_read: set[str] = set()
     for name in sorted(names):
@@ -59,7 +58,7 @@ def find_reasons(
             reason = "other suffixes"
         elif find_suffix(file) in _LINES and not file.stat().st_size:
             reason = "empty"
-        elif _MAP_CACHE.fullmatch(name) and has_data:
+        elif _MAP_CACHE.fullmatch(name):
             reason = "caches of datasets' map"
         elif listed is not None and file.suffix == ".arrow" and name not in listed:
             reason = "not in state.json"

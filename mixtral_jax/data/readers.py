@@ -5,19 +5,26 @@ file that cannot be read is an error, because nobody knows how many rows are los
 which files to read; `documents` and `conversations` decide what a row must hold.
 """
 
-import codecs
 import csv
 import dataclasses
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mixtral_jax.config import ConfigError
-from mixtral_jax.data.compression import DAMAGED, find_suffix, is_compressed, open_bytes
+from mixtral_jax.data.compression import (
+    DAMAGED,
+    find_compression,
+    find_suffix,
+    is_compressed,
+    open_bytes,
+)
 from mixtral_jax.data.domains import UNKNOWN, Category
+from mixtral_jax.data.encodings import find_other_encoding, require_utf8
+from mixtral_jax.data.field_names import fold_name
 from mixtral_jax.data.unique_names import parse_json, require_unique
 
 INVALID_JSON = "invalid JSON"
@@ -27,9 +34,6 @@ INVALID_CSV = "invalid CSV"
 NOT_LOADED = object()
 
 _POINTER = b"version https://git-lfs.github.com/"
-_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_UTF16 = "UTF-16, not UTF-8: convert it, as `iconv -f UTF-16 -t UTF-8` does"
-
 # A boolean is also an int in Python, so it comes first.
 _TYPE_NAMES: tuple[tuple[type, str], ...] = (
     (type(None), "null"),
@@ -76,18 +80,6 @@ def name_type(value: object) -> str:
     return next((name for kind, name in _TYPE_NAMES if isinstance(value, kind)), "another type")
 
 
-def is_filled(value: object) -> bool:
-    """Whether a value says anything: it is not null, and not an empty text, list or object.
-
-    Tables have every field in every row, so an object whose values are all empty is empty too.
-    """
-    if isinstance(value, Mapping):
-        return any(map(is_filled, value.values()))
-    if isinstance(value, list | tuple):
-        return any(item is not None for item in value)
-    return value not in ("", "[]", "{}") if isinstance(value, str) else value is not None
-
-
 def read_file(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     """Reads the rows of a file. A file of a suffix that is not in `READERS` is read as one text.
 
@@ -100,8 +92,11 @@ def read_file(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     """
     try:
         with file.open("rb") as content:  # As it lies there: a pointer is never compressed.
-            if content.read(len(_POINTER)) == _POINTER:
-                raise ValueError("it only points to the data: run `git lfs pull`")
+            head = content.read(len(_POINTER))
+        if head == _POINTER:
+            raise ValueError("it only points to the data: run `git lfs pull`")
+        if (suffix := find_compression(head)) and not is_compressed(file):
+            raise ValueError(f"it is compressed: call it {file.name}{suffix}")
         yield from READERS.get(find_suffix(file), _read_text)(file, fields)
     # pyarrow's errors are subclasses of these.
     except (OSError, ValueError, RuntimeError, *DAMAGED) as error:
@@ -110,17 +105,6 @@ def read_file(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
             f"{file}: unreadable {file.suffix} file ({reason}): mend it, or move it out of "
             "data.path"
         ) from error
-
-
-def _is_utf16(head: bytes) -> bool:
-    """Whether a text that begins with `head` is UTF-16: by its mark, or by zeros beside letters."""
-    return head.startswith(_UTF16_MARKS) or b"\0\0" in (head[:4:2], head[1:4:2])
-
-
-def _require_utf8(content: io.BufferedReader) -> None:
-    """Raises ValueError if text that was just opened is UTF-16."""
-    if _is_utf16(content.peek(4)):
-        raise ValueError(f"it is {_UTF16}")
 
 
 def _read_json_line(line: bytes, origin: str) -> RawRow | BadRow:
@@ -135,8 +119,8 @@ def _read_json_line(line: bytes, origin: str) -> RawRow | BadRow:
 
 def _read_text(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     with open_bytes(file) as content:
-        if _is_utf16(content.peek(4)):
-            yield BadRow(str(file), _UTF16, INVALID_UTF8)
+        if encoding := find_other_encoding(content):
+            yield BadRow(str(file), encoding, INVALID_UTF8)
             return
         with io.TextIOWrapper(content, "utf-8-sig", "surrogateescape") as opened:
             text = opened.read()
@@ -146,7 +130,7 @@ def _read_text(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
 def _read_json_lines(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     # Read as bytes, so that invalid UTF-8 makes only its own line bad.
     with open_bytes(file) as lines:
-        _require_utf8(lines)
+        require_utf8(lines)
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield _read_json_line(line.rstrip(b"\r\n"), f"{file}:{number}")
@@ -154,7 +138,7 @@ def _read_json_lines(file: Path, fields: Sequence[str]) -> Iterator[RawRow | Bad
 
 def _read_json(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
     with open_bytes(file) as opened:
-        _require_utf8(opened)
+        require_utf8(opened)
         content = opened.read()
     try:
         rows = parse_json(content.decode("utf-8-sig"))
@@ -181,7 +165,7 @@ def _read_csv(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
         open_bytes(file) as content,
         io.TextIOWrapper(content, "utf-8-sig", "surrogateescape", newline="") as lines,
     ):
-        _require_utf8(content)
+        require_utf8(content)
         # Strict, since a quote that is not closed would join all rows after it to one.
         reader = csv.DictReader(lines, strict=True)
         last_line = 0
@@ -207,7 +191,7 @@ def _read_parquet(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow
         names = table.schema_arrow.names
         for number in range(table.num_row_groups):
             group = table.metadata.row_group(number)
-            full = [name for name in names if name not in fields and _is_full(group, name)]
+            full = [name for name in _find_unneeded(names, fields) if _is_full(group, name)]
             columns = [name for name in names if name not in full]
             for batch in table.iter_batches(1024, row_groups=[number], columns=columns):
                 yield batch, full
@@ -243,6 +227,12 @@ def _read_arrow(file: Path, fields: Sequence[str]) -> Iterator[RawRow | BadRow]:
         yield from _read_columns(((batch, ()) for batch in batches), fields, file)
 
 
+def _find_unneeded(columns: Iterable[str], fields: Sequence[str]) -> list[str]:
+    """The columns that are none of the fields, however these are spelled."""
+    needed = set(map(fold_name, fields))
+    return [name for name in columns if fold_name(name) not in needed]
+
+
 def _open_anywhere(file: Path) -> Any:
     """Opens a file whose parts are read in any order; a compressed one is held in memory."""
     import pyarrow
@@ -264,7 +254,7 @@ def _read_columns(
     number = 0
     for batch, full in batches:
         columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-        unneeded = [name for name in columns if name not in fields]
+        unneeded = _find_unneeded(columns, fields)
         others = {name: columns.pop(name).is_valid().to_pylist() for name in unneeded}
         for place in range(batch.num_rows):
             number += 1

@@ -26,6 +26,7 @@ from mixtral_jax.data.stdlib import list_stdlib, stdlib_root
 
 STDLIB = "python-stdlib"
 STDLIB_CHAT = "python-stdlib-chat"
+_DOUBT = "read as training data, although the name looks like another split"
 # Such a value of `data.held_out` names a split, not a path.
 _SPLIT_NAME = re.compile(r"[A-Za-z_]\w*")
 
@@ -170,7 +171,7 @@ def require_sources(config: DataConfig, *, with_hub: bool = True) -> None:
 
 
 def describe_files(config: DataConfig) -> list[str]:
-    """Lines about files that are not read, or that are read more than once."""
+    """Lines about files that are not read, are read more than once, or may have to be held out."""
     sources = [source for source in all_sources(config) if not source.path.startswith(HUB)]
     listings = [list_source(source, config.suffixes) for source in sources]
     # One file may have several names: links, or paths of several sources.
@@ -187,6 +188,9 @@ def describe_files(config: DataConfig) -> list[str]:
         if left:  # Two splits of one path have the same beside them.
             described = describe(left, find_root(source.path))
             lines[source.path] = f"{source.key}={source.path}: not read: {described}"
+        if listing.doubtful:
+            described = describe({_DOUBT: listing.doubtful}, find_root(source.path))
+            lines[f"doubtful {source.path}"] = f"{source.key}={source.path}: {described}"
     twice = [file for file, count in counts.items() if count > 1]
     if twice:
         more = ", ..." if len(twice) > 1 else ""

@@ -19,6 +19,11 @@ _ROLES = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _ROLE_BY_WORD = {word: role for role, words in _ROLES.items() for word in words}
+# Words by which people call what they do not train on, and that `datasets` does not know.
+_DOUBTFUL = {
+    *("heldout", "holdout", "unseen", "development", "devel", "tst", "tests"),
+    *(f"{word}set" for words in (_ROLES["validation"], _ROLES["test"]) for word in words),
+}
 # What follows the name of a split in `train-00000-of-00002.parquet`, perhaps with a hash.
 _SHARD = re.compile(r"[-.](\d+)-of-(\d+).*")
 _MAX_SHARD_DIGITS = 5  # Longer ones are dates and the like.
@@ -61,12 +66,38 @@ def split_of_folder(name: str) -> Split | None:
     return Split(role, role) if role else None
 
 
+def splits_of_folders(names: Sequence[str]) -> dict[str, Split | None]:
+    """The splits that folders beside each other hold: also those of `data_train` and `data_test`,
+    whose names differ in that word alone.
+    """
+    named = {name: _split_of_name(name) for name in names}
+    trained = {found.rest for found in named.values() if found and found.split.role == TRAIN}
+    return {
+        name: found.split if found and found.rest in trained else split_of_folder(name)
+        for name, found in named.items()
+    }
+
+
+def looks_held_out(path: Path) -> bool:
+    """Whether a file, or a folder that it lies in, seems to be called for what is held out."""
+    for name in (*path.parts[:-1], without_compression(path).stem):
+        words = [word.lower() for word in re.findall("[A-Za-z]+", name)]
+        ends = {*words[:1], *words[-1:], "".join(words[:2]), "".join(words[-2:])}
+        roles = {_ROLE_BY_WORD.get(word, TRAIN) for word in ends}
+        if TRAIN not in map(_ROLE_BY_WORD.get, ends) and (roles - {TRAIN} or ends & _DOUBTFUL):
+            return True
+    return False
+
+
 def split_of_file(file: Path) -> SplitOfFile | None:
     """The split that a file holds, if the first or the last word of its name is one.
 
     Shards may name splits of their own, as in `train_sft-00000-of-00003.parquet`.
     """
-    stem = without_compression(file).stem
+    return _split_of_name(without_compression(file).stem)
+
+
+def _split_of_name(stem: str) -> SplitOfFile | None:
     name = _SHARD.sub("", stem)
     word = _find_word(name)
     if word is None:

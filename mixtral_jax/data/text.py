@@ -6,7 +6,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,19 +26,24 @@ from mixtral_jax.data.tokenizer import (
 )
 
 # Increase this when the same files and config would give different stores.
-_CACHE_FORMAT = 7
+_CACHE_FORMAT = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedText:
-    """The text of a run: two stores, their tokenizer, and how many documents of `data.held_out`
-    are in both; of those drawn from `data.path`, none is.
+    """The text of a run: two stores, and their tokenizer.
+
+    Attributes:
+        num_shared: how many documents of `data.held_out` are in both; of those drawn from
+            `data.path`, none is.
+        unread: fields that are filled and not read, and the number of rows that fill them.
     """
 
     train: TokenStore
     held_out: TokenStore
     tokenizer: Tokenizer
     num_shared: int
+    unread: Mapping[str, int]
 
 
 def prepare_text(
@@ -103,7 +108,8 @@ def _tokenize(
         vocab_size=tokenizer.vocab_size,
     )
     cached = open_or_write(folder, tokenizing, config)
-    return PreparedText(cached.train, cached.held_out, tokenizer, cached.count.num_shared)
+    count = cached.count
+    return PreparedText(cached.train, cached.held_out, tokenizer, count.num_shared, count.unread)
 
 
 def _open_corpus(config: DataConfig) -> Corpus[Document]:

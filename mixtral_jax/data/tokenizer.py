@@ -267,17 +267,16 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, *, is_planned: bool 
 
 
 def _read_model(file: Path, name: str) -> Tokenizer:
-    require(
-        file.is_file(),
-        f"{name}: no such file; give a SentencePiece .model file, {', '.join(_MISTRAL_FILES)}, or "
-        "train:N",
-    )
+    *others, last = [*_MISTRAL_FILES, *(["train:N"] if name.startswith("data.") else [])]
+    problem = "a folder without tokenizer.model" if file.is_dir() else "no such file"
+    if (file / "tokenizer.model").is_file():
+        problem = "a folder: name the tokenizer.model in it"
+    kinds = f"a SentencePiece .model file, {', '.join(others)}, or {last}"
+    require(file.is_file(), f"{name}: {problem}; give {kinds}")
     try:
         return Tokenizer(file.read_bytes())
     except ValueError as error:
-        raise ConfigError(
-            f"{name}: {error}; give another .model file, or train:N to train one"
-        ) from error
+        raise ConfigError(f"{name}: {error}; give {kinds}") from error
 
 
 def _find_mistral(spec: str, name: str, alternative: str) -> Path:

@@ -5,10 +5,7 @@ import hashlib
 import time
 from typing import Literal
 
-from rich.markup import escape
-
 from mixtral_jax.data.chat.prepare import PreparedChats, Question, pick_questions, prepare_chats
-from mixtral_jax.data.chat.refused import describe_unread
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.evaluate.perplexity import TokenBytes, make_evaluator
 from mixtral_jax.parallel.agreement import require_same
@@ -20,6 +17,7 @@ from mixtral_jax.runs.text_data import (
     announce_reading,
     describe_shared,
     name_data,
+    name_unread,
     pack_stores,
 )
 
@@ -104,6 +102,5 @@ def _describe(chats: PreparedChats, packed: PackedStores, long_rows: str) -> lis
         described = ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count)
         lines.append(f"[bold]left out[/]    {described}")
     if chats.unread:
-        unread = escape(describe_unread(chats.unread))
-        lines.append(f"[bold]not read[/]    {unread}")
+        lines.append(name_unread(chats.unread))
     return lines

@@ -21,8 +21,8 @@ from mixtral_jax.config import (
     require,
 )
 from mixtral_jax.data.batches import spread_batches
-from mixtral_jax.data.chat.prepare import PreparedChats, prepare_chats
-from mixtral_jax.data.chat.refused import describe_unread
+from mixtral_jax.data.chat.prepare import prepare_chats
+from mixtral_jax.data.field_names import describe_unread
 from mixtral_jax.data.packing import PackPlan, plan_rows
 from mixtral_jax.data.store import TokenStore
 from mixtral_jax.data.text import tokenize_text
@@ -241,7 +241,7 @@ def _open_stores(
         chat = dataclasses.replace(chat, template=loaded.side_files.template)
         data = dataclasses.replace(data, chat=chat)
     prepared = prepare_chats(data, tokenizer) if task.is_chat else tokenize_text(data, tokenizer)
-    if isinstance(prepared, PreparedChats) and prepared.unread:
+    if prepared.unread:
         note(f"not read: {describe_unread(prepared.unread)}", is_shown=is_shown)
     if task.part == "held_out":
         return [prepared.held_out]

@@ -3,13 +3,16 @@
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+from rich.markup import escape
 
 from mixtral_jax.checkpoint.formats.side_files import SideFiles
-from mixtral_jax.config import DataConfig, require
+from mixtral_jax.config import ConfigError, DataConfig, require
 from mixtral_jax.data.batches import TrainBatches, held_out_batches
+from mixtral_jax.data.field_names import describe_unread
 from mixtral_jax.data.packing import LongDocuments, PackPlan, plan_rows
-from mixtral_jax.data.sources import describe_files, find_weights
+from mixtral_jax.data.sources import describe_files, find_weights, split_sources
 from mixtral_jax.data.store import TokenStore
 from mixtral_jax.data.text import prepare_text, tokenize_text
 from mixtral_jax.data.tokenizer import Tokenizer, check_vocabulary, read_tokenizer
@@ -91,6 +94,8 @@ def open_text(run: Run, tokenizer: Tokenizer | None = None) -> TrainingData:
         f"[bold]held out[/]    {len(text.held_out.tokens):,} tokens; read in "
         f"{time.monotonic() - start:.0f} s"
     )
+    if text.unread:
+        say(name_unread(text.unread))
     if text.num_shared:
         say(describe_shared(text.num_shared, text.held_out, "documents"))
     token_bytes = TokenBytes.of(text.tokenizer)
@@ -129,6 +134,11 @@ def describe_shared(num_shared: int, held_out: TokenStore, what: str) -> str:
     )
 
 
+def name_unread(unread: Mapping[str, int]) -> str:
+    """Names the fields that rows fill and nothing reads."""
+    return f"[bold]not read[/]    {escape(describe_unread(unread))}"
+
+
 def name_data(fingerprint: str) -> str:
     """A short name of some data, for people to compare."""
     return f"data {fingerprint[:12]}"
@@ -157,6 +167,34 @@ def find_tokenizer(side_files: SideFiles, data: DataConfig, vocab_size: int) -> 
     return tokenizer
 
 
+def require_every_source(
+    path: str, plan: PackPlan, train: TokenStore, held_out: TokenStore
+) -> None:
+    """Makes sure that each source with a weight has something to train on.
+
+    Raises:
+        ConfigError: one has not; says why.
+    """
+    for number, source in enumerate(split_sources(path) if find_weights(path) else ()):
+        rows, trained, kept = (
+            sum(counts[number : number + 1])
+            for counts in (
+                plan.rows_by_source,
+                train.documents_by_source,
+                held_out.documents_by_source,
+            )
+        )
+        if rows:
+            continue
+        reason = "none of what it holds fits a row"
+        if not trained:
+            reason = f"all that it holds is held out ({kept:,} of its texts or conversations)"
+        raise ConfigError(
+            f"data.path: {source.path} has a weight, and no row to train on: {reason}: give it "
+            "more, leave it out, or name held-out data of your own in data.held_out"
+        )
+
+
 def pack_stores(
     run: Run,
     train: TokenStore,
@@ -173,6 +211,7 @@ def pack_stores(
     config = run.config
     mesh, rules, length = run.mesh, AxisRules(), config.train.sequence_length
     plan = plan_rows(train, length, long_documents=long_documents)
+    require_every_source(config.data.path, plan, train, held_out)
     held_out_plan = plan_rows(held_out, length, long_documents=long_documents)
     train_batches = TrainBatches(
         train,

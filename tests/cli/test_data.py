@@ -201,7 +201,25 @@ def test_fields_are_named_for_both_verbs(capsys, tmp_path, tokenizers):
     assert run_verb(["data", "validate", str(tmp_path / "f.jsonl"), tokenizer, named]) == 0
     assert "not read: id (1 row)" in capsys.readouterr().out.splitlines()
     assert run_verb(["data", "validate", str(tmp_path / "f.jsonl"), tokenizer]) == 1
-    assert "data.chat.fields, such as question:user" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "with --fields, such as question:user" in printed and "data.chat" not in printed
+
+
+@pytest.mark.parametrize("verb", ["inspect", "validate"])
+@pytest.mark.parametrize(
+    ("row", "flag"),
+    [
+        ({"functions": ["f"]}, "set --fields=functions:ignore"),
+        ({"conversations": [{"from": "human", "value": "q"}]}, "set --format to one of them"),
+    ],
+)
+def test_the_reason_of_a_bad_row_names_flags_that_the_verb_takes(
+    capsys, tmp_path, tokenizers, verb, row, flag
+):
+    (tmp_path / "f.jsonl").write_text(json.dumps(row_of("messages") | row))
+    run_verb(["data", verb, str(tmp_path / "f.jsonl"), f"--tokenizer={tokenizers['v1'][1]}"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert flag in printed and "data.chat" not in printed
 
 
 def test_validate_checks_everything_but_tokens_without_a_tokenizer(capsys, tmp_path, monkeypatch):
@@ -223,8 +241,10 @@ def test_validate_checks_everything_but_tokens_without_a_tokenizer(capsys, tmp_p
         ("validate", "--tokenizer=mixtral"),
         ("validate", "--sequence_length=50"),
     ):
-        with pytest.raises(ConfigError, match="needs the package mistral-common"):
+        with pytest.raises(ConfigError, match="needs the package mistral-common") as error:
             run_verb(["data", verb, str(tmp_path / "f.jsonl"), flag])
+        needs_it = "leave out --sequence_length, which needs a tokenizer" in str(error.value)
+        assert needs_it == flag.startswith("--sequence_length")
 
 
 @pytest.mark.parametrize("verb", ["inspect", "validate"])
@@ -242,7 +262,11 @@ def test_a_file_without_a_row_is_refused_by_name(tmp_path, tokenizers, verb, nam
         (["inspect"], "file"),
         (["inspect", "f.jsonl", "--tokens=3"], "--tokens=3"),
         (["inspect", "f.jsonl", "--tokenizer=train:400"], "name the run's workdir"),
-        (["inspect", "f.jsonl", "--tokenizer=nowhere.model"], "nowhere.model: no such file"),
+        (
+            ["inspect", "f.jsonl", "--tokenizer=nowhere.model"],
+            "nowhere.model: no such file; give a .* .model file, mixtral, or mixtral-v3$",
+        ),
+        (["inspect", "f.jsonl", "--tokenizer=/"], "=/: a folder without tokenizer.model; give"),
         (["validate", "f.jsonl", "--sequence_length=1"], "at least 2"),
         (["validate", "f.jsonl", "--fields=q"], "^--fields: 'q' must be NAME:MEANING"),
     ],

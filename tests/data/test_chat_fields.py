@@ -8,8 +8,9 @@ import pytest
 from mixtral_jax.config import ChatConfig, ConfigError, parse_fields
 from mixtral_jax.data.chat.conversations import Chat, read_chat, read_chats
 from mixtral_jax.data.chat.errors import ChatException
-from mixtral_jax.data.chat.refused import QUESTION_PARTS, REFUSED, TOOLS, describe_unread
+from mixtral_jax.data.chat.refused import QUESTION_PARTS, REFUSED
 from mixtral_jax.data.chat.template import ChatTemplate
+from mixtral_jax.data.field_names import describe_unread
 from mixtral_jax.data.marks import MARKS
 from mixtral_jax.data.readers import BadRow, RawRow
 from tests.data.chat_cases import UNREAD_NAMES, random_value, row_of, train_tokenizer, write_table
@@ -92,7 +93,7 @@ def test_a_refused_field_is_refused_at_every_level_that_a_format_has(template, l
         places_of(row, level)[-1][name] = True if name == "label" else ["x"]
         bad = read(row, template)
         assert isinstance(bad, BadRow) and f"found {name}" in bad.reason, row
-        assert (bad.kind == "TokenizerException") == (name in TOOLS)
+        assert (bad.kind == "TokenizerException") == (REFUSED[name] == REFUSED["tools"])
 
 
 def test_a_class_is_no_judgement_of_an_answer(template):
@@ -100,6 +101,24 @@ def test_a_class_is_no_judgement_of_an_answer(template):
         assert "preference data" in read(row_of("text") | {"label": label}, template).reason
     for label in ("sports", 0, 1, 3):
         assert read(row_of("text") | {"label": label}, template).unread == ["label"]
+
+
+@pytest.mark.parametrize(("level", "form"), PLACES)
+@pytest.mark.parametrize("label", [0, 1, "bad", "good", True])
+def test_a_label_beside_an_answer_may_judge_it(template, level, form, label):
+    if form == "text":
+        return
+    row = row_of(form)
+    places_of(row, level)[-1]["label"] = label
+    assert "preference data" in read(row, template).reason
+
+
+@pytest.mark.parametrize(("level", "form"), PLACES)
+def test_other_spellings_of_a_refused_field_are_refused_too(template, level, form):
+    for spelled in ("Tools", "toolCalls", "IMAGE-URL", "Image Path", "pixelValues", "Chosen"):
+        row = row_of(form)
+        places_of(row, level)[-1][spelled] = ["x"]
+        assert f"found {spelled}" in read(row, template).reason
 
 
 def test_what_may_belong_to_a_question_is_refused_where_the_question_is_a_field(template):
@@ -249,5 +268,9 @@ def test_fields_are_described_with_their_rows_the_most_frequent_first():
 
 def test_the_page_on_conversations_names_every_field_that_has_a_meaning():
     page = (Path(__file__).parents[2] / "docs" / "chat_data.md").read_text()
-    names = [*REFUSED, *QUESTION_PARTS, *MARKS]
-    assert not [name for name in names if f"`{name}`" not in page]
+
+    def is_named(name):
+        parts = name.rpartition("_")[::2]  # Of many, the page names the two parts.
+        return f"`{name}`" in page or all(f"`{part}`" in page for part in parts)
+
+    assert not [name for name in (*REFUSED, *QUESTION_PARTS, *MARKS) if not is_named(name)]

@@ -45,6 +45,9 @@ LAYOUTS = [
     ("train.txt", "valid.txt"),
     ("wiki.train.txt", "wiki.test.txt"),
     ("train/pos/1.txt", "test/pos/1.txt"),
+    ("data_train/a.jsonl", "data_test/a.jsonl"),
+    ("train-en/a.txt", "val-en/b.txt"),
+    ("sets/my.training/a.csv", "sets/my.dev/a.csv"),
 ]
 
 
@@ -66,12 +69,31 @@ def test_of_a_folder_with_splits_the_training_split_is_read_and_the_others_named
         ("test.txt", "tests/a.txt", "unit/test/b.txt"),  # Names of texts say what they are about.
         ("a-test-of-time.jsonl", "b.jsonl"),
         ("en/train.jsonl", "fr/train.jsonl"),
+        ("train.jsonl", "testimony.jsonl", "developer.jsonl", "train_dev_set/a.jsonl"),
+        ("held_out.txt", "tests/testset.txt"),
     ],
 )
 def test_a_folder_without_other_splits_is_read_whole_and_nothing_is_said(tmp_path, names):
     write(tmp_path, *names)
     assert read(tmp_path) == sorted(names)
     assert said(tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("testset.jsonl", "chats_heldout.jsonl", "chats_holdout.csv", "held_out.jsonl"),
+        *("devel.jsonl", "tst.jsonl", "DevSet.parquet", "hold-out/a.jsonl", "tests/1.jsonl"),
+        *("my_test/a.jsonl", "val-fr/a.json.gz", "testset/a.txt", "heldout.txt"),
+    ],
+)
+def test_a_file_that_may_be_of_another_split_is_named_where_it_is_trained_on(tmp_path, name):
+    write(tmp_path, "chats_train.jsonl", name)
+    assert name in read(tmp_path)
+    doubt = "read as training data, although the name looks like another split"
+    assert said(tmp_path) == f"data.path={tmp_path}: {doubt}: 1 ({name})"
+    assert doubt not in said(tmp_path / "*")  # A glob is what the user has chosen.
+    assert doubt not in said(tmp_path / "chats_train.jsonl", held_out=str(tmp_path / name))
 
 
 def test_source_files_that_are_called_test_are_texts_like_others(tmp_path):
@@ -125,6 +147,18 @@ def test_of_a_saved_data_set_only_the_training_split_is_read(tmp_path):
     assert "split test: 1 (saved/test/data" in said(tmp_path)
     assert read(tmp_path / "saved", "extra") == ["extra/data-00000-of-00001.arrow"]
     assert texts(tmp_path / "saved" / "test") == ["test"]
+
+
+def test_a_folder_that_holds_only_caches_of_map_holds_no_data(tmp_path):
+    for name in ("cache-1.arrow", "cache-2.arrow"):
+        (tmp_path / name).write_text("content")
+    with pytest.raises(ConfigError, match=r"\(not read: caches of datasets' map: 2 \(cache-1"):
+        read(tmp_path)
+
+
+def test_a_folder_that_holds_nothing_is_refused_without_saying_what_is_not_read(tmp_path):
+    with pytest.raises(ConfigError, match="data.suffixes can name others$"):
+        read(tmp_path)
 
 
 def test_caches_and_files_of_an_earlier_save_are_not_read_twice(tmp_path):

@@ -57,22 +57,51 @@ def test_a_config_and_a_split_are_told_apart(repositories, name, parts, expected
     assert texts(f"hub:{repositories / name}{parts}") == [expected]
 
 
-def test_a_second_part_that_is_no_config_is_a_split(repositories):
-    assert sorted(texts(f"hub:{repositories / 'plain'}:test")) == ["en test", "fr test"]
-    assert texts(f"hub:{repositories / 'plain'}:train[:1]") in (["en train"], ["fr train"])
+def test_a_second_part_that_is_no_config_is_a_split(repositories, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{split}.jsonl").write_text(json.dumps({"text": split}))
+    assert texts(f"hub:{tmp_path}:test") == ["test"]
+    assert texts(f"hub:{tmp_path}:train[:1]") == texts(f"hub:{tmp_path}") == ["train"]
+    # Folders without data are no configs.
+    (tmp_path / "scripts").mkdir()
+    assert texts(f"hub:{tmp_path}:train") == ["train"]
+    everything = f"hub:{repositories / 'plain'}:default"
+    assert sorted(texts(f"{everything}:test")) == ["en test", "fr test"]
+
+
+def test_a_default_that_is_declared_needs_no_name(tmp_path):
+    metadata = METADATA.replace("- config_name: fr", "- config_name: fr\n  default: true")
+    (tmp_path / "README.md").write_text(metadata)
+    for language in ("en", "fr"):
+        (tmp_path / language).mkdir()
+        (tmp_path / language / "train.jsonl").write_text(json.dumps({"text": language}))
+    assert texts(f"hub:{tmp_path}") == texts(f"hub:{tmp_path}:train") == ["fr"]
+
+
+@pytest.mark.parametrize("kind", [datasets.Dataset, datasets.DatasetDict])
+def test_what_save_to_disk_wrote_is_named_without_the_word_hub(tmp_path, kind):
+    saved = datasets.Dataset.from_dict({"text": ["a"]})
+    saved = saved if kind is datasets.Dataset else datasets.DatasetDict(train=saved)
+    saved.save_to_disk(tmp_path / "saved")
+    with pytest.raises(ConfigError, match=f"leave out hub:, as in data.path={tmp_path}/saved$"):
+        texts(f"hub:{tmp_path}/saved")
 
 
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("declared", "(Config name is missing.): it has the configs en, fr; en has the splits "),
-        ("declared:de", "it has the configs en, fr; en has the splits train, test"),
+        ("declared", "/declared: it has several configs: en, fr: write one, as in hub:"),
+        ("declared:de", "/declared:de: de is none of its configs, en, fr: write one, as in hub:"),
+        ("declared:test", "test is none of its configs, en, fr: write one, as in hub:"),
+        ("plain", "/plain: it has several configs: default (all together), en, fr: write one"),
+        ("plain:test", "test is none of its configs, default (all together), en, fr: write one"),
         (
             "declared:de:train",
             "'de' not found. Available: ['en', 'fr']): it has the configs en, fr",
         ),
         ("declared:fr:dev", "Unknown split \"dev\". Should be one of ['train', 'test'].)"),
-        ("plain:de", "it has the configs default, en, fr; default has the splits train, test"),
+        ("plain:de", "de is none of its configs, default (all together), en, fr: write one"),
         ("plain:fr:dev", "it has the configs default, en, fr; fr has the splits train, test"),
         ("plain:a:b:c", "names no data set: write hub:NAME[:CONFIG][:SPLIT]"),
         ("plain:", "names no data set"),

@@ -6,6 +6,7 @@ from mixtral_jax.data.chat.conversations import Chat, read_chat, read_chats
 from mixtral_jax.data.chat.errors import ChatException
 from mixtral_jax.data.chat.template import ChatTemplate
 from mixtral_jax.data.documents import Document, read_documents
+from mixtral_jax.data.field_names import fold_name
 from mixtral_jax.data.marks import MARKS, TOKEN_MARKS, read_marks
 from mixtral_jax.data.readers import BadRow, RawRow
 from tests.data.chat_cases import row_of, train_tokenizer, write_table
@@ -69,6 +70,51 @@ def test_a_mark_of_another_message_may_only_say_what_happens_anyway(template, na
         reason = talk(template, ask={"role": role, name: value})
         assert f"only assistant messages can be learnt, not a {role} message" in reason
         assert f"{name}={value!r}" in reason
+
+
+SPELLED = [
+    *("Weight", "LOSS", "lossWeight", "loss-weight", "Loss Multiplier", "doNotTrain", "SkipLoss"),
+    *("exclude-from-loss", "Learnable", "calculateLoss"),
+]
+
+
+def in_our_words(spelled):
+    """The mark that a spelling means."""
+    return next(name for name in MARKS if fold_name(name) == fold_name(spelled))
+
+
+@pytest.mark.parametrize("spelled", SPELLED)
+def test_a_mark_means_the_same_however_it_is_spelled(template, tmp_path, spelled):
+    learnt, not_learnt = (values[0] for values in learns(in_our_words(spelled)))
+    left_out = talk(template, first={"weight": 0})
+    assert talk(template, first={spelled: not_learnt}) == left_out
+    assert talk(template, first={spelled: learnt}).turns == talk(template).turns
+    assert not talk(template, first={spelled: learnt}).unread
+    assert "must agree" in talk(template, first={spelled: not_learnt, "train": True})
+    assert f"{spelled}=0.5" in talk(template, first={spelled: 0.5})
+    assert f"{spelled}=" in read(row_of("text") | {spelled: not_learnt}, template)
+    rows = [{"text": "t", spelled: value} for value in (learnt, not_learnt)]
+    for suffix in (".jsonl", ".parquet", ".arrow"):
+        write_table(tmp_path / f"f{suffix}", rows)
+        good, bad = read_documents(str(tmp_path / f"f{suffix}"), "text")
+        assert isinstance(good, Document) and bad.reason.startswith(f"{spelled}=")
+
+
+@pytest.mark.parametrize("field", ["metadata", "meta", "Metadata"])
+@pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}, {"doNotTrain": True}])
+def test_a_mark_in_the_metadata_is_not_passed_over(template, tmp_path, field, mark):
+    ((name, value),) = mark.items()
+    named = f"{field}.{name}={value!r}"
+    assert named in talk(template, first={field: mark})
+    assert named in read(row_of("messages") | {field: mark}, template)
+    assert talk(template, ask={field: mark}).turns == talk(template).turns
+    for suffix in (".jsonl", ".parquet"):
+        write_table(tmp_path / f"f{suffix}", [{"text": "t", field: mark}])
+        (bad,) = read_documents(str(tmp_path / f"f{suffix}"), "text")
+        assert bad.reason.startswith(f"{named} ")
+    # It may be about something else.
+    other = {field: {"weight": 72, "train": "ICE 1601", "loss": 2.3}}
+    assert talk(template, first=other).turns == talk(template).turns
 
 
 @pytest.mark.parametrize("name", sorted(MARKS.keys() - {"weight"}))
@@ -170,6 +216,23 @@ def test_a_document_that_is_not_to_be_learnt_whole_is_bad_by_name(tmp_path, suff
     if isinstance(found, BadRow):
         *_, name = row
         assert found.reason.startswith(f"{name}=") and found.kind == "not to be learnt"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".arrow"])
+def test_what_a_document_fills_and_nothing_reads_is_listed(tmp_path, suffix):
+    read = {"text": "t", "kind": "prose", "train": True, "weight": 1, "loss_mask": [1]}
+    others = {
+        **{"id": 3, "images": ["i"], "tools": ["t"], "chosen": "c", "meta": {"a": 1}},
+        **{"attention_mask": [1, 0], "labels": [7], "label": True, "loss": 2.31, "masks": "a.png"},
+    }
+    write_table(tmp_path / f"f{suffix}", [read | others | {"url": None, "title": ""}])
+    (found,) = read_documents(str(tmp_path), "text", "kind")
+    assert isinstance(found, Document)
+    assert sorted({*found.unread} - ({"title"} if suffix != ".jsonl" else set())) == sorted(others)
+    ids = {"text": [5, 6], "attention_mask": [1, 1], "labels": [5, 6], "id": 3}
+    write_table(tmp_path / f"f{suffix}", [ids])
+    (found,) = read_documents(str(tmp_path), "text")
+    assert isinstance(found, Document) and found.unread == ("id",)
 
 
 def test_the_text_itself_is_no_mark(tmp_path):

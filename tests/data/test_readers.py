@@ -84,12 +84,27 @@ def test_what_follows_the_compressed_part_of_a_file_is_not_lost(tmp_path, compre
         texts(tmp_path)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+)
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".ndjson.gz"])
-def test_rows_in_utf16_are_refused_with_what_to_do(tmp_path, suffix, encoding):
+def test_rows_in_another_encoding_are_refused_with_what_to_do(tmp_path, suffix, encoding):
     content = '{"text": "a"}\n'.encode(encoding)
     (tmp_path / f"a{suffix}").write_bytes(gzip.compress(content) if "gz" in suffix else content)
-    with pytest.raises(ConfigError, match=r"it is UTF-16, not UTF-8: convert it, as `iconv"):
+    name = encoding[:6].upper()
+    with pytest.raises(ConfigError, match=rf"it is {name}, not UTF-8: .*, as `iconv -f {name} "):
+        texts(tmp_path)
+
+
+@pytest.mark.parametrize("compression", COMPRESSED)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt", "a.json"])
+def test_a_file_whose_name_does_not_say_that_it_is_compressed_is_refused(
+    tmp_path, name, compression
+):
+    (tmp_path / name).write_bytes(COMPRESSED[compression](b'{"text": "a"}\n'))
+    with pytest.raises(
+        ConfigError, match=rf"it is compressed: call it {name}{compression.lower()}\)"
+    ):
         texts(tmp_path)
 
 

@@ -102,6 +102,15 @@ def test_documents_that_are_all_copies_are_a_single_one(tmp_path):
     assert train + held_out == text
 
 
+def test_fields_that_are_not_read_are_counted_and_kept_with_the_cache(tmp_path):
+    rows = [{"text": f"row number {number}", "id": number} for number in range(NUM_DOCUMENTS)]
+    rows[0]["source"] = "s"
+    (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for _ in range(2):
+        prepared = prepare(tmp_path / "f.jsonl", tmp_path, tokenizer="train:280")
+        assert prepared.unread == {"id": NUM_DOCUMENTS, "source": 1}
+
+
 def write_rows(file, *, good, bad):
     lines = [json.dumps({"text": f"row number {number} is a good one"}) for number in range(good)]
     file.write_text("\n".join([*lines[:3], *["{broken"] * bad, *lines[3:]]))

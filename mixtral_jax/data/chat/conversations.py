@@ -24,6 +24,7 @@ from mixtral_jax.data.chat.formats import (
     FORMATS_IN_PARTS,
     READ_FIELDS,
     find_format,
+    is_text,
     read_row,
     read_system,
     read_text,
@@ -32,7 +33,8 @@ from mixtral_jax.data.chat.formats import (
 from mixtral_jax.data.chat.messages import Message, Mode
 from mixtral_jax.data.chat.template import ChatTemplate, Turn
 from mixtral_jax.data.domains import UNKNOWN, Category
-from mixtral_jax.data.readers import BadRow, RawRow, is_filled, name_type
+from mixtral_jax.data.field_names import is_filled
+from mixtral_jax.data.readers import BadRow, RawRow, name_type
 from mixtral_jax.data.sources import Source, read_rows
 
 
@@ -111,7 +113,8 @@ def read_chat(
     system: list[Message] = []
     try:
         named = name_fields(require_fields(row.value), fields or {})
-        refuse_fields(named.row)
+        may_be_text = format == "text" or (format == "auto" and is_text(named.row))
+        refuse_fields(named.row, is_text=may_be_text and not named.has_messages)
         name = _choose_format(named, format)
         if name == "text":
             text = read_text(named.row)

@@ -10,16 +10,16 @@ from typing import Any
 from mixtral_jax.config import FieldMeaning
 from mixtral_jax.data.chat.errors import InvalidRowException, TokenizerException
 from mixtral_jax.data.chat.refused import (
-    QUESTION_PARTS,
-    REFUSED,
-    TOOLS,
+    QUESTION_RULES,
+    ROW_RULES,
     find_refused,
-    list_unread,
 )
-from mixtral_jax.data.marks import read_marks
-from mixtral_jax.data.readers import is_filled
+from mixtral_jax.data.field_names import is_filled, list_unread
+from mixtral_jax.data.marks import find_hidden_mark, read_marks
 
 Row = Mapping[Any, Any]
+
+_NOT_LEARNT = "a row is marked as not to be learnt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,21 +68,27 @@ def name_fields(row: Row, meanings: Mapping[str, FieldMeaning]) -> NamedRow:
     return NamedRow(rest | {"messages": messages}, True, is_in_parts, tuple(unread))
 
 
-def refuse_fields(row: Row) -> None:
+def refuse_fields(row: Row, *, is_text: bool) -> None:
     """Makes sure that no field changes the meaning of a row in a way that no format can express.
+
+    Args:
+        is_text: whether the row is a plain text, which a label may belong to.
 
     Raises:
         ChatException: names the first such field.
     """
-    if name := find_refused(row, REFUSED):
-        kind = TokenizerException if name in TOOLS else InvalidRowException
-        raise kind(_leave_out(REFUSED[name], name), found=f"found {name}")
+    if refused := find_refused(row, ROW_RULES, allows_classes=is_text):
+        kind = TokenizerException if refused.is_of_tools else InvalidRowException
+        raise kind(_leave_out(refused.rule, refused.name), found=f"found {refused.name}")
     for name, said in read_marks(row).items():
         if said is not True:
-            rule = "a row is marked as not to be learnt"
+            rule = _NOT_LEARNT
             if said is None:
                 rule = "a row is learnt whole or not at all, by a mark that is true or 1"
             raise InvalidRowException(_leave_out(rule, name), found=f"{name}={row[name]!r}")
+    if mark := find_hidden_mark(row):
+        name = mark.partition(".")[0]
+        raise InvalidRowException(_leave_out(_NOT_LEARNT, name), found=mark)
 
 
 def list_unread_fields(row: Row, read: Collection[str], *, is_in_parts: bool) -> list[str]:
@@ -94,13 +100,14 @@ def list_unread_fields(row: Row, read: Collection[str], *, is_in_parts: bool) ->
     Raises:
         ChatException: one of them may.
     """
-    if is_in_parts and (name := find_refused(row, QUESTION_PARTS, read)):
+    if is_in_parts and (refused := find_refused(row, QUESTION_RULES, read)):
+        name = refused.name
         rule = (
-            f"{QUESTION_PARTS[name]}: name all parts with data.chat.fields, such as "
+            f"{refused.rule}: name all parts with data.chat.fields, such as "
             f"question:user,{name}:user,answer:assistant, or set it to {name}:ignore"
         )
         raise InvalidRowException(rule, found=f"found {name}")
-    return list_unread(row, read)
+    return list_unread(row, {*read, *read_marks(row)})
 
 
 def _leave_out(rule: str, name: str) -> str:

@@ -17,8 +17,9 @@ from mixtral_jax.data.chat.errors import (
 from mixtral_jax.data.chat.fields import Row
 from mixtral_jax.data.chat.messages import Message, read_messages
 from mixtral_jax.data.chat.refused import QUESTION_PARTS, REFUSED
-from mixtral_jax.data.marks import MARKS
-from mixtral_jax.data.readers import describe_invalid_utf8, is_filled, name_type
+from mixtral_jax.data.field_names import is_filled
+from mixtral_jax.data.marks import MARKS, METADATA
+from mixtral_jax.data.readers import describe_invalid_utf8, name_type
 
 # Which format a field is a sign of. The first of these fields that is not null decides.
 _FORMAT_BY_FIELD: dict[str, ChatFormat] = {
@@ -49,7 +50,7 @@ FIELDS = tuple(
         [
             "text",
             *(name for names in READ_FIELDS.values() for name in names),
-            *(*REFUSED, *QUESTION_PARTS),
+            *(*REFUSED, *QUESTION_PARTS, *METADATA),
         ]
     )
 )
@@ -89,6 +90,12 @@ def find_format(row: Row) -> ChatFormat:
             found=f"it has {', '.join(map(str, row)) or 'none'}",
         )
     return _FORMAT_BY_FIELD[filled[0]]
+
+
+def is_text(row: Row) -> bool:
+    """Whether the format of a row is `text`, by the fields that it fills."""
+    filled = (_FORMAT_BY_FIELD[field] for field in _FORMAT_BY_FIELD if row.get(field) is not None)
+    return next(filled, None) == "text"
 
 
 def read_row(row: Row, format: ChatFormat) -> list[Message]:

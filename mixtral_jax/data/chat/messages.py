@@ -15,8 +15,13 @@ from mixtral_jax.data.chat.errors import (
     InvalidTextException,
     TokenizerException,
 )
-from mixtral_jax.data.chat.refused import QUESTION_PARTS, REFUSED, TOOLS, find_refused, list_unread
-from mixtral_jax.data.marks import MARKS, read_marks
+from mixtral_jax.data.chat.refused import (
+    QUESTION_RULES,
+    ROW_RULES,
+    find_refused,
+)
+from mixtral_jax.data.field_names import list_unread
+from mixtral_jax.data.marks import find_hidden_mark, read_marks
 from mixtral_jax.data.readers import describe_invalid_utf8, name_type
 
 Role = Literal["system", "user", "assistant"]
@@ -30,9 +35,9 @@ _SHAREGPT_ROLES = {
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant"),
 }
 _CONTENT_FIELDS = ("content", "text", "value")
-_MESSAGE_FIELDS = {"role", "from", *_CONTENT_FIELDS, "prefix", *MARKS}
-_CHUNK_FIELDS = {"type", "text", *MARKS}
-_RULES = REFUSED | QUESTION_PARTS
+_MESSAGE_FIELDS = {"role", "from", *_CONTENT_FIELDS, "prefix"}
+_CHUNK_FIELDS = {"type", "text"}
+_RULES = ROW_RULES | QUESTION_RULES
 _FOLLOWERS: dict[Role, set[Role]] = {
     "system": {"system", "user", "assistant"},
     "user": {"system", "user", "assistant"},
@@ -144,7 +149,7 @@ def _read_message(item: object, index: int) -> Message:
     weight = _read_weight(item, role, index)
     content = _find_content(item, role, index)
     read = _MESSAGE_FIELDS if item.get("role") is not None else {*_MESSAGE_FIELDS, "from"}
-    unread = [f"{name} of a message" for name in list_unread(item, read)]
+    unread = [f"{name} of a message" for name in list_unread(item, {*read, *read_marks(item)})]
     if isinstance(content, Sequence) and not isinstance(content, str | bytes):
         learns = role == "assistant" and weight != 0
         texts = [
@@ -152,7 +157,9 @@ def _read_message(item: object, index: int) -> Message:
             for place, chunk in enumerate(content)
         ]
         unread += [
-            f"{name} of a chunk" for chunk in content for name in list_unread(chunk, _CHUNK_FIELDS)
+            f"{name} of a chunk"
+            for chunk in content
+            for name in list_unread(chunk, {*_CHUNK_FIELDS, *read_marks(chunk)})
         ]
         content = TEXT_SEPARATOR.join(filter(None, texts))
     text = _require_text(content, role, index)
@@ -161,9 +168,13 @@ def _read_message(item: object, index: int) -> Message:
 
 def _refuse_fields(fields: Mapping[Any, Any], read: set[str], role: Role, index: int) -> None:
     """Refuses a message, or a chunk of one, that fills a field which changes what it means."""
-    if name := find_refused(fields, _RULES, read):
-        kind = TokenizerException if name in TOOLS else INVALID_CONTENT[role]
-        raise kind(f"{_RULES[name]}: leave such rows out", message=index, found=f"found {name}")
+    if refused := find_refused(fields, _RULES, read):
+        kind = TokenizerException if refused.is_of_tools else INVALID_CONTENT[role]
+        rule = f"{refused.rule}: leave such rows out"
+        raise kind(rule, message=index, found=f"found {refused.name}")
+    if role == "assistant" and (mark := find_hidden_mark(fields)):
+        rule = "a mark must stand beside the content, not in the metadata"
+        raise INVALID_CONTENT[role](rule, message=index, found=mark)
 
 
 def _read_role(item: Mapping[Any, Any], index: int) -> Role:
@@ -182,7 +193,7 @@ def _read_role(item: Mapping[Any, Any], index: int) -> Role:
     for known in get_args(Role):
         if role == known:
             return known
-    rule = f"role must be one of {', '.join(get_args(Role))}"
+    rule = f"role must be one of {', '.join(get_args(Role))} (or developer, which means system)"
     found = "it has no role" if role is None else f"role={role!r}"
     raise InvalidMessageStructureException(rule, message=index, found=found)
 

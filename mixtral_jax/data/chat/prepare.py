@@ -23,7 +23,7 @@ from mixtral_jax.data.tokenized import Tokenized
 from mixtral_jax.data.tokenizer import Tokenizer
 
 # Increase this when the same files and config would give different stores.
-_CACHE_FORMAT = 5
+_CACHE_FORMAT = 6
 
 
 @dataclasses.dataclass(frozen=True)
