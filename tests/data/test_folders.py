@@ -157,7 +157,7 @@ def test_a_folder_that_holds_only_caches_of_map_holds_no_data(tmp_path):
 
 
 def test_a_folder_that_holds_nothing_is_refused_without_saying_what_is_not_read(tmp_path):
-    with pytest.raises(ConfigError, match="data.suffixes can name others$"):
+    with pytest.raises(ConfigError, match=r"data.suffixes can name others$"):
         read(tmp_path)
 
 
