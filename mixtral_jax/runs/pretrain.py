@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from mixtral_jax.data.tokenizer import read_tokenizer
 from mixtral_jax.runs.base import Base, saved_steps
+from mixtral_jax.runs.checkup import require_disk
 from mixtral_jax.runs.describe import describe_run
 from mixtral_jax.runs.run import Run
 from mixtral_jax.runs.stop import StopSignal
@@ -14,7 +15,13 @@ from mixtral_jax.training.loop import Outcome
 
 
 def pretrain(run: Run, stop: StopSignal, callbacks: Sequence[Callback] = ()) -> Outcome:
-    """Trains on the text of a run; with a section `upcycle`, from the weights of a dense model."""
+    """Trains on the text of a run; with a section `upcycle`, from the weights of a dense model.
+
+    Raises:
+        ConfigError: the disk has no room for the checkpoints, there is nothing to read, or the run
+            in the workdir cannot be resumed.
+    """
+    require_disk(run.training, run.workdir, run.mesh)
     if run.config.upcycle:
         return _upcycle(run, stop, callbacks)
     describe_run(run)

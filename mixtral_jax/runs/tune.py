@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from mixtral_jax.checkpoint.formats.tokenizer_json import make_tokenizer_json
-from mixtral_jax.config import Config, ConfigError
+from mixtral_jax.config import Config
 from mixtral_jax.data.sources import require_sources
 from mixtral_jax.data.tokenizer import read_tokenizer
 from mixtral_jax.parallel.mesh import resolve_mesh
@@ -23,7 +23,7 @@ from mixtral_jax.runs.base import (
     saved_steps,
 )
 from mixtral_jax.runs.chat_data import open_chat
-from mixtral_jax.runs.checkup import check_disk
+from mixtral_jax.runs.checkup import require_disk
 from mixtral_jax.runs.describe import describe_run
 from mixtral_jax.runs.export import save_adapters
 from mixtral_jax.runs.pretrain import pretrain
@@ -31,7 +31,7 @@ from mixtral_jax.runs.run import Run, platform_of, start_run
 from mixtral_jax.runs.stop import StopSignal
 from mixtral_jax.runs.training import Callback, train_model
 from mixtral_jax.runs.workdir import check_saved
-from mixtral_jax.training.assemble import Training, make_training
+from mixtral_jax.training.assemble import make_training
 from mixtral_jax.whole_files import write_json
 
 
@@ -82,13 +82,7 @@ def _check_tuning(config: Config, workdir: Path, run: Run) -> None:
     training = make_training(config, platform_of(run.mesh))
     with jax.set_mesh(run.mesh):
         jax.eval_shape(training.make_model)
-        _require_room(training, workdir)
-
-
-def _require_room(training: Training, workdir: Path) -> None:
-    """Raises ConfigError if the disk has no room for what a tuning writes; see `check_disk`."""
-    for problem in check_disk(training, workdir):
-        raise ConfigError(f"{problem.what}: {problem.fix}")
+    require_disk(training, workdir, run.mesh)
 
 
 def tune(
@@ -100,8 +94,7 @@ def tune(
         None if it was stopped.
     """
     describe_run(run)
-    with jax.set_mesh(run.mesh):
-        _require_room(run.training, run.workdir)
+    require_disk(run.training, run.workdir, run.mesh)
     with stop.at_once():
         data = open_chat(run, base.tokenizer)
     if run.is_writer:  # Read by whoever opens the workdir, and by the export.

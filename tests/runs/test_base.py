@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,11 +15,13 @@ from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs import checkup, tune
 from mixtral_jax.runs.base import open_named_base
 from mixtral_jax.runs.checkup import count_bytes, fit_base
+from mixtral_jax.runs.pretrain import pretrain
+from mixtral_jax.runs.stop import StopSignal
 from mixtral_jax.runs.upcycle import open_dense
 from mixtral_jax.training.assemble import make_training
 from tests.cases import make_run, mesh_of, small_config
 from tests.checkpoint.side_folders import CHATML, write
-from tests.data.chat_cases import good_line
+from tests.data.chat_cases import good_line, train_tokenizer
 from tests.data.test_vocabulary import train
 
 
@@ -80,7 +83,20 @@ def test_a_disk_without_room_for_checkpoints_and_export_is_refused(tmp_path, mon
                 assert len(checkup.check_disk(training, tmp_path)) == missing
         # Of a run that is trained, the export alone is to come.
         with pytest.raises(ConfigError, match=r"for an export of .*: free some"):
-            tune._require_room(training, tmp_path)
+            checkup.require_disk(training, tmp_path, mesh_of())
+
+
+@pytest.mark.parametrize("settings", [{}, {"upcycle": {"method": "copy"}}, {"finetune": {}}])
+def test_each_run_asks_for_room_before_it_reads_or_trains(tmp_path, monkeypatch, settings):
+    run = make_run(small_config(data__path="nowhere", **settings), mesh_of(), tmp_path)
+    for free, words in ((0, f"too little space in {tmp_path}: .* free some"), (2**40, "nowhere")):
+        monkeypatch.setattr(checkup, "free_bytes", lambda folder, free=free: free)
+        with pytest.raises(ConfigError, match=words):
+            if "finetune" in settings:
+                base: Any = SimpleNamespace(tokenizer=train_tokenizer())
+                tune.tune(run, base, StopSignal(run.processes))
+            else:
+                pretrain(run, StopSignal(run.processes))
 
 
 def test_room_for_a_tuning_is_asked_for_before_its_base_is_pretrained(tmp_path, monkeypatch):
