@@ -24,6 +24,7 @@ from mixtral_jax.runs.base import (
 )
 from mixtral_jax.runs.chat_data import open_chat
 from mixtral_jax.runs.checkup import require_disk
+from mixtral_jax.runs.console import print_notes
 from mixtral_jax.runs.describe import describe_run
 from mixtral_jax.runs.export import save_adapters
 from mixtral_jax.runs.pretrain import pretrain
@@ -43,8 +44,18 @@ class Tuned:
     answers: Answers
 
 
-def find_base(config: Config, workdir: Path, processes: Processes, stop: StopSignal) -> Base | None:
+def find_base(
+    config: Config,
+    workdir: Path,
+    processes: Processes,
+    stop: StopSignal,
+    named_keys: Sequence[str] = (),
+) -> Base | None:
     """The base that `finetune.base` names, or one pretrained into `workdir/base`.
+
+    Args:
+        named_keys: keys of the config that a command line sets; a note says which of them a named
+            base makes void.
 
     Returns:
         None if the pretraining was stopped.
@@ -55,7 +66,12 @@ def find_base(config: Config, workdir: Path, processes: Processes, stop: StopSig
     """
     assert config.finetune is not None
     if config.finetune.base is not None:
-        return open_named_base(config, is_shown=processes.index == 0)
+        is_shown = processes.index == 0
+        base = open_named_base(config, is_shown=is_shown)
+        if unused := base.find_unused(named_keys):
+            note = f"{', '.join(unused)}: without effect, since the base has its own"
+            print_notes([note], is_shown=is_shown)
+        return base
     require_tunable(config)
     if processes.index == 0:
         # Runs that were started before began with a base that these settings made.

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import pytest
 
+from mixtral_jax.cli.tune_flags import parse_tuning_flags
 from mixtral_jax.config import ConfigError
 from mixtral_jax.parallel.mesh import resolve_mesh
 from mixtral_jax.parallel.processes import Processes
@@ -65,6 +66,30 @@ def test_each_way_to_open_a_base_prints_its_notes_in_one_process(index, tmp_path
         with contextlib.suppress(ConfigError):  # It is no dense model.
             open_it()
         assert capsys.readouterr().err.count("temperature=0.6") == (index == 0)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize(
+    ("flags", "unused"),
+    [
+        (["model.num_layers=7", "data.tokenizer=mixtral"], "model.num_layers, data.tokenizer"),
+        (
+            ["router.num_experts_per_token=1", "model.granularity=2"],
+            "router.num_experts_per_token, model.granularity",
+        ),
+        (["finetune.pretrain.num_steps=3", "model.dtype=float32"], "finetune.pretrain.num_steps"),
+        (["model.remat=none", "train.num_steps=3", "data.path=x"], None),
+    ],
+)
+def test_keys_that_a_named_base_makes_void_are_named(tmp_path, capsys, flags, unused, index):
+    write(tmp_path, {})
+    arguments = [f"--config.{flag}" for flag in (*flags, f"finetune.base={tmp_path}")]
+    read = parse_tuning_flags(arguments, description="", default_config="instruct/tiny.py")
+    nothing: Any = None
+    tune.find_base(read.run.config, tmp_path, Processes(index), nothing, read.named_keys)
+    said = [line for line in capsys.readouterr().err.splitlines() if "without effect" in line]
+    expected = f"note: {unused}: without effect, since the base has its own"
+    assert said == ([expected] if unused and index == 0 else [])
 
 
 def test_a_disk_without_room_for_checkpoints_and_export_is_refused(tmp_path, monkeypatch):
