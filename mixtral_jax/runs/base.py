@@ -1,7 +1,8 @@
 """The model that a run starts from: opened, or planned where a run that names none pretrains it."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from mixtral_jax.checkpoint.run_parameters import find_steps
 from mixtral_jax.checkpoint.weights import Weights, open_weights
 from mixtral_jax.config import (
     Config,
+    ConfigError,
     DataConfig,
     OptimizerConfig,
     PretrainConfig,
@@ -128,6 +130,18 @@ def saved_steps(run: Run) -> list[int]:
     """
     folder = run.workdir / "checkpoints"
     return run.processes.share("saved steps", find_steps(folder) if folder.is_dir() else [])[0]
+
+
+@contextlib.contextmanager
+def naming_pretrain_path(plan: PretrainConfig, section: str) -> Iterator[None]:
+    """Wraps the pretraining of a base: an error about its text names the key that the user set."""
+    try:
+        yield
+    except ConfigError as error:
+        if plan.path is None:
+            raise
+        named = str(error).replace("data.path=", f"{section}.pretrain.path=")
+        raise ConfigError(named) from error
 
 
 def plan_base(config: Config, plan: PretrainConfig) -> Config:

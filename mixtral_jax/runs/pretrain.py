@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from mixtral_jax.data.tokenizer import read_tokenizer
-from mixtral_jax.runs.base import Base, saved_steps
+from mixtral_jax.runs.base import Base, naming_pretrain_path, saved_steps
 from mixtral_jax.runs.checkup import require_disk
 from mixtral_jax.runs.describe import describe_run
 from mixtral_jax.runs.run import Run
@@ -54,4 +54,6 @@ def _pretrain_dense(run: Run, stop: StopSignal) -> Outcome:
     if dense.config.train.num_steps in saved_steps(dense):
         return "finished"
     run.console.print(f"upcycle.base is not given: pretraining a dense model into {dense.workdir}")
-    return pretrain(dense, stop)
+    assert run.config.upcycle is not None
+    with naming_pretrain_path(run.config.upcycle.pretrain, "upcycle"):
+        return pretrain(dense, stop)

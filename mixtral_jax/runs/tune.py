@@ -16,6 +16,7 @@ from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs.answers import Answers, ask, ask_base, compare_with_base, report_answers
 from mixtral_jax.runs.base import (
     Base,
+    naming_pretrain_path,
     open_base,
     open_named_base,
     plan_base,
@@ -81,8 +82,9 @@ def find_base(
     _check_tuning(config, workdir, run)
     if run.config.train.num_steps not in saved_steps(run):
         run.console.print(f"finetune.base is not given: pretraining a base into {run.workdir}")
-        if pretrain(run, stop) == "stopped":
-            return None
+        with naming_pretrain_path(config.finetune.pretrain, "finetune"):
+            if pretrain(run, stop) == "stopped":
+                return None
     return open_base(run.workdir, config, is_shown=run.is_writer)
 
 

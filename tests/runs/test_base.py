@@ -18,7 +18,7 @@ from mixtral_jax.runs.base import open_named_base
 from mixtral_jax.runs.checkup import count_bytes, fit_base
 from mixtral_jax.runs.pretrain import pretrain
 from mixtral_jax.runs.stop import StopSignal
-from mixtral_jax.runs.upcycle import open_dense
+from mixtral_jax.runs.upcycle import open_dense, plan_dense
 from mixtral_jax.training.assemble import make_training
 from tests.cases import make_run, mesh_of, small_config
 from tests.checkpoint.side_folders import CHATML, write
@@ -122,6 +122,30 @@ def test_each_run_asks_for_room_before_it_reads_or_trains(tmp_path, monkeypatch,
                 tune.tune(run, base, StopSignal(run.processes))
             else:
                 pretrain(run, StopSignal(run.processes))
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/x", "nowhere", "nowhere:2,configs"])
+@pytest.mark.parametrize("section", ["upcycle", "finetune"])
+def test_text_to_pretrain_on_is_named_as_it_was_given(tmp_path, monkeypatch, section, path):
+    def start(config, workdir, processes):
+        return make_run(config, mesh_of(), workdir)
+
+    def start_dense(run):
+        return start(plan_dense(run.config), run.workdir / "base", run.processes)
+
+    monkeypatch.setattr(tune, "start_run", start)
+    monkeypatch.setattr("mixtral_jax.runs.pretrain.start_dense", start_dense)
+    settings = {"pretrain": {"path": path}} | ({"method": "copy"} if section == "upcycle" else {})
+    chats = tmp_path / "chats.jsonl"
+    chats.write_bytes(good_line(0))
+    config = small_config(data__path=str(chats), data__tokenizer="train:90", **{section: settings})
+    run = make_run(config, mesh_of(), tmp_path / "run")
+    stop = StopSignal(run.processes)
+    with pytest.raises(ConfigError, match=rf"^{section}\.pretrain\.path={path.split(':2')[0]}"):
+        if section == "upcycle":
+            pretrain(run, stop)
+        else:
+            tune.find_base(config, tmp_path / "run", run.processes, stop)
 
 
 def test_room_for_a_tuning_is_asked_for_before_its_base_is_pretrained(tmp_path, monkeypatch):
