@@ -121,12 +121,24 @@ def test_the_config_json_of_a_run_is_a_config_file(tmp_path, kind):
     assert longer.train.num_steps == 1234
 
 
+@pytest.mark.parametrize("section", ["finetune", "upcycle"])
+def test_a_section_that_a_run_does_not_have_may_be_added(tmp_path, section):
+    config = build(Config, load_config_file(CONFIGS / "pretrain/tiny.py"))
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    assert getattr(config, section) is None
+    added = load_config(tmp_path / "config.json", {f"{section}.base": "x"})
+    assert getattr(added, section).base == "x"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "error"),
     [
         ("config.json", "{", r"cannot be read: Expecting property name"),
         ("config.json", "[1]", "is not the config.json of a run, an object with the sections"),
         ("config.json", '{"model_type": "mixtral"}', "is not the config.json of a run"),
+        ("config.json", '{"train": {}}'.encode("utf-16"), "is not UTF-8 .*: save it as UTF-8"),
+        ("renamed.py", '{"finetune": null}', "'null' is not defined: it holds JSON, so name it"),
+        ("renamed.py", "{}", "it holds JSON, so name it .json"),
         ("run.yaml", "train: {}", r"must be a .py file with a function get_config\(\)"),
         ("run/config.json", "{}", r"run: is a folder: name its config.json"),
         ("run/other.py", "", r"run: is a folder: name a .py file in it"),
@@ -135,6 +147,6 @@ def test_the_config_json_of_a_run_is_a_config_file(tmp_path, kind):
 def test_what_is_no_config_file_is_refused_by_name(tmp_path, name, content, error):
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
-    file.write_text(content)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=error):
         load_config(file if file.parent == tmp_path else file.parent)

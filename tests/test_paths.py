@@ -58,6 +58,13 @@ def test_a_url_is_refused_by_name_at_once(read: Callable[[str], Any], url: str) 
     assert url in str(error.value)
 
 
+@pytest.mark.parametrize("path", ["file:///a/x", "file:/x", "FILE:///a"])
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_a_url_of_a_file_is_told_to_be_a_path(read: Callable[[str], Any], path: str) -> None:
+    with pytest.raises(ConfigError, match=f"{path}.* is a URL: leave out file:"):
+        read(path)
+
+
 def test_the_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("a text")

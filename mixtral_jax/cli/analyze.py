@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
         if folder and processes.index == 0:
             _make_folder(folder)
         loaded = open_model(model, processes)
-        task = read_task(flags, run, data, loaded)
+        task = read_task(flags, arguments, run, data, loaded)
         num_sequences = task.num_sequences or DEFAULT_NUM_SEQUENCES
         task = dataclasses.replace(task, num_sequences=num_sequences)
         earlier = find_earlier(run, step, model.dtype, loaded.mesh)

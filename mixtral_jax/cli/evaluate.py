@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     require_sources(data)  # Missing data are found before much is loaded.
     with claim_stdout() as output, join_processes(model.launch) as processes:
         loaded = open_model(model, processes)
-        figures = score(loaded, read_task(flags, run, data, loaded), processes)
+        figures = score(loaded, read_task(flags, arguments, run, data, loaded), processes)
         if processes.index == 0:
             print(json.dumps(figures), file=output)
     return 0

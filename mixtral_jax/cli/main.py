@@ -56,3 +56,7 @@ def describe_verbs() -> str:
         docstring = ast.get_docstring(ast.parse(source)) or ""
         lines.append(f"  {verb:<10} {docstring.splitlines()[0]}")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

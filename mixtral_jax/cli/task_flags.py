@@ -64,10 +64,25 @@ def choose_data(arguments: Sequence[str], run: "TrainedRun | None") -> DataConfi
 
 
 def read_task(
-    flags: argparse.Namespace, run: "TrainedRun | None", data: DataConfig, loaded: "Pretrained"
+    flags: argparse.Namespace,
+    arguments: Sequence[str],
+    run: "TrainedRun | None",
+    data: DataConfig,
+    loaded: "Pretrained",
 ) -> "EvalTask":
-    """The task that the flags ask for; raises ConfigError if a number is out of range."""
+    """The task that the flags ask for.
+
+    Raises:
+        ConfigError: as of `plan_task`; or a tokenizer is named for a model that has one.
+    """
     from mixtral_jax.runs.eval_data import plan_task
+
+    named = [argument for argument in arguments if argument.startswith("--data.tokenizer=")]
+    require(
+        not named or loaded.tokenizer is None,
+        f"{' '.join(named)} has no effect, since the checkpoint has a tokenizer of its own: leave "
+        "it out",
+    )
 
     return plan_task(
         run,

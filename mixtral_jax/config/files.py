@@ -54,6 +54,10 @@ def load_config_file(path: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         mapping = json.loads(path.read_text("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--config={path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
+        ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config={path} cannot be read: {error}") from error
     require(
@@ -94,16 +98,26 @@ def run_config_file(path: Path, read: Callable[[Any], Read]) -> Read:
         if get_config is None:
             raise ConfigError(
                 f"--config={path} must have a function get_config() that returns a ConfigDict"
+                f"{_hint_of_json(path)}"
             )
         return read(get_config())
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(
-            f"--config={path} does not run: {type(error).__name__}: {error}"
+            f"--config={path} does not run: {type(error).__name__}: {error}{_hint_of_json(path)}"
         ) from error
     finally:
         sys.path[:] = search_path
+
+
+def _hint_of_json(path: Path) -> str:
+    """What to do about a .py file that holds JSON; empty if it does not."""
+    try:
+        json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return ""
+    return ": it holds JSON, so name it .json"
 
 
 def _to_mapping(returned: Any) -> dict[str, Any]:

@@ -73,7 +73,9 @@ def set_key(mapping: dict[str, Any], dotted_key: str, value: Any) -> None:
     """
     *sections, last = keys = dotted_key.split(".")
     for depth, section in enumerate(sections):
-        mapping = mapping.setdefault(section, {})
+        if mapping.get(section) is None:  # So is a section that a run does not have.
+            mapping[section] = {}
+        mapping = mapping[section]
         require(
             isinstance(mapping, dict),
             f"config key {'.'.join(keys[: depth + 1])} is a value, not a section",

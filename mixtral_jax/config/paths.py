@@ -34,6 +34,8 @@ def find_path_problem(text: str) -> str | None:
     """
     if not text:
         return "is empty: a variable that is not set?"
+    if re.match("file:/", text, re.IGNORECASE):
+        return "is a URL: leave out file://, and name the path alone"
     if _URL.match(text):
         return (
             "is a URL, but files are read and written only on disks of this machine: mount the "

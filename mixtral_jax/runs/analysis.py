@@ -64,11 +64,7 @@ def analyze_text(
         ConfigError: as `open_task`.
     """
     text, is_shown = open_task(loaded, task, processes), processes.index == 0
-    note(
-        f"routing {sum(text.counts):,} rows of {task.sequence_length} tokens, {task.part} of "
-        f"{task.data.path}",
-        is_shown=is_shown,
-    )
+    note(f"routing {text.describe(task)}", is_shown=is_shown)
     start = time.monotonic()
     labellings = find_labellings(text.stores, task.data, text.tokenizer)
     pieces = text.tokenizer.pieces(range(text.tokenizer.vocab_size))

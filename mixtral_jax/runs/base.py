@@ -1,7 +1,8 @@
 """The model that a run starts from: opened, or planned where a run that names none pretrains it."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from mixtral_jax.checkpoint.run_parameters import find_steps
 from mixtral_jax.checkpoint.weights import Weights, open_weights
 from mixtral_jax.config import (
     Config,
+    ConfigError,
     DataConfig,
     OptimizerConfig,
     PretrainConfig,
@@ -25,6 +27,9 @@ from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.runs.console import print_notes
 from mixtral_jax.runs.run import Run
 from mixtral_jax.runs.text_data import find_tokenizer
+
+# Keys of the model that say how it computes, and not what it is: a base leaves them to the config.
+_COMPUTING_KEYS = ("dtype", "param_dtype", "remat", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +45,20 @@ class Base:
         architecture, wanted = self.weights.architecture, config.model
         model = dataclasses.replace(
             architecture.model,
-            dtype=wanted.dtype,
-            param_dtype=wanted.param_dtype,
-            remat=wanted.remat,
-            attention=wanted.attention,
+            **{key: getattr(wanted, key) for key in _COMPUTING_KEYS},
             context_length=max(architecture.context_length, config.train.sequence_length),
         )
         chosen = architecture.router.num_experts_per_token
         router = dataclasses.replace(config.router, num_experts_per_token=chosen)
         return dataclasses.replace(config, model=model, router=router)
+
+    def find_unused(self, keys: Iterable[str]) -> list[str]:
+        """Those of the keys of a config that change nothing, since this model decides them."""
+        computing = {f"model.{key}" for key in _COMPUTING_KEYS}
+        own = ["model.", "router.num_experts_per_token", "finetune.pretrain."]
+        if self.weights.tokenizer is not None:
+            own.append("data.tokenizer")
+        return [key for key in keys if key.startswith(tuple(own)) and key not in computing]
 
     def loader(self, run: Run) -> Callable[[], Transformer]:
         """A function that loads the weights onto the mesh in force, each device its shard."""
@@ -120,6 +130,18 @@ def saved_steps(run: Run) -> list[int]:
     """
     folder = run.workdir / "checkpoints"
     return run.processes.share("saved steps", find_steps(folder) if folder.is_dir() else [])[0]
+
+
+@contextlib.contextmanager
+def naming_pretrain_path(plan: PretrainConfig, section: str) -> Iterator[None]:
+    """Wraps the pretraining of a base: an error about its text names the key that the user set."""
+    try:
+        yield
+    except ConfigError as error:
+        if plan.path is None:
+            raise
+        named = str(error).replace("data.path=", f"{section}.pretrain.path=")
+        raise ConfigError(named) from error
 
 
 def plan_base(config: Config, plan: PretrainConfig) -> Config:

@@ -205,6 +205,17 @@ def check_disk(training: Training, workdir: Path) -> list[Problem]:
     return [Problem(what, "free some, or lower checkpoint.keep")]
 
 
+def require_disk(training: Training, workdir: Path, mesh: jax.sharding.Mesh) -> None:
+    """Makes sure, before anything is trained, that the disk has room for what a run writes.
+
+    Raises:
+        ConfigError: it has not; see `check_disk`.
+    """
+    with jax.set_mesh(mesh):
+        for problem in check_disk(training, workdir):
+            raise ConfigError(f"{problem.what}: {problem.fix}")
+
+
 def count_bytes(leaves: Iterable[Any]) -> int:
     """The bytes of arrays, or of the shapes of some."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

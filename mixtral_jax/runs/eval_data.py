@@ -12,6 +12,7 @@ import jax
 
 from mixtral_jax.checkpoint.files.foreign_folder import read_object
 from mixtral_jax.config import (
+    ConfigError,
     DataConfig,
     TrainConfig,
     build,
@@ -25,7 +26,7 @@ from mixtral_jax.data.chat.prepare import prepare_chats
 from mixtral_jax.data.field_names import describe_unread
 from mixtral_jax.data.packing import PackPlan, plan_rows
 from mixtral_jax.data.store import TokenStore
-from mixtral_jax.data.text import tokenize_text
+from mixtral_jax.data.text import PreparedText, tokenize_text
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.evaluate.perplexity import TokenBytes, make_evaluator
 from mixtral_jax.parallel.agreement import require_same
@@ -92,6 +93,13 @@ class PackedText:
         """The number of batches of all stores."""
         return sum(math.ceil(count / self.batch_size) for count in self.counts)
 
+    def describe(self, task: EvalTask) -> str:
+        """How many rows of how many are read, and of what."""
+        num_rows, num_read = sum(plan.num_rows for plan in self.plans), sum(self.counts)
+        rows = f"{num_rows:,}" if num_read == num_rows else f"{num_read:,} of {num_rows:,}"
+        part = task.part if task.data.held_out is None else f"{task.part} ({task.data.held_out})"
+        return f"{part} of {task.data.path}: {rows} rows of {task.sequence_length} tokens"
+
 
 def plan_task(
     run: TrainedRun | None,
@@ -109,14 +117,16 @@ def plan_task(
     read, in as many rows as the run reads; else all of the data are.
 
     Raises:
-        ConfigError: a number is out of range, or the held-out part of the run's own data is asked
-            for with settings by which it would hold documents that the run was trained on.
+        ConfigError: a number is out of range, or a held-out part is asked for that may hold
+            documents which the model was trained on: that of other data than the run's own, or of
+            those by other settings.
     """
     length, count = sequence_length, num_sequences
     require(length is None or length >= 2, f"--sequence_length={length} must be at least 2")
     require(count is None or count >= 1, f"--num_sequences={count} must be at least 1")
     length = length or min(loaded.config.train.sequence_length, DEFAULT_SEQUENCE_LENGTH)
     if run is None or run.data.path != data.path:
+        _require_known_held_out(run, data, part)
         return EvalTask(data, part or "all", is_chat, length, count)
     part = part or "held_out"
     if part == "held_out":
@@ -132,6 +142,20 @@ def names_same_data(one: str, other: str) -> bool:
     if not (names_existing(one) and names_existing(other)):
         return False
     return local_path(one, "data.path").samefile(local_path(other, "data.path"))
+
+
+def _require_known_held_out(run: TrainedRun | None, data: DataConfig, part: Part | None) -> None:
+    """Refuses to call a part of other data than the run's own held out: who knows from what?"""
+    if part != "held_out" or (run is None and data.held_out is not None):
+        return
+    who = "the checkpoint is no run's" if run is None else f"the run read data.path={run.data.path}"
+    fix = "name data.held_out, or set --part=all"
+    if run is not None:
+        fix = "set --part=all, or leave out --data.path, with --data.held_out for data of their own"
+    raise ConfigError(
+        f"--part=held_out: nothing says that part of data.path={data.path} was held out, since "
+        f"{who}: {fix}"
+    )
 
 
 def _require_same_held_out(own: DataConfig, data: DataConfig) -> None:
@@ -196,13 +220,8 @@ def score(loaded: Pretrained, task: EvalTask, processes: Processes) -> dict[str,
         ConfigError: as `open_task`.
     """
     text = open_task(loaded, task, processes)
-    num_rows = sum(plan.num_rows for plan in text.plans)
     is_shown = processes.index == 0
-    note(
-        f"scoring {task.part} of {task.data.path}: {num_rows:,} rows of {task.sequence_length} "
-        "tokens",
-        is_shown=is_shown,
-    )
+    note(f"scoring {text.describe(task)}", is_shown=is_shown)
     start = time.monotonic()
     evaluate = make_evaluator(iterate_batches(loaded, text), TokenBytes.of(text.tokenizer))
     precision = jax.default_matmul_precision(matmul_precision(loaded.config.model.dtype))
@@ -220,7 +239,13 @@ def score(loaded: Pretrained, task: EvalTask, processes: Processes) -> dict[str,
 
 
 def read_run(checkpoint: Path) -> TrainedRun | None:
-    """The run that made a checkpoint, if that is a run's workdir or one of its steps."""
+    """The run that made a checkpoint, if that is a run's workdir or one of its steps.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    fix = "name a run, a step of it, or a folder with weights"
+    require(checkpoint.is_dir(), f"--checkpoint={checkpoint} is not a folder: {fix}")
     # A step lies two folders below the workdir; a folder of the root has only one parent.
     for folder in (checkpoint, *checkpoint.absolute().parents[1:2]):
         if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
@@ -229,6 +254,15 @@ def read_run(checkpoint: Path) -> TrainedRun | None:
             train = build(TrainConfig, saved.get("train", {}), "train.")
             return TrainedRun(folder, data, train, bool(saved.get("finetune")))
     return None
+
+
+def _read_text(data: DataConfig, tokenizer: Tokenizer) -> PreparedText:
+    try:
+        return tokenize_text(data, tokenizer)
+    except ConfigError as error:
+        if "data.text_field" not in str(error):
+            raise
+        raise ConfigError(f"{error}; if these are conversations, give --chat") from None
 
 
 def _open_stores(
@@ -240,7 +274,14 @@ def _open_stores(
     if chat.template == "auto":  # As chats with the model do.
         chat = dataclasses.replace(chat, template=loaded.side_files.template)
         data = dataclasses.replace(data, chat=chat)
-    prepared = prepare_chats(data, tokenizer) if task.is_chat else tokenize_text(data, tokenizer)
+    prepared = prepare_chats(data, tokenizer) if task.is_chat else _read_text(data, tokenizer)
+    if prepared.num_shared:
+        note(
+            f"{prepared.num_shared:,} of {prepared.held_out.num_documents:,} documents of "
+            f"data.held_out={data.held_out} are in data.path={data.path} too: their loss says "
+            "little about new text",
+            is_shown=is_shown,
+        )
     if prepared.unread:
         note(f"not read: {describe_unread(prepared.unread)}", is_shown=is_shown)
     if task.part == "held_out":

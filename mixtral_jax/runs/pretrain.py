@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from mixtral_jax.data.tokenizer import read_tokenizer
-from mixtral_jax.runs.base import Base, saved_steps
+from mixtral_jax.runs.base import Base, naming_pretrain_path, saved_steps
+from mixtral_jax.runs.checkup import require_disk
 from mixtral_jax.runs.describe import describe_run
 from mixtral_jax.runs.run import Run
 from mixtral_jax.runs.stop import StopSignal
@@ -14,7 +15,13 @@ from mixtral_jax.training.loop import Outcome
 
 
 def pretrain(run: Run, stop: StopSignal, callbacks: Sequence[Callback] = ()) -> Outcome:
-    """Trains on the text of a run; with a section `upcycle`, from the weights of a dense model."""
+    """Trains on the text of a run; with a section `upcycle`, from the weights of a dense model.
+
+    Raises:
+        ConfigError: the disk has no room for the checkpoints, there is nothing to read, or the run
+            in the workdir cannot be resumed.
+    """
+    require_disk(run.training, run.workdir, run.mesh)
     if run.config.upcycle:
         return _upcycle(run, stop, callbacks)
     describe_run(run)
@@ -47,4 +54,6 @@ def _pretrain_dense(run: Run, stop: StopSignal) -> Outcome:
     if dense.config.train.num_steps in saved_steps(dense):
         return "finished"
     run.console.print(f"upcycle.base is not given: pretraining a dense model into {dense.workdir}")
-    return pretrain(dense, stop)
+    assert run.config.upcycle is not None
+    with naming_pretrain_path(run.config.upcycle.pretrain, "upcycle"):
+        return pretrain(dense, stop)

@@ -65,7 +65,9 @@ def resume_or_init(
     for line in adopt_data(run.workdir, run.config) if run.is_writer else ():
         run.console.print(line, markup=False)
     run.console.print(f"resuming after step {step} of {run.config.train.num_steps}")
-    if record.get("num_steps", run.config.train.num_steps) != run.config.train.num_steps:
+    num_steps = run.config.train.num_steps
+    # If all steps are done, no learning rate changes.
+    if step < num_steps != record.get("num_steps", num_steps):
         run.console.print(_describe_new_length(run.config, record["num_steps"], step))
     return StartState(step, state, record | length)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from mixtral_jax.checkpoint.formats.tokenizer_json import make_tokenizer_json
-from mixtral_jax.config import Config, ConfigError
+from mixtral_jax.config import Config
 from mixtral_jax.data.sources import require_sources
 from mixtral_jax.data.tokenizer import read_tokenizer
 from mixtral_jax.parallel.mesh import resolve_mesh
@@ -16,6 +16,7 @@ from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs.answers import Answers, ask, ask_base, compare_with_base, report_answers
 from mixtral_jax.runs.base import (
     Base,
+    naming_pretrain_path,
     open_base,
     open_named_base,
     plan_base,
@@ -23,7 +24,8 @@ from mixtral_jax.runs.base import (
     saved_steps,
 )
 from mixtral_jax.runs.chat_data import open_chat
-from mixtral_jax.runs.checkup import check_disk
+from mixtral_jax.runs.checkup import require_disk
+from mixtral_jax.runs.console import print_notes
 from mixtral_jax.runs.describe import describe_run
 from mixtral_jax.runs.export import save_adapters
 from mixtral_jax.runs.pretrain import pretrain
@@ -31,7 +33,7 @@ from mixtral_jax.runs.run import Run, platform_of, start_run
 from mixtral_jax.runs.stop import StopSignal
 from mixtral_jax.runs.training import Callback, train_model
 from mixtral_jax.runs.workdir import check_saved
-from mixtral_jax.training.assemble import Training, make_training
+from mixtral_jax.training.assemble import make_training
 from mixtral_jax.whole_files import write_json
 
 
@@ -43,8 +45,18 @@ class Tuned:
     answers: Answers
 
 
-def find_base(config: Config, workdir: Path, processes: Processes, stop: StopSignal) -> Base | None:
+def find_base(
+    config: Config,
+    workdir: Path,
+    processes: Processes,
+    stop: StopSignal,
+    named_keys: Sequence[str] = (),
+) -> Base | None:
     """The base that `finetune.base` names, or one pretrained into `workdir/base`.
+
+    Args:
+        named_keys: keys of the config that a command line sets; a note says which of them a named
+            base makes void.
 
     Returns:
         None if the pretraining was stopped.
@@ -55,7 +67,12 @@ def find_base(config: Config, workdir: Path, processes: Processes, stop: StopSig
     """
     assert config.finetune is not None
     if config.finetune.base is not None:
-        return open_named_base(config, is_shown=processes.index == 0)
+        is_shown = processes.index == 0
+        base = open_named_base(config, is_shown=is_shown)
+        if unused := base.find_unused(named_keys):
+            note = f"{', '.join(unused)}: without effect, since the base has its own"
+            print_notes([note], is_shown=is_shown)
+        return base
     require_tunable(config)
     if processes.index == 0:
         # Runs that were started before began with a base that these settings made.
@@ -65,8 +82,9 @@ def find_base(config: Config, workdir: Path, processes: Processes, stop: StopSig
     _check_tuning(config, workdir, run)
     if run.config.train.num_steps not in saved_steps(run):
         run.console.print(f"finetune.base is not given: pretraining a base into {run.workdir}")
-        if pretrain(run, stop) == "stopped":
-            return None
+        with naming_pretrain_path(config.finetune.pretrain, "finetune"):
+            if pretrain(run, stop) == "stopped":
+                return None
     return open_base(run.workdir, config, is_shown=run.is_writer)
 
 
@@ -82,13 +100,7 @@ def _check_tuning(config: Config, workdir: Path, run: Run) -> None:
     training = make_training(config, platform_of(run.mesh))
     with jax.set_mesh(run.mesh):
         jax.eval_shape(training.make_model)
-        _require_room(training, workdir)
-
-
-def _require_room(training: Training, workdir: Path) -> None:
-    """Raises ConfigError if the disk has no room for what a tuning writes; see `check_disk`."""
-    for problem in check_disk(training, workdir):
-        raise ConfigError(f"{problem.what}: {problem.fix}")
+    require_disk(training, workdir, run.mesh)
 
 
 def tune(
@@ -100,8 +112,7 @@ def tune(
         None if it was stopped.
     """
     describe_run(run)
-    with jax.set_mesh(run.mesh):
-        _require_room(run.training, run.workdir)
+    require_disk(run.training, run.workdir, run.mesh)
     with stop.at_once():
         data = open_chat(run, base.tokenizer)
     if run.is_writer:  # Read by whoever opens the workdir, and by the export.

@@ -85,7 +85,7 @@ class TrainLoop:
         """Trains to `num_steps`, or until told to stop; the last step is on disk on return."""
         first, last, say = int(state.step), self.config.num_steps, self.progress.say
         if first >= last:
-            say(f"nothing to do: step {first} of {last} is already saved")
+            say(f"nothing to do: step {first} is saved, and train.num_steps={last}")
             return Ending("finished", state)
         go_on = "the same command with this --workdir goes on"
         if self.is_stop_requested():

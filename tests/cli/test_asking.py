@@ -208,7 +208,7 @@ def test_what_a_run_was_trained_on_is_judged_as_the_run_does(tmp_path):
     assert plan("own.txt", part="all", num_sequences=5) == dataclasses.replace(
         own, part="all", num_sequences=5
     )
-    assert plan("own.txt", Path("/folder-of-the-root")) == EvalTask(
+    assert plan("own.txt", Path(*tmp_path.parts[:2])) == EvalTask(
         DataConfig(path="own.txt"), "all", False, 24, None
     )
     assert plan("other.txt", is_chat=True) == EvalTask(
@@ -263,9 +263,11 @@ def test_without_a_run_the_data_must_be_named():
         ("generate --checkpoint=x --prompt=x --mesh.exper=2", "did you mean mesh.expert"),
         ("generate --checkpoint=x --prompt=x --data.path=x", "unknown flag '--data.path=x'"),
         ("chat --checkpoint=x --top_p=2", "top_p=2.0"),
-        ("evaluate --checkpoint=x", "--data.path=F"),
-        ("evaluate --checkpoint=x --data.path=nowhere", "nowhere does not exist"),
-        ("evaluate --checkpoint=x --data.path=x --data.held_out_fraction=2", "held_out_fraction=2"),
+        ("evaluate --checkpoint=.", "--data.path=F"),
+        ("evaluate --checkpoint=nowhere", "checkpoint=nowhere is not a folder"),
+        ("analyze --checkpoint=nowhere --data.path=.", "checkpoint=nowhere is not a folder"),
+        ("evaluate --checkpoint=. --data.path=nowhere", "nowhere does not exist"),
+        ("evaluate --checkpoint=. --data.path=x --data.held_out_fraction=2", "held_out_fraction=2"),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_is_loaded(arguments, words):

@@ -9,7 +9,7 @@ from tests.scripts import ROOT, environment
 
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "datasets", "grain", "matplotlib"}
 HEAVY |= {"tensorstore", "tensorboardX", "scipy", "pyarrow"}
-COMMANDS = [["train.py"], ["finetune_instruct.py"], ["mixtral_jax"]]
+COMMANDS = [["train.py"], ["finetune_instruct.py"], ["mixtral_jax"], ["mixtral_jax.cli.main"]]
 COMMANDS += [["mixtral_jax", verb] for verb in VERBS]
 # Prints, for each command, what its help writes and which modules that has imported.
 PROGRAM = """

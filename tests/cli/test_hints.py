@@ -31,6 +31,7 @@ PRINTED_BY = {
     "bench/generate": ["bench"],
     "bench/layer": ["bench"],
     "checkpoint/export": ["export"],
+    "checkpoint/formats/tokenizer_json": ["export"],  # The message names this verb.
     "cli/data_inspect": ["data inspect"],
     "cli/data_rows": ROWS,
     "cli/data_validate": ["data validate"],

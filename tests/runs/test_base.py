@@ -3,22 +3,26 @@
 import contextlib
 import dataclasses
 import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import pytest
 
+from mixtral_jax.cli.tune_flags import parse_tuning_flags
 from mixtral_jax.config import ConfigError
 from mixtral_jax.parallel.mesh import resolve_mesh
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs import checkup, tune
 from mixtral_jax.runs.base import open_named_base
 from mixtral_jax.runs.checkup import count_bytes, fit_base
-from mixtral_jax.runs.upcycle import open_dense
+from mixtral_jax.runs.pretrain import pretrain
+from mixtral_jax.runs.stop import StopSignal
+from mixtral_jax.runs.upcycle import open_dense, plan_dense
 from mixtral_jax.training.assemble import make_training
 from tests.cases import make_run, mesh_of, small_config
 from tests.checkpoint.side_folders import CHATML, write
-from tests.data.chat_cases import good_line
+from tests.data.chat_cases import good_line, train_tokenizer
 from tests.data.test_vocabulary import train
 
 
@@ -64,6 +68,30 @@ def test_each_way_to_open_a_base_prints_its_notes_in_one_process(index, tmp_path
         assert capsys.readouterr().err.count("temperature=0.6") == (index == 0)
 
 
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize(
+    ("flags", "unused"),
+    [
+        (["model.num_layers=7", "data.tokenizer=mixtral"], "model.num_layers, data.tokenizer"),
+        (
+            ["router.num_experts_per_token=1", "model.granularity=2"],
+            "router.num_experts_per_token, model.granularity",
+        ),
+        (["finetune.pretrain.num_steps=3", "model.dtype=float32"], "finetune.pretrain.num_steps"),
+        (["model.remat=none", "train.num_steps=3", "data.path=x"], None),
+    ],
+)
+def test_keys_that_a_named_base_makes_void_are_named(tmp_path, capsys, flags, unused, index):
+    write(tmp_path, {})
+    arguments = [f"--config.{flag}" for flag in (*flags, f"finetune.base={tmp_path}")]
+    read = parse_tuning_flags(arguments, description="", default_config="instruct/tiny.py")
+    nothing: Any = None
+    tune.find_base(read.run.config, tmp_path, Processes(index), nothing, read.named_keys)
+    said = [line for line in capsys.readouterr().err.splitlines() if "without effect" in line]
+    expected = f"note: {unused}: without effect, since the base has its own"
+    assert said == ([expected] if unused and index == 0 else [])
+
+
 def test_a_disk_without_room_for_checkpoints_and_export_is_refused(tmp_path, monkeypatch):
     config = small_config(finetune={"lora": {"rank": 2}}, checkpoint__keep=2)
     training = make_training(resolve_mesh(config, 1), "cpu")
@@ -80,7 +108,44 @@ def test_a_disk_without_room_for_checkpoints_and_export_is_refused(tmp_path, mon
                 assert len(checkup.check_disk(training, tmp_path)) == missing
         # Of a run that is trained, the export alone is to come.
         with pytest.raises(ConfigError, match=r"for an export of .*: free some"):
-            tune._require_room(training, tmp_path)
+            checkup.require_disk(training, tmp_path, mesh_of())
+
+
+@pytest.mark.parametrize("settings", [{}, {"upcycle": {"method": "copy"}}, {"finetune": {}}])
+def test_each_run_asks_for_room_before_it_reads_or_trains(tmp_path, monkeypatch, settings):
+    run = make_run(small_config(data__path="nowhere", **settings), mesh_of(), tmp_path)
+    for free, words in ((0, f"too little space in {tmp_path}: .* free some"), (2**40, "nowhere")):
+        monkeypatch.setattr(checkup, "free_bytes", lambda folder, free=free: free)
+        with pytest.raises(ConfigError, match=words):
+            if "finetune" in settings:
+                base: Any = SimpleNamespace(tokenizer=train_tokenizer())
+                tune.tune(run, base, StopSignal(run.processes))
+            else:
+                pretrain(run, StopSignal(run.processes))
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/x", "nowhere", "nowhere:2,configs"])
+@pytest.mark.parametrize("section", ["upcycle", "finetune"])
+def test_text_to_pretrain_on_is_named_as_it_was_given(tmp_path, monkeypatch, section, path):
+    def start(config, workdir, processes):
+        return make_run(config, mesh_of(), workdir)
+
+    def start_dense(run):
+        return start(plan_dense(run.config), run.workdir / "base", run.processes)
+
+    monkeypatch.setattr(tune, "start_run", start)
+    monkeypatch.setattr("mixtral_jax.runs.pretrain.start_dense", start_dense)
+    settings = {"pretrain": {"path": path}} | ({"method": "copy"} if section == "upcycle" else {})
+    chats = tmp_path / "chats.jsonl"
+    chats.write_bytes(good_line(0))
+    config = small_config(data__path=str(chats), data__tokenizer="train:90", **{section: settings})
+    run = make_run(config, mesh_of(), tmp_path / "run")
+    stop = StopSignal(run.processes)
+    with pytest.raises(ConfigError, match=rf"^{section}\.pretrain\.path={path.split(':2')[0]}"):
+        if section == "upcycle":
+            pretrain(run, stop)
+        else:
+            tune.find_base(config, tmp_path / "run", run.processes, stop)
 
 
 def test_room_for_a_tuning_is_asked_for_before_its_base_is_pretrained(tmp_path, monkeypatch):

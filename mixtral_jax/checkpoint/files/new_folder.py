@@ -30,7 +30,7 @@ def require_room(path: Path, num_bytes: int) -> None:
     require(is_free, f"{path} exists already: name a new folder, or delete that one")
     require(
         free > num_bytes,
-        f"{path} needs {num_bytes / 1e9:,.1f} GB, and its disk has {free / 1e9:,.1f} GB free: free "
+        f"{path} needs {num_bytes / 1e6:,.1f} MB, and its disk has {free / 1e6:,.1f} MB free: free "
         "some space, or name a folder on another disk",
     )
 
