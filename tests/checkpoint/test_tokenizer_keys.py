@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from mixtral_jax.checkpoint.export import find_lost, make_small_files
+from mixtral_jax.checkpoint.formats.tokenizer_json import make_tokenizer_json
 from mixtral_jax.checkpoint.formats.tokenizer_keys import KEYS
 from mixtral_jax.checkpoint.weights import Weights, open_weights
 from mixtral_jax.config import ConfigError
@@ -205,3 +206,51 @@ def test_an_added_word_is_refused_unless_a_file_says_that_it_is_special(files, f
         weights = open_weights(write(folder, files | more))
         assert weights.side_files.added_tokens == {"hello": WORD}
         (folder / SPECIAL).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "words"),
+    [
+        ({"normalizer": {"type": "Lowercase"}}, "normalizer 'Lowercase'"),
+        (
+            {
+                "normalizer": {
+                    "type": "Sequence",
+                    "normalizers": [{"type": "Prepend"}, {"type": "NFC"}],
+                }
+            },
+            "normalizer 'NFC'",
+        ),
+        ({"pre_tokenizer": {"type": "ByteLevel"}}, "pre_tokenizer 'ByteLevel'"),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}]}},
+            "pre_tokenizer 'Digits'",
+        ),
+        ({"normalizer": "lower"}, "normalizer"),
+        ({"model": {"type": "BPE", "dropout": 0.1}}, "model.dropout=0.1"),
+    ],
+)
+def test_a_tokenizer_json_with_steps_that_tokenizer_model_has_not_is_refused(
+    tmp_path, tokenizer, words
+):
+    with pytest.raises(ConfigError, match=f"tokenizer.json: {words}.* other ids"):
+        open_with(tmp_path, {}, **{"tokenizer.json": tokenizer})
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        make_tokenizer_json(train_tokenizer()),
+        {"pre_tokenizer": {"type": "Metaspace"}, "normalizer": None, "model": {"dropout": None}},
+        {
+            "normalizer": {"type": "Sequence", "normalizers": [{"type": "Precompiled"}]},
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [{"type": "WhitespaceSplit"}, {"type": "Metaspace"}],
+            },
+        },
+    ],
+    ids=["as exported here", "BPE", "unigram"],
+)
+def test_a_tokenizer_json_as_transformers_makes_it_is_taken(tmp_path, tokenizer):
+    open_with(tmp_path, {}, **{"tokenizer.json": tokenizer})

@@ -17,6 +17,7 @@ from mixtral_jax.checkpoint.formats.config_keys import Settings
 from mixtral_jax.checkpoint.formats.reading_templates import read_template
 from mixtral_jax.checkpoint.formats.side_files import SideFiles
 from mixtral_jax.checkpoint.formats.special_tokens import SpecialTokens, find_flags
+from mixtral_jax.checkpoint.formats.tokenizer_json import find_other_steps
 from mixtral_jax.checkpoint.formats.tokenizer_keys import SPECIAL_TOKENS, read_settings
 from mixtral_jax.config import require
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -236,7 +237,13 @@ class SideFileReader:
             yield _TOKENIZER, token.get("id"), token.get("content"), token.get("special")
 
     def _check_pieces(self) -> None:
-        """Makes sure that tokenizer.json has the pieces of tokenizer.model, with the same ids."""
+        """Makes sure that tokenizer.json is tokenizer.model in another form, with the same ids."""
+        other = find_other_steps(self._objects[_TOKENIZER]) if self._pieces else []
+        require(
+            not other,
+            f"{self._folder / _TOKENIZER}: {', '.join(other)} would turn texts into other ids than "
+            f"tokenizer.model does: {_ONE_MODEL}",
+        )
         model = self._objects[_TOKENIZER].get("model") or {}
         require_kind(self._folder / _TOKENIZER, "model", model, dict)
         vocabulary = model.get("vocab") or {}

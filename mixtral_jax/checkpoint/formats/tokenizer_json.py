@@ -5,7 +5,7 @@ by id, but Mixtral's pieces of several spaces have low scores and not high ids. 
 space before a text.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -84,6 +84,39 @@ def make_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "merges": find_merges(pieces),
         },
     }
+
+
+# What transformers makes of a tokenizer.model. "Precompiled" is the normalizer in it.
+_KNOWN_STEPS: Mapping[str, tuple[str, ...]] = {
+    "normalizer": ("Prepend", "Replace", "Precompiled"),
+    "pre_tokenizer": ("Metaspace", "WhitespaceSplit"),
+}
+
+
+def find_other_steps(theirs: Mapping[str, Any]) -> list[str]:
+    """What in a tokenizer.json turns texts into other ids than a tokenizer.model can, in words."""
+    found = [
+        f"{name} {step!r}"
+        for name, known in _KNOWN_STEPS.items()
+        for step in _list_steps(theirs.get(name))
+        if step not in known
+    ]
+    model = theirs.get("model")
+    dropout = model.get("dropout") if isinstance(model, Mapping) else None
+    return [*found, f"model.dropout={dropout!r}"] if dropout else found
+
+
+def _list_steps(step: Any) -> Iterator[str]:
+    """The types of a step, which may be a sequence of steps."""
+    if not isinstance(step, Mapping):
+        if step is not None:
+            yield repr(step)
+    elif step.get("type") == "Sequence":
+        steps = step.get("normalizers") or step.get("pretokenizers") or []
+        for part in steps if isinstance(steps, list) else [steps]:
+            yield from _list_steps(part)
+    else:
+        yield str(step.get("type"))
 
 
 def _added_token(id_: int, piece: Piece) -> dict[str, Any]:
