@@ -148,17 +148,11 @@ def test_merged_weights_give_the_logits_of_adapters() -> None:
     np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-4)  # Logits are of order 1.
 
 
+@pytest.mark.meshes
 @pytest.mark.parametrize(
     ("sizes", "kernel"),
-    [
-        pytest.param({"expert": 4, "fsdp": 2}, "ragged_dot", id="expert=4,fsdp=2"),
-        pytest.param(
-            {"fsdp": 2, "expert": 2, "tensor": 2},
-            "blocks",
-            id="fsdp=2,expert=2,tensor=2",
-            marks=pytest.mark.meshes,
-        ),
-    ],
+    [({"expert": 4, "fsdp": 2}, "ragged_dot"), ({"fsdp": 2, "expert": 2, "tensor": 2}, "blocks")],
+    ids=["expert=4,fsdp=2", "fsdp=2,expert=2,tensor=2"],
 )
 def test_losses_with_dropout_are_the_same_on_every_mesh(
     sizes: dict[str, int], kernel: GroupedMatmulName
