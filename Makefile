@@ -67,6 +67,7 @@ format: install
 
 bench: install $(PARITY_VENV)/.installed
 	$(BIN)/python -m mixtral_jax bench --config=configs/pretrain/tiny.py
+	$(PARITY_VENV)/bin/python -m mixtral_jax bench --train --config=configs/bench/train.py
 	$(PARITY_VENV)/bin/python -m mixtral_jax bench --layer --config=configs/bench/layer.py
 	$(PARITY_VENV)/bin/python -m mixtral_jax bench --generate --config=configs/bench/generate.py
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixtral_jax.bench.peer import import_peer, require_one_device
+from mixtral_jax.bench.peer import import_peer, make_peer, require_one_device
 from mixtral_jax.config import Config
 from mixtral_jax.generate.generator import Speed
 from mixtral_jax.generate.settings import Settings
@@ -62,7 +62,7 @@ def measure_generate(config: Config, mesh: jax.sharding.Mesh) -> dict[str, dict[
     require_one_device(mesh, "--generate")
     torch, transformers = import_peer("--generate")
     torch.manual_seed(0)
-    theirs = _make_model(config, transformers)
+    theirs = make_peer(config, transformers, eos_token_id=None).eval()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         programs = {
@@ -103,24 +103,6 @@ def _run_ours(folder: Path, mesh: jax.sharding.Mesh) -> Measure:
         )
 
     return run
-
-
-def _make_model(config: Config, transformers: Any) -> Any:
-    """A random Mixtral of transformers."""
-    model = config.model
-    theirs = transformers.MixtralConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        num_local_experts=model.num_experts,
-        num_experts_per_tok=config.router.num_experts_per_token,
-        eos_token_id=None,
-    )
-    return transformers.MixtralForCausalLM(theirs).eval()
 
 
 def _run_theirs(model: Any, torch: Any) -> Measure:

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from mixtral_jax.config import ConfigError, require
+from mixtral_jax.config import Config, ConfigError, require
 
 
 def require_one_device(mesh: jax.sharding.Mesh, flag: str) -> None:
@@ -29,3 +29,21 @@ def import_peer(flag: str) -> tuple[Any, Any]:
             f"bench {flag} needs torch and transformers ({error}): pip install -e '.[parity]'"
         ) from None
     return torch, transformers
+
+
+def make_peer(config: Config, transformers: Any, **settings: Any) -> Any:
+    """A random Mixtral of transformers, as large as that of the config, with `settings`."""
+    model = config.model
+    theirs = transformers.MixtralConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        num_local_experts=model.num_experts,
+        num_experts_per_tok=config.router.num_experts_per_token,
+        **settings,
+    )
+    return transformers.MixtralForCausalLM(theirs)

@@ -14,7 +14,7 @@ from mixtral_jax.model.transformer import count_parameters
 from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.rules import AxisRules
 from mixtral_jax.plan.flops import model_flops_per_step
-from mixtral_jax.training.assemble import make_training
+from mixtral_jax.training.assemble import Training, make_training
 from mixtral_jax.training.step import peak_memory_bytes
 
 NUM_WARMUP_STEPS, NUM_MEASURED_STEPS = 2, 8
@@ -36,15 +36,13 @@ def describe_step(figures: dict[str, Any]) -> str:
 def measure_step(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Compiles the real step, times it, and times a dense matmul in the same minute to compare."""
     device = mesh.devices.flat[0]
-    ceiling = _measure_ceiling(config, device)
+    ceiling = measure_ceiling(config, device)
     # Virtual CPU devices share the cores that one of them uses all of.
     ceiling *= 1 if device.platform == "cpu" else mesh.size
     training = make_training(config, device.platform)
     with jax.set_mesh(mesh):
         state, batch = training.init(), make_up_batch(config, mesh)
-        model: Any = state.model()
-        parameters = count_parameters(model, nnx.Param)
-        trained = count_parameters(model, training.trainable)
+        flops = count_flops(training, state.model())
         step = training.train_step.lower(state, batch).compile()
         seconds = []
         for _ in range(NUM_WARMUP_STEPS + NUM_MEASURED_STEPS):
@@ -53,7 +51,6 @@ def measure_step(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
             jax.block_until_ready((state, metrics))
             seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds[NUM_WARMUP_STEPS:])
-    flops = model_flops_per_step(config, parameters, trained)
     return {
         "tokens_per_second": config.train.batch_size * config.train.sequence_length / median,
         "step_seconds_median": median,
@@ -62,6 +59,13 @@ def measure_step(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         "utilization": flops / median / ceiling,
         "peak_memory_bytes": peak_memory_bytes(step),
     }
+
+
+def count_flops(training: Training, model: Any) -> int:
+    """The FLOPs that `model` needs for a step of `training`."""
+    parameters = count_parameters(model, nnx.Param)
+    trained = count_parameters(model, training.trainable)
+    return model_flops_per_step(training.config, parameters, trained)
 
 
 def make_up_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:
@@ -76,7 +80,7 @@ def make_up_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:
     return jax.device_put(batch, jax.NamedSharding(mesh, batch_spec(AxisRules())))
 
 
-def _measure_ceiling(config: Config, device: Any) -> float:
+def measure_ceiling(config: Config, device: Any) -> float:
     """FLOP/s of a dense matmul of an expert's shape, in the compute dtype, on one device."""
     rows, D, F = CEILING_ROWS, config.model.hidden_size, config.model.intermediate_size
     x = jax.device_put(jnp.ones((rows, D), config.model.dtype), device)

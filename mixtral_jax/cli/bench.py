@@ -6,15 +6,12 @@ from mixtral_jax.cli.flags import make_parser, parse_config
 
 
 def main(arguments: list[str]) -> int:
-    """`bench --config=F [--layer | --generate] [--json] [--config.KEY=VALUE ...]`."""
+    """`bench --config=F [--train | --layer | --generate] [--json] [--config.KEY=VALUE ...]`."""
     parser = make_parser(__doc__, "pretrain/tiny.py", "bench")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--layer",
-        action="store_true",
-        help="one MoE layer beside transformers', not the train step",
-    )
+    what.add_argument("--train", action="store_true", help="the train step beside transformers'")
+    what.add_argument("--layer", action="store_true", help="one MoE layer beside transformers'")
     what.add_argument(
         "--generate", action="store_true", help="prefill and decode beside transformers'"
     )
@@ -23,13 +20,16 @@ def main(arguments: list[str]) -> int:
     from mixtral_jax.bench.generate import describe_generate, measure_generate
     from mixtral_jax.bench.layer import describe_layer, measure_layer
     from mixtral_jax.bench.step import describe_step, measure_step
+    from mixtral_jax.bench.train import describe_train, measure_train
     from mixtral_jax.parallel.mesh import make_mesh
     from mixtral_jax.parallel.processes import Processes
     from mixtral_jax.runs.run import start_devices
 
     config = start_devices(config, Processes())
     mesh = make_mesh(config.mesh)
-    if flags.layer:
+    if flags.train:
+        figures, describe = measure_train(config, mesh), describe_train
+    elif flags.layer:
         figures, describe = measure_layer(config, mesh), describe_layer
     elif flags.generate:
         figures, describe = measure_generate(config, mesh), describe_generate
