@@ -28,12 +28,16 @@ def main(arguments: list[str]) -> int:
     config = start_devices(config, Processes())
     mesh = make_mesh(config.mesh)
     if flags.train:
-        figures, describe = measure_train(config, mesh), describe_train
+        figures = measure_train(config, mesh)
+        text = describe_train(figures)
     elif flags.layer:
-        figures, describe = measure_layer(config, mesh), describe_layer
+        figures = measure_layer(config, mesh)
+        text = describe_layer(figures)
     elif flags.generate:
-        figures, describe = measure_generate(config, mesh), describe_generate
+        figures = measure_generate(config, mesh)
+        text = describe_generate(figures)
     else:
-        figures, describe = measure_step(config, mesh), describe_step
-    print(json.dumps(figures) if flags.json else describe(figures))
+        figures = measure_step(config, mesh)
+        text = describe_step(figures)
+    print(json.dumps(figures) if flags.json else text)
     return 0
