@@ -30,6 +30,7 @@ JOINED = [*RUNS, "doctor", "import", *WITH_MODEL]
 PRINTED_BY = {
     "bench/generate": ["bench"],
     "bench/layer": ["bench"],
+    "bench/train": ["bench"],
     "checkpoint/export": ["export"],
     "checkpoint/formats/tokenizer_json": ["export"],  # The message names this verb.
     "cli/data_inspect": ["data inspect"],
