@@ -8,20 +8,11 @@ transformers, the backward pass computes nothing again.
 
 from ml_collections import ConfigDict
 
-from configs import models
+from configs.bench import generate
 
 
 def get_config() -> ConfigDict:
-    model = models.tiny()
-    model.update(
-        vocab_size=4096,
-        hidden_size=512,
-        intermediate_size=1792,
-        num_heads=8,
-        num_kv_heads=2,
-        head_dim=64,
-        remat="none",
-    )
-    return ConfigDict(
-        {"model": model, "train": {"num_steps": 1, "batch_size": 4, "sequence_length": 512}}
-    )
+    config = generate.get_config()
+    config.model.update(vocab_size=4096, remat="none")
+    config.train.batch_size = 4
+    return config

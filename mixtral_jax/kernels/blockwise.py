@@ -73,7 +73,7 @@ def _forward(
         scores_BKGbc = _score(pair.read_queries(q), pair.read_keys(k))
         scores_BKGbc = jnp.where(sees_BKGbc, scores_BKGbc, _LOWEST_SCORE)
         new_max_BKGb1 = jnp.maximum(max_BKGb1, jnp.max(scores_BKGbc, axis=-1, keepdims=True))
-        # Of a query that has seen no key so far, the difference is 0.
+        # If a query has seen no key so far, all its scores are the lowest one, and exp gives 1.
         weights_BKGbc = jnp.where(sees_BKGbc, jnp.exp(scores_BKGbc - new_max_BKGb1), 0)
         shrink_BKGb1 = jnp.exp(max_BKGb1 - new_max_BKGb1)
         sum_BKGb1 = sum_BKGb1 * shrink_BKGb1 + jnp.sum(weights_BKGbc, axis=-1, keepdims=True)

@@ -35,8 +35,8 @@ class _Variables:
 
 
 # One launcher may start processes inside a job of another, whose variables they then have as well.
-# Of those that tell of as many processes, the first is named: Open MPI gives the variables of PMI
-# too.
+# If several launchers tell of equally many processes, the first in this list is named. Open MPI,
+# for one, also sets the variables of PMI.
 _VARIABLES = (
     _Variables("torchrun", "RANK", ("WORLD_SIZE",), _WITHOUT_TORCHRUN),
     _Variables("torchrun", "GROUP_RANK", ("GROUP_WORLD_SIZE",), _WITHOUT_TORCHRUN, is_whole=False),

@@ -270,7 +270,7 @@ def test_the_page_on_conversations_names_every_field_that_has_a_meaning():
     page = (Path(__file__).parents[2] / "docs" / "chat_data.md").read_text()
 
     def is_named(name):
-        parts = name.rpartition("_")[::2]  # Of many, the page names the two parts.
+        parts = name.rpartition("_")[::2]  # The page names two parts for many fields.
         return f"`{name}`" in page or all(f"`{part}`" in page for part in parts)
 
     assert not [name for name in (*REFUSED, *QUESTION_PARTS, *MARKS) if not is_named(name)]

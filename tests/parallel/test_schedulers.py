@@ -81,7 +81,7 @@ SEVERAL = {
     "a job of Slurm for one rank": {"RANK": "0", "WORLD_SIZE": "1", "SLURM_NTASKS": "4"},
     "an indexed Job": {"JOB_COMPLETION_INDEX": "1"},
 }
-# Of these, a rank above 0 or a size above 1 is enough.
+# One of these variables is enough: a rank above 0, or a size above 1.
 RANKS_AND_SIZES = [
     ("RANK", "WORLD_SIZE"),
     ("LOCAL_RANK", "LOCAL_WORLD_SIZE"),
