@@ -13,6 +13,5 @@ from configs.bench import generate
 
 def get_config() -> ConfigDict:
     config = generate.get_config()
-    config.model.update(vocab_size=4096, remat="none")
-    config.train.batch_size = 4
+    config.update({"model": {"vocab_size": 4096, "remat": "none"}, "train": {"batch_size": 4}})
     return config
