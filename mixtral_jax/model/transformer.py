@@ -24,7 +24,7 @@ REMAT_POLICIES = {
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(ARRIVED),
     ),
-    "none": jax.checkpoint_policies.everything_saveable,
+    "none": None,  # Not even `jax.checkpoint`, which copies all that it saves.
 }
 
 
@@ -162,7 +162,8 @@ class Transformer(nnx.Module):
             output = block(x_BTD, tokens, past_of_layer)
             return output.x_BTD, (output.routing, output.key_values if gives_key_values else None)
 
-        body = jax.checkpoint(apply_block, policy=REMAT_POLICIES[self.config.remat])
+        policy = REMAT_POLICIES[self.config.remat]
+        body = apply_block if policy is None else jax.checkpoint(apply_block, policy=policy)
         indices = jnp.arange(self.config.num_layers) if reads_in_place else None
         layers = (self.blocks, past and past.key_values, indices)
         x_BTD, (routing, key_values) = jax.lax.scan(body, self._embed(tokens_BT), layers)
