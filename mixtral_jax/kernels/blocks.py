@@ -2,9 +2,9 @@
 
 The head of a group is its first rows, up to half the rows that balanced routing gives an expert.
 All heads are padded to this length and go through one batched matmul. The tail of a group is cut
-into large blocks and then small blocks, whose number is known only at run time, so the cost is that
-of the rows that exist, however skewed the routing. On a CPU the batched matmul saves copying the
-weights and gradients of each expert, and the loops save padding.
+into blocks of falling sizes, whose number is known only at run time, so the cost is that of the
+rows that exist, however skewed the routing. On a CPU the batched matmul saves copying the weights
+and gradients of each expert, and the loops save padding.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 
 from mixtral_jax.kernels.groups import RowGroups
 
-LARGE_BLOCK_ROWS = 256
+# A tail takes as many blocks of each size as it fills, and one more of the last size for the rest.
 # On a CPU, a matmul of fewer rows costs as much as one of 64.
-SMALL_BLOCK_ROWS = 64
+BLOCK_ROWS = (256, 128, 64)
 
 # (rows of a group [b, X], the weights of its expert) -> results [b, Y]
 Apply = Callable[[jax.Array, Any], jax.Array]
@@ -33,18 +33,29 @@ def grouped_matmul(x_RD: jax.Array, weight_EDF: jax.Array, groups: RowGroups) ->
 def grouped_swiglu(
     x_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, groups: RowGroups
 ) -> jax.Array:
-    """y[r] = down(silu(gate(x[r])) * up(x[r])) with the matrices of the expert of r."""
-    return _apply_to_groups(_swiglu, x_RD, (gate_EDF, up_EDF, down_EFD), groups)
+    """y[r] = down(silu(gate(x[r])) * up(x[r])) with the matrices of the expert of r.
+
+    The hidden rows are kept for the backward pass, unless most of the buffer may be empty: then
+    each block of them exists for a moment only, and is computed again.
+    """
+    weights = (gate_EDF, up_EDF, down_EFD)
+    if len(x_RD) > groups.balanced_rows:
+        return _apply_to_groups(_swiglu, x_RD, weights, groups)
+    return _swiglu(x_RD, weights, lambda x_RX, weight: grouped_matmul(x_RX, weight, groups))
 
 
-def _swiglu(x_bD: jax.Array, weights: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-    gate_DF, up_DF, down_FD = weights
-    return _activate(x_bD @ gate_DF, x_bD @ up_DF) @ down_FD
+def _swiglu(
+    x: jax.Array,
+    weights: tuple[jax.Array, jax.Array, jax.Array],
+    matmul: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul,
+) -> jax.Array:
+    gate, up, down = weights
+    return matmul(_activate(matmul(x, gate), matmul(x, up)), down)
 
 
 @jax.checkpoint  # The backward pass keeps only the results of the matmuls.
-def _activate(gated_bF: jax.Array, upped_bF: jax.Array) -> jax.Array:
-    return jax.nn.silu(gated_bF) * upped_bF
+def _activate(gated: jax.Array, upped: jax.Array) -> jax.Array:
+    return jax.nn.silu(gated) * upped
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -175,19 +186,17 @@ class _Tail:
     end: jax.Array
 
     def fold(self, body: Callable[[_Block, Any], Any], carry: Any) -> Any:
-        """Folds `body(block, carry)` over all full large blocks, then over small blocks."""
-        num_large = (self.end - self.start) // LARGE_BLOCK_ROWS
-        rest = self.start + num_large * LARGE_BLOCK_ROWS
-        num_small = (self.end - rest + SMALL_BLOCK_ROWS - 1) // SMALL_BLOCK_ROWS
-        for start, num_blocks, size in (
-            (self.start, num_large, LARGE_BLOCK_ROWS),
-            (rest, num_small, SMALL_BLOCK_ROWS),
-        ):
+        """Folds `body(block, carry)` over the blocks of the tail."""
+        start = self.start
+        for size in BLOCK_ROWS:
+            rounding = size - 1 if size == BLOCK_ROWS[-1] else 0
+            num_blocks = (self.end - start + rounding) // size
 
             def step(i, carry, start=start, size=size):
                 return body(_Block(start + i * size, self.end, size), carry)
 
             carry = jax.lax.fori_loop(0, num_blocks, step, carry)
+            start += num_blocks * size
         return carry
 
 
@@ -220,5 +229,5 @@ def _add_at(whole_EXY: jax.Array, e: jax.Array, own_XY: jax.Array) -> jax.Array:
 
 
 def _lengthen(x_RX: jax.Array) -> jax.Array:
-    """Adds LARGE_BLOCK_ROWS zero rows, because the last block may reach past the last row."""
-    return jnp.concatenate([x_RX, jnp.zeros_like(x_RX, shape=(LARGE_BLOCK_ROWS, x_RX.shape[1]))])
+    """Adds rows of zeros, because the last block may reach past the last row."""
+    return jnp.concatenate([x_RX, jnp.zeros_like(x_RX, shape=(BLOCK_ROWS[-1], x_RX.shape[1]))])
