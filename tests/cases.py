@@ -61,7 +61,12 @@ def cpu_model_maker(config: Config) -> Callable[[], Transformer]:
 def kernels_of(transport: TransportName, grouped_matmul: GroupedMatmulName) -> Kernels:
     """The kernels with these names, whatever a config would choose."""
     why = "for a test"
-    return Kernels(Choice("xla", why), Choice(grouped_matmul, why), Choice(transport, why))
+    return Kernels(
+        Choice("xla", why),
+        Choice(grouped_matmul, why),
+        Choice(transport, why),
+        Choice("full", why),
+    )
 
 
 def mesh_of(**sizes: int) -> jax.sharding.Mesh:

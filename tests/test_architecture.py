@@ -163,6 +163,7 @@ MAY_ASK_FOR_THE_PLATFORM = {
     "mixtral_jax.parallel.mesh": "jax splits only a CPU, and only before it starts",
     "mixtral_jax.model.dispatch.ragged_all_to_all": "XLA:CPU lacks the collective",
     "mixtral_jax.parallel.connections": "only on CPUs has a connection 30 seconds",
+    "mixtral_jax.parallel.memory": "CPUs do not report their memory",
     "mixtral_jax.training.step": "XLA:CPU leaves temporaries out of its peak memory",
     "mixtral_jax.bench.step": "virtual CPU devices share their cores",
     "mixtral_jax.runs.describe": "says that CPU devices are virtual",

@@ -12,6 +12,8 @@ from flax import nnx
 from mixtral_jax.config import Config
 from mixtral_jax.model.transformer import count_parameters
 from mixtral_jax.parallel.batch import Batch, batch_spec
+from mixtral_jax.parallel.memory import device_memory
+from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.parallel.rules import AxisRules
 from mixtral_jax.plan.flops import model_flops_per_step
 from mixtral_jax.training.assemble import Training, make_training
@@ -39,7 +41,7 @@ def measure_step(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     ceiling = measure_ceiling(config, device)
     # Virtual CPU devices share the cores that one of them uses all of.
     ceiling *= 1 if device.platform == "cpu" else mesh.size
-    training = make_training(config, device.platform)
+    training = make_training(config, device.platform, device_memory(Processes()))
     with jax.set_mesh(mesh):
         state, batch = training.init(), make_up_batch(config, mesh)
         flops = count_flops(training, state.model())

@@ -22,6 +22,8 @@ from mixtral_jax.checkpoint.on_devices import load_model
 from mixtral_jax.checkpoint.weights import open_weights
 from mixtral_jax.config import Config
 from mixtral_jax.parallel.batch import Batch
+from mixtral_jax.parallel.memory import device_memory
+from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.training.assemble import Training, make_training
 
 ROUNDS = 6
@@ -58,7 +60,8 @@ def measure_train(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     ).train()
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        training = make_training(config, mesh.devices.flat[0].platform)
+        platform = mesh.devices.flat[0].platform
+        training = make_training(config, platform, device_memory(Processes()))
         batch = _make_batch(config, mesh)
         flops = count_flops(training, jax.eval_shape(training.make_model))
         programs = {

@@ -20,7 +20,7 @@ from mixtral_jax.config.files import SHIPPED, load_config, load_config_file, run
 from mixtral_jax.config.finetune import FinetuneConfig, LoRAConfig, PretrainConfig
 from mixtral_jax.config.mapping import build, changed_keys, set_key
 from mixtral_jax.config.mesh import MeshConfig
-from mixtral_jax.config.model import AttentionName, ModelConfig
+from mixtral_jax.config.model import AttentionName, ModelConfig, RematName
 from mixtral_jax.config.paths import find_path_problem, local_path, names_existing
 from mixtral_jax.config.router import (
     BLIND_CHOICES,
@@ -60,6 +60,7 @@ __all__ = [
     "NoiseConfig",
     "OptimizerConfig",
     "PretrainConfig",
+    "RematName",
     "RouterChoice",
     "RouterConfig",
     "TemplateName",

@@ -29,6 +29,7 @@ RESUMABLE_KEYS = (
     "train.eval_every",
     "train.log_every",
     "mesh",
+    "model.remat",
     "dispatch.transport",
     "log",
     "checkpoint",

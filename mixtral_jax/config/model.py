@@ -7,6 +7,8 @@ from mixtral_jax.config.errors import require
 
 # Each name is an implementation in kernels/attention.py.
 AttentionName = Literal["xla", "splash"]
+# What each layer keeps for the backward pass.
+RematName = Literal["full", "dots", "none"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +19,8 @@ class ModelConfig:
     - `param_dtype` is the dtype of the stored parameters, `dtype` that of the computation.
     - `remat` says what each layer keeps for the backward pass; the rest is recomputed. `full` keeps
       only the layer's input. `dots` also keeps the results of the dense projections and the rows
-      that arrived at the experts. `none` keeps everything.
+      that arrived at the experts. `none` keeps everything. `auto` computes as little as possible
+      again among those that fit in memory: see kernels/remat.py.
     - `attention` chooses the kernel: see kernels/attention.py.
     - `context_length` is the longest sequence that the model is meant for. None: the sequence
       length of its training.
@@ -40,7 +43,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    remat: Literal["full", "dots", "none"] = "full"
+    remat: Literal["auto", RematName] = "auto"
     attention: Literal["auto", AttentionName] = "auto"
     context_length: int | None = None
     num_shared_experts: int = 0

@@ -229,5 +229,5 @@ def _add_at(whole_EXY: jax.Array, e: jax.Array, own_XY: jax.Array) -> jax.Array:
 
 
 def _lengthen(x_RX: jax.Array) -> jax.Array:
-    """Adds rows of zeros, because the last block may reach past the last row."""
-    return jnp.concatenate([x_RX, jnp.zeros_like(x_RX, shape=(BLOCK_ROWS[-1], x_RX.shape[1]))])
+    """Adds rows of zeros, so that any block fits, and the last one may reach past the last row."""
+    return jnp.concatenate([x_RX, jnp.zeros_like(x_RX, shape=(BLOCK_ROWS[0], x_RX.shape[1]))])

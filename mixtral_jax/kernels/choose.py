@@ -1,14 +1,23 @@
-"""Chooses the attention, the grouped matmul and the transport of a run, once, each with its reason.
+"""Chooses the kernels and the transport of a run, and what its layers keep, each with its reason.
 
-A choice needs only names, a config and a platform. What the names stand for is in `attention` and
-`grouped_matmul` beside this file, and for transports in `model.dispatch.transports`.
+A choice needs only names, a config, a platform and a number of bytes. What the names stand for is
+in `attention` and `grouped_matmul` beside this file, for transports in `model.dispatch.transports`,
+and for `remat` in `model.transformer`.
 """
 
 import dataclasses
 from typing import Generic, TypeVar
 
-from mixtral_jax.config import AttentionName, Config, GroupedMatmulName, TransportName, require
+from mixtral_jax.config import (
+    AttentionName,
+    Config,
+    GroupedMatmulName,
+    RematName,
+    TransportName,
+    require,
+)
 from mixtral_jax.kernels import splash, tokamax
+from mixtral_jax.kernels.remat import choose_fitting
 
 # XLA:GPU's ragged all-to-all crashes over more devices (openxla/xla issue 47283).
 MAX_RAGGED_GPUS = 32
@@ -34,13 +43,15 @@ class Kernels:
     attention: Choice[AttentionName]
     grouped_matmul: Choice[GroupedMatmulName]
     transport: Choice[TransportName]
+    remat: Choice[RematName]
 
 
-def choose_kernels(config: Config, platform: str) -> Kernels:
+def choose_kernels(config: Config, platform: str, memory_bytes: int | None = None) -> Kernels:
     """Chooses all implementations for a config with a resolved mesh.
 
     Args:
         platform: that of the devices: `cpu`, `gpu` or `tpu`.
+        memory_bytes: of a device; None if it is not known, or if nothing will be trained.
 
     Raises:
         ConfigError: an implementation that the config asks for does not work here.
@@ -49,6 +60,7 @@ def choose_kernels(config: Config, platform: str) -> Kernels:
         attention=choose_attention(config, platform),
         grouped_matmul=choose_grouped_matmul(config, platform),
         transport=choose_transport(config, platform),
+        remat=choose_remat(config, memory_bytes),
     )
 
 
@@ -119,3 +131,15 @@ def choose_transport(config: Config, platform: str) -> Choice[TransportName]:
         return Choice("all_gather", why)
     times_fewer = f"{num_places / num_chosen:.3g}"
     return Choice("ragged_all_to_all", f"moves {times_fewer} times fewer rows than all_gather")
+
+
+def choose_remat(config: Config, memory_bytes: int | None) -> Choice[RematName]:
+    """What layers keep for the backward pass on devices of `memory_bytes`, None if not known."""
+    requested = config.model.remat
+    if requested != "auto":
+        return Choice(requested, "as asked")
+    if memory_bytes is None:
+        return Choice("full", "the memory of a device is not known")
+    name, kept = choose_fitting(config, memory_bytes)
+    gib = 2**30
+    return Choice(name, f"keeps up to {kept / gib:,.3g} of {memory_bytes / gib:,.3g} GiB a device")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.filterlib import Filter
 
-from mixtral_jax.config import Config, DispatchConfig, ModelConfig, RouterConfig
+from mixtral_jax.config import Config, DispatchConfig, ModelConfig, RematName, RouterConfig
 from mixtral_jax.kernels.attention import KeyValues, Past
 from mixtral_jax.kernels.choose import Kernels
 from mixtral_jax.model.attention import Attention
@@ -77,8 +77,8 @@ class Transformer(nnx.Module):
     """Mixtral: decoder-only, every block sparse. Blocks are stacked on a leading layer axis.
 
     Build and call it under `jax.set_mesh`, best inside `jax.jit`, so that parameters are sharded
-    from the start. `kernels` names the attention, the grouped matmul and the transport; what the
-    configs request for them is ignored.
+    from the start. `kernels` names the attention, the grouped matmul, the transport and what layers
+    keep for the backward pass; what the configs request for them is ignored.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class Transformer(nnx.Module):
     ):
         self.config = config
         self.num_experts_per_token = router.num_experts_per_token
+        self.remat: RematName = kernels.remat.name
         self.rules = rules
 
         def make_block(rngs: nnx.Rngs) -> Block:
@@ -162,7 +163,7 @@ class Transformer(nnx.Module):
             output = block(x_BTD, tokens, past_of_layer)
             return output.x_BTD, (output.routing, output.key_values if gives_key_values else None)
 
-        policy = REMAT_POLICIES[self.config.remat]
+        policy = REMAT_POLICIES[self.remat]
         body = apply_block if policy is None else jax.checkpoint(apply_block, policy=policy)
         indices = jnp.arange(self.config.num_layers) if reads_in_place else None
         layers = (self.blocks, past and past.key_values, indices)

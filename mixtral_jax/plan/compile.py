@@ -71,7 +71,7 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
     # An estimate compiles for a CPU, where every transport works.
     choose_transport(config, target.topology.chip.kind)
     mesh = make_mesh(config.mesh, target.devices)
-    training = make_training(config, target.platform)
+    training = _make_training(config, target)
     start = time.perf_counter()
     with _as_if_on(config, mesh):
         state = training.abstract_state()
@@ -114,8 +114,12 @@ def trace_grouped(config: Config, target: Target) -> Any:
     config = dataclasses.replace(config, dispatch=dispatch)
     mesh = make_mesh(config.mesh, target.devices)
     with _as_if_on(config, mesh):
-        training = make_training(config, target.platform)
+        training = _make_training(config, target)
         return _trace(training, training.abstract_state(), mesh).jaxpr
+
+
+def _make_training(config: Config, target: Target) -> Training:
+    return make_training(config, target.platform, target.topology.chip.hbm_bytes)
 
 
 def fit_mesh(config: Config, target: Target) -> Config:

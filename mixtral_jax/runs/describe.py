@@ -40,6 +40,7 @@ def describe_run(run: Run) -> None:
     say(f"[bold]attention[/]   {kernels.attention}")
     say(f"[bold]matmul[/]      {kernels.grouped_matmul}")
     say(f"[bold]transport[/]   {kernels.transport}")
+    say(f"[bold]remat[/]       {kernels.remat}")
 
 
 def describe_experts_per_token(config: Config) -> str:

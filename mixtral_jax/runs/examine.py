@@ -20,6 +20,7 @@ from mixtral_jax.parallel.agreement import (
     introduce,
     share_devices,
 )
+from mixtral_jax.parallel.memory import device_memory
 from mixtral_jax.parallel.mesh import MESH_AXES, make_mesh, resolve_mesh
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.parallel.schedulers import find_scheduler
@@ -44,7 +45,8 @@ def examine(config: Config, workdir: Path | None, processes: Processes) -> dict[
     problems += _check_each_machine(config, processes, members, devices)
     can_work_together = not differences and not unequal
     fitted = checkup.fit_base(config, problems, is_shown=processes.index == 0)
-    plan = _examine_plan(fitted, workdir or Path("runs"), problems, can_work_together)
+    workdir = workdir or Path("runs")
+    plan = _examine_plan(fitted, workdir, processes, problems, can_work_together)
     return {
         "processes": [_row(*pair) for pair in zip(members, devices, strict=True)],
         "versions": members[0].versions,
@@ -79,10 +81,14 @@ def _locate(problem: Problem, indices: list[int], members: list[Member]) -> Prob
 
 
 def _examine_plan(
-    config: Config, workdir: Path, problems: list[Problem], can_work_together: bool
+    config: Config,
+    workdir: Path,
+    processes: Processes,
+    problems: list[Problem],
+    can_work_together: bool,
 ) -> dict[str, Any]:
     """What the config comes to on these devices; adds to `problems`."""
-    device = jax.local_devices()[0]
+    device, memory = jax.local_devices()[0], device_memory(processes)
     plan: dict[str, Any] = {
         "cache": str(default_cache_dir()),
         "workdir": str(workdir),
@@ -90,7 +96,7 @@ def _examine_plan(
     }
     try:
         config = resolve_mesh(config, jax.device_count())
-        training = make_training(config, device.platform)
+        training = make_training(config, device.platform, memory)
     except ConfigError as error:
         fix = "set the axes in --config.mesh, or use another number of devices"
         problems.append(checkup.as_problem(error, fix))
@@ -100,6 +106,7 @@ def _examine_plan(
         "attention": dataclasses.asdict(kernels.attention),
         "matmul": dataclasses.asdict(kernels.grouped_matmul),
         "transport": dataclasses.asdict(kernels.transport),
+        "remat": dataclasses.asdict(kernels.remat),
     }
     if not can_work_together:
         return plan

@@ -18,6 +18,7 @@ from mixtral_jax.parallel.agreement import (
 )
 from mixtral_jax.parallel.compilation_cache import keep_compiled_programs
 from mixtral_jax.parallel.connections import connect_processes
+from mixtral_jax.parallel.memory import device_memory
 from mixtral_jax.parallel.mesh import (
     make_mesh,
     matmul_precision,
@@ -75,7 +76,8 @@ def start_run(
     require_agreement(processes, config, workdir)
     config = start_devices(config, processes)
     mesh = make_mesh(config.mesh)
-    training = make_training(config, platform_of(mesh), optimizer=optimizer, loss=loss)
+    memory = device_memory(processes)
+    training = make_training(config, platform_of(mesh), memory, optimizer=optimizer, loss=loss)
     open_workdir(workdir, config, processes)
     connect_processes(mesh, processes)
     return Run(config, mesh, workdir, make_console(processes.index == 0), processes, training)
@@ -89,7 +91,7 @@ def start_part(run: Run, config: Config, workdir: Path) -> Run:
     """
     config = resolve_mesh(config, run.mesh.size)
     mesh = make_mesh(config.mesh)
-    training = make_training(config, platform_of(mesh))
+    training = make_training(config, platform_of(mesh), device_memory(run.processes))
     open_workdir(workdir, config, run.processes)
     connect_processes(mesh, run.processes)
     return dataclasses.replace(run, config=config, mesh=mesh, workdir=workdir, training=training)

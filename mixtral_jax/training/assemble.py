@@ -93,6 +93,7 @@ class Training:
 def make_training(
     config: Config,
     platform: str,
+    memory_bytes: int | None = None,
     *,
     optimizer: optax.GradientTransformation | None = None,
     loss: Loss | None = None,
@@ -101,6 +102,7 @@ def make_training(
 
     Args:
         config: its mesh resolved.
+        memory_bytes: of a device, by which `model.remat=auto` is decided; None if not known.
         optimizer: in place of the config's; `learning_rate` in the metrics is then that of the
             config all the same.
         loss: of the task; by default that of the next token.
@@ -108,7 +110,7 @@ def make_training(
     Raises:
         ConfigError: a kernel or a transport that the config asks for does not work there.
     """
-    kernels = choose_kernels(config, platform)
+    kernels = choose_kernels(config, platform, memory_bytes)
     schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
     if optimizer is None:
         factor = config.router.learning_rate_factor

@@ -65,6 +65,7 @@ def test_doctor_finds_nothing_wrong_with_the_default_run(tmp_path, monkeypatch):
         "attention": "xla",
         "matmul": "blocks",
         "transport": "all_gather",
+        "remat": "none",
     }
 
     shown = io.StringIO()

@@ -11,6 +11,7 @@ from mixtral_jax.kernels.choose import (
     choose_attention,
     choose_grouped_matmul,
     choose_kernels,
+    choose_remat,
     choose_transport,
 )
 from mixtral_jax.model.dispatch.transports import TRANSPORTS
@@ -98,5 +99,6 @@ def test_one_record_holds_all_choices_with_their_reasons():
         choose_attention(config, "tpu"),
         choose_grouped_matmul(config, "tpu"),
         choose_transport(config, "tpu"),
+        choose_remat(config, None),
     )
     assert str(kernels.transport) == "ragged_all_to_all (moves 4 times fewer rows than all_gather)"

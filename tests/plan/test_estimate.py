@@ -31,7 +31,8 @@ ADAPTERS = {
 @functools.cache
 def plan_of(**overrides: object) -> Plan:
     """The plan of the small config with some keys changed, compiled once."""
-    return make_plan(small_config(dispatch__transport="all_gather", **overrides), TARGET)
+    settings = {"dispatch__transport": "all_gather", "model__remat": "full", **overrides}
+    return make_plan(small_config(**settings), TARGET)
 
 
 def sent(plan: Plan, op: str, axis: str, pass_: str) -> dict[str, tuple[int, int]]:
