@@ -1,7 +1,9 @@
 """The whole decoder: embedding, a scanned stack of blocks, unembedding. Counts its parameters."""
 
 import dataclasses
+import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,10 @@ REMAT_POLICIES = {
     ),
     "none": None,  # Not even `jax.checkpoint`, which copies all that it saves.
 }
+
+
+# Every layer that is written out adds to the time that the program takes to compile.
+MAX_LAYERS_WRITTEN_OUT = 8
 
 
 @jax.tree_util.register_dataclass
@@ -167,8 +173,16 @@ class Transformer(nnx.Module):
         body = apply_block if policy is None else jax.checkpoint(apply_block, policy=policy)
         indices = jnp.arange(self.config.num_layers) if reads_in_place else None
         layers = (self.blocks, past and past.key_values, indices)
-        x_BTD, (routing, key_values) = jax.lax.scan(body, self._embed(tokens_BT), layers)
+        fold = _fold_written_out if past is None and self._is_written_out() else jax.lax.scan
+        x_BTD, (routing, key_values) = fold(body, self._embed(tokens_BT), layers)
         return BlockOutput(x_BTD, routing, key_values)
+
+    def _is_written_out(self) -> bool:
+        """True if the program holds every layer, instead of a loop over them.
+
+        A loop would copy what each layer keeps, its weights and its gradient.
+        """
+        return self.remat == "none" and self.config.num_layers <= MAX_LAYERS_WRITTEN_OUT
 
     def _uses_experts_as_stored(self) -> bool:
         """True if the experts' weights are neither cast nor gathered before use."""
@@ -184,6 +198,33 @@ class Transformer(nnx.Module):
             self.embedding_VD[...].astype(self.config.dtype), self.rules.spec(None, None)
         )
         return table_VD.at[tokens_BT].get(out_sharding=self.rules.spec("batch", None, None))
+
+
+def _fold_written_out(body: Callable[..., Any], carry: Any, layers: Any) -> tuple[Any, Any]:
+    """As `jax.lax.scan`, but with the body once for each layer."""
+    outputs = []
+    for layer in _unstack(layers):
+        carry, output = body(carry, layer)
+        outputs.append(output)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+@jax.custom_vjp
+def _unstack(stack: Any) -> list[Any]:
+    """The parts of arrays along their first dimension. Autodiff would add padded gradients up."""
+    length = len(jax.tree.leaves(stack)[0])
+    return [jax.tree.map(operator.itemgetter(i), stack) for i in range(length)]
+
+
+def _stack_gradients(_: None, gradients: list[Any]) -> tuple[Any]:
+    def stack(*leaves: Any) -> jax.Array | None:
+        # What has no gradient, such as a random key, has `float0` instead.
+        return None if leaves[0].dtype == jax.dtypes.float0 else jnp.stack(leaves)
+
+    return (jax.tree.map(stack, *gradients),)
+
+
+_unstack.defvjp(lambda stack: (_unstack(stack), None), _stack_gradients)
 
 
 @dataclasses.dataclass(frozen=True)
