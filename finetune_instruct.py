@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     run_flags = flags.run
     with join_processes(run_flags.launch) as processes, StopSignal(processes) as stop:
         workdir = choose_workdir(run_flags.workdir, run_flags.config_path.stem, processes)
-        base = find_base(run_flags.config, workdir, processes, stop, flags.named_keys)
+        base = find_base(run_flags.config, workdir, processes, stop, run_flags.named_keys)
         if base is None:
             return EXIT_CODES["stopped"]
         run_flags.tell_workdir(workdir)

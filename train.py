@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
         workdir = choose_workdir(flags.workdir, flags.config_path.stem, processes)
         run = start_run(flags.config, workdir, processes)
         flags.tell_workdir(workdir)
-        return EXIT_CODES[pretrain(run, stop)]
+        return EXIT_CODES[pretrain(run, stop, named_keys=flags.named_keys)]
 
 
 if __name__ == "__main__":

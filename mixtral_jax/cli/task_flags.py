@@ -73,18 +73,11 @@ def read_task(
     """The task that the flags ask for.
 
     Raises:
-        ConfigError: as of `plan_task`; or a tokenizer is named for a model that has one.
+        ConfigError: as of `plan_task`; or a key of the data is named that has no effect.
     """
     from mixtral_jax.runs.eval_data import plan_task
 
-    named = [argument for argument in arguments if argument.startswith("--data.tokenizer=")]
-    require(
-        not named or loaded.tokenizer is None,
-        f"{' '.join(named)} has no effect, since the checkpoint has a tokenizer of its own: leave "
-        "it out",
-    )
-
-    return plan_task(
+    task = plan_task(
         run,
         data,
         loaded,
@@ -93,3 +86,16 @@ def read_task(
         sequence_length=flags.sequence_length,
         num_sequences=flags.num_sequences,
     )
+    has_tokenizer = loaded.tokenizer is not None
+    for key, is_void, reason in (
+        ("tokenizer=", has_tokenizer, "the checkpoint has a tokenizer of its own"),
+        ("chat.", not task.is_chat, "the data are read as text, without --chat"),
+        ("held_out_fraction=", data.held_out is not None, "data.held_out is held out"),
+        ("text_field=", task.is_chat, "the data are read as conversations"),
+    ):
+        named = [argument for argument in arguments if argument.startswith(f"--data.{key}")]
+        require(
+            not (named and is_void),
+            f"{' '.join(named)} has no effect, since {reason}: leave it out",
+        )
+    return task

@@ -69,7 +69,7 @@ def find_base(
     if config.finetune.base is not None:
         is_shown = processes.index == 0
         base = open_named_base(config, is_shown=is_shown)
-        if unused := base.find_unused(named_keys):
+        if unused := base.find_unused(named_keys, "finetune"):
             note = f"{', '.join(unused)}: without effect, since the base has its own"
             print_notes([note], is_shown=is_shown)
         return base
