@@ -115,7 +115,9 @@ def tune(
     require_disk(run.training, run.workdir, run.mesh)
     with stop.at_once():
         data = open_chat(run, base.tokenizer)
-    if run.is_writer:  # Read by whoever opens the workdir, and by the export.
+    # Read by whoever opens the workdir, and by the export. A run that goes on keeps its own, since
+    # the folder of its base may hold another model by now.
+    if not saved_steps(run) and run.is_writer:
         side_files = base.weights.side_files
         side_files.after_training(base.tokenizer, data.template).save(run.workdir)
     before = ask_base(base, run, data)
