@@ -24,4 +24,9 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(
             f"unknown verb {f'data {verb}'!r}; there are: data inspect, data validate"
         )
-    return importlib.import_module(f"mixtral_jax.cli.data_{verb}").main(rest)
+    try:
+        return importlib.import_module(f"mixtral_jax.cli.data_{verb}").main(rest)
+    except ConfigError as error:
+        from mixtral_jax.cli.data_rows import in_flags  # Slow to import, and not for help.
+
+        raise ConfigError(in_flags(str(error))) from error
