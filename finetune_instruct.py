@@ -1,9 +1,9 @@
 """Tunes a Mixtral on chats.
 
-    python finetune_instruct.py [--config=FILE] [--workdir=DIR] [--config.KEY=VALUE ...]
+    python finetune_instruct.py [--config=CONFIG] [--workdir=RUN] [--config.KEY=VALUE ...]
 
-The base is --config.finetune.base=DIR; without it, a tiny one is pretrained first. The same
---workdir again resumes. The tuned model is exported to DIR/export, for transformers, vLLM and
+The base is --config.finetune.base=MODEL; without it, a tiny one is pretrained first. The same
+--workdir again resumes. The tuned model is exported to RUN/export, for transformers, vLLM and
 SGLang. What a tuning does, from top to bottom: mixtral_jax/runs/tune.py.
 """
 

@@ -1,6 +1,6 @@
 """Trains a Mixtral from scratch.
 
-    python train.py [--config=FILE] [--workdir=DIR] [--config.KEY=VALUE ...]
+    python train.py [--config=CONFIG] [--workdir=RUN] [--config.KEY=VALUE ...]
 
 The same --workdir again resumes. What a run does, from top to bottom: mixtral_jax/runs/pretrain.py
 and mixtral_jax/runs/training.py.

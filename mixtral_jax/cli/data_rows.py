@@ -63,7 +63,9 @@ def make_rows_parser(verb: str, description: str | None) -> argparse.ArgumentPar
     """A parser of the flags that both verbs take."""
     parser = FlagParser(prog=f"mixtral-jax data {verb}", description=description)
     parser.add_argument(
-        "file", help="a file, folder, glob, hub:NAME: anything that data.path takes"
+        "file",
+        metavar="CHATS",
+        help="a file, folder, glob, hub:NAME: anything that data.path takes",
     )
     parser.add_argument(
         "--tokenizer", help="mixtral, mixtral-v3, a .model file, or a workdir that holds one"
@@ -144,7 +146,7 @@ def in_flags(message: str) -> str:
     for setting in ("fields", "format", "literal_inst", "template"):
         message = message.replace(f"data.chat.{setting}", f"--{setting}")
     message = message.replace("data.suffixes", "the suffixes of a run's data")
-    return message.replace("data.path", "FILE")
+    return message.replace("data.path", "CHATS")
 
 
 def _encode(

@@ -1,4 +1,4 @@
-"""Flags that scripts and verbs share: `--config=FILE`, `--config.KEY=VALUE`, `--workdir=DIR`.
+"""Flags that scripts and verbs share: `--config=CONFIG`, `--config.KEY=VALUE`, `--workdir=RUN`.
 
 Reading them imports nothing heavy, so that help and a wrong flag are answered at once: a verb
 imports what it runs after it has read its flags.

@@ -34,9 +34,8 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
         help="the number of rows, spread evenly; by default what the run evaluates on, or of other "
         "data all (`analyze`: 256)",
     )
-    parser.epilog = (
-        f"{parser.epilog}; --data.path=F and other --data.KEY=VALUE name the data, as in training"
-    )
+    named = "--data.path=TEXT and other --data.KEY=VALUE name the data, as in training"
+    parser.epilog = f"{parser.epilog}; {named}"
 
 
 def choose_data(arguments: Sequence[str], run: "TrainedRun | None") -> DataConfig:
@@ -55,7 +54,7 @@ def choose_data(arguments: Sequence[str], run: "TrainedRun | None") -> DataConfi
     if run is None or ("path" in named and not names_same_data(named["path"], run.data.path)):
         require(
             "path" in named,
-            "--data.path=F must name the data: the checkpoint is not a run's, which has its own",
+            "--data.path=TEXT must name the data: the checkpoint is not a run's, which has its own",
         )
         return build(DataConfig, named, "data.")
     changed = dataclasses.asdict(run.data)

@@ -1,6 +1,6 @@
 """Runs the tasks of EleutherAI's lm-evaluation-harness: `pip install -e '.[eval]'`.
 
-    results = lm_eval.simple_evaluate(HarnessModel(load_pretrained(DIR)), tasks=["hellaswag"])
+    results = lm_eval.simple_evaluate(HarnessModel(load_pretrained(MODEL)), tasks=["hellaswag"])
 
 Every prompt begins with BOS, as in Mixtral's training. The chat templates of the harness are not
 supported: they are strings, in which a `</s>` that a user wrote looks like the end of text.
