@@ -1,9 +1,9 @@
 """Tunes a Mixtral on chats.
 
-    python finetune_instruct.py [--config=FILE] [--workdir=DIR] [--config.KEY=VALUE ...]
+    python finetune_instruct.py [--config=CONFIG] [--workdir=RUN] [--config.KEY=VALUE ...]
 
-The base is --config.finetune.base=DIR; without it, a tiny one is pretrained first. The same
---workdir again resumes. The tuned model is exported to DIR/export, for transformers, vLLM and
+The base is --config.finetune.base=MODEL; without it, a tiny one is pretrained first. The same
+--workdir again resumes. The tuned model is exported to RUN/export, for transformers, vLLM and
 SGLang. What a tuning does, from top to bottom: mixtral_jax/runs/tune.py.
 """
 
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     run_flags = flags.run
     with join_processes(run_flags.launch) as processes, StopSignal(processes) as stop:
         workdir = choose_workdir(run_flags.workdir, run_flags.config_path.stem, processes)
-        base = find_base(run_flags.config, workdir, processes, stop, flags.named_keys)
+        base = find_base(run_flags.config, workdir, processes, stop, run_flags.named_keys)
         if base is None:
             return EXIT_CODES["stopped"]
         run_flags.tell_workdir(workdir)

@@ -1,6 +1,6 @@
 """Trains a Mixtral from scratch.
 
-    python train.py [--config=FILE] [--workdir=DIR] [--config.KEY=VALUE ...]
+    python train.py [--config=CONFIG] [--workdir=RUN] [--config.KEY=VALUE ...]
 
 The same --workdir again resumes. What a run does, from top to bottom: mixtral_jax/runs/pretrain.py
 and mixtral_jax/runs/training.py.
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
         workdir = choose_workdir(flags.workdir, flags.config_path.stem, processes)
         run = start_run(flags.config, workdir, processes)
         flags.tell_workdir(workdir)
-        return EXIT_CODES[pretrain(run, stop)]
+        return EXIT_CODES[pretrain(run, stop, named_keys=flags.named_keys)]
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 # Runs a command on every host of a Cloud TPU pod slice, and runs it again if it ends with 75.
 #
 #   TPU=NAME ZONE=ZONE launch/tpu_pod.sh setup GIT_URL
-#   TPU=NAME ZONE=ZONE launch/tpu_pod.sh run train.py --config=configs/pretrain/mixtral_8x7b_v5p.py --workdir=DIR
+#   TPU=NAME ZONE=ZONE launch/tpu_pod.sh run train.py --config=configs/pretrain/mixtral_8x7b_v5p.py --workdir=RUN
 #   TPU=NAME ZONE=ZONE launch/tpu_pod.sh stop
 #
-# jax finds the other hosts by the metadata of the slice. All hosts must mount the storage of DIR.
+# jax finds the other hosts by the metadata of the slice. All hosts must mount the storage of RUN.
 # `stop`, from another terminal, sends SIGTERM to every process: they save, and `run` ends with 75.
 # Variables: FOLDER of the clone on the hosts, PYTHON in it, RESTART_SECONDS between starts.
 # Exit codes: 0 (done), 2 (wrong command or config), 75 (stopped), or the code of a failed process.

@@ -20,6 +20,7 @@ from mixtral_jax.config import (
 )
 from mixtral_jax.lab.ablation.definition import plan_ablation, read_ablation
 from mixtral_jax.parallel.mesh import MESH_AXES, resolve_mesh
+from tests.cases import small_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -150,3 +151,37 @@ def test_what_is_no_config_file_is_refused_by_name(tmp_path, name, content, erro
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=error):
         load_config(file if file.parent == tmp_path else file.parent)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"upcycle": {"method": "copy", "noise_std": 0.3}}, "noise_std=0.3"),
+        ({"upcycle": {"base": "x", "noise_std": 0.3}}, "noise_std=0.3"),
+        ({"upcycle": {"method": "noise", "drop_fraction": 1}}, "drop_fraction=1.0"),
+        ({"finetune__lora": {"rank": 0, "alpha": 4}}, "finetune.lora.alpha=4.0"),
+        ({"finetune__lora": {"rank": 0, "targets": "attention"}}, "lora.targets=attention"),
+        ({"data__held_out": "x", "data__held_out_fraction": 0.1}, "held_out_fraction=0.1"),
+        ({"data__chat": {"format": "alpaca"}}, "data.chat.format=alpaca"),
+        ({"data__chat": {"long_rows": "drop"}, "upcycle": {"method": "copy"}}, "long_rows=drop"),
+        ({"finetune__base": "x", "data__text_field": "body"}, "data.text_field=body"),
+    ],
+)
+def test_a_setting_that_another_makes_void_is_refused_by_name(changes, words) -> None:
+    with pytest.raises(ConfigError, match=f"{words} has no effect, since .*: leave it out"):
+        small_config(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"upcycle": {"method": "noise", "noise_std": 0.3}},
+        {"upcycle": {"method": "drop", "drop_fraction": 1}},
+        {"finetune__lora": {"rank": 1, "alpha": 4, "targets": "attention"}},
+        {"data__held_out_fraction": 0.1},
+        {"finetune": {}, "data__chat": {"format": "alpaca"}},
+        {"finetune": {}, "data__text_field": "body"},  # Of the text that the base is made of.
+    ],
+)
+def test_a_setting_that_is_used_is_taken(changes) -> None:
+    assert small_config(**changes)

@@ -93,6 +93,29 @@ def test_prose_is_wrapped() -> None:
     assert too_wide == []
 
 
+# What a name in capitals stands for, by the flag that takes it.
+PLACEHOLDERS = {
+    "--workdir": {"RUN", "ABLATION"},
+    "--checkpoint": {"MODEL", "RUN"},
+    "--from": {"MODEL"},
+    "--to": {"FOLDER", "RUN"},
+    "--config": {"CONFIG"},
+    "--config.finetune.base": {"MODEL", "BASE"},  # A config of a pod names it so.
+    "--config.upcycle.base": {"MODEL"},
+    "--config.data.path": {"TEXT", "CHATS"},
+    "--data.path": {"TEXT", "REPO"},  # A repository, as text.
+    "--tokenizer": {"RUN"},
+}
+
+
+@pytest.mark.parametrize("flag", PLACEHOLDERS)
+def test_a_name_in_capitals_stands_for_one_thing(flag: str) -> None:
+    named = re.compile(rf"(?<![\w.\-]){re.escape(flag)}[= ]([A-Z]+)\b")
+    texts = [*PAGES, *ROOT.glob("*.py"), *ROOT.glob("configs/*/*.py"), *ROOT.glob("launch/*")]
+    found = {name for text in texts for name in named.findall(text.read_text())}
+    assert found and found <= PLACEHOLDERS[flag]
+
+
 def test_a_missing_file_and_heading_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(

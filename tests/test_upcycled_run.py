@@ -75,6 +75,14 @@ def test_a_base_that_does_not_fit_is_one_line_that_lists_all(folder, upcycled):
         assert word in errors
 
 
+def test_a_tokenizer_beside_a_base_that_has_one_is_refused(folder, upcycled):
+    dense = next(path for path in (folder / "dense", folder / "run" / "base") if path.exists())
+    flags = (f"--config.upcycle.base={dense}", "--config.data.tokenizer=train:320")
+    code, _, errors = finish(start(folder, f"--workdir={folder / 'void'}", *flags))
+    assert code == 2 and errors.strip().count("\n") == 0
+    assert f"upcycle.base={dense} decides data.tokenizer" in errors and "leave it out" in errors
+
+
 @pytest.mark.full
 def test_two_processes_upcycle_from_nothing_as_one_does(folder):
     flags = ("--config.train.num_steps=4", *FROM_NOTHING, "--config.upcycle.method=drop")

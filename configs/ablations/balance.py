@@ -5,7 +5,7 @@ model is the tiny one with two layers, on one device. Runs of 0.8 million tokens
 a router without a balance loss to settle on a few experts. The z-loss is off, so that nothing else
 acts on the router. The 12 runs take about ten minutes on two idle cores.
 
-    python -m mixtral_jax ablate --config=configs/ablations/balance.py --workdir=DIR
+    python -m mixtral_jax ablate --config=configs/ablations/balance.py --workdir=ABLATION
 """
 
 from typing import Any

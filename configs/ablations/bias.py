@@ -4,7 +4,7 @@ The bias changes which experts are chosen, not their weights, and has no gradien
 loss and the bias to keep the load even. The bias moves by 1e-3 per step, so it needs a few hundred
 steps. This takes about ten minutes.
 
-    python -m mixtral_jax ablate --config=configs/ablations/bias.py --workdir=DIR
+    python -m mixtral_jax ablate --config=configs/ablations/bias.py --workdir=ABLATION
 """
 
 from typing import Any

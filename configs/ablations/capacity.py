@@ -4,7 +4,7 @@ Evaluation drops nothing, so that held-out losses compare what was learned: an e
 factor of 4 holds everything that top-2 of 8 experts can send. Expect fewer drops as the balance
 loss takes effect. This takes about ten minutes.
 
-    python -m mixtral_jax ablate --config=configs/ablations/capacity.py --workdir=DIR
+    python -m mixtral_jax ablate --config=configs/ablations/capacity.py --workdir=ABLATION
 """
 
 from typing import Any

@@ -5,7 +5,7 @@ held-out losses instead, which are measured with top-k; expect it to lose there.
 out the choices of tokens. The arms `hash`, `random` and `dense` do not use a router at all and
 serve as controls. This takes about twenty minutes.
 
-    python -m mixtral_jax ablate --config=configs/ablations/expert_choice.py --workdir=DIR
+    python -m mixtral_jax ablate --config=configs/ablations/expert_choice.py --workdir=ABLATION
 """
 
 from typing import Any

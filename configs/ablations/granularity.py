@@ -5,7 +5,7 @@ Parameters and FLOPs stay the same, except for those of the router. Expect finer
 little more (arXiv 2401.06066, 2402.07871) and to run slower on a CPU. This takes about fifteen
 minutes.
 
-    python -m mixtral_jax ablate --config=configs/ablations/granularity.py --workdir=DIR
+    python -m mixtral_jax ablate --config=configs/ablations/granularity.py --workdir=ABLATION
 """
 
 from typing import Any

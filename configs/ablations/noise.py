@@ -4,7 +4,7 @@ The arms add jitter of 1% to the input of the router, normal noise of 1/E to its
 Gumbel noise to its logits, which samples the experts. Expect Gumbel noise to be the most even and
 to learn the least. This takes about ten minutes.
 
-    python -m mixtral_jax ablate --config=configs/ablations/noise.py --workdir=DIR
+    python -m mixtral_jax ablate --config=configs/ablations/noise.py --workdir=ABLATION
 """
 
 from typing import Any

@@ -5,7 +5,7 @@ sequences, so that the three differ. Expect a narrower scope to make routing mor
 and to leave experts less room to specialize (arXiv 2501.11873). This takes about fifteen minutes,
 because `global` counts routes in an extra forward pass.
 
-    python -m mixtral_jax ablate --config=configs/ablations/scope.py --workdir=DIR
+    python -m mixtral_jax ablate --config=configs/ablations/scope.py --workdir=ABLATION
 """
 
 from typing import Any

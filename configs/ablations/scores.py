@@ -6,7 +6,7 @@ experts equals the softmax over the chosen ones, so it has no arm. Without renor
 weights of a softmax start at 1/E each: expect this arm to start behind. This takes about ten
 minutes.
 
-    python -m mixtral_jax ablate --config=configs/ablations/scores.py --workdir=DIR
+    python -m mixtral_jax ablate --config=configs/ablations/scores.py --workdir=ABLATION
 """
 
 from typing import Any

@@ -4,7 +4,7 @@
 with 9 experts instead of 8. `beside` has it in addition, and does half as much again in experts.
 This takes about ten minutes.
 
-    python -m mixtral_jax ablate --config=configs/ablations/shared_expert.py --workdir=DIR
+    python -m mixtral_jax ablate --config=configs/ablations/shared_expert.py --workdir=ABLATION
 """
 
 from typing import Any

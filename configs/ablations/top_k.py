@@ -5,7 +5,7 @@ softmax over the chosen expert alone would always be 1, and the router would lea
 not need the same FLOPs, so compare the losses against FLOPs too. Expect more experts to learn more
 per token and less per FLOP. This takes about ten minutes.
 
-    python -m mixtral_jax ablate --config=configs/ablations/top_k.py --workdir=DIR
+    python -m mixtral_jax ablate --config=configs/ablations/top_k.py --workdir=ABLATION
 """
 
 from typing import Any

@@ -5,7 +5,7 @@ Each upcycled run first pretrains its dense model, in its own folder, for 400 st
 to start low and its experts to stay alike; noise and redrawn units let them become different. This
 takes about fifteen minutes.
 
-    python -m mixtral_jax ablate --config=configs/ablations/upcycling.py --workdir=DIR
+    python -m mixtral_jax ablate --config=configs/ablations/upcycling.py --workdir=ABLATION
 """
 
 from typing import Any

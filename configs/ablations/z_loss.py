@@ -4,7 +4,7 @@ Expect smaller logits (`logit_rms`, `gate_entropy`) and hardly any difference in
 the z-loss is meant to keep long runs in bfloat16 stable (arXiv 2202.08906). This takes about ten
 minutes.
 
-    python -m mixtral_jax ablate --config=configs/ablations/z_loss.py --workdir=DIR
+    python -m mixtral_jax ablate --config=configs/ablations/z_loss.py --workdir=ABLATION
 """
 
 from typing import Any

@@ -8,7 +8,7 @@ program for CPUs, whose arrays are wider. The learning rate was not tried. Run t
 with your base model, your conversations, and a workdir that all hosts see:
 
     python finetune_instruct.py --config=configs/instruct/mixtral_8x7b_full.py \
-        --config.finetune.base=BASE --config.data.path=CHATS --workdir=DIR
+        --config.finetune.base=BASE --config.data.path=CHATS --workdir=RUN
 """
 
 from ml_collections import ConfigDict

@@ -10,7 +10,7 @@ tokens/s per chip. The learning rate is that of mistral-finetune. Run this on ev
 base model, your conversations, and a workdir that all hosts see:
 
     python finetune_instruct.py --config=configs/instruct/mixtral_8x7b_lora.py \
-        --config.finetune.base=BASE --config.data.path=CHATS --workdir=DIR
+        --config.finetune.base=BASE --config.data.path=CHATS --workdir=RUN
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,8 @@
 """The first tuning: a tiny Mixtral learns to answer questions about the Python standard library.
 
 It pretrains its own base on that library first, and takes minutes on two CPU cores.
---config.finetune.base=DIR tunes another model instead. All weights are trained, because a tiny base
-knows too little for small adapters to work with; --config.finetune.lora.rank=16 shows this.
+--config.finetune.base=MODEL tunes another model instead. All weights are trained, because a tiny
+base knows too little for small adapters to work with; --config.finetune.lora.rank=16 shows this.
 
     python finetune_instruct.py
 """

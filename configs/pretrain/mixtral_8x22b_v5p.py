@@ -5,7 +5,7 @@ its sizes and mesh were checked by compiling, its learning rate and its speed we
 every host, with the path of your text and a workdir that all hosts see:
 
     python train.py --config=configs/pretrain/mixtral_8x22b_v5p.py \
-        --config.data.path=TEXT --workdir=DIR
+        --config.data.path=TEXT --workdir=RUN
 """
 
 from ml_collections import ConfigDict

@@ -7,7 +7,7 @@ were checked by compiling, its learning rate and its speed were not. Run this on
 the path of your text and a workdir that all hosts see:
 
     python train.py --config=configs/pretrain/mixtral_8x7b_v5p.py \
-        --config.data.path=TEXT --workdir=DIR
+        --config.data.path=TEXT --workdir=RUN
 """
 
 from ml_collections import ConfigDict

@@ -6,7 +6,7 @@ and mesh were checked by compiling, its learning rate and its speed were not. Ru
 host, with the path of your text and a workdir that all hosts see:
 
     python train.py --config=configs/pretrain/mixtral_8x7b_v6e.py \
-        --config.data.path=TEXT --workdir=DIR
+        --config.data.path=TEXT --workdir=RUN
 """
 
 from ml_collections import ConfigDict

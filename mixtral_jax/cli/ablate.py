@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> int:
-    """`ablate --config=F --workdir=DIR [--arm=ARM[/seed-N] ...] [--report_only]`."""
+    """`ablate --config=CONFIG --workdir=ABLATION [--arm=ARM[/seed-N] ...] [--report_only]`."""
     parser = make_parser(__doc__, "ablations/balance.py", "ablate")
     add_run_flags(parser)
     _add_flags(parser)

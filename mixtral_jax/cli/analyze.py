@@ -22,7 +22,7 @@ PIPE_COLUMNS = 140
 
 
 def main(arguments: list[str]) -> int:
-    """`analyze --checkpoint DIR [--data.path=F] [--json] [--to DIR]`."""
+    """`analyze --checkpoint MODEL [--data.path=TEXT] [--json] [--to FOLDER]`."""
     parser = make_verb_parser(__doc__, "analyze")
     add_model_flags(parser)
     add_task_flags(parser)

@@ -6,7 +6,7 @@ from mixtral_jax.cli.flags import make_parser, parse_config
 
 
 def main(arguments: list[str]) -> int:
-    """`bench --config=F [--train | --layer | --generate] [--json] [--config.KEY=VALUE ...]`."""
+    """`bench [--train | --layer | --generate] [--json] [--config=CONFIG] [--config.KEY=V ...]`."""
     parser = make_parser(__doc__, "pretrain/tiny.py", "bench")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     what = parser.add_mutually_exclusive_group()

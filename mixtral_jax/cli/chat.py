@@ -24,7 +24,7 @@ _DEFAULTS = Settings(max_new_tokens=1024)
 
 
 def main(arguments: list[str]) -> int:
-    """`chat --checkpoint DIR`: a message per line of standard input, answers on standard output."""
+    """`chat --checkpoint MODEL`: a message per line of standard input, answers on its output."""
     parser = make_verb_parser(__doc__, "chat")
     add_model_flags(parser)
     parser.add_argument("--system", help="the system message, before the first message")

@@ -4,10 +4,10 @@ import importlib
 
 from mixtral_jax.config import ConfigError
 
-_USAGE = """usage: mixtral-jax data inspect FILE ...   the tokens of each row, and which are learned
-       mixtral-jax data validate FILE ...  every bad row by line and reason; 1 if any is bad
+_USAGE = """usage: mixtral-jax data inspect CHATS ...  the tokens of each row, and which are learned
+       mixtral-jax data validate CHATS ... every bad row by line and reason; 1 if any is bad
 
-(mixtral-jax data inspect --help lists the flags; FILE is anything that data.path takes)"""
+(mixtral-jax data inspect --help lists the flags; CHATS is anything that data.path takes)"""
 
 
 def main(arguments: list[str]) -> int:
@@ -24,4 +24,9 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(
             f"unknown verb {f'data {verb}'!r}; there are: data inspect, data validate"
         )
-    return importlib.import_module(f"mixtral_jax.cli.data_{verb}").main(rest)
+    try:
+        return importlib.import_module(f"mixtral_jax.cli.data_{verb}").main(rest)
+    except ConfigError as error:
+        from mixtral_jax.cli.data_rows import in_flags  # Slow to import, and not for help.
+
+        raise ConfigError(in_flags(str(error))) from error

@@ -13,7 +13,7 @@ from mixtral_jax.runs.console import make_console
 
 
 def main(arguments: list[str]) -> int:
-    """`data inspect FILE`: prints the pieces of every row, those that are learned behind a `+`.
+    """`data inspect CHATS`: prints the pieces of every row, those that are learned behind a `+`.
 
     With `--json` it prints one line of JSON per row.
     """

@@ -63,7 +63,9 @@ def make_rows_parser(verb: str, description: str | None) -> argparse.ArgumentPar
     """A parser of the flags that both verbs take."""
     parser = FlagParser(prog=f"mixtral-jax data {verb}", description=description)
     parser.add_argument(
-        "file", help="a file, folder, glob, hub:NAME: anything that data.path takes"
+        "file",
+        metavar="CHATS",
+        help="a file, folder, glob, hub:NAME: anything that data.path takes",
     )
     parser.add_argument(
         "--tokenizer", help="mixtral, mixtral-v3, a .model file, or a workdir that holds one"
@@ -114,7 +116,7 @@ def open_rows(
     template = ChatTemplate(tokenizer, flags.template or "auto", literal_inst=flags.literal_inst)
     fields = parse_fields(flags.fields, flags.format, "--fields")
     for line in describe_files(DataConfig(path=flags.file)):
-        note(line)
+        note(in_flags(line))
 
     def read() -> Iterator[Chat | BadRow]:
         for source in split_sources(flags.file):
@@ -139,11 +141,12 @@ def _name_tokenizer(flags: argparse.Namespace) -> str:
     return str(kept) if kept.is_file() else name
 
 
-def _in_flags(reason: str) -> str:
-    """The reason of a bad row, with the flags of these verbs in place of the settings of a run."""
-    for setting in ("fields", "format", "literal_inst"):
-        reason = reason.replace(f"data.chat.{setting}", f"--{setting}")
-    return reason
+def in_flags(message: str) -> str:
+    """A message with the arguments of these verbs in place of the settings of a run."""
+    for setting in ("fields", "format", "literal_inst", "template"):
+        message = message.replace(f"data.chat.{setting}", f"--{setting}")
+    message = message.replace("data.suffixes", "the suffixes of a run's data")
+    return message.replace("data.path", "CHATS")
 
 
 def _encode(
@@ -156,6 +159,6 @@ def _encode(
             encoded = iter(template.encode_turns([chat.turns for chat in chats]))
         for row in group:
             if isinstance(row, BadRow):
-                yield dataclasses.replace(row, reason=_in_flags(row.reason))
+                yield dataclasses.replace(row, reason=in_flags(row.reason))
             else:
                 yield EncodedRow(next(encoded), row.origin, row.unread)

@@ -14,7 +14,7 @@ from mixtral_jax.data.readers import BadRow
 
 
 def main(arguments: list[str]) -> int:
-    """`data validate FILE`: 1 if any row is bad, 0 if none is."""
+    """`data validate CHATS`: 1 if any row is bad, 0 if none is."""
     parser = make_rows_parser("validate", __doc__)
     parser.add_argument(
         "--sequence_length", type=int, help="of the run to come: to name rows that are longer"

@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> int:
     add_run_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     namespace, config = parse_config(parser, arguments)
-    flags = read_run_flags(namespace, config)
+    flags = read_run_flags(namespace, config, arguments)
 
     from mixtral_jax.parallel.processes import join_processes
     from mixtral_jax.runs.examine import examine

@@ -10,7 +10,7 @@ from mixtral_jax.config import DataConfig
 
 
 def main(arguments: list[str]) -> int:
-    """`evaluate --checkpoint DIR [--data.path=F]`: a line of JSON on standard output."""
+    """`evaluate --checkpoint MODEL [--data.path=TEXT]`: a line of JSON on standard output."""
     parser = make_verb_parser(__doc__, "evaluate")
     add_model_flags(parser)
     add_task_flags(parser)

@@ -7,7 +7,7 @@ from mixtral_jax.cli.flags import make_verb_parser, parse_path
 
 
 def main(arguments: list[str]) -> int:
-    """`export --checkpoint DIR --to DIR [--format=hf|mistral] [--dtype=D]`."""
+    """`export --checkpoint MODEL --to FOLDER [--format=hf|mistral] [--dtype=D]`."""
     parser = make_verb_parser(__doc__, "export")
     parser.add_argument(
         "--checkpoint",

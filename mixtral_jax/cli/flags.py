@@ -1,4 +1,4 @@
-"""Flags that scripts and verbs share: `--config=FILE`, `--config.KEY=VALUE`, `--workdir=DIR`.
+"""Flags that scripts and verbs share: `--config=CONFIG`, `--config.KEY=VALUE`, `--workdir=RUN`.
 
 Reading them imports nothing heavy, so that help and a wrong flag are answered at once: a verb
 imports what it runs after it has read its flags.
@@ -32,12 +32,17 @@ from mixtral_jax.parallel.schedulers import find_scheduler
 
 @dataclasses.dataclass(frozen=True)
 class RunFlags:
-    """The command line of a run; `config` is validated, but its mesh is not yet resolved."""
+    """The command line of a run; `config` is validated, but its mesh is not yet resolved.
+
+    Attributes:
+        named_keys: the keys of the config that the command line sets.
+    """
 
     config: Config
     config_path: Path
     workdir: Path | None
     launch: Launch
+    named_keys: Sequence[str]
 
     def tell_workdir(self, chosen: Path) -> None:
         """Prints how to resume a run whose workdir the command line does not name."""
@@ -125,7 +130,7 @@ def parse_run_flags(
     """
     parser = make_parser(description, default_config)
     add_run_flags(parser)
-    return read_run_flags(*parse_config(parser, arguments))
+    return read_run_flags(*parse_config(parser, arguments), arguments)
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -151,13 +156,15 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_run_flags(flags: argparse.Namespace, config: Config) -> RunFlags:
+def read_run_flags(flags: argparse.Namespace, config: Config, arguments: Sequence[str]) -> RunFlags:
     """Reads what `add_run_flags` added.
 
     Raises:
         ConfigError: the flags about processes do not go together.
     """
-    return RunFlags(config, flags.config, flags.workdir, read_process_flags(flags))
+    settings = (argument.partition("=")[0] for argument in arguments)
+    named = [name.removeprefix("--config.") for name in settings if name.startswith("--config.")]
+    return RunFlags(config, flags.config, flags.workdir, read_process_flags(flags), named)
 
 
 def read_process_flags(flags: argparse.Namespace) -> Launch:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> int:
-    """`generate --checkpoint DIR --prompt TEXT`: the continuation alone on standard output."""
+    """`generate --checkpoint MODEL --prompt PROMPT`: the continuation alone on standard output."""
     parser = make_verb_parser(__doc__, "generate")
     add_model_flags(parser)
     parser.add_argument("--prompt", required=True, help="the text to continue")

@@ -11,7 +11,7 @@ from mixtral_jax.parallel.schedulers import find_scheduler
 
 
 def main(arguments: list[str]) -> int:
-    """`import --from DIR --to DIR [--dtype D]`."""
+    """`import --from MODEL --to RUN [--dtype D]`."""
     parser = make_verb_parser(__doc__, "import")
     parser.add_argument(
         "--from", dest="source", type=parse_path, required=True, help="a folder with weights"

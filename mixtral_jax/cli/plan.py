@@ -18,7 +18,7 @@ PIPE_COLUMNS = 120
 
 
 def main(arguments: list[str]) -> int:
-    """`plan --config=F --topology=v5p:4x4x4 [--json] [--sweep] [--config.KEY=VALUE ...]`."""
+    """`plan --config=CONFIG --topology=v5p:4x4x4 [--json] [--sweep] [--config.KEY=VALUE ...]`."""
     parser = make_parser(__doc__, "pretrain/mixtral_8x7b_v5p.py", "plan")
     parser.add_argument(
         "--topology", required=True, help="a TPU slice (v5p:4x4x4, v6e:16x16) or GPUs (h100:8)"

@@ -34,9 +34,8 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
         help="the number of rows, spread evenly; by default what the run evaluates on, or of other "
         "data all (`analyze`: 256)",
     )
-    parser.epilog = (
-        f"{parser.epilog}; --data.path=F and other --data.KEY=VALUE name the data, as in training"
-    )
+    named = "--data.path=TEXT and other --data.KEY=VALUE name the data, as in training"
+    parser.epilog = f"{parser.epilog}; {named}"
 
 
 def choose_data(arguments: Sequence[str], run: "TrainedRun | None") -> DataConfig:
@@ -55,7 +54,7 @@ def choose_data(arguments: Sequence[str], run: "TrainedRun | None") -> DataConfi
     if run is None or ("path" in named and not names_same_data(named["path"], run.data.path)):
         require(
             "path" in named,
-            "--data.path=F must name the data: the checkpoint is not a run's, which has its own",
+            "--data.path=TEXT must name the data: the checkpoint is not a run's, which has its own",
         )
         return build(DataConfig, named, "data.")
     changed = dataclasses.asdict(run.data)
@@ -73,18 +72,11 @@ def read_task(
     """The task that the flags ask for.
 
     Raises:
-        ConfigError: as of `plan_task`; or a tokenizer is named for a model that has one.
+        ConfigError: as of `plan_task`; or a key of the data is named that has no effect.
     """
     from mixtral_jax.runs.eval_data import plan_task
 
-    named = [argument for argument in arguments if argument.startswith("--data.tokenizer=")]
-    require(
-        not named or loaded.tokenizer is None,
-        f"{' '.join(named)} has no effect, since the checkpoint has a tokenizer of its own: leave "
-        "it out",
-    )
-
-    return plan_task(
+    task = plan_task(
         run,
         data,
         loaded,
@@ -93,3 +85,16 @@ def read_task(
         sequence_length=flags.sequence_length,
         num_sequences=flags.num_sequences,
     )
+    has_tokenizer = loaded.tokenizer is not None
+    for key, is_void, reason in (
+        ("tokenizer=", has_tokenizer, "the checkpoint has a tokenizer of its own"),
+        ("chat.", not task.is_chat, "the data are read as text, without --chat"),
+        ("held_out_fraction=", data.held_out is not None, "data.held_out is held out"),
+        ("text_field=", task.is_chat, "the data are read as conversations"),
+    ):
+        named = [argument for argument in arguments if argument.startswith(f"--data.{key}")]
+        require(
+            not (named and is_void),
+            f"{' '.join(named)} has no effect, since {reason}: leave it out",
+        )
+    return task

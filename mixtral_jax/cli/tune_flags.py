@@ -16,15 +16,10 @@ from mixtral_jax.config import require
 
 @dataclasses.dataclass(frozen=True)
 class TuningFlags:
-    """The command line of a tuning.
-
-    Attributes:
-        named_keys: the keys of the config that it sets.
-    """
+    """The command line of a tuning."""
 
     run: RunFlags
     num_seeds: int
-    named_keys: list[str]
 
 
 def parse_tuning_flags(
@@ -45,6 +40,4 @@ def parse_tuning_flags(
     )
     flags, config = parse_config(parser, arguments)
     require(config.finetune is not None, "the config has no section finetune: run train.py with it")
-    settings = (each.partition("=")[0] for each in arguments)
-    named = [each.removeprefix("--config.") for each in settings if each.startswith("--config.")]
-    return TuningFlags(read_run_flags(flags, config), flags.seeds, named)
+    return TuningFlags(read_run_flags(flags, config, arguments), flags.seeds)

@@ -1,8 +1,10 @@
 """The config of a whole run: all sections, and the rules that hold between them."""
 
 import dataclasses
+import operator
+from collections.abc import Iterator
 
-from mixtral_jax.config.data import DataConfig
+from mixtral_jax.config.data import ChatConfig, DataConfig
 from mixtral_jax.config.dispatch import DispatchConfig
 from mixtral_jax.config.errors import require
 from mixtral_jax.config.finetune import FinetuneConfig
@@ -54,6 +56,34 @@ class Config:
                 "router.bias.update_rate to 0",
             )
         self._check_choice()
+        for key, reason in self._find_void():
+            value, (section, _, name) = operator.attrgetter(key)(self), key.rpartition(".")
+            default = getattr(type(operator.attrgetter(section)(self)), name)
+            require(
+                value == default,
+                f"{key}={value} has no effect, since {reason}: leave it out, or set it to "
+                f"{default}",
+            )
+
+    def _find_void(self) -> Iterator[tuple[str, str]]:
+        """The keys that other settings make void, and why.
+
+        They are refused here, not in their sections, which are also read of runs that have ended.
+        """
+        if self.data.held_out is not None:
+            yield "data.held_out_fraction", "data.held_out is held out, and nothing is drawn"
+        if self.finetune is None:
+            for field in dataclasses.fields(ChatConfig):
+                yield f"data.chat.{field.name}", "a run without a section finetune reads texts"
+        elif self.finetune.base is not None:
+            yield "data.text_field", "a tuning reads conversations (data.chat.fields)"
+        if self.finetune and not self.finetune.lora.rank:
+            for name in ("alpha", "targets"):
+                yield f"finetune.lora.{name}", "finetune.lora.rank=0 trains the whole model"
+        if self.upcycle:
+            used = {"noise": "noise_std", "drop": "drop_fraction"}
+            for method in used.keys() - {self.upcycle.method}:
+                yield f"upcycle.{used[method]}", f"upcycle.method={self.upcycle.method}"
 
     def _check_choice(self) -> None:
         """Checks that the number of experts fits what the router chooses."""

@@ -13,6 +13,7 @@ from typing import Any
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError)
 
 _XZ_END = b"YZ"
+_COMPARED_BYTES = 2**20
 
 
 def _open_by_arrow(codec: str, file: Path) -> Any:
@@ -77,3 +78,21 @@ def open_bytes(file: Path) -> io.BufferedReader:
     if not is_compressed(file):
         return file.open("rb")
     return io.BufferedReader(_OPENERS[file.suffix.lower()](file))
+
+
+def have_same_content(one: Path, other: Path) -> bool:
+    """Whether two files hold the same bytes, decompressed; False if one of them is damaged."""
+    stamps = [(status.st_size, status.st_mtime_ns) for status in (one.stat(), other.stat())]
+    return _have_same_content(one, other, *stamps)
+
+
+@functools.cache  # A folder is listed several times in a run, and its files may be large.
+def _have_same_content(one: Path, other: Path, *_stamps: tuple[int, int]) -> bool:
+    try:
+        with open_bytes(one) as content, open_bytes(other) as copy:
+            while (read := content.read(_COMPARED_BYTES)) == copy.read(_COMPARED_BYTES):
+                if not read:
+                    return True
+    except (OSError, ValueError, *DAMAGED):
+        pass  # Whoever reads it says what is wrong.
+    return False

@@ -117,9 +117,24 @@ def list_files(path: str, key: str, suffixes: str | None, split: str | None) -> 
         f"{name} holds no readable file: it must hold at least one of {', '.join(readable)}; "
         f"data.suffixes can name others{beside}",
     )
-    files = sorted(files)
+    files = list(_keep_one_name(sorted(files), not_read))
     is_trained_on = place.is_dir() and split == TRAIN
     return Listing(files, not_read, _find_doubtful(files, place) if is_trained_on else ())
+
+
+def _keep_one_name(files: Sequence[Path], not_read: NotRead) -> Iterator[Path]:
+    """The files without those that are hard links to one before them.
+
+    A symbolic link stays: whoever makes one may want a file to be read more than once.
+    """
+    seen: set[tuple[int, int]] = set()
+    for file in files:
+        status = file.lstat()
+        if (status.st_dev, status.st_ino) in seen:
+            not_read["hard links to files that are read"].append(file)
+        else:
+            seen.add((status.st_dev, status.st_ino))
+            yield file
 
 
 def _find_doubtful(files: Sequence[Path], root: Path) -> list[Path]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mixtral_jax.config import ConfigError, require
-from mixtral_jax.data.compression import find_suffix, without_compression
+from mixtral_jax.data.compression import find_suffix, have_same_content, without_compression
 
 # Files of metadata that `datasets` writes beside its data.
 _METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -45,9 +45,10 @@ def find_reasons(
     """
     listed = _read_state(folder) if "state.json" in names else None
     reasons: dict[str, str | None] = {}
-    is_read: set[str] = set()
+    read: dict[str, list[Path]] = {}  # By their names without the suffix of a compression.
     for name in sorted(names):
         file = folder / name
+        same_name = read.setdefault(without_compression(file).name, [])
         if name.startswith("."):
             reason = "hidden"
         elif not file.is_file():
@@ -62,11 +63,11 @@ def find_reasons(
             reason = "caches of datasets' map"
         elif listed is not None and file.suffix == ".arrow" and name not in listed:
             reason = "not in state.json"
-        elif without_compression(file).name in is_read:
+        elif any(have_same_content(other, file) for other in same_name):
             reason = "compressed copies"
         else:
             reason = None
-            is_read.add(without_compression(file).name)
+            same_name.append(file)
         reasons[name] = reason
     return reasons
 

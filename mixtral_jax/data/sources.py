@@ -4,7 +4,6 @@
 and `conversations` interpret rows, and `corpus` limits the number of bad ones.
 """
 
-import collections
 import dataclasses
 import math
 import os
@@ -175,13 +174,16 @@ def describe_files(config: DataConfig) -> list[str]:
     sources = [source for source in all_sources(config) if not source.path.startswith(HUB)]
     listings = [list_source(source, config.suffixes) for source in sources]
     # One file may have several names: links, or paths of several sources.
-    counts = collections.Counter(
-        os.path.realpath(file) for listing in listings for file in listing.files
-    )
+    read: set[str] = set()
+    names_by_file: dict[tuple[int, int], list[str]] = {}
+    for file in (file for listing in listings for file in listing.files):
+        status, name = file.stat(), os.path.realpath(file)
+        names_by_file.setdefault((status.st_dev, status.st_ino), []).append(name)
+        read.add(name)
     lines: dict[str, str] = {}
     for source, listing in zip(sources, listings, strict=True):
         left = {
-            reason: [path for path in paths if os.path.realpath(path) not in counts]
+            reason: [path for path in paths if os.path.realpath(path) not in read]
             for reason, paths in listing.not_read.items()
         }
         left = {reason: paths for reason, paths in left.items() if paths}
@@ -191,7 +193,7 @@ def describe_files(config: DataConfig) -> list[str]:
         if listing.doubtful:
             described = describe({_DOUBT: listing.doubtful}, find_root(source.path))
             lines[f"doubtful {source.path}"] = f"{source.key}={source.path}: {described}"
-    twice = [file for file, count in counts.items() if count > 1]
+    twice = [names[0] for names in names_by_file.values() if len(names) > 1]
     if twice:
         more = ", ..." if len(twice) > 1 else ""
         lines["twice"] = f"files read more than once: {len(twice):,} ({twice[0]}{more})"

@@ -1,6 +1,6 @@
 """Runs the tasks of EleutherAI's lm-evaluation-harness: `pip install -e '.[eval]'`.
 
-    results = lm_eval.simple_evaluate(HarnessModel(load_pretrained(DIR)), tasks=["hellaswag"])
+    results = lm_eval.simple_evaluate(HarnessModel(load_pretrained(MODEL)), tasks=["hellaswag"])
 
 Every prompt begins with BOS, as in Mixtral's training. The chat templates of the harness are not
 supported: they are strings, in which a `</s>` that a user wrote looks like the end of text.
@@ -185,6 +185,8 @@ def _read_settings(kwargs: Mapping[str, Any], number: int) -> Settings:
     known = {"temperature", "top_p", "top_k", *renamed}
     unknown = ", ".join(sorted(given.keys() - known))
     require(not unknown, f"generation_kwargs {unknown} are not supported: leave them out")
+    if not given.get("temperature"):  # Tasks may say how to sample, and then not to sample.
+        given = {name: value for name, value in given.items() if name not in ("top_p", "top_k")}
     return Settings.of(
         seed=number, **{renamed.get(name, name): value for name, value in given.items()}
     )

@@ -35,6 +35,11 @@ class Settings:
         )
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1]; 1 keeps all tokens")
         require(self.top_k >= 0, f"top_k={self.top_k} must be at least 1, or 0 to keep all tokens")
+        require(
+            self.temperature or (self.top_p, self.top_k) == (1, 0),
+            f"top_p={self.top_p} and top_k={self.top_k} choose from what is sampled, and "
+            "temperature=0 takes the most likely token: set a temperature, such as 0.7",
+        )
         require(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2**32)")
         require(
             all(self.stop), "stop strings must not be empty: an empty one ends every text at once"

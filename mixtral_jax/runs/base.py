@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import jax
 
@@ -13,6 +14,7 @@ from mixtral_jax.checkpoint.on_devices import load_model
 from mixtral_jax.checkpoint.run_parameters import find_steps
 from mixtral_jax.checkpoint.weights import Weights, open_weights
 from mixtral_jax.config import (
+    ChatConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -52,10 +54,18 @@ class Base:
         router = dataclasses.replace(config.router, num_experts_per_token=chosen)
         return dataclasses.replace(config, model=model, router=router)
 
-    def find_unused(self, keys: Iterable[str]) -> list[str]:
-        """Those of the keys of a config that change nothing, since this model decides them."""
+    def find_unused(
+        self, keys: Iterable[str], section: Literal["finetune", "upcycle"]
+    ) -> list[str]:
+        """Those of the keys of a config that change nothing, since this model decides them.
+
+        Args:
+            section: the section of the config that names this model.
+        """
         computing = {f"model.{key}" for key in _COMPUTING_KEYS}
-        own = ["model.", "router.num_experts_per_token", "finetune.pretrain."]
+        own = [f"{section}.pretrain."]
+        if section == "finetune":  # An upcycled run must have the sizes that its config says.
+            own += ["model.", "router.num_experts_per_token"]
         if self.weights.tokenizer is not None:
             own.append("data.tokenizer")
         return [key for key in keys if key.startswith(tuple(own)) and key not in computing]
@@ -150,12 +160,15 @@ def plan_base(config: Config, plan: PretrainConfig) -> Config:
     # The suffixes of files with conversations are not those of files with text.
     suffixes = None if config.finetune else config.data.suffixes
     held_out = config.data.held_out if path == config.data.path else None
+    data = dataclasses.replace(
+        config.data, path=path, suffixes=suffixes, held_out=held_out, chat=ChatConfig()
+    )
     return dataclasses.replace(
         config,
         finetune=None,
         upcycle=None,
         router=RouterConfig(num_experts_per_token=config.router.num_experts_per_token),
-        data=dataclasses.replace(config.data, path=path, suffixes=suffixes, held_out=held_out),
+        data=data,
         optimizer=OptimizerConfig(learning_rate=plan.learning_rate),
         train=dataclasses.replace(
             config.train,

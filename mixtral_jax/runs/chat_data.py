@@ -9,6 +9,7 @@ from mixtral_jax.data.chat.prepare import PreparedChats, Question, pick_question
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.evaluate.perplexity import TokenBytes, make_evaluator
 from mixtral_jax.parallel.agreement import require_same
+from mixtral_jax.runs.base import saved_steps
 from mixtral_jax.runs.run import Run
 from mixtral_jax.runs.text_data import (
     SAME_DATA,
@@ -47,7 +48,8 @@ def open_chat(run: Run, tokenizer: Tokenizer) -> ChatData:
     Prints what there is to train on and what was left out.
 
     Args:
-        tokenizer: of the model that is tuned; it is written into the workdir.
+        tokenizer: of the model that is tuned; it is written into the workdir, unless that has a
+            checkpoint, whose tokenizer stays.
 
     Raises:
         ConfigError: there is nothing to read, too many rows are bad, settings do not fit, or the
@@ -56,7 +58,7 @@ def open_chat(run: Run, tokenizer: Tokenizer) -> ChatData:
     data, say = run.config.data, run.console.print
     announce_reading(run)
     start = time.monotonic()
-    if run.is_writer:
+    if not saved_steps(run) and run.is_writer:
         tokenizer.save(run.workdir / "tokenizer.model")
     chats = prepare_chats(data, tokenizer)
     packed = pack_stores(run, chats.train, chats.held_out, long_documents=data.chat.long_rows)

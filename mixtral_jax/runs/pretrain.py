@@ -14,8 +14,17 @@ from mixtral_jax.runs.upcycle import dense_loader, open_dense, start_dense
 from mixtral_jax.training.loop import Outcome
 
 
-def pretrain(run: Run, stop: StopSignal, callbacks: Sequence[Callback] = ()) -> Outcome:
+def pretrain(
+    run: Run,
+    stop: StopSignal,
+    callbacks: Sequence[Callback] = (),
+    named_keys: Sequence[str] = (),
+) -> Outcome:
     """Trains on the text of a run; with a section `upcycle`, from the weights of a dense model.
+
+    Args:
+        named_keys: keys of the config that a command line sets; those that a named dense model
+            makes void are refused.
 
     Raises:
         ConfigError: the disk has no room for the checkpoints, there is nothing to read, or the run
@@ -23,21 +32,23 @@ def pretrain(run: Run, stop: StopSignal, callbacks: Sequence[Callback] = ()) -> 
     """
     require_disk(run.training, run.workdir, run.mesh)
     if run.config.upcycle:
-        return _upcycle(run, stop, callbacks)
+        return _upcycle(run, stop, callbacks, named_keys)
     describe_run(run)
     with stop.at_once():
         data = open_text(run)
     return train_model(run, data, stop, callbacks=callbacks).outcome
 
 
-def _upcycle(run: Run, stop: StopSignal, callbacks: Sequence[Callback]) -> Outcome:
+def _upcycle(
+    run: Run, stop: StopSignal, callbacks: Sequence[Callback], named_keys: Sequence[str]
+) -> Outcome:
     dense: Base | None = None
     # A run that has saved a step needs its dense model no more: its workdir has all weights.
     if not saved_steps(run):
         assert run.config.upcycle is not None
         if run.config.upcycle.base is None and _pretrain_dense(run, stop) == "stopped":
             return "stopped"
-        dense = open_dense(run)
+        dense = open_dense(run, named_keys)
     describe_run(run)
     with stop.at_once():
         kept = run.workdir / "tokenizer.model"

@@ -69,7 +69,7 @@ def find_base(
     if config.finetune.base is not None:
         is_shown = processes.index == 0
         base = open_named_base(config, is_shown=is_shown)
-        if unused := base.find_unused(named_keys):
+        if unused := base.find_unused(named_keys, "finetune"):
             note = f"{', '.join(unused)}: without effect, since the base has its own"
             print_notes([note], is_shown=is_shown)
         return base
@@ -115,7 +115,9 @@ def tune(
     require_disk(run.training, run.workdir, run.mesh)
     with stop.at_once():
         data = open_chat(run, base.tokenizer)
-    if run.is_writer:  # Read by whoever opens the workdir, and by the export.
+    # Read by whoever opens the workdir, and by the export. A run that goes on keeps its own, since
+    # the folder of its base may hold another model by now.
+    if not saved_steps(run) and run.is_writer:
         side_files = base.weights.side_files
         side_files.after_training(base.tokenizer, data.template).save(run.workdir)
     before = ask_base(base, run, data)

@@ -1,7 +1,7 @@
 """The dense model that an upcycled run starts from: planned, opened, and made into experts."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -20,6 +20,7 @@ from mixtral_jax.data.sources import require_sources
 from mixtral_jax.finetune.upcycling import upcycle, without_routers
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.runs.base import Base, open_base, plan_base, require_folder
+from mixtral_jax.runs.console import print_notes
 from mixtral_jax.runs.run import Run, start_part
 
 # Keys that must be equal: they give the shapes of weights that are taken over, or change what
@@ -63,12 +64,15 @@ def plan_dense(config: Config) -> Config:
     )
 
 
-def open_dense(run: Run) -> Base:
+def open_dense(run: Run, named_keys: Sequence[str] = ()) -> Base:
     """Opens the dense model of an upcycled run, without reading the weights.
+
+    Args:
+        named_keys: keys of the config that a command line sets.
 
     Raises:
         ConfigError: there is none, or no tokenizer for it, or it does not fit the run; names each
-            key that does not fit.
+            key that does not fit, or that is set and has no effect beside `upcycle.base`.
     """
     settings = run.config.upcycle
     assert settings is not None
@@ -79,12 +83,27 @@ def open_dense(run: Run) -> Base:
     base = open_base(folder, run.config, is_shown=run.is_writer)
     misfits = find_misfits(base.weights.architecture.model, run.config.model, settings)
     require(not misfits, f"upcycle.base={folder} does not fit the run: {'; '.join(misfits)}")
+    if settings.base is not None:
+        _check_unused(base, run, named_keys)
     if settings.scale(run.config.router) is None:
         run.console.print(
             "note: the weights of a token's experts have no fixed sum (router.score, "
             "router.renormalize), so the first outputs are not those of the dense model"
         )
     return base
+
+
+def _check_unused(base: Base, run: Run, named_keys: Sequence[str]) -> None:
+    """Refuses keys that a command line sets in vain; says that the tokenizer is the base's."""
+    unused = base.find_unused(named_keys, "upcycle")
+    require(
+        not unused,
+        f"upcycle.base={base.folder} decides {', '.join(unused)}, which would have no effect: "
+        "leave it out",
+    )
+    if base.weights.tokenizer is not None:
+        said = f"data.tokenizer={run.config.data.tokenizer} is not used: the tokenizer is that of"
+        print_notes([f"{said} upcycle.base={base.folder}"], is_shown=run.is_writer)
 
 
 def find_misfits(dense: ModelConfig, model: ModelConfig, settings: UpcycleConfig) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mixtral_jax.checkpoint.formats.side_files import SIDE_FILES
 from mixtral_jax.config import Config, ConfigError, changed_keys, require
 from mixtral_jax.data.sources import find_weights
 from mixtral_jax.parallel.processes import Processes
@@ -33,6 +34,9 @@ class WorkdirInUseError(ConfigError):
 def open_workdir(workdir: Path, config: Config, processes: Processes) -> None:
     """Makes the folder of a run; process 0 writes config.json into it, and all wait to see it.
 
+    What an earlier start left that saved no checkpoint is removed, if it would be read as this
+    run's: it may have had another base, or other text.
+
     Raises:
         ConfigError: the folder holds a run of another config, or is not the same one everywhere.
     """
@@ -41,6 +45,7 @@ def open_workdir(workdir: Path, config: Config, processes: Processes) -> None:
             workdir.mkdir(parents=True, exist_ok=True)
             _lock(workdir)
             check_saved(workdir, config)
+            _forget_unsaved(workdir, config)
             _write_config(workdir, config, _read_saved_data(workdir))
         except OSError as error:
             raise not_writable(workdir, error.strerror or str(error)) from error
@@ -175,6 +180,14 @@ def adopt_data(workdir: Path, config: Config) -> list[str]:
         for key, (now, meaning) in places.items()
         if key in before and before[key] != now
     ]
+
+
+def _forget_unsaved(workdir: Path, config: Config) -> None:
+    if not (workdir / "config.json").exists() or _read_saved(workdir) is not None:
+        return
+    (workdir / SIDE_FILES).unlink(missing_ok=True)
+    if config.data.tokenizer.startswith("train:"):  # Another one is refused if it is not the same.
+        (workdir / "tokenizer.model").unlink(missing_ok=True)
 
 
 def _write_config(workdir: Path, config: Config, saved_data: dict[str, Any]) -> None:

@@ -122,7 +122,7 @@ def test_data_and_a_place_for_figures_are_asked_for_before_anything_is_loaded(pl
         match=r"is an ablation: name a run of it \(arms/NAME/seed-N\), as .*/none/seed-0",
     ):
         run_verb(["analyze", f"--checkpoint={tmp_path / 'ablation'}"])
-    with pytest.raises(ConfigError, match=r"--data\.path=F"):
+    with pytest.raises(ConfigError, match=r"--data\.path=TEXT"):
         run_verb(["analyze", f"--checkpoint={tmp_path / 'model'}"])
     code, output, errors = finish(run(place, "--checkpoint=run", "--to=text.txt/below"))
     assert (

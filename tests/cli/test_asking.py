@@ -249,7 +249,7 @@ def test_a_held_out_part_that_would_hold_trained_documents_is_refused(tmp_path, 
 
 
 def test_without_a_run_the_data_must_be_named():
-    with pytest.raises(ConfigError, match=r"--data\.path=F"):
+    with pytest.raises(ConfigError, match=r"--data\.path=TEXT"):
         choose_data(["--data.text_field=body"], None)
 
 
@@ -263,7 +263,7 @@ def test_without_a_run_the_data_must_be_named():
         ("generate --checkpoint=x --prompt=x --mesh.exper=2", "did you mean mesh.expert"),
         ("generate --checkpoint=x --prompt=x --data.path=x", "unknown flag '--data.path=x'"),
         ("chat --checkpoint=x --top_p=2", "top_p=2.0"),
-        ("evaluate --checkpoint=.", "--data.path=F"),
+        ("evaluate --checkpoint=.", "--data.path=TEXT"),
         ("evaluate --checkpoint=nowhere", "checkpoint=nowhere is not a folder"),
         ("analyze --checkpoint=nowhere --data.path=.", "checkpoint=nowhere is not a folder"),
         ("evaluate --checkpoint=. --data.path=nowhere", "nowhere does not exist"),

@@ -259,7 +259,7 @@ def test_a_file_without_a_row_is_refused_by_name(tmp_path, tokenizers, verb, nam
     ("arguments", "words"),
     [
         (["nothing"], "there are: data inspect, data validate"),
-        (["inspect"], "file"),
+        (["inspect"], "CHATS"),
         (["inspect", "f.jsonl", "--tokens=3"], "--tokens=3"),
         (["inspect", "f.jsonl", "--tokenizer=train:400"], "name the run's workdir"),
         (
@@ -288,4 +288,4 @@ def test_a_template_that_does_not_fit_the_tokenizer_and_a_file_that_is_not_there
 
 def test_data_without_a_verb_lists_them(capsys):
     assert run_verb(["data"]) == 0
-    assert "data inspect FILE" in capsys.readouterr().out
+    assert "data inspect CHATS" in capsys.readouterr().out

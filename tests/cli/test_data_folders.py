@@ -28,7 +28,7 @@ def test_what_a_folder_holds_besides_is_said_once_and_not_on_standard_output(
     assert run_verb(["data", verb, str(folder), f"--tokenizer={tmp_path}"]) == 0
     printed = capsys.readouterr()
     assert printed.err == (
-        f"data.path={folder}: not read: split test: 1 (test.jsonl); other suffixes: 1 (README.md)\n"
+        f"CHATS={folder}: not read: split test: 1 (test.jsonl); other suffixes: 1 (README.md)\n"
     )
     assert "test.jsonl" not in printed.out
 

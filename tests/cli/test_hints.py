@@ -16,7 +16,8 @@ import mixtral_jax
 from mixtral_jax.cli.flags import parse_run_flags
 from mixtral_jax.cli.main import VERBS, run_verb
 from mixtral_jax.cli.tune_flags import parse_tuning_flags
-from mixtral_jax.config import Config
+from mixtral_jax.config import Config, ConfigError
+from tests.data.chat_cases import train_tokenizer
 
 ROOT = Path(mixtral_jax.__file__).parent
 SCRIPTS = {"train": parse_run_flags, "tune": parse_tuning_flags}
@@ -61,6 +62,9 @@ PRINTED_BY = {
 OF_ONE_VERB = {f"cli/{file}": [verb] for verb, file in VERBS.items()}
 # They make parsers for several verbs; git, and styles of a page, have flags of their own.
 OTHERS = {"cli/flags", "cli/main", "runs/commit", "lab/report/page"}
+SECTIONS = "|".join(field.name for field in dataclasses.fields(Config))
+# A key of a config without the flag that sets it.
+BARE_KEY = re.compile(rf"(?<![\w.\-/])(?:{SECTIONS})\.[a-z_.]*[a-z]")
 FLAG = re.compile(r"--[a-z][a-z_]*(?:\.[a-zA-Z_.]*)?")
 
 
@@ -124,3 +128,40 @@ def test_the_table_lists_the_modules_that_name_flags_and_tells_flags_apart():
         assert takes(text, flag), flag
     for flag in ("--workdir", "--par", "--config.data.path", "--data.paths", "--mesh.path"):
         assert not takes(text, flag), flag
+
+
+@pytest.mark.parametrize("verb", ROWS)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["nowhere"],
+        ["empty"],
+        ["only_test"],
+        ["text.md"],
+        ["*.zip"],
+        ["text.md:0"],
+        ["empty,empty"],
+        ["gs://bucket/x"],
+        [""],
+        ["rows.jsonl", "--fields=question:users"],
+        ["rows.jsonl", "--fields=question:user", "--format=alpaca"],
+        ["rows.jsonl", "--tokenizer=nowhere"],
+    ],
+)
+def test_an_error_of_a_verb_without_a_config_names_its_arguments(
+    tmp_path, monkeypatch, verb, asked
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "only_test"):
+        (tmp_path / folder).mkdir()
+    for file in ("only_test/test.jsonl", "rows.jsonl", "text.md"):
+        (tmp_path / file).write_text('{"messages": []}')
+    tokenizer = [] if len(asked) > 1 else ["--tokenizer=tokenizer.model"]
+    train_tokenizer().save(tmp_path / "tokenizer.model")
+    with pytest.raises(ConfigError) as error:
+        run_verb([*verb.split(), *asked, *tokenizer])
+    assert BARE_KEY.findall(str(error.value)) == []
+    assert BARE_KEY.findall("data.path=x; set data.suffixes, or --data.suffixes") == [
+        "data.path",
+        "data.suffixes",
+    ]

@@ -93,6 +93,30 @@ def test_a_tokenizer_for_a_model_that_has_one_is_refused(folder, value):
     assert plan(folder, *asked).data.tokenizer == value
 
 
+@pytest.mark.parametrize(
+    ("flag", "is_chat"),
+    [
+        ("--data.chat.template=v1", False),
+        ("--data.chat.format=alpaca", False),
+        ("--data.text_field=body", True),
+    ],
+)
+def test_keys_of_another_kind_of_data_are_refused(folder, flag, is_chat):
+    asked = f"--data.path={folder}", flag
+    with pytest.raises(ConfigError, match=rf"^{flag} has no effect.*leave it out"):
+        plan(folder, *asked, *["--chat"] * is_chat)
+    assert plan(folder, *asked, *["--chat"] * (not is_chat)).is_chat != is_chat
+
+
+def test_data_held_out_by_name_take_the_place_of_the_fraction_of_the_run(folder):
+    config = small_config(data__path=str(folder), data__held_out_fraction=0.25)
+    run = folder.parent / "run"
+    (run / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    assert plan(run, "--data.held_out=new.txt").data.held_out == "new.txt"
+    with pytest.raises(ConfigError, match=r"data\.held_out_fraction=0\.5 has no effect"):
+        plan(run, "--data.held_out=new.txt", "--data.held_out_fraction=0.5")
+
+
 @pytest.mark.parametrize("num_sequences", [1, None])
 def test_what_is_scored_is_said_of_how_much(loaded, folder, capsys, num_sequences):
     task = EvalTask(DataConfig(path=str(folder)), "all", False, 16, num_sequences)

@@ -211,14 +211,6 @@ def test_the_suffixes_that_are_asked_for_name_formats_or_compressions(tmp_path, 
     assert read(tmp_path, suffixes=suffixes) == ["a.JSONL.gz"]
 
 
-def test_a_file_and_its_compressed_copy_are_read_once(tmp_path):
-    write(tmp_path, "a.jsonl", "b.jsonl")
-    for name in ("a.jsonl.gz", "b.jsonl.zst"):
-        (tmp_path / name).write_bytes(b"never opened")
-    assert read(tmp_path) == ["a.jsonl", "b.jsonl"]
-    assert "compressed copies: 2 (a.jsonl.gz, b.jsonl.zst)" in said(tmp_path)
-
-
 def test_whatever_is_not_read_is_counted_by_kind_with_some_names(tmp_path):
     write(tmp_path, "a.jsonl", "deep/b.jsonl", "elsewhere/c.jsonl")
     for name in ("README.md", "LICENSE", "x.bin", "deep/y.bin", ".gitattributes", "state.json"):

@@ -52,7 +52,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("kind", READERS)
 @pytest.mark.parametrize("held_out", ["validation", "{}/dev.jsonl", "{}/d*v.jsonl"])
 def test_all_of_one_is_trained_on_and_all_of_the_other_held_out(tokenizer, folder, kind, held_out):
-    config = DataConfig(path=str(folder), held_out=held_out.format(folder), held_out_fraction=0.5)
+    config = DataConfig(path=str(folder), held_out=held_out.format(folder))
     prepared = READERS[kind](config, tokenizer)
     assert read(prepared.train, tokenizer) == [f"taught {number}" for number in range(30)]
     assert read(prepared.held_out, tokenizer) == [f"asked {number}" for number in range(4)]

@@ -161,6 +161,8 @@ def test_repeats_differ_and_settings_without_a_meaning_are_refused(loaded):
     answers = ask(3, do_sample=True, temperature=1.5)
     assert len(set(answers)) == 3
     assert ask(3, do_sample=True, temperature=1.5) == answers
+    # Tasks say how to sample also where they do not.
+    assert ask(1, do_sample=False, top_p=0.9, top_k=5) == ask(1)
     with pytest.raises(ConfigError, match="num_beams"):
         ask(1, num_beams=2)
 

@@ -25,7 +25,9 @@ STEPS = 5
 
 def tuning_config(*, rank: int = 3, dropout: float = 0.0, **overrides: Any) -> Config:
     """A config with four experts, since compiling takes longest for loops over experts."""
-    lora = {"rank": rank, "dropout": dropout, "targets": "attention+experts+router"}
+    lora: dict[str, Any] = {"rank": rank}
+    if rank:
+        lora |= {"dropout": dropout, "targets": "attention+experts+router"}
     return small_config(finetune__lora=lora, **{"model__num_experts": 4, **overrides})
 
 

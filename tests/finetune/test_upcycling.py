@@ -11,7 +11,7 @@ import pytest
 from mixtral_jax.checkpoint.on_devices import parameter_name
 from mixtral_jax.checkpoint.upcycled import copy_experts
 from mixtral_jax.checkpoint.weights import Weights
-from mixtral_jax.config import Config, ConfigError, PretrainConfig
+from mixtral_jax.config import ChatConfig, Config, ConfigError, PretrainConfig
 from mixtral_jax.finetune.upcycling import choose_units, redraw
 from mixtral_jax.runs.base import Base, plan_base
 from mixtral_jax.runs.upcycle import dense_loader, find_misfits, plan_dense
@@ -209,6 +209,10 @@ def test_a_planned_base_reads_the_text_of_the_run_or_in_tuning_python():
         plan_base(small_config(data__path="chats", finetune__base="x"), plan).data.path
         == "python-stdlib"
     )
+    # What is said of conversations means nothing to the base, which reads texts.
+    tuning = small_config(finetune={}, data__chat__long_rows="drop", data__text_field="body")
+    data = plan_base(tuning, plan).data
+    assert (data.chat, data.text_field) == (ChatConfig(), "body")
 
 
 def test_all_misfits_are_listed_at_once():

@@ -273,6 +273,8 @@ def test_a_continuation_ends_at_the_context(small):
         ([[1]], {"top_p": 0.0}, "top_p=0.0"),
         ([[1]], {"top_p": 1.5}, "top_p=1.5"),
         ([[1]], {"top_k": -1}, "top_k=-1"),
+        ([[1]], {"top_p": 0.9}, "top_p=0.9 and top_k=0 .* set a temperature"),
+        ([[1]], {"top_k": 5, "temperature": 0}, "top_p=1.0 and top_k=5 .* set a temperature"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
         ([[1]], {"seed": -1}, "seed=-1"),
     ],

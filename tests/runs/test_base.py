@@ -9,21 +9,24 @@ from typing import Any
 import jax
 import pytest
 
+from mixtral_jax.checkpoint.weights import Weights
 from mixtral_jax.cli.tune_flags import parse_tuning_flags
 from mixtral_jax.config import ConfigError
 from mixtral_jax.parallel.mesh import resolve_mesh
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.runs import checkup, tune
-from mixtral_jax.runs.base import open_named_base
+from mixtral_jax.runs.base import Base, open_named_base
 from mixtral_jax.runs.checkup import count_bytes, fit_base
 from mixtral_jax.runs.pretrain import pretrain
 from mixtral_jax.runs.stop import StopSignal
 from mixtral_jax.runs.upcycle import open_dense, plan_dense
 from mixtral_jax.training.assemble import make_training
 from tests.cases import make_run, mesh_of, small_config
+from tests.checkpoint.folders import architecture_of, in_memory
 from tests.checkpoint.side_folders import CHATML, write
 from tests.data.chat_cases import good_line, train_tokenizer
 from tests.data.test_vocabulary import train
+from tests.finetune.test_upcycling import DENSE, WEIGHTS
 
 
 @pytest.mark.parametrize("changes", [{"model_type": "unigram"}, {"byte_fallback": False}])
@@ -86,10 +89,45 @@ def test_keys_that_a_named_base_makes_void_are_named(tmp_path, capsys, flags, un
     arguments = [f"--config.{flag}" for flag in (*flags, f"finetune.base={tmp_path}")]
     read = parse_tuning_flags(arguments, description="", default_config="instruct/tiny.py")
     nothing: Any = None
-    tune.find_base(read.run.config, tmp_path, Processes(index), nothing, read.named_keys)
+    tune.find_base(read.run.config, tmp_path, Processes(index), nothing, read.run.named_keys)
     said = [line for line in capsys.readouterr().err.splitlines() if "without effect" in line]
     expected = f"note: {unused}: without effect, since the base has its own"
     assert said == ([expected] if unused and index == 0 else [])
+
+
+@pytest.mark.parametrize(
+    ("keys", "refused"),
+    [
+        (["data.tokenizer", "model.num_layers"], "data.tokenizer"),
+        (["upcycle.pretrain.path", "train.num_steps"], "upcycle.pretrain.path"),
+        (
+            ["upcycle.pretrain.num_steps", "upcycle.method", "data.tokenizer"],
+            "upcycle.pretrain.num_steps, data.tokenizer",
+        ),
+        (["model.num_layers", "upcycle.method", "data.path"], None),
+        ([], None),
+    ],
+)
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_keys_that_a_named_dense_model_makes_void_are_refused(
+    tmp_path, monkeypatch, capsys, keys, refused, has_tokenizer
+):
+    tokenizer = train_tokenizer()
+    parameters = in_memory(WEIGHTS, DENSE)
+    own = tokenizer if has_tokenizer else None
+    base = Base(tmp_path, Weights(architecture_of(DENSE, 1), parameters, own, "x"), tokenizer)
+    monkeypatch.setattr("mixtral_jax.runs.upcycle.open_base", lambda *_, **__: base)
+    run = make_run(small_config(upcycle={"base": str(tmp_path)}), mesh_of(), tmp_path)
+    if not has_tokenizer:  # Then the key gives the dense model its tokenizer.
+        refused = refused and refused.removesuffix("data.tokenizer").removesuffix(", ")
+    if refused:
+        with pytest.raises(ConfigError, match=f"decides {refused}, which would have no effect"):
+            open_dense(run, keys)
+        return
+    assert open_dense(run, keys) is base
+    # A config file that names a tokenizer cannot leave it out.
+    said = f"data.tokenizer={run.config.data.tokenizer} is not used"
+    assert (said in capsys.readouterr().err) == has_tokenizer
 
 
 def test_a_disk_without_room_for_checkpoints_and_export_is_refused(tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ def open_run(tmp_path, monkeypatch, tokenizer):
     def open_it(path, **settings):
         settings = {"train__sequence_length": LENGTH, "data__held_out_fraction": 0.1, **settings}
         config = small_config(
-            model__vocab_size=tokenizer.vocab_size, data__path=str(path), **settings
+            model__vocab_size=tokenizer.vocab_size, data__path=str(path), finetune={}, **settings
         )
         said = io.StringIO()
         run = make_run(config, mesh_of(), tmp_path, said)

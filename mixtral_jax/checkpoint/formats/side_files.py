@@ -16,7 +16,7 @@ from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.data.vocabulary import add_control_pieces
 from mixtral_jax.whole_files import write_json
 
-_NAME = "side_files.json"
+SIDE_FILES = "side_files.json"
 # Settings of a generation that say nothing of how tokens are chosen, or when a text ends.
 _QUIET_DEFAULTS = ("use_cache", "cache_implementation", "return_dict_in_generate")
 
@@ -136,7 +136,7 @@ class SideFiles:
 
     def save(self, workdir: Path) -> None:
         """Keeps it in a run's workdir; an earlier one is replaced."""
-        write_json(workdir / _NAME, dataclasses.asdict(self))
+        write_json(workdir / SIDE_FILES, dataclasses.asdict(self))
 
 
 def open_side_files(workdir: Path) -> SideFiles:
@@ -145,7 +145,7 @@ def open_side_files(workdir: Path) -> SideFiles:
     Raises:
         ConfigError: the file is damaged.
     """
-    path = find_file(workdir, _NAME)
+    path = find_file(workdir, SIDE_FILES)
     if path is None:
         return SideFiles()
     kept = read_object(path)
