@@ -72,7 +72,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "lab.report": (*_UPPER, "lab.ablation", "lab.routing", "lab.pictures"),
     "lab": (),
     "plan": _UPPER,
-    "bench": (*_UPPER, "plan"),
+    # Its pictures have the style of all others.
+    "bench": (*_UPPER, "plan", "lab.pictures.style"),
     "runs": (*_UPPER, "lab", "plan"),
     "cli": (*_UPPER, "lab", "plan", "bench", "runs"),
     "__main__": ("cli.main",),
