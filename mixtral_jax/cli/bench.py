@@ -9,10 +9,11 @@ from mixtral_jax.config import Config
 
 
 def main(arguments: list[str]) -> int:
-    """`bench --config=F [--train | --layer | --generate] [--picture=F.png] [--json]`."""
+    """`bench --config=F [--train | --layer | --generate | --growth] [--picture=F.png] [--json]`."""
     flags, config = _parse(arguments)
 
     from mixtral_jax.bench.generate import describe_generate, measure_generate
+    from mixtral_jax.bench.growth import describe_growth, measure_growth
     from mixtral_jax.bench.layer import describe_layer, measure_layer
     from mixtral_jax.bench.parts import describe_parts
     from mixtral_jax.bench.step import describe_step, measure_step
@@ -32,6 +33,9 @@ def main(arguments: list[str]) -> int:
     elif flags.generate:
         figures = measure_generate(config, mesh)
         text = describe_generate(figures)
+    elif flags.growth:
+        figures = measure_growth(config)
+        text = describe_growth(figures)
     else:
         figures = measure_step(config, mesh)
         text = f"{describe_step(figures)}\n{describe_parts(figures['profile'])}"
@@ -52,6 +56,12 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     what.add_argument("--layer", action="store_true", help="one MoE layer beside transformers'")
     what.add_argument(
         "--generate", action="store_true", help="prefill and decode beside transformers'"
+    )
+    what.add_argument(
+        "--growth",
+        action="store_true",
+        help="how the cost of the train step grows with tokens, sequence length, experts, layers "
+        "and devices",
     )
     what.add_argument(
         "--picture",

@@ -84,7 +84,7 @@ def test_the_line_for_people_has_the_same_figures():
         (["--picture=no/such/folder/parts.png"], "there is no folder no/such/folder"),
         *(
             (["--picture=parts.png", flag], "not allowed with argument")
-            for flag in ("--train", "--layer", "--generate")
+            for flag in ("--train", "--layer", "--generate", "--growth")
         ),
     ],
 )
