@@ -1,7 +1,6 @@
 """The smallest shape of `bench --growth`, which makes it larger in one direction at a time.
 
-1.9 million parameters, 2 layers of 8 experts, top-2, float32, 512 tokens a step. Takes two to three
-minutes on 2 cores, most of it for compiling.
+2 layers of 8 experts, top-2, float32, 512 tokens a step. Most of the time is for compiling.
 
     python -m mixtral_jax bench --growth --config=configs/bench/growth.py
 """
