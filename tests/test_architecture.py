@@ -30,7 +30,8 @@ SCRIPTS = {name: (ROOT / f"{name}.py").read_text() for name in ("train", "finetu
 
 # Parts of training that take the model as an argument: of the model they know only results.
 _TRAINING_PARTS = tuple(
-    f"training.{name}" for name in ("loss", "optimizer", "state", "step", "metrics")
+    f"training.{name}"
+    for name in ("loss", "optimizer", "state", "step", "metrics", "queue", "garbage")
 )
 _RESULT_TYPES = (
     "model.balance",
@@ -71,7 +72,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "lab.report": (*_UPPER, "lab.ablation", "lab.routing", "lab.pictures"),
     "lab": (),
     "plan": _UPPER,
-    "bench": (*_UPPER, "plan"),
+    # Its pictures have the style of all others.
+    "bench": (*_UPPER, "plan", "lab.pictures.style"),
     "runs": (*_UPPER, "lab", "plan"),
     "cli": (*_UPPER, "lab", "plan", "bench", "runs"),
     "__main__": ("cli.main",),

@@ -4,7 +4,7 @@ Both have the same weights and prompts, and run in the same minutes.
 """
 
 import dataclasses
-import statistics
+import functools
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mixtral_jax.bench.alternate import alternate
 from mixtral_jax.bench.peer import import_peer, make_peer, require_one_device
 from mixtral_jax.config import Config
 from mixtral_jax.generate.generator import Speed
@@ -73,20 +74,19 @@ def measure_generate(config: Config, mesh: jax.sharding.Mesh) -> dict[str, dict[
     for B in BATCHES:
         shape = (B, config.train.sequence_length)
         prompts = np.random.default_rng(B).integers(3, config.model.vocab_size, shape)
-        ours, others = (run(prompts).tokens for run in programs.values())  # Also warms both up.
-        assert np.array_equal(ours, others), (
-            "the programs write different tokens: they do not do the same work"
-        )
-        timings = {name: [] for name in programs}
-        for _ in range(ROUNDS):
-            for name, run in programs.items():
-                timings[name].append(run(prompts))
-        for name, runs in timings.items():
+        generate = {name: functools.partial(run, prompts) for name, run in programs.items()}
+        for name, runs in alternate(generate, ROUNDS, _require_same_tokens).items():
             figures[f"{name}, {B} prompt(s) of {shape[1]} tokens"] = {
-                "prefill": statistics.median(run.prefill_per_second for run in runs),
-                "decode": statistics.median(run.decode_per_second for run in runs),
+                "prefill": runs.median(lambda timing: timing.prefill_per_second),
+                "decode": runs.median(lambda timing: timing.decode_per_second),
             }
     return figures
+
+
+def _require_same_tokens(mine: Timing, other: Timing) -> None:
+    assert np.array_equal(mine.tokens, other.tokens), (
+        "the programs write different tokens: they do not do the same work"
+    )
 
 
 def _run_ours(folder: Path, mesh: jax.sharding.Mesh) -> Measure:

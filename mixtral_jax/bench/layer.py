@@ -4,16 +4,14 @@ Both have the same weights and tokens, and run in the same minutes.
 """
 
 import dataclasses
-import statistics
-import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mixtral_jax.bench.alternate import alternate
 from mixtral_jax.bench.peer import import_peer, require_one_device
 from mixtral_jax.config import Config
 from mixtral_jax.kernels.choose import choose_kernels
@@ -22,7 +20,8 @@ from mixtral_jax.model.tokens import Tokens
 from mixtral_jax.parallel.rules import AxisRules
 
 ALTERNATIONS = 10
-Measure = Callable[[], Any]
+# Computes all gradients, and returns y and the gradient of x.
+Measure = Callable[[], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,23 +83,21 @@ def measure_layer(config: Config, mesh: jax.sharding.Mesh) -> dict[str, dict[str
     for routing in ("balanced", "all to one", "zipf"):
         case = make_case(config, routing)
         with jax.set_mesh(mesh):
-            ours, theirs = make_ours(config, case), make_theirs(config, case)
-            figures[routing] = _alternate(ours, theirs)
+            programs = {"ours": make_ours(config, case), "theirs": make_theirs(config, case)}
+            runs = alternate(programs, ALTERNATIONS, _require_same_arrays)
+        mine, other = (program.median_seconds for program in runs.values())
+        figures[routing] = {
+            "seconds": mine,
+            "transformers_seconds": other,
+            "times_as_fast": other / mine,
+        }
     return figures
 
 
-def _alternate(ours: Measure, theirs: Measure) -> dict[str, float]:
-    for mine, other in zip(ours(), theirs(), strict=True):  # Also warms both up.
-        difference = np.linalg.norm(mine - other) / np.linalg.norm(other)
+def _require_same_arrays(mine: tuple[np.ndarray, ...], others: tuple[np.ndarray, ...]) -> None:
+    for my, other in zip(mine, others, strict=True):
+        difference = np.linalg.norm(my - other) / np.linalg.norm(other)
         assert difference < 1e-4, f"the layers differ by {difference}: they do not do the same work"
-    seconds: dict[Measure, list[float]] = {ours: [], theirs: []}
-    for _ in range(ALTERNATIONS):
-        for run, times in seconds.items():
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-    mine, other = (statistics.median(times) for times in seconds.values())
-    return {"seconds": mine, "transformers_seconds": other, "times_as_fast": other / mine}
 
 
 def make_ours(config: Config, case: Case) -> Measure:

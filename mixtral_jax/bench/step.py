@@ -1,5 +1,6 @@
 """Steady-state speed of the real train step, on made-up tokens."""
 
+import os
 import statistics
 import time
 from typing import Any
@@ -9,14 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mixtral_jax.bench.parts import measure_parts
 from mixtral_jax.config import Config
 from mixtral_jax.model.transformer import count_parameters
 from mixtral_jax.parallel.batch import Batch, batch_spec
+from mixtral_jax.parallel.compilation_cache import compilation_cache_options
 from mixtral_jax.parallel.memory import device_memory
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.parallel.rules import AxisRules
 from mixtral_jax.plan.flops import model_flops_per_step
 from mixtral_jax.training.assemble import Training, make_training
+from mixtral_jax.training.state import TrainState
 from mixtral_jax.training.step import peak_memory_bytes
 
 NUM_WARMUP_STEPS, NUM_MEASURED_STEPS = 2, 8
@@ -40,18 +44,23 @@ def measure_step(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     device = mesh.devices.flat[0]
     ceiling = measure_ceiling(config, device)
     # Virtual CPU devices share the cores that one of them uses all of.
-    ceiling *= 1 if device.platform == "cpu" else mesh.size
+    ceiling *= 1 if count_cores(device) else mesh.size
     training = make_training(config, device.platform, device_memory(Processes()))
     with jax.set_mesh(mesh):
         state, batch = training.init(), make_up_batch(config, mesh)
         flops = count_flops(training, state.model())
-        step = training.train_step.lower(state, batch).compile()
+        step = compile_with_names(training, state, batch)
+
+        def run_step() -> None:
+            nonlocal state
+            state, _ = jax.block_until_ready(step(state, batch))
+
         seconds = []
         for _ in range(NUM_WARMUP_STEPS + NUM_MEASURED_STEPS):
             start = time.perf_counter()
-            state, metrics = step(state, batch)
-            jax.block_until_ready((state, metrics))
+            run_step()
             seconds.append(time.perf_counter() - start)
+        parts = measure_parts(step, run_step)
     median = statistics.median(seconds[NUM_WARMUP_STEPS:])
     return {
         "tokens_per_second": config.train.batch_size * config.train.sequence_length / median,
@@ -60,7 +69,17 @@ def measure_step(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         "ceiling_flops_per_second": ceiling,
         "utilization": flops / median / ceiling,
         "peak_memory_bytes": peak_memory_bytes(step),
+        "profile": parts.to_json(),
     }
+
+
+def compile_with_names(training: Training, state: TrainState, batch: Batch) -> jax.stages.Compiled:
+    """The compiled step, whose operations have the names that this code gives them.
+
+    By default, jax takes an equal program from its cache, whatever names that had.
+    """
+    with compilation_cache_options(jax_compilation_cache_include_metadata_in_key=True):
+        return training.train_step.lower(state, batch).compile()
 
 
 def count_flops(training: Training, model: Any) -> int:
@@ -80,6 +99,14 @@ def make_up_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:
     positions = np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape)
     batch = Batch(tokens[..., :-1], tokens[..., 1:], ones, ones, positions)
     return jax.device_put(batch, jax.NamedSharding(mesh, batch_spec(AxisRules())))
+
+
+def count_cores(device: Any) -> int | None:
+    """The cores that compute for a device; None if it is more than a part of the CPU."""
+    if device.platform != "cpu":
+        return None
+    # Only Linux says which cores this process may use.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def measure_ceiling(config: Config, device: Any) -> float:

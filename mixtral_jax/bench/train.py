@@ -5,9 +5,7 @@ same minutes.
 """
 
 import dataclasses
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixtral_jax.bench.alternate import alternate
 from mixtral_jax.bench.peer import import_peer, make_peer, require_one_device
 from mixtral_jax.bench.step import count_flops, make_up_batch, measure_ceiling
 from mixtral_jax.checkpoint.on_devices import load_model
@@ -68,18 +67,9 @@ def measure_train(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
             "ours": _train_ours(training, batch, Path(folder)),
             "transformers": _train_theirs(config, theirs, batch, torch),
         }
-        mine, other = (train() for train in programs.values())  # Also warms both up.
-        assert abs(mine - other) < 1e-4 * other, (
-            f"the losses of the first step are {mine} and {other}: they do not do the same work"
-        )
-        seconds: dict[str, list[float]] = {name: [] for name in programs}
-        for _ in range(ROUNDS):
-            for name, train in programs.items():
-                start = time.perf_counter()
-                train()
-                seconds[name].append(time.perf_counter() - start)
+        runs = alternate(programs, ROUNDS, _require_same_loss)
         ceiling = measure_ceiling(config, mesh.devices.flat[0])
-    mine, other = (statistics.median(seconds[name]) for name in programs)
+    mine, other = (program.median_seconds for program in runs.values())
     num_tokens = config.train.batch_size * config.train.sequence_length
     return {
         "tokens_per_second": num_tokens / mine,
@@ -88,6 +78,12 @@ def measure_train(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         "ceiling_flops_per_second": ceiling,
         "utilization": flops / mine / ceiling,
     }
+
+
+def _require_same_loss(mine: float, other: float) -> None:
+    assert abs(mine - other) < 1e-4 * other, (
+        f"the losses of the first step are {mine} and {other}: they do not do the same work"
+    )
 
 
 def _make_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:

@@ -37,6 +37,7 @@ class Attention(nnx.Module):
         self.value = Projection("BTD,DKH->BTKH", (D, K, H), by_kv_head, **shared)
         self.out = Projection("BTNH,NHD->BTD", (N, H, D), ("heads", None, "dense_embed"), **shared)
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         x_BTD: jax.Array,

@@ -35,6 +35,7 @@ class RoutingSums:
     largest_logit: jax.Array  # largest absolute value; not a sum
 
 
+@jax.named_scope("router")
 def sum_routing(routes: Routes, is_real_BT: jax.Array, overflowed: jax.Array) -> RoutingSums:
     """Sums the routes of one layer over its real tokens. No gradient flows through counts.
 

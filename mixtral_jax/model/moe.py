@@ -123,6 +123,7 @@ class Experts(nnx.Module):
         self.up = ExpertProjection((E, D, F), ("expert", "embed", "mlp"), kernel, **shared)
         self.down = ExpertProjection((E, F, D), ("expert", "mlp", "embed"), kernel, **shared)
 
+    @jax.named_scope("experts")
     def __call__(self, x_RD: jax.Array, weight_R1: jax.Array, groups: RowGroups) -> jax.Array:
         if skips_missing_rows(self.kernel):
             return weigh(self._swiglu(x_RD, groups), weight_R1, groups)

@@ -77,6 +77,7 @@ class Router(nnx.Module):
         self.bias = BalanceBias(jnp.zeros(E)) if router.bias.update_rate else None
         self.training_key = nnx.data(cast(jax.Array | None, None))
 
+    @jax.named_scope("router")
     def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> Routes:
         rows = self.rules.spec("batch", None, None)
         x_BTD = jitter(x_BTD.astype(self.config.dtype), self.config.noise, self.training_key, rows)

@@ -24,6 +24,7 @@ class SharedExperts(nnx.Module):
         self.up = Projection("BTD,DU->BTU", (D, U), ("dense_embed", "mlp"), **settings)
         self.down = Projection("BTU,UD->BTD", (U, D), ("mlp", "dense_embed"), **settings)
 
+    @jax.named_scope("experts")
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         by_hidden = self.rules.spec("batch", None, "act_mlp")
         hidden_BTU = jax.nn.silu(self.gate(x_BTD, by_hidden)) * self.up(x_BTD, by_hidden)

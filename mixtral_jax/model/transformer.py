@@ -189,10 +189,12 @@ class Transformer(nnx.Module):
         is_cast = self.config.param_dtype != self.config.dtype
         return not is_cast and jax.sharding.get_abstract_mesh().shape["fsdp"] == 1
 
+    @jax.named_scope("embeddings")
     def to_logits(self, x_BTD: jax.Array) -> jax.Array:
         """Next-token logits [B, T, V] of the blocks' output, in the compute dtype."""
         return self.unembed(self.norm(x_BTD), self.rules.spec("batch", None, "act_vocab"))
 
+    @jax.named_scope("embeddings")
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         table_VD = jax.reshard(
             self.embedding_VD[...].astype(self.config.dtype), self.rules.spec(None, None)

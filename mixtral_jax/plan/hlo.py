@@ -205,7 +205,10 @@ class Program:
         index = _tuple_index(counter)
         if index is None or limit.opcode != "constant":
             return None
-        start = _origin(computation, _origin(computation, loop.operands[0]).operands[index])
+        values = _origin(computation, loop.operands[0])
+        if values.opcode != "tuple":  # The loop goes on with the values of another computation.
+            return None
+        start = _origin(computation, values.operands[index])
         if start.opcode != "constant" or not _adds_one(body, index):
             return None
         return max(0, int(limit.operands[0]) - int(start.operands[0]))

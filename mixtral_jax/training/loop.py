@@ -12,7 +12,9 @@ import jax
 from mixtral_jax.checkpoint.run import RunCheckpoints
 from mixtral_jax.config import CheckpointConfig, TrainConfig
 from mixtral_jax.parallel.batch import Batch
+from mixtral_jax.training.garbage import collect_only_when_asked
 from mixtral_jax.training.metrics import MetricLog, Record, check_finite
+from mixtral_jax.training.queue import StepQueue
 from mixtral_jax.training.state import TrainState
 from mixtral_jax.training.step import TrainStep, peak_memory_bytes
 
@@ -108,20 +110,35 @@ class TrainLoop:
 
     def _train(self, state: TrainState, train_step: jax.stages.Compiled) -> Ending:
         first, last = int(state.step), self.config.num_steps
-        meter = _TokenMeter(self.record["tokens"])
-        for step in range(first + 1, last + 1):
-            batch, batch_hash = next(self.batches)
-            state, metrics = train_step(state, batch)
-            meter.add(metrics["tokens"])
-            is_stopping = step < last and self.is_stop_requested()
-            due = self._find_due(step, is_stopping=is_stopping)
-            if due.log or due.checkpoint:
-                record = {"step": step, **_to_host(metrics), **meter.read()}
-                self._finish_step(state, record | {"batch_hash": batch_hash}, due)
-                meter.restart()
-            if is_stopping:
-                return Ending("stopped", state)
+        queue = StepQueue(self.record["tokens"])
+        with collect_only_when_asked() as collect:
+            for step in range(first + 1, last + 1):
+                batch, batch_hash = self._next_batch(queue)
+                state, metrics = train_step(state, batch)
+                # The devices are busy with this step while the host tells of earlier ones.
+                for record in queue.read_earlier():
+                    self._tell(record)
+                    collect()
+                is_stopping = step < last and self.is_stop_requested()
+                due = self._find_due(step, is_stopping=is_stopping)
+                queue.add(step, metrics, batch_hash, has_record=due.log or due.checkpoint)
+                if due.evaluation or due.checkpoint:  # Before the next step takes the state.
+                    (record,) = queue.read_all()
+                    self._finish_step(state, record, due)
+                    collect()
+                    queue.restart_clock()
+                if is_stopping:
+                    return Ending("stopped", state)
         return Ending("finished", state)
+
+    def _next_batch(self, queue: StepQueue) -> tuple[Batch, str]:
+        """The next batch. If there is none, all steps so far are told of before the error."""
+        try:
+            return next(self.batches)
+        except Exception:
+            for record in queue.read_all():
+                self._tell(record)
+            raise
 
     def _find_due(self, step: int, *, is_stopping: bool) -> _Due:
         num_steps = self.config.num_steps
@@ -141,13 +158,18 @@ class TrainLoop:
         if due.evaluation:
             record |= self.evaluate(state.model())
         if due.log:
-            self.log.write(record)
-            self.progress.report(record)
-            for callback in self.callbacks:
-                callback(dict(record))
+            self._tell(record)
         if due.checkpoint:
             saved = self.record | {"tokens": record["tokens"]}
             self.checkpoints.save(record["step"], state, saved)
+
+    def _tell(self, record: Record) -> None:
+        """Logs a record and shows it."""
+        check_finite(record)
+        self.log.write(record)
+        self.progress.report(record)
+        for callback in self.callbacks:
+            callback(dict(record))
 
     def _compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
         self.progress.say("compiling the train step ...")
@@ -157,40 +179,3 @@ class TrainLoop:
         memory = "" if peak is None else f"; {peak / 2**20:,.0f} MiB a device at its peak"
         self.progress.say(f"compiled in {time.monotonic() - start:.0f} s{memory}")
         return compiled
-
-
-# Steps that may be queued on the devices: enough that they never wait for the host. Each holds its
-# batch in their memory.
-MAX_QUEUED_STEPS = 2
-
-
-class _TokenMeter:
-    """Counts tokens, on the devices until they are read, and the time spent in training alone."""
-
-    def __init__(self, tokens: int):
-        self._tokens = tokens
-        self._pending: list[jax.Array] = []
-        self.restart()
-
-    def add(self, tokens: jax.Array) -> None:
-        """Adds the tokens of a step that may still be running; waits if too many are queued."""
-        self._pending.append(tokens)
-        if len(self._pending) > MAX_QUEUED_STEPS:
-            jax.block_until_ready(self._pending[-1 - MAX_QUEUED_STEPS])
-
-    def read(self) -> dict[str, float]:
-        """Tokens since the run began, and tokens per second since `restart`."""
-        new = sum(int(tokens) for tokens in self._pending)
-        self._tokens, self._pending = self._tokens + new, []
-        return {
-            "tokens": self._tokens,
-            "tokens_per_second": new / (time.monotonic() - self._since),
-        }
-
-    def restart(self) -> None:
-        """Starts a new interval, so that evaluating and saving do not count as training."""
-        self._since = time.monotonic()
-
-
-def _to_host(metrics: dict[str, jax.Array]) -> Record:
-    return {name: value.tolist() for name, value in jax.device_get(metrics).items()}

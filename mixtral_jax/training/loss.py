@@ -78,6 +78,7 @@ def next_token_loss(output: ModelOutput, batch: Batch, totals: StepTotals) -> ja
     return jnp.sum(losses_BT * is_supervised_BT) / totals.supervised
 
 
+@jax.named_scope("loss")
 def sum_losses(
     loss: Loss, output: ModelOutput, batch: Batch, totals: StepTotals, router: RouterConfig
 ) -> LossParts:

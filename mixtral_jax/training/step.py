@@ -57,7 +57,9 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         learned = losses_and_gradient(state, batch, perturb=perturb, loss=loss, router=router)
         gradient, routing = learned.gradient, learned.parts.routing
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.trained)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.trained)
+            trained = typing.cast(nnx.State, optax.apply_updates(state.trained, updates))
         running_load_LE = RUNNING_LOAD_DECAY * state.recent_load_LE + routing.load_E
         biases = move_biases(state.frozen, routing, bias_rate(state.step), router.bias)
         per_layer = {"running_max_violation": max_violation(running_load_LE), **biases.metrics}
@@ -69,7 +71,7 @@ def make_train_step(
         next_state = dataclasses.replace(
             state,
             step=state.step + 1,
-            trained=typing.cast(nnx.State, optax.apply_updates(state.trained, updates)),
+            trained=trained,
             frozen=biases.frozen,
             opt_state=opt_state,
             recent_load_LE=running_load_LE,

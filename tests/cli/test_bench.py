@@ -7,7 +7,9 @@ import types
 import pytest
 
 from mixtral_jax.bench import step
+from mixtral_jax.bench.parts import NOT_SEEN, PARTS
 from mixtral_jax.cli import bench
+from mixtral_jax.config import ConfigError
 
 ROWS, LENGTH, D, F, V = 16, 32, 64, 256, 2048
 NUM_LAYERS, NUM_EXPERTS, HEADS, KV_HEADS, HEAD_DIM = 1, 8, 4, 2, 32
@@ -23,10 +25,13 @@ def clock_of(*seconds):
     return types.SimpleNamespace(perf_counter=lambda: next(ticks))
 
 
-def test_bench_prints_one_json_line_whose_figures_are_those_of_the_clock(monkeypatch, capsys):
+def test_bench_prints_one_json_line_whose_figures_are_those_of_the_clock(
+    monkeypatch, capsys, tmp_path
+):
     matmul, warmup, steps = 2.0, [50.0, 20.0], [0.5, 0.25, 0.5, 0.5, 9.0, 0.5, 0.5, 0.5]
     monkeypatch.setattr(step, "time", clock_of(matmul, *warmup, *steps))
-    assert bench.main([*FLAGS, "--json"]) == 0
+    picture = tmp_path / "parts.png"
+    assert bench.main([*FLAGS, "--json", f"--picture={picture}"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     figures = json.loads(line)
     assert figures["step_seconds_median"] == 0.5
@@ -43,6 +48,13 @@ def test_bench_prints_one_json_line_whose_figures_are_those_of_the_clock(monkeyp
     ceiling = pair * int(2e10 / (pair / 2)) / matmul
     assert figures["ceiling_flops_per_second"] == pytest.approx(ceiling)
     assert figures["utilization"] == pytest.approx(flops / 0.5 / ceiling)
+
+    profile = figures["profile"]
+    assert profile["gap_seconds"] >= 0 and profile["step_seconds"] > 0
+    seconds = profile["part_seconds"]
+    assert sum(seconds.values()) == pytest.approx(profile["device_seconds"])
+    assert all(seconds[part] > 0 for part in PARTS if part != NOT_SEEN)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
     # A device holds an expert, and parameters with two moments and a gradient in float32; a whole
     # copy of the model on each would be more than all that a step needs.
@@ -63,3 +75,19 @@ def test_the_line_for_people_has_the_same_figures():
     }
     expected = "12,346 tokens/s, 0.123 s a step, 18% of a dense matmul's 46 GFLOP/s, 3 MiB a device"
     assert step.describe_step(figures) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--picture=parts.pdf"], "must end in .png"),
+        (["--picture=no/such/folder/parts.png"], "there is no folder no/such/folder"),
+        *(
+            (["--picture=parts.png", flag], "not allowed with argument")
+            for flag in ("--train", "--layer", "--generate", "--growth")
+        ),
+    ],
+)
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        bench.main(flags)

@@ -1,5 +1,6 @@
 """Training batches: their order, their layout on the mesh, their hash; and held-out batches."""
 
+import contextlib
 import dataclasses
 import threading
 
@@ -163,6 +164,25 @@ def test_the_thread_ends_with_the_iterator():
     assert any(thread.name.startswith("batches") for thread in threading.enumerate())
     iterator.close()
     assert not any(thread.name.startswith("batches") for thread in threading.enumerate())
+
+
+def test_batches_are_placed_on_the_devices_before_they_are_asked_for(monkeypatch):
+    placed, is_made = [], threading.Event()
+    place = batches._place_rows
+
+    def note(*arguments, **layout):
+        batch = place(*arguments, **layout)
+        placed.append(batch)
+        if len(placed) == 3:
+            is_made.set()
+        return batch
+
+    monkeypatch.setattr(batches, "_place_rows", note)
+    with contextlib.closing(make_batches().iterate(0)) as iterator:
+        first, _ = next(iterator)
+        assert is_made.wait(timeout=60)
+    assert first is placed[0]
+    assert all(isinstance(batch.tokens, jax.Array) for batch in placed)
 
 
 def test_a_failure_in_the_thread_reaches_the_caller(monkeypatch):

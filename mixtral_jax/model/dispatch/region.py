@@ -28,6 +28,7 @@ class Dispatched:
     overflowed: jax.Array
 
 
+@jax.named_scope("dispatch")
 def dispatch(
     experts: Callable[[jax.Array, jax.Array, RowGroups], jax.Array],
     transport: Transport,
