@@ -11,7 +11,9 @@ import numpy as np
 
 from mixtral_jax.bench.step import count_cores, make_up_batch
 from mixtral_jax.config import Config, MeshConfig
+from mixtral_jax.parallel.memory import device_memory
 from mixtral_jax.parallel.mesh import make_mesh, resolve_mesh
+from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.training.assemble import make_training
 
 NUM_WARMUP_STEPS, NUM_MEASURED_STEPS = 1, 5
@@ -82,7 +84,8 @@ def measure_cost(case: Case) -> Cost:
     config = dataclasses.replace(case.config, mesh=MeshConfig())
     config = resolve_mesh(config, case.num_devices)
     mesh = make_mesh(config.mesh, jax.devices()[: case.num_devices])
-    training = make_training(config, mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    training = make_training(config, platform, device_memory(Processes()))
     with jax.set_mesh(mesh):
         state, batch = training.init(), make_up_batch(config, mesh)
         step = training.train_step.lower(state, batch).compile()
