@@ -1,9 +1,9 @@
 """Muon: updates of matrices that are orthogonal, so that no direction of a matrix learns alone.
 
-The momentum of a matrix is made nearly orthogonal by a Newton-Schulz iteration (Jordan et al., 2024,
-https://kellerjordan.github.io/posts/muon), and scaled to the size of an update of AdamW (arXiv
-2502.16982, section 2.2). So both may share a learning rate. Each matrix of a stack is treated on its
-own. Leaves to `optimizer` what learns by AdamW instead.
+The momentum of a matrix is made nearly orthogonal by a Newton-Schulz iteration (Jordan et al.,
+2024, https://kellerjordan.github.io/posts/muon) and scaled to the size of an update of AdamW (arXiv
+2502.16982, section 2.2), so that both may share a learning rate. Each matrix of a stack is treated
+on its own. Leaves to `optimizer` which parameters learn by AdamW instead.
 """
 
 import functools

@@ -66,8 +66,9 @@ def make_optimizer(
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
     """Adam (arXiv 1412.6980); with weight decay beside it, AdamW (arXiv 1711.05101).
 
-    Only the first moment may be bfloat16. The second moves by 1 - beta2 of itself at most when
-    gradients shrink, which plain rounding to bfloat16 undoes: it would never fall again.
+    The second moment keeps the dtype of its parameter. In bfloat16 it would never fall, however
+    small gradients become: with beta2 = 0.999 a step takes off a thousandth, which rounding to
+    eight bits puts back. A step takes a tenth off the first moment.
     """
     return optax.scale_by_adam(
         config.beta1, config.beta2, config.epsilon, mu_dtype=config.first_moment_dtype
@@ -86,9 +87,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
         is_matrix = "blocks" in names and not names & {"router", "scale"}
         return "muon" if is_matrix else "adam"
 
-    momentum = optax.trace(
-        config.beta1, nesterov=True, accumulator_dtype=config.first_moment_dtype
-    )
+    momentum = optax.trace(config.beta1, nesterov=True, accumulator_dtype=config.first_moment_dtype)
     return optax.partition(
         {"muon": optax.chain(momentum, orthogonalize()), "adam": _adam(config)},
         lambda params: by_name(params, choose),
