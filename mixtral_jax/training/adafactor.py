@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mixtral_jax.training.matrices import Matrix, matrix_of
+from mixtral_jax.training.matrices import matrix_of
 
 # Section 7.2: the second moment of step t decays by 1 - t ** -0.8.
 _DECAY_EXPONENT = 0.8
@@ -27,7 +27,7 @@ class FactoredMoments(NamedTuple):
     A vector has no outputs, so its `over_outputs` is its whole second moment.
     """
 
-    count: jax.Array
+    num_steps: jax.Array
     over_outputs: Any
     over_inputs: Any
 
@@ -51,37 +51,29 @@ def scale_by_factored_moments() -> optax.GradientTransformation:
         ]
         return FactoredMoments(jnp.zeros((), jnp.int32), *zeros)
 
-    def update(
-        gradients: Any, state: FactoredMoments, params: Any = None
-    ) -> tuple[Any, FactoredMoments]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, FactoredMoments]:
         del params
-        count = optax.safe_increment(state.count)
-        new_share = count.astype(jnp.float32) ** -_DECAY_EXPONENT
+        num_steps = state.num_steps + 1
+        new_share = num_steps.astype(jnp.float32) ** -_DECAY_EXPONENT
 
         def move(moment: jax.Array, square: jax.Array) -> jax.Array:
             return moment + new_share * (square - moment)
 
         over_outputs, over_inputs = (
-            jax.tree.map(move, moments, mean_squares(gradients, of_outputs=of_outputs))
+            jax.tree.map(move, moments, mean_squares(updates, of_outputs=of_outputs))
             for moments, of_outputs in ((state.over_outputs, True), (state.over_inputs, False))
         )
-        updates = jax.tree_util.tree_map_with_path(
-            lambda path, gradient, *moments: _rescale(
-                gradient, *moments, matrix_of(path, gradient.ndim)
-            ),
-            gradients,
-            over_outputs,
-            over_inputs,
-        )
-        return updates, FactoredMoments(count, over_outputs, over_inputs)
+        updates = jax.tree_util.tree_map_with_path(_rescale, updates, over_outputs, over_inputs)
+        return updates, FactoredMoments(num_steps, over_outputs, over_inputs)
 
     return optax.GradientTransformation(init, update)
 
 
 def _rescale(
-    gradient: jax.Array, over_outputs: jax.Array, over_inputs: jax.Array, matrix: Matrix
+    path: tuple[Any, ...], gradient: jax.Array, over_outputs: jax.Array, over_inputs: jax.Array
 ) -> jax.Array:
     """The update of a stack of matrices, at most `_MAX_UPDATE_RMS` in each (algorithms 4 and 5)."""
+    matrix = matrix_of(path, gradient.ndim)
     share = over_outputs / jnp.mean(over_outputs, axis=matrix.inputs, keepdims=True)
     # Two roots: the product of two tiny moments would be zero.
     by_input = jnp.expand_dims(jax.lax.rsqrt(share), matrix.outputs)

@@ -84,8 +84,8 @@ def update_of(optimizer: optax.GradientTransformation, params: Any, gradients: l
 
 def plain(name: OptimizerName, **settings: Any) -> optax.GradientTransformation:
     """The optimizer with a rate of one, without clipping or decay unless the settings say so."""
-    defaults = {"max_grad_norm": 1e9, "weight_decay": 0.0}
-    return make_optimizer(OptimizerConfig(name=name, **defaults | settings), lambda _: 1.0)
+    defaults = {"name": name, "max_grad_norm": 1e9, "weight_decay": 0.0}
+    return make_optimizer(build(OptimizerConfig, defaults | settings), lambda _: 1.0)
 
 
 def test_every_name_has_an_optimizer() -> None:
