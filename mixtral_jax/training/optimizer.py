@@ -52,7 +52,8 @@ def make_optimizer(
         optax.chain(
             OPTIMIZERS[config.name](config),
             optax.add_decayed_weights(
-                config.weight_decay, lambda params: by_name(params, lambda it: "scale" not in it)
+                config.weight_decay,
+                lambda params: by_name(params, lambda names: "scale" not in names),
             ),
             optax.scale_by_learning_rate(schedule),
         ),

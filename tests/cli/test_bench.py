@@ -7,7 +7,10 @@ import types
 import pytest
 
 from mixtral_jax.bench import step
+from mixtral_jax.bench.train import measure_train
 from mixtral_jax.cli import bench
+from mixtral_jax.config import ConfigError
+from tests.cases import mesh_of, small_config
 
 ROWS, LENGTH, D, F, V = 16, 32, 64, 256, 2048
 NUM_LAYERS, NUM_EXPERTS, HEADS, KV_HEADS, HEAD_DIM = 1, 8, 4, 2, 32
@@ -63,3 +66,11 @@ def test_the_line_for_people_has_the_same_figures():
     }
     expected = "12,346 tokens/s, 0.123 s a step, 18% of a dense matmul's 46 GFLOP/s, 3 MiB a device"
     assert step.describe_step(figures) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("name", "muon"), ("name", "adafactor"), ("first_moment_dtype", "bfloat16")]
+)
+def test_the_train_step_is_compared_with_the_same_optimizer_only(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"optimizer.{key}={value}.*AdamW"):
+        measure_train(small_config(**{f"optimizer__{key}": value}), mesh_of())
