@@ -31,7 +31,18 @@ SCRIPTS = {name: (ROOT / f"{name}.py").read_text() for name in ("train", "finetu
 # Parts of training that take the model as an argument: of the model they know only results.
 _TRAINING_PARTS = tuple(
     f"training.{name}"
-    for name in ("loss", "optimizer", "state", "step", "metrics", "queue", "garbage")
+    for name in (
+        "loss",
+        "optimizer",
+        "adafactor",
+        "muon",
+        "matrices",
+        "state",
+        "step",
+        "metrics",
+        "queue",
+        "garbage",
+    )
 )
 _RESULT_TYPES = (
     "model.balance",

@@ -19,7 +19,7 @@ from mixtral_jax.bench.peer import import_peer, make_peer, require_one_device
 from mixtral_jax.bench.step import count_flops, make_up_batch, measure_ceiling
 from mixtral_jax.checkpoint.on_devices import load_model
 from mixtral_jax.checkpoint.weights import open_weights
-from mixtral_jax.config import Config
+from mixtral_jax.config import Config, require
 from mixtral_jax.parallel.batch import Batch
 from mixtral_jax.parallel.memory import device_memory
 from mixtral_jax.parallel.processes import Processes
@@ -45,10 +45,16 @@ def measure_train(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Measures the tokens per second of both programs, as medians over runs that alternate.
 
     Raises:
-        ConfigError: torch and transformers are not installed, or more than one device was asked
-            for.
+        ConfigError: torch and transformers are not installed, or more than one device or another
+            optimizer was asked for.
     """
     require_one_device(mesh, "--train")
+    require(
+        config.optimizer.name == "adamw" and config.optimizer.first_moment_dtype != "bfloat16",
+        f"optimizer.name={config.optimizer.name} and optimizer.first_moment_dtype="
+        f"{config.optimizer.first_moment_dtype}: bench --train compares AdamW with that of torch, "
+        "whose moments are float32; leave out both",
+    )
     torch, transformers = import_peer("--train")
     torch.manual_seed(0)
     theirs = make_peer(

@@ -32,7 +32,13 @@ from mixtral_jax.config.router import (
     RouterConfig,
 )
 from mixtral_jax.config.run import Config
-from mixtral_jax.config.train import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
+from mixtral_jax.config.train import (
+    CheckpointConfig,
+    LogConfig,
+    OptimizerConfig,
+    OptimizerName,
+    TrainConfig,
+)
 from mixtral_jax.config.upcycle import UpcycleConfig
 
 __all__ = [
@@ -59,6 +65,7 @@ __all__ = [
     "ModelConfig",
     "NoiseConfig",
     "OptimizerConfig",
+    "OptimizerName",
     "PretrainConfig",
     "RematName",
     "RouterChoice",

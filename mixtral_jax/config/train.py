@@ -1,23 +1,41 @@
 """The sections `optimizer`, `train`, `checkpoint` and `log` of a config."""
 
 import dataclasses
+from typing import Literal
 
 from mixtral_jax.config.errors import require
+
+# Each name is an implementation in training/optimizer.py.
+OptimizerName = Literal["adamw", "adafactor", "muon"]
+# The keys that an optimizer has no use for.
+_UNUSED_KEYS: dict[OptimizerName, tuple[str, ...]] = {
+    "adafactor": ("beta1", "beta2", "epsilon", "first_moment_dtype")
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay. Weight decay applies to matrices only.
+    """The optimizer, with linear warm-up and cosine decay. Weight decay applies to matrices only.
 
     The schedule is given in fractions of the run, so it follows `train.num_steps`.
+
+    - `name`: `adamw` keeps two moments of each parameter. `adafactor` keeps a second moment alone,
+      as two vectors per matrix. `muon` keeps a first moment alone of each matrix in the layers, and
+      makes their updates orthogonal; the router, norms and embeddings learn by AdamW.
+    - `beta1` is the decay of the first moment: of AdamW, and of Muon's momentum too.
+    - `beta2` and `epsilon` are those of AdamW.
+    - `first_moment_dtype` is the dtype in which first moments are stored. None: that of the
+      parameter.
     """
 
+    name: OptimizerName = "adamw"
     learning_rate: float = 3e-4
     final_learning_rate_fraction: float = 0.1
     warmup_fraction: float = 0.05
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
+    first_moment_dtype: Literal["bfloat16", "float32"] | None = None
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
 
@@ -43,6 +61,13 @@ class OptimizerConfig:
             self.weight_decay >= 0,
             f"optimizer.weight_decay={self.weight_decay} must not be negative",
         )
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in _UNUSED_KEYS.get(self.name, ()):
+            require(
+                getattr(self, name) == defaults[name],
+                f"optimizer.{name}={getattr(self, name)} has no effect with "
+                f"optimizer.name={self.name}: leave it out, or choose another optimizer",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,8 @@ import math
 import jax
 from jax import P
 
+from mixtral_jax.parallel.mesh import MESH_AXES
+
 MeshAxes = str | tuple[str, ...] | None
 
 
@@ -56,3 +58,27 @@ class AxisRules:
     def gathered(self, *axes: str | None) -> P:
         """PartitionSpec of a weight in use: as `spec`, but with its model dimension gathered."""
         return self.spec(*(None if axis in ("embed", "dense_embed") else axis for axis in axes))
+
+
+def specs_to_whole_matrices(spec: P, num_stacked: int) -> list[P]:
+    """The layouts from that of a stack of matrices to one where each is whole on one device.
+
+    Layers, the first dimension, end up dealt over all mesh axes but those of the experts, so no two
+    devices have the same matrix. From one layout to the next, a single dimension gives its axes to
+    the layers: then XLA exchanges shards. For several at once, it would copy the whole stack to
+    every device.
+
+    Args:
+        spec: of every dimension of the stack; layers are not sharded.
+        num_stacked: how many dimensions count matrices.
+    """
+    over: list[MeshAxes] = list(spec)
+    layers: tuple[str, ...] = ()
+    specs = [spec]
+    for dimension in range(num_stacked, len(over)):
+        layers += tuple(jax.tree.leaves(over[dimension]))
+        over[dimension] = None
+        specs.append(P(layers, *over[1:]))
+    used = {*layers, *jax.tree.leaves(over[1:])}
+    unused = tuple(axis for axis in MESH_AXES if axis not in used)
+    return [*specs, P(layers + unused, *over[1:])]

@@ -8,8 +8,10 @@ import pytest
 
 from mixtral_jax.bench import step
 from mixtral_jax.bench.parts import NOT_SEEN, PARTS
+from mixtral_jax.bench.train import measure_train
 from mixtral_jax.cli import bench
 from mixtral_jax.config import ConfigError
+from tests.cases import mesh_of, small_config
 
 ROWS, LENGTH, D, F, V = 16, 32, 64, 256, 2048
 NUM_LAYERS, NUM_EXPERTS, HEADS, KV_HEADS, HEAD_DIM = 1, 8, 4, 2, 32
@@ -91,3 +93,11 @@ def test_the_line_for_people_has_the_same_figures():
 def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(flags, message):
     with pytest.raises(ConfigError, match=message):
         bench.main(flags)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("name", "muon"), ("name", "adafactor"), ("first_moment_dtype", "bfloat16")]
+)
+def test_the_train_step_is_compared_with_the_same_optimizer_only(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"optimizer.{key}={value}.*AdamW"):
+        measure_train(small_config(**{f"optimizer__{key}": value}), mesh_of())

@@ -150,12 +150,19 @@ def updates_of(config_overrides: dict[str, Any]) -> dict[str, float]:
     }
 
 
+ALL = {"targets": "attention+experts+router"}
+FEW = {"targets": "attention.out,moe.router.gate"}
+
+
 @pytest.mark.parametrize(
-    "lora", [{"rank": 0}, {"targets": "attention+experts+router"}], ids=["full", "adapters"]
+    ("lora", "optimizer"),
+    [({"rank": 0}, "adamw"), (ALL, "adamw"), (FEW, "adafactor"), (FEW, "muon")],
+    ids=["full", "adapters", "adapters, adafactor", "adapters, muon"],
 )
-def test_the_router_learns_at_its_own_rate(lora: dict[str, Any]) -> None:
-    slow = updates_of({"finetune": {"lora": lora}, "router": {"learning_rate_factor": 0.25}})
-    normal = updates_of({"finetune": {"lora": lora}})
+def test_the_router_learns_at_its_own_rate(lora: dict[str, Any], optimizer: str) -> None:
+    settings = {"finetune": {"lora": lora}, "optimizer__name": optimizer}
+    slow = updates_of({**settings, "router": {"learning_rate_factor": 0.25}})
+    normal = updates_of(settings)
     assert slow.keys() == normal.keys()
     for name, size in normal.items():
         assert slow[name] == pytest.approx(size * (0.25 if "router" in name else 1.0), rel=1e-6), (
