@@ -103,7 +103,7 @@ def _traced(jaxpr: Any, routed_rows: int, only_pallas: bool) -> int:
 def _times(eqn: Any, routed_rows: int) -> int:
     """How often an operation runs its inner jaxprs."""
     if eqn.primitive.name == "while":
-        trips = count_expected_trips(str(eqn.source_info.name_stack), routed_rows)
+        trips = count_expected_trips(str(eqn.source_info.name_stack))
         if trips is None:
             raise ValueError(
                 "the length of a loop with matmuls depends on the data: trace with ragged_dot"
