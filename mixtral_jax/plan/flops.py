@@ -51,19 +51,22 @@ def count_program_flops(program: Program, routed_rows: int) -> int | None:
     """
     total = 0
     for computation, instruction, times in program.instructions():
-        if instruction.opcode in ("convolution", "dot"):
-            flops = _convolution if instruction.opcode == "convolution" else _dot
-            counted = flops(
-                instruction, *(operand.results[0] for operand in computation.operands(instruction))
-            )
-        elif is_ragged_dot(instruction):
-            counted = _ragged_dot(computation, instruction, routed_rows)
-        else:
-            continue
-        if times is None:
+        counted = instruction_flops(computation, instruction, routed_rows)
+        if counted and times is None:
             return None
-        total += counted * times
+        total += counted * (times or 0)
     return total
+
+
+def instruction_flops(computation: Computation, instruction: Instruction, routed_rows: int) -> int:
+    """FLOPs of one run of a matmul, and 0 for any other instruction."""
+    if instruction.opcode in ("convolution", "dot"):
+        flops = _convolution if instruction.opcode == "convolution" else _dot
+        operands = computation.operands(instruction)
+        return flops(instruction, *(operand.results[0] for operand in operands))
+    if is_ragged_dot(instruction):
+        return _ragged_dot(computation, instruction, routed_rows)
+    return 0
 
 
 def is_ragged_dot(instruction: Instruction) -> bool:
