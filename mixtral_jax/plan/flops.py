@@ -97,7 +97,8 @@ def _traced(jaxpr: Any, routed_rows: int, only_pallas: bool) -> int:
         elif name == "ragged_dot_general":
             total += 0 if only_pallas else _traced_ragged_dot(eqn, routed_rows)
         else:
-            inner = [_traced(sub, routed_rows, only_pallas) for sub in _inner_jaxprs(params)]
+            subs = [_live_body(eqn, jaxpr)] if name == "while" else _inner_jaxprs(params)
+            inner = [_traced(sub, routed_rows, only_pallas) for sub in subs]
             counted = max(inner, default=0) if name == "cond" else sum(inner)
             total += _times(eqn, routed_rows) * counted if counted else 0
     return total
@@ -117,6 +118,23 @@ def _times(eqn: Any, routed_rows: int) -> int:
         "shard_map": lambda params: params["mesh"].size,
     }
     return sizes.get(eqn.primitive.name, lambda params: 1)(eqn.params)
+
+
+def _live_body(loop: Any, jaxpr: Any) -> Any:
+    """The body of a while loop in `jaxpr`, without what only carries unused results on.
+
+    These are the gradients of frozen weights, for example. XLA removes them too.
+    """
+    users = [jaxpr.outvars, *(eqn.invars for eqn in jaxpr.eqns)]
+    used = {id(value) for values in users for value in values}
+    live = [id(result) in used for result in loop.outvars]
+    while True:
+        body, needed = partial_eval.dce_jaxpr(loop.params["body_jaxpr"].jaxpr, live)
+        needed = needed[loop.params["body_nconsts"] :]
+        grown = [a or b for a, b in zip(live, needed, strict=True)]
+        if grown == live:
+            return body
+        live = grown
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
