@@ -76,7 +76,7 @@ def list_collectives(program: Program, mesh_shape: dict[str, int]) -> list[Colle
     found: dict[tuple, Collective] = {}
     for computation, instruction, times in program.instructions():
         op = instruction.opcode.removesuffix("-start")
-        if op not in OPCODES:
+        if op not in OPCODES or _is_continued(program, computation):
             continue
         if op == "all-reduce" and _is_scattered(program, computation, instruction):
             op = "reduce-scatter"
@@ -164,6 +164,20 @@ def _bytes_sent(op: str, computation: Computation, instruction: Instruction, mem
     if op in ("reduce-scatter", "all-to-all"):
         return (members - 1) / members * operand
     return operand
+
+
+def _is_continued(program: Program, computation: Computation) -> bool:
+    """True for a part of a collective that an earlier fusion has started.
+
+    XLA:TPU writes such a collective into each of its fusions: `async-collective-start`, fusions
+    with computation, and `async-collective-done`.
+    """
+    caller = program.callers.get(computation.name)
+    is_fused = caller is not None and caller[1].opcode == "fusion"
+    return is_fused and (
+        computation.name.startswith("async_collective_fusion")
+        or caller[1].name.startswith("async-collective-done")
+    )
 
 
 def _is_scattered(program: Program, computation: Computation, instruction: Instruction) -> bool:

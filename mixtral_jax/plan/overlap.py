@@ -16,6 +16,8 @@ from mixtral_jax.plan.hlo import Computation, Instruction, Program
 from mixtral_jax.plan.traffic import instruction_traffic
 
 _STARTS = ("async-start", "call-start")
+# XLA:TPU also writes fusions with these names.
+_FUSED_START, _FUSED_DONE = "async-collective-start", "async-collective-done"
 
 
 def hidden_shares(
@@ -60,14 +62,19 @@ def _between(program: Program, place: Place) -> Iterator[tuple[Computation, Inst
     if not start.opcode.endswith("-start"):
         # The collective may be inside an asynchronous call.
         caller = program.callers.get(computation.name)
-        if caller is None or caller[1].opcode not in _STARTS:
+        if caller is None:
             return
         computation, start = caller
+        if start.opcode not in _STARTS and not start.name.startswith(_FUSED_START):
+            return
+    fused_done = start.name.replace(_FUSED_START, _FUSED_DONE)
     chain, is_after = {start.name}, False
     for instruction in computation.instructions.values():
         if instruction.name == start.name:
             is_after = True
-        elif is_after and chain & set(instruction.operands):
+        elif start.opcode == "fusion" and instruction.name == fused_done:
+            return
+        elif is_after and start.opcode != "fusion" and chain & set(instruction.operands):
             if instruction.opcode.endswith("-done"):
                 return
             chain.add(instruction.name)
