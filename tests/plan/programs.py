@@ -10,6 +10,7 @@ Shapes and attributes are unchanged. The texts are in `tests/plan/hlo/`:
 - `traffic.txt`: a slice that is multiplied in on-chip memory, and an in-place update.
 - `copies.txt`: an asynchronous copy to on-chip memory, and an asynchronous all-gather.
 - `overlapped.txt`: asynchronous collectives with matmuls between start and done, and others.
+- `fused_gather.txt`: an all-gather that XLA:TPU fused with a matmul.
 """
 
 from pathlib import Path
@@ -48,3 +49,8 @@ def copies() -> Program:
 def overlapped() -> Program:
     """Collectives that matmuls hide, and collectives that nothing hides."""
     return parse_program((_FOLDER / "overlapped.txt").read_text())
+
+
+def fused_gather() -> Program:
+    """An all-gather in three fusions: its start, one with a matmul, and its done."""
+    return parse_program((_FOLDER / "fused_gather.txt").read_text())

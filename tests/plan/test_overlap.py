@@ -7,7 +7,7 @@ import pytest
 from mixtral_jax.plan.chips import CHIPS
 from mixtral_jax.plan.collectives import list_collectives
 from mixtral_jax.plan.overlap import hidden_shares
-from tests.plan.programs import overlapped
+from tests.plan.programs import fused_gather, overlapped
 
 # One multiply-add of two 64 x 64 matrices takes a second, and memory takes no time.
 CHIP = dataclasses.replace(
@@ -45,3 +45,10 @@ def test_the_computation_between_start_and_done_hides_a_collective_once(
 def test_what_is_synchronous_or_waits_at_once_is_exposed() -> None:
     shares = shares_if_each_takes(0.5)
     assert shares["collective-permute"] == shares["all-reduce"] == 0
+
+
+def test_a_collective_that_is_fused_with_a_matmul_counts_once_and_is_hidden_by_it() -> None:
+    program = fused_gather()
+    (gather,) = list_collectives(program, {"expert": 4})
+    assert (gather.count, gather.bytes_per_device) == (1, 3 * 64 * 64 * 4)
+    assert hidden_shares(program, [gather], [2.0], CHIP, routed_rows=0) == [pytest.approx(0.5)]
