@@ -126,7 +126,7 @@ class _Chunk:
     """C rows from `start` on. Those before `begin`, and after its groups, belong to others."""
 
     start: jax.Array
-    begin: jax.Array
+    begin: jax.Array | int
     groups: RowGroups
     size: int
 
@@ -162,15 +162,15 @@ class _Chunks:
     size: int
     num_rows: int
     groups: RowGroups
-    begin: jax.typing.ArrayLike
+    begin: jax.Array | int
 
     @classmethod
-    def of(cls, groups: RowGroups, num_rows: int, begin: jax.typing.ArrayLike = 0) -> "_Chunks":
+    def of(cls, groups: RowGroups, num_rows: int, begin: jax.Array | int = 0) -> "_Chunks":
         quarter = -(-groups.balanced_rows // _CHUNKS_OF_BALANCED_ROUTING)
         fewest = min(_FEWEST_ROWS_IN_CHUNK, max(groups.balanced_rows, 1))
         return cls(min(num_rows, max(quarter, fewest)), num_rows, groups, begin)
 
-    def __getitem__(self, i: jax.typing.ArrayLike) -> _Chunk:
+    def __getitem__(self, i: jax.Array | int) -> _Chunk:
         begin = self.begin + i * self.size
         # The last chunk may reach past the last row. Then it starts earlier.
         start = jnp.minimum(begin, self.num_rows - self.size)

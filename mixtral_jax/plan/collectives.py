@@ -173,11 +173,10 @@ def _is_continued(program: Program, computation: Computation) -> bool:
     with computation, and `async-collective-done`.
     """
     caller = program.callers.get(computation.name)
-    is_fused = caller is not None and caller[1].opcode == "fusion"
-    return is_fused and (
-        computation.name.startswith("async_collective_fusion")
-        or caller[1].name.startswith("async-collective-done")
-    )
+    if caller is None or caller[1].opcode != "fusion":
+        return False
+    is_in_matmul = computation.name.startswith("async_collective_fusion")
+    return is_in_matmul or caller[1].name.startswith("async-collective-done")
 
 
 def _is_scattered(program: Program, computation: Computation, instruction: Instruction) -> bool:
