@@ -90,6 +90,9 @@ def _print_roofline(plan: Plan, console: Console) -> None:
     table = make_table("of a step", ">ms", "from")
     each = plan.hardware_flops / plan.target.topology.num_devices
     sent = sum(collective.bytes_per_device for collective in plan.collectives)
+    overlap = f", {plan.exposed_bytes / 1e9:,.3f} GB of it not hidden by computation"
+    if plan.target.is_estimate:
+        overlap = ", over the links of each axis"
     for part, seconds, source in (
         (
             "compute",
@@ -104,7 +107,7 @@ def _print_roofline(plan: Plan, console: Console) -> None:
         (
             "interconnect",
             roofline.interconnect_seconds,
-            f"{sent / 1e9:,.3f} GB sent, over the links of each axis",
+            f"{sent / 1e9:,.3f} GB sent{overlap}",
         ),
     ):
         table.add_row(
@@ -120,22 +123,25 @@ def _print_roofline(plan: Plan, console: Console) -> None:
 
 
 def _print_collectives(plan: Plan, console: Console) -> None:
-    table = make_table("collective", "over", "pass", ">count", ">MB sent", ">ms", "operand")
-    pairs = list(zip(plan.collectives, plan.collective_seconds, strict=True))
-    for collective, seconds in pairs[:MAX_COLLECTIVES]:
+    table = make_table(
+        "collective", "over", "pass", ">count", ">MB sent", ">hidden", ">ms", "operand"
+    )
+    found = list(zip(plan.collectives, plan.collective_seconds, plan.hidden_shares, strict=True))
+    for collective, seconds, hidden in found[:MAX_COLLECTIVES]:
         table.add_row(
             collective.op,
             collective.axis or "-",
             collective.pass_,
             str(collective.count),
             f"{collective.bytes_per_device / 1e6:,.3f}",
+            "-" if plan.target.is_estimate else f"{hidden:.0%}",
             f"{seconds * 1e3:,.3f}",
             collective.operand,
         )
     console.print(table)
-    rest = pairs[MAX_COLLECTIVES:]
+    rest = found[MAX_COLLECTIVES:]
     if rest:
-        megabytes = sum(collective.bytes_per_device for collective, _ in rest) / 1e6
+        megabytes = sum(collective.bytes_per_device for collective, *_ in rest) / 1e6
         console.print(
             f"and {len(rest)} lighter kinds, {megabytes:,.3f} MB in all: --json lists them"
         )

@@ -4,6 +4,9 @@ A buffer with room for the worst routing is mostly empty: with Mixtral, three ro
 Grouped kernels skip missing rows, but the arrays between two matmuls are as long as the buffer, and
 XLA:TPU computes the gradient of a weight from the whole buffer. In chunks, memory is that of one
 chunk, and work is that of the chunks with rows.
+
+For the gradient of the weights, XLA multiplies each row by every expert that it is given. So the
+backward pass may take one expert after the other, each with chunks of its own.
 """
 
 import dataclasses
@@ -17,113 +20,173 @@ import jax.numpy as jnp
 
 from mixtral_jax.kernels.groups import RowGroups
 
-# With more chunks, less of the last chunk is empty, but the weights are read more often.
+# With more chunks, less of the last chunk is empty. But each chunk reads the weights and adds to
+# their gradients in memory, and with fewer rows a TPU would wait for its memory.
 _CHUNKS_OF_BALANCED_ROUTING = 4
-# The names of these loops contain this and then the number of rows per chunk.
-_SCOPE = "rows_in_chunks_of_"
+_FEWEST_ROWS_IN_CHUNK = 1024
+# The names of these loops contain this and then how often they run if the routing is balanced.
+_SCOPE = "chunks_if_balanced_"
 
 # (weights, arrays of rows [C, ...], their groups) -> results [C, Y]
 Apply = Callable[[Any, Any, RowGroups], jax.Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def apply_in_chunks(apply: Apply, weights: Any, rows: Any, groups: RowGroups) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def apply_in_chunks(
+    apply: Apply, is_by_expert: bool, weights: Any, rows: Any, groups: RowGroups
+) -> jax.Array:
     """Applies `apply` to `rows`, arrays of [R, ...], in chunks.
 
-    Returns [R, Y], zero in chunks without rows.
+    Returns [R, Y], zero in chunks without rows. A buffer that balanced routing fills is one chunk.
 
     `apply` must compute each row independently. The backward pass keeps only the inputs, computes
     the rest again chunk by chunk, and sums the gradients of weights in float32. Gradients of rows
     that belong to no expert may be anything.
+
+    Args:
+        is_by_expert: the backward pass gives `apply` the weights and rows of one expert at a time.
+        weights: a pytree of arrays [E, ...].
     """
-    chunks = _Chunks.of(rows, groups)
-    rows = chunks.pad(rows)
-
-    def apply_to_chunk(i: jax.typing.ArrayLike) -> jax.Array:
-        return apply(weights, chunks.read(rows, i), chunks.groups(i))
-
-    y_CY = jax.eval_shape(apply_to_chunk, 0)
-    x_PX = jax.tree.leaves(rows)[0]
-    zeros_PY = jnp.zeros_like(x_PX, shape=(len(x_PX), y_CY.shape[1]), dtype=y_CY.dtype)
-    y_PY = chunks.fold(lambda i, y_PY: chunks.write(y_PY, i, apply_to_chunk(i)), zeros_PY)
-    return y_PY[: chunks.num_rows]
-
-
-def _forward(apply: Apply, weights: Any, rows: Any, groups: RowGroups) -> tuple[jax.Array, Any]:
-    return apply_in_chunks(apply, weights, rows, groups), (weights, rows, groups)
+    R = len(jax.tree.leaves(rows)[0])
+    is_full = groups.balanced_rows >= R
+    if is_full:
+        return apply(weights, rows, groups)
+    chunks = _Chunks.of(groups, R)
+    y_CY = jax.eval_shape(lambda: apply(weights, chunks[0].read(rows), chunks[0].groups))
+    zeros_RY = jnp.zeros_like(jax.tree.leaves(rows)[0], shape=(R, y_CY.shape[1]), dtype=y_CY.dtype)
+    return chunks.fold(
+        lambda chunk, y_RY: chunk.write(y_RY, apply(weights, chunk.read(rows), chunk.groups)),
+        zeros_RY,
+    )
 
 
-def _backward(apply: Apply, residuals: Any, dy_RY: jax.Array) -> tuple[Any, Any, None]:
+def _forward(
+    apply: Apply, is_by_expert: bool, weights: Any, rows: Any, groups: RowGroups
+) -> tuple[jax.Array, Any]:
+    y_RY = apply_in_chunks(apply, is_by_expert, weights, rows, groups)
+    return y_RY, (weights, rows, groups)
+
+
+def _backward(
+    apply: Apply, is_by_expert: bool, residuals: Any, dy_RY: jax.Array
+) -> tuple[Any, Any, None]:
     weights, rows, groups = residuals
-    chunks = _Chunks.of(rows, groups)
-    rows, dy_PY = chunks.pad((rows, dy_RY))
+    E = len(groups.rows_per_expert_E)
+    num_packs = E if is_by_expert else 1
 
-    def add_chunk(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        dweights, rows = carry
-        own_groups = chunks.groups(i)
-        _, pull_back = jax.vjp(
-            lambda weights, rows: apply(weights, rows, own_groups), weights, chunks.read(rows, i)
+    def pack(x_EX: jax.Array) -> jax.Array:
+        return x_EX.reshape(num_packs, E // num_packs, *x_EX.shape[1:])
+
+    def add_pack(rows: Any, own: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, Any]:
+        """Sums the gradients of a pack of experts, and overwrites its rows with theirs."""
+        weights, rows_per_expert_E, begin = own
+        groups_of_pack = RowGroups(rows_per_expert_E, -(-groups.balanced_rows // num_packs))
+
+        def add_chunk(chunk: _Chunk, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            dweights, rows = carry
+            own_rows, own_dy_CY = chunk.mask(chunk.read((rows, dy_RY)))
+            _, pull_back = jax.vjp(
+                lambda weights, rows: apply(weights, rows, chunk.groups), weights, own_rows
+            )
+            own_dweights, own_drows = pull_back(own_dy_CY)
+            return jax.tree.map(jnp.add, dweights, own_dweights), chunk.write(rows, own_drows)
+
+        zeros = jax.tree.map(lambda weight: jnp.zeros_like(weight, dtype=jnp.float32), weights)
+        chunks = _Chunks.of(groups_of_pack, len(dy_RY), begin)
+        dweights, rows = chunks.fold(add_chunk, (zeros, rows))
+        return rows, jax.tree.map(
+            lambda dweight, weight: dweight.astype(weight.dtype), dweights, weights
         )
-        own_dweights, own_drows = pull_back(chunks.read(dy_PY, i))
-        return jax.tree.map(jnp.add, dweights, own_dweights), chunks.write(rows, i, own_drows)
 
-    zeros = jax.tree.map(lambda weight: jnp.zeros_like(weight, dtype=jnp.float32), weights)
+    rows_per_expert = pack(groups.rows_per_expert_E)
+    rows_per_pack = jnp.sum(rows_per_expert, axis=1)
+    begins = jnp.cumsum(rows_per_pack) - rows_per_pack
+    packs = (jax.tree.map(pack, weights), rows_per_expert, begins)
     # The gradient of a chunk overwrites the chunk, which saves a buffer.
-    dweights, drows = chunks.fold(add_chunk, (zeros, rows))
-    dweights = jax.tree.map(lambda dweight, weight: dweight.astype(weight.dtype), dweights, weights)
-    return dweights, jax.tree.map(lambda dx_PX: dx_PX[: chunks.num_rows], drows), None
+    drows, dweights = jax.lax.scan(add_pack, rows, packs)
+    dweights = jax.tree.map(lambda dweight: dweight.reshape(E, *dweight.shape[2:]), dweights)
+    return dweights, drows, None
 
 
 apply_in_chunks.defvjp(_forward, _backward)
 
 
-def count_balanced_chunks(loop_name: str, balanced_rows: int) -> int | None:
+def count_balanced_chunks(loop_name: str) -> int | None:
     """How often a loop of `apply_in_chunks` runs if the routing is balanced.
 
     Returns None if `loop_name` is not the name of such a loop.
     """
-    found = re.search(rf"{_SCOPE}(\d+)", loop_name)
-    return -(-balanced_rows // int(found.group(1))) if found else None
+    # The innermost loop is the last in the name.
+    found = re.findall(rf"{_SCOPE}(\d+)", loop_name)
+    return int(found[-1]) if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """C rows from `start` on. Those before `begin`, and after its groups, belong to others."""
+
+    start: jax.Array
+    begin: jax.Array | int
+    groups: RowGroups
+    size: int
+
+    def read(self, rows: Any) -> Any:
+        return jax.tree.map(
+            lambda x_RX: jax.lax.dynamic_slice_in_dim(x_RX, self.start, self.size), rows
+        )
+
+    def mask(self, chunk: Any) -> Any:
+        """Sets the rows of others to zero."""
+        return jax.tree.map(lambda x_CX: jnp.where(self._is_own_C1, x_CX, 0), chunk)
+
+    def write(self, rows: Any, chunk: Any) -> Any:
+        """Overwrites the chunk's own rows."""
+
+        def put(x_RX: jax.Array, new_CX: jax.Array) -> jax.Array:
+            own_CX = jnp.where(self._is_own_C1, new_CX, self.read(x_RX))
+            return jax.lax.dynamic_update_slice_in_dim(x_RX, own_CX, self.start, axis=0)
+
+        return jax.tree.map(put, rows, chunk)
+
+    @property
+    def _is_own_C1(self) -> jax.Array:
+        row_C1 = self.start + jnp.arange(self.size)[:, None]
+        end = self.start + jnp.sum(self.groups.rows_per_expert_E)
+        return (row_C1 >= self.begin) & (row_C1 < end)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Chunks:
-    """`num_rows` rows in chunks of `size`; the last chunk is padded with zeros."""
+    """The rows of `groups`, the first of which is row `begin` of `num_rows`, in chunks."""
 
     size: int
     num_rows: int
-    rows_per_expert_NE: jax.Array  # in each chunk
+    groups: RowGroups
+    begin: jax.Array | int
 
     @classmethod
-    def of(cls, rows: Any, groups: RowGroups) -> "_Chunks":
-        num_rows = len(jax.tree.leaves(rows)[0])
-        size = min(num_rows, -(-groups.balanced_rows // _CHUNKS_OF_BALANCED_ROUTING))
-        start_N1 = jnp.arange(0, num_rows, size)[:, None]
-        ends_NE = jnp.clip(jnp.cumsum(groups.rows_per_expert_E)[None] - start_N1, 0, size)
-        return cls(size, num_rows, jnp.diff(ends_NE, axis=1, prepend=0))
+    def of(cls, groups: RowGroups, num_rows: int, begin: jax.Array | int = 0) -> "_Chunks":
+        quarter = -(-groups.balanced_rows // _CHUNKS_OF_BALANCED_ROUTING)
+        fewest = min(_FEWEST_ROWS_IN_CHUNK, max(groups.balanced_rows, 1))
+        return cls(min(num_rows, max(quarter, fewest)), num_rows, groups, begin)
 
-    def groups(self, i: jax.typing.ArrayLike) -> RowGroups:
-        """The groups of the rows of one chunk."""
-        rows_per_expert_E = jax.lax.dynamic_index_in_dim(self.rows_per_expert_NE, i, keepdims=False)
-        return RowGroups(rows_per_expert_E, self.size)
+    def __getitem__(self, i: jax.Array | int) -> _Chunk:
+        begin = self.begin + i * self.size
+        # The last chunk may reach past the last row. Then it starts earlier.
+        start = jnp.minimum(begin, self.num_rows - self.size)
+        ends_E = self.begin + jnp.cumsum(self.groups.rows_per_expert_E)
+        ends_E = jnp.clip(ends_E - start, 0, begin - start + self.size)
+        rows_per_expert_E = jnp.diff(ends_E, prepend=0)
+        return _Chunk(start, begin, RowGroups(rows_per_expert_E, self.size), self.size)
 
-    def pad(self, rows: Any) -> Any:
-        missing = -self.num_rows % self.size
-        return jax.tree.map(lambda x_RX: jnp.pad(x_RX, ((0, missing), (0, 0))), rows)
-
-    def read(self, rows: Any, i: jax.typing.ArrayLike) -> Any:
-        return jax.tree.map(
-            lambda x_PX: jax.lax.dynamic_slice_in_dim(x_PX, i * self.size, self.size), rows
-        )
-
-    def write(self, rows: Any, i: jax.typing.ArrayLike, chunk: Any) -> Any:
-        def put(x_PX: jax.Array, chunk_CX: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(x_PX, chunk_CX, i * self.size, axis=0)
-
-        return jax.tree.map(put, rows, chunk)
-
-    def fold(self, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
-        """Folds `body(i, carry)` over the chunks that have rows."""
-        num_chunks = (jnp.sum(self.rows_per_expert_NE) + self.size - 1) // self.size
-        with jax.named_scope(f"{_SCOPE}{self.size}"):
-            return jax.lax.fori_loop(0, num_chunks, body, carry)
+    def fold(self, body: Callable[[_Chunk, Any], Any], carry: Any) -> Any:
+        """Folds `body(chunk, carry)` over the chunks that have rows."""
+        num_rows = jnp.sum(self.groups.rows_per_expert_E)
+        num_balanced = -(-self.groups.balanced_rows // self.size)
+        with jax.named_scope(f"{_SCOPE}{num_balanced}"):
+            return jax.lax.fori_loop(
+                0,
+                (num_rows + self.size - 1) // self.size,
+                lambda i, carry: body(self[i], carry),
+                carry,
+            )

@@ -29,6 +29,14 @@ def skips_missing_rows(kernel: GroupedMatmulName) -> bool:
     return kernel == "blocks"
 
 
+def has_dense_gradient(kernel: GroupedMatmulName) -> bool:
+    """True for a kernel whose gradient of the weights multiplies every row by every expert.
+
+    It gets the experts one by one in the backward pass (`kernels.chunks`).
+    """
+    return kernel == "ragged_dot"
+
+
 def supports_vma_check(kernel: GroupedMatmulName) -> bool:
     """False for a kernel that does not tell jax over which mesh axes its results vary.
 

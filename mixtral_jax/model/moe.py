@@ -12,6 +12,7 @@ from mixtral_jax.kernels.chunks import apply_in_chunks
 from mixtral_jax.kernels.grouped_matmul import (
     grouped_matmul,
     grouped_swiglu,
+    has_dense_gradient,
     skips_missing_rows,
     supports_vma_check,
     swiglu_of_layer,
@@ -127,10 +128,11 @@ class Experts(nnx.Module):
     def __call__(self, x_RD: jax.Array, weight_R1: jax.Array, groups: RowGroups) -> jax.Array:
         if skips_missing_rows(self.kernel):
             return weigh(self._swiglu(x_RD, groups), weight_R1, groups)
-        rows = (x_RD, weight_R1)
-        if len(x_RD) > groups.balanced_rows:
-            return apply_in_chunks(Experts._weighted_swiglu, self, rows, groups)
-        return self._weighted_swiglu(rows, groups)
+        rows, is_by_expert = (x_RD, weight_R1), has_dense_gradient(self.kernel)
+        is_one_expert = len(groups.rows_per_expert_E) == 1
+        if len(x_RD) <= groups.balanced_rows and (is_one_expert or not is_by_expert):
+            return self._weighted_swiglu(rows, groups)
+        return apply_in_chunks(Experts._weighted_swiglu, is_by_expert, self, rows, groups)
 
     def plain_weights(self) -> tuple[jax.Array, jax.Array, jax.Array] | None:
         """The weights of gate, up and down; None if any projection has been replaced."""

@@ -35,6 +35,16 @@ OPCODES = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Place:
+    """One instruction of the program, how often a step runs it, and what it sends in a step."""
+
+    computation: str
+    instruction: str
+    count: int
+    bytes_per_device: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Collective:
     """All collectives of a step with the same op, axis, pass and operand.
 
@@ -43,6 +53,7 @@ class Collective:
         count: how often a step runs them.
         bytes_per_device: bytes that leave a device in a step, over all `count`.
         groups: indices of devices in the order of the mesh, [groups, members].
+        places: the instructions of the program.
     """
 
     op: str
@@ -52,6 +63,7 @@ class Collective:
     count: int
     bytes_per_device: int
     groups: np.ndarray = dataclasses.field(compare=False, repr=False)
+    places: tuple[Place, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
 
 def list_collectives(program: Program, mesh_shape: dict[str, int]) -> list[Collective]:
@@ -64,7 +76,7 @@ def list_collectives(program: Program, mesh_shape: dict[str, int]) -> list[Colle
     found: dict[tuple, Collective] = {}
     for computation, instruction, times in program.instructions():
         op = instruction.opcode.removesuffix("-start")
-        if op not in OPCODES:
+        if op not in OPCODES or _is_continued(program, computation):
             continue
         if op == "all-reduce" and _is_scattered(program, computation, instruction):
             op = "reduce-scatter"
@@ -80,11 +92,11 @@ def list_collectives(program: Program, mesh_shape: dict[str, int]) -> list[Colle
         sends = _bytes_sent(op, computation, instruction, groups.shape[1]) * times
         operand = _describe(_operands(op, computation, instruction))
         key = (op, axis, pass_, operand)
-        before = found.get(key)
-        count, total = (before.count, before.bytes_per_device) if before else (0, 0)
-        found[key] = Collective(
-            op, axis, pass_, operand, count + times, total + round(sends), groups
-        )
+        place = Place(computation.name, instruction.name, times, round(sends))
+        places = (*(found[key].places if key in found else ()), place)
+        count = sum(place.count for place in places)
+        total = sum(place.bytes_per_device for place in places)
+        found[key] = Collective(op, axis, pass_, operand, count, total, groups, places)
     return sorted(found.values(), key=lambda collective: -collective.bytes_per_device)
 
 
@@ -152,6 +164,19 @@ def _bytes_sent(op: str, computation: Computation, instruction: Instruction, mem
     if op in ("reduce-scatter", "all-to-all"):
         return (members - 1) / members * operand
     return operand
+
+
+def _is_continued(program: Program, computation: Computation) -> bool:
+    """True for a part of a collective that an earlier fusion has started.
+
+    XLA:TPU writes such a collective into each of its fusions: `async-collective-start`, fusions
+    with computation, and `async-collective-done`.
+    """
+    caller = program.callers.get(computation.name)
+    if caller is None or caller[1].opcode != "fusion":
+        return False
+    is_in_matmul = computation.name.startswith("async_collective_fusion")
+    return is_in_matmul or caller[1].name.startswith("async-collective-done")
 
 
 def _is_scattered(program: Program, computation: Computation, instruction: Instruction) -> bool:

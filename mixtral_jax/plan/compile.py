@@ -79,9 +79,8 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
         lowered = traced.lower()
         compiled = _compile_for_tpu(lowered) if target.platform == "tpu" else lowered.compile()
     seconds = time.perf_counter() - start
-    routed_rows = count_routed_rows(config)
     program = parse_program(
-        compiled.as_text() or "", lambda loop: count_expected_trips(loop.op_name, routed_rows)
+        compiled.as_text() or "", lambda loop: count_expected_trips(loop.op_name)
     )
     memory = StepMemory(
         peak=peak_memory_bytes(compiled) or 0,

@@ -16,6 +16,7 @@ from mixtral_jax.plan.compile import (
     trace_grouped,
 )
 from mixtral_jax.plan.flops import count_program_flops, count_traced_flops, model_flops_per_step
+from mixtral_jax.plan.overlap import hidden_shares
 from mixtral_jax.plan.roofline import Roofline, make_roofline, transfer_seconds
 from mixtral_jax.plan.topology import Target
 from mixtral_jax.plan.traffic import count_traffic
@@ -26,6 +27,7 @@ class Plan:
     """What a step needs, and how fast it could be.
 
     FLOPs are those of all devices together; bytes and seconds are those of one device.
+    `hidden_shares` are the shares of the collectives that computation hides.
     """
 
     step: CompiledStep
@@ -35,12 +37,25 @@ class Plan:
     hbm_traffic: int
     collectives: list[Collective]
     collective_seconds: list[float]
+    hidden_shares: list[float]
     roofline: Roofline
 
     @property
     def hbm_bytes(self) -> int:
         """The memory of one device, as published."""
         return self.target.topology.chip.hbm_bytes
+
+    @property
+    def hidden_bytes(self) -> list[int]:
+        """Of the bytes that each collective sends, those that computation hides."""
+        pairs = zip(self.collectives, self.hidden_shares, strict=True)
+        return [round(collective.bytes_per_device * share) for collective, share in pairs]
+
+    @property
+    def exposed_bytes(self) -> int:
+        """The bytes of all collectives that no computation hides."""
+        sent = sum(collective.bytes_per_device for collective in self.collectives)
+        return sent - sum(self.hidden_bytes)
 
     @property
     def fits(self) -> bool:
@@ -81,6 +96,9 @@ class Plan:
             "model_flops_per_step": self.model_flops,
             "hardware_flops_per_step": self.hardware_flops,
             "hbm_traffic_bytes_per_device": self.hbm_traffic,
+            # A program for another chip has another schedule.
+            "hidden_bytes_per_device": None if self.target.is_estimate else sum(self.hidden_bytes),
+            "exposed_bytes_per_device": None if self.target.is_estimate else self.exposed_bytes,
             "compile_seconds": step.seconds,
             "collectives": [
                 {
@@ -89,10 +107,13 @@ class Plan:
                     "pass": c.pass_,
                     "count": c.count,
                     "bytes_per_device": c.bytes_per_device,
+                    "hidden_bytes_per_device": None if self.target.is_estimate else hidden,
                     "operand": c.operand,
                     "seconds": seconds,
                 }
-                for c, seconds in zip(self.collectives, self.collective_seconds, strict=True)
+                for c, seconds, hidden in zip(
+                    self.collectives, self.collective_seconds, self.hidden_bytes, strict=True
+                )
             ],
             "roofline": dataclasses.asdict(self.roofline),
         }
@@ -132,6 +153,7 @@ def make_plan(config: Config, target: Target) -> Plan:
         hbm_traffic=traffic,
         collectives=collectives,
         collective_seconds=seconds,
+        hidden_shares=hidden_shares(step.program, collectives, seconds, topology.chip, routed_rows),
         roofline=roofline,
     )
 

@@ -51,19 +51,22 @@ def count_program_flops(program: Program, routed_rows: int) -> int | None:
     """
     total = 0
     for computation, instruction, times in program.instructions():
-        if instruction.opcode in ("convolution", "dot"):
-            flops = _convolution if instruction.opcode == "convolution" else _dot
-            counted = flops(
-                instruction, *(operand.results[0] for operand in computation.operands(instruction))
-            )
-        elif is_ragged_dot(instruction):
-            counted = _ragged_dot(computation, instruction, routed_rows)
-        else:
-            continue
-        if times is None:
+        counted = instruction_flops(computation, instruction, routed_rows)
+        if counted and times is None:
             return None
-        total += counted * times
+        total += counted * (times or 0)
     return total
+
+
+def instruction_flops(computation: Computation, instruction: Instruction, routed_rows: int) -> int:
+    """FLOPs of one run of a matmul, and 0 for any other instruction."""
+    if instruction.opcode in ("convolution", "dot"):
+        flops = _convolution if instruction.opcode == "convolution" else _dot
+        operands = computation.operands(instruction)
+        return flops(instruction, *(operand.results[0] for operand in operands))
+    if is_ragged_dot(instruction):
+        return _ragged_dot(computation, instruction, routed_rows)
+    return 0
 
 
 def is_ragged_dot(instruction: Instruction) -> bool:
@@ -94,7 +97,8 @@ def _traced(jaxpr: Any, routed_rows: int, only_pallas: bool) -> int:
         elif name == "ragged_dot_general":
             total += 0 if only_pallas else _traced_ragged_dot(eqn, routed_rows)
         else:
-            inner = [_traced(sub, routed_rows, only_pallas) for sub in _inner_jaxprs(params)]
+            subs = [_live_body(eqn, jaxpr)] if name == "while" else _inner_jaxprs(params)
+            inner = [_traced(sub, routed_rows, only_pallas) for sub in subs]
             counted = max(inner, default=0) if name == "cond" else sum(inner)
             total += _times(eqn, routed_rows) * counted if counted else 0
     return total
@@ -103,7 +107,7 @@ def _traced(jaxpr: Any, routed_rows: int, only_pallas: bool) -> int:
 def _times(eqn: Any, routed_rows: int) -> int:
     """How often an operation runs its inner jaxprs."""
     if eqn.primitive.name == "while":
-        trips = count_expected_trips(str(eqn.source_info.name_stack), routed_rows)
+        trips = count_expected_trips(str(eqn.source_info.name_stack))
         if trips is None:
             raise ValueError(
                 "the length of a loop with matmuls depends on the data: trace with ragged_dot"
@@ -114,6 +118,23 @@ def _times(eqn: Any, routed_rows: int) -> int:
         "shard_map": lambda params: params["mesh"].size,
     }
     return sizes.get(eqn.primitive.name, lambda params: 1)(eqn.params)
+
+
+def _live_body(loop: Any, jaxpr: Any) -> Any:
+    """The body of a while loop in `jaxpr`, without what only carries unused results on.
+
+    These are the gradients of frozen weights, for example. XLA removes them too.
+    """
+    users = [jaxpr.outvars, *(eqn.invars for eqn in jaxpr.eqns)]
+    used = {id(value) for values in users for value in values}
+    live = [id(result) in used for result in loop.outvars]
+    while True:
+        body, needed = partial_eval.dce_jaxpr(loop.params["body_jaxpr"].jaxpr, live)
+        needed = needed[loop.params["body_nconsts"] :]
+        grown = [a or b for a, b in zip(live, needed, strict=True)]
+        if grown == live:
+            return body
+        live = grown
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:

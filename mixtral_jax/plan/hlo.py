@@ -132,7 +132,7 @@ class Program:
             counts[name] = None if times is None or before is None else before + times
             computation = self.computations[name]
             for instruction in computation.instructions.values():
-                for called, trips in self._calls(computation, instruction):
+                for called, trips in self.calls(computation, instruction):
                     run(called, None if times is None or trips is None else times * trips)
 
         run(self.entry, 1)
@@ -148,7 +148,7 @@ class Program:
             called: (computation, instruction)
             for computation in self.computations.values()
             for instruction in computation.instructions.values()
-            for called, _ in self._calls(computation, instruction)
+            for called, _ in self.calls(computation, instruction)
         }
 
     def instructions(self) -> Iterator[tuple[Computation, Instruction, int | None]]:
@@ -164,9 +164,10 @@ class Program:
                     for instruction in computation.instructions.values()
                 )
 
-    def _calls(
+    def calls(
         self, computation: Computation, instruction: Instruction
     ) -> Iterator[tuple[str, int | None]]:
+        """Yields the computations that an instruction runs, and how often; None if unknown."""
         if instruction.opcode == "while":
             trips = self._trip_count(computation, instruction)
             trips = self.expected_trips(instruction) if trips is None else trips

@@ -45,18 +45,19 @@ def count_traffic(program: Program, routed_rows: int) -> int:
     fused = {called for called, (_, caller) in program.callers.items() if caller.opcode == "fusion"}
     total = 0.0
     for computation, instruction, times in program.instructions():
-        if computation.name not in fused and instruction.opcode not in _FREE:
-            total += _traffic(program, computation, instruction, routed_rows) * (
+        if computation.name not in fused:
+            total += instruction_traffic(program, computation, instruction, routed_rows) * (
                 1 if times is None else times
             )
     return round(total)
 
 
-def _traffic(
+def instruction_traffic(
     program: Program, computation: Computation, instruction: Instruction, routed_rows: int
 ) -> float:
+    """The bytes of one run of an instruction, without those of computations that it runs."""
     opcode = instruction.opcode
-    if opcode.endswith("-update") or "AllocateBuffer" in instruction.rest:
+    if opcode in _FREE or opcode.endswith("-update") or "AllocateBuffer" in instruction.rest:
         return 0
     operands = [_in_hbm(operand) for operand in computation.operands(instruction)]
     result = _in_hbm(instruction)

@@ -9,6 +9,8 @@ Shapes and attributes are unchanged. The texts are in `tests/plan/hlo/`:
   a projection to 32 heads.
 - `traffic.txt`: a slice that is multiplied in on-chip memory, and an in-place update.
 - `copies.txt`: an asynchronous copy to on-chip memory, and an asynchronous all-gather.
+- `overlapped.txt`: asynchronous collectives with matmuls between start and done, and others.
+- `fused_gather.txt`: an all-gather that XLA:TPU fused with a matmul.
 """
 
 from pathlib import Path
@@ -42,3 +44,13 @@ def traffic() -> Program:
 def copies() -> Program:
     """Asynchronous reads and writes of memory."""
     return parse_program((_FOLDER / "copies.txt").read_text())
+
+
+def overlapped() -> Program:
+    """Collectives that matmuls hide, and collectives that nothing hides."""
+    return parse_program((_FOLDER / "overlapped.txt").read_text())
+
+
+def fused_gather() -> Program:
+    """An all-gather in three fusions: its start, one with a matmul, and its done."""
+    return parse_program((_FOLDER / "fused_gather.txt").read_text())

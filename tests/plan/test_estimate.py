@@ -168,6 +168,7 @@ def test_json_has_what_scripts_rely_on() -> None:
         "tokens_per_second_per_device",
     }
     assert figures["is_estimate"]
+    assert figures["hidden_bytes_per_device"] is None
     assert figures["mesh"] == {"data": 1, "fsdp": 1, "expert": 8, "context": 1, "tensor": 1}
     assert all(
         set(c) >= {"op", "axis", "pass", "count", "bytes_per_device"}
