@@ -62,7 +62,7 @@ def apply_in_chunks(
 
 def _forward(
     apply: Apply, is_by_expert: bool, weights: Any, rows: Any, groups: RowGroups
-) -> tuple[jax.Array, Any]:
+) -> tuple[Any, Any]:
     y_RY = apply_in_chunks(apply, is_by_expert, weights, rows, groups)
     return y_RY, (weights, rows, groups)
 

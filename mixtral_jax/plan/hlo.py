@@ -203,11 +203,9 @@ class Program:
         if compare.opcode != "compare" or "direction=LT" not in compare.rest:
             return None
         counter, limit = (_origin(condition, name) for name in compare.operands)
-        index = _tuple_index(counter)
-        if index is None or limit.opcode != "constant":
-            return None
-        values = _origin(computation, loop.operands[0])
-        if values.opcode != "tuple":  # The loop goes on with the values of another computation.
+        index, values = _tuple_index(counter), _origin(computation, loop.operands[0])
+        # A loop whose values are no tuple goes on with those of another computation.
+        if index is None or limit.opcode != "constant" or values.opcode != "tuple":
             return None
         start = _origin(computation, values.operands[index])
         if start.opcode != "constant" or not _adds_one(body, index):
