@@ -157,26 +157,32 @@ class _Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class _Chunks:
-    """The rows of `groups`, the first of which is row `begin` of `num_rows`, in chunks."""
+    """The rows of `groups`, which start at row `begin` of `num_rows`, in at most N chunks."""
 
     size: int
     num_rows: int
     groups: RowGroups
     begin: jax.Array | int
+    # Computed outside of the loop over chunks: libtpu refuses a grouped kernel for v6e whose number
+    # of rows is a scalar that the loop computes.
+    rows_per_expert_NE: jax.Array
 
     @classmethod
     def of(cls, groups: RowGroups, num_rows: int, begin: jax.Array | int = 0) -> "_Chunks":
         quarter = -(-groups.balanced_rows // _CHUNKS_OF_BALANCED_ROUTING)
         fewest = min(_FEWEST_ROWS_IN_CHUNK, max(groups.balanced_rows, 1))
-        return cls(min(num_rows, max(quarter, fewest)), num_rows, groups, begin)
+        size = min(num_rows, max(quarter, fewest))
+        begin_N1 = begin + jnp.arange(0, num_rows, size)[:, None]
+        start_N1 = jnp.minimum(begin_N1, num_rows - size)
+        ends_E = begin + jnp.cumsum(groups.rows_per_expert_E)
+        ends_NE = jnp.clip(ends_E[None] - start_N1, 0, begin_N1 - start_N1 + size)
+        return cls(size, num_rows, groups, begin, jnp.diff(ends_NE, axis=1, prepend=0))
 
     def __getitem__(self, i: jax.Array | int) -> _Chunk:
         begin = self.begin + i * self.size
         # The last chunk may reach past the last row. Then it starts earlier.
         start = jnp.minimum(begin, self.num_rows - self.size)
-        ends_E = self.begin + jnp.cumsum(self.groups.rows_per_expert_E)
-        ends_E = jnp.clip(ends_E - start, 0, begin - start + self.size)
-        rows_per_expert_E = jnp.diff(ends_E, prepend=0)
+        rows_per_expert_E = jax.lax.dynamic_index_in_dim(self.rows_per_expert_NE, i, keepdims=False)
         return _Chunk(start, begin, RowGroups(rows_per_expert_E, self.size), self.size)
 
     def fold(self, body: Callable[[_Chunk, Any], Any], carry: Any) -> Any:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mixtral_jax.cli.flags import load_config_file
-from mixtral_jax.config import Config, MeshConfig, build
+from mixtral_jax.config import Config, MeshConfig, RematName, build
+from mixtral_jax.kernels.remat import kept_bytes
 from mixtral_jax.parallel.mesh import make_mesh
 from mixtral_jax.plan.chips import SLICES
 from mixtral_jax.plan.estimate import Plan, make_plan
@@ -23,9 +24,9 @@ ROOT = Path(__file__).parents[2]
 
 @functools.cache
 def plan_of(topology: str, **overrides: int | str | float | None) -> Plan:
-    """The plan of the default run with some keys changed."""
+    """The plan of the default run with some keys changed; layers keep nothing by default."""
     mapping = load_config_file(ROOT / "configs/pretrain/tiny.py")
-    for name, value in overrides.items():
+    for name, value in {"model__remat": "full", **overrides}.items():
         *sections, key = name.split("__")
         functools.reduce(lambda inner, section: inner.setdefault(section, {}), sections, mapping)[
             key
@@ -102,6 +103,22 @@ def test_matmuls_of_the_program_are_those_of_a_count_by_hand(topology: str) -> N
     for buffer_factor in (1.0, None):
         plan = plan_of(topology, dispatch__buffer_factor=buffer_factor)
         assert plan.hardware_flops == flops_by_hand()
+
+
+@pytest.mark.parametrize("num_places", [2, 4])
+def test_several_experts_per_chip_cost_no_more_flops_than_one(num_places: int) -> None:
+    plan = plan_of("v5p:2x2x2", mesh__expert=num_places, mesh__fsdp=8 // num_places)
+    assert plan.hardware_flops == pytest.approx(flops_by_hand(), rel=0.05)
+
+
+@pytest.mark.parametrize("remat", ["dots", "none"])
+def test_layers_keep_no_more_than_what_remat_is_chosen_by(remat: RematName) -> None:
+    full, kept = (
+        plan_of("v5p:2x2x1", model__hidden_size=256, model__remat=name) for name in ("full", remat)
+    )
+    config = kept.step.config
+    more = kept_bytes(config, remat) - kept_bytes(config, "full")
+    assert 0 < kept.step.memory.peak - full.step.memory.peak <= more
 
 
 def test_tokamax_is_planned_as_if_on_the_target_and_multiplies_no_empty_rows(
