@@ -35,14 +35,18 @@ def kept_bytes(config: Config, policy: RematName) -> int:
     model, mesh = config.model, config.mesh
     D, F, A = model.hidden_size, model.intermediate_size, config.router.num_experts_per_token
     heads = (model.num_heads + model.num_kv_heads) * model.head_dim * 2  # q and output, k and v
+    ratio = _buffer_ratio(config)
+    # Where the buffer of rows is longer than needed, chunks keep no hidden rows, and `blocks` those
+    # of its heads, which are half.
+    num_hidden = 3 if ratio == 1 else 1.5
     kept_elements = {
         "full": D,
         # The input, the dense projections, and the rows that arrive at the experts.
-        "dots": 2 * D + (heads + D) // mesh.tensor + A * _buffer_ratio(config) * D,
-        # Norms work in float32; experts keep the rows they get and give, and three hidden arrays.
+        "dots": 2 * D + (heads + D) // mesh.tensor + A * ratio * D,
+        # Norms work in float32; experts keep the rows they get and give, and hidden rows.
         "none": 10 * D
         + 2 * heads // mesh.tensor
-        + A * (2 * _buffer_ratio(config) * D + 3 * F // mesh.tensor),
+        + A * (2 * ratio * D + num_hidden * F / mesh.tensor),
     }[policy]
     kept = kept_elements * _tokens_of_device(config)
     if policy == "none" and (mesh.fsdp > 1 or model.dtype != model.param_dtype):

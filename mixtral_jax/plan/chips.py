@@ -13,11 +13,12 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """The figures of one chip.
+    """The figures of one device, which is a chip, or half of one of `devices_per_chip=2`.
 
-    `link_bytes_per_second` is what one link sends. A TPU has links to its neighbours along each
-    dimension of a torus. The links of a GPU count as one, which reaches every other GPU of its
-    node; `network_bytes_per_second` is what it sends to other nodes.
+    `link_bytes_per_second` is what one link of a chip sends. A TPU has links to its neighbours
+    along each dimension of a torus; `on_chip_bytes_per_second` is what one half of a chip sends to
+    the other. The links of a GPU count as one, which reaches every other GPU of its node;
+    `network_bytes_per_second` is what it sends to other nodes.
     """
 
     name: str
@@ -28,6 +29,8 @@ class Chip:
     link_bytes_per_second: float
     network_bytes_per_second: float = 0.0
     node_size: int = 1
+    devices_per_chip: int = 1
+    on_chip_bytes_per_second: float = 0.0
 
 
 CHIPS = {
@@ -42,6 +45,19 @@ CHIPS = {
             hbm_bytes=95 * GIB,
             hbm_bytes_per_second=2765e9,
             link_bytes_per_second=100e9,
+        ),
+        # https://docs.cloud.google.com/tpu/docs/tpu7x: a chip is two devices and has 2,307 TFLOP/s,
+        # 192 GiB, 7,380 GB/s, and six links with 1,200 GB/s in all, both directions together. From
+        # one device to the other, data go six times as fast as over a link.
+        Chip(
+            name="tpu7x",
+            kind="tpu",
+            flops_per_second=2307e12 / 2,
+            hbm_bytes=96 * GIB,
+            hbm_bytes_per_second=7380e9 / 2,
+            link_bytes_per_second=100e9,
+            devices_per_chip=2,
+            on_chip_bytes_per_second=600e9,
         ),
         # https://docs.cloud.google.com/tpu/docs/v6e: 918 TFLOP/s, 32 GB, 1,638 GB/s; 800 GB/s over
         # 4 links, both directions together.
@@ -103,4 +119,10 @@ _SLICES_V5P = (
     "2x4x4",
     *(f"{a}x{b}x{c}" for a, b, c in _CUBES if b <= 16),
 )
-SLICES: dict[str, tuple[str, ...]] = {"v5p": _SLICES_V5P, "v6e": _SLICES_2D, "v5e": _SLICES_2D}
+# https://docs.cloud.google.com/tpu/docs/tpu7x has slices of the same shapes, and larger ones.
+SLICES: dict[str, tuple[str, ...]] = {
+    "v5p": _SLICES_V5P,
+    "tpu7x": _SLICES_V5P,
+    "v6e": _SLICES_2D,
+    "v5e": _SLICES_2D,
+}

@@ -71,12 +71,19 @@ def transfer_seconds(collective: Collective, topology: Topology, coordinates: np
         coordinates: the torus coordinates of the devices in the order of the mesh, [devices,
             dimensions]. For GPUs, their numbers, [devices, 1].
     """
-    members = coordinates[collective.groups[0]]
-    goes_to_all = "all-to-all" in collective.op
-    if topology.chip.kind == "gpu":
-        return _gpu_seconds(
-            collective.bytes_per_device, topology.chip, members[:, 0], goes_to_all=goes_to_all
-        )
+    members, chip = coordinates[collective.groups[0]], topology.chip
+    goes_to_all, sent = "all-to-all" in collective.op, collective.bytes_per_device
+    if chip.kind == "gpu":
+        return _gpu_seconds(sent, chip, members[:, 0], goes_to_all=goes_to_all)
+    # The devices of a chip share its links.
+    num_members, members = len(members), np.unique(members, axis=0)
+    members_per_chip = num_members // len(members)
+    if members_per_chip == num_members:
+        return sent / chip.on_chip_bytes_per_second
+    if goes_to_all:
+        sent *= chip.devices_per_chip * (num_members - members_per_chip) / (num_members - 1)
+    else:  # If all members get the same data, one copy enters each chip.
+        sent *= chip.devices_per_chip / members_per_chip
     links = _links(members, topology)
     hops, links = _hops(members, topology)[links > 0], links[links > 0]
     if goes_to_all:
@@ -89,7 +96,7 @@ def transfer_seconds(collective: Collective, topology: Topology, coordinates: np
         apart = np.sum(hops, axis=0)
         nearest = np.min(apart, axis=1, where=apart > 0, initial=sum(topology.shape))
         hops_per_link = np.mean(nearest) / np.sum(links)
-    return float(collective.bytes_per_device * hops_per_link) / topology.chip.link_bytes_per_second
+    return float(sent * hops_per_link) / chip.link_bytes_per_second
 
 
 def _links(members: np.ndarray, topology: Topology) -> np.ndarray:

@@ -22,7 +22,7 @@ _DEFAULT_NUM_CHIPS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """The hardware that a step would run on. `shape` is the torus, or the number of GPUs."""
+    """The hardware that a step would run on. `shape` is the torus of chips, or [number of GPUs]."""
 
     name: str
     chip: Chip
@@ -30,8 +30,8 @@ class Topology:
 
     @property
     def num_devices(self) -> int:
-        """The number of devices. Every chip that is known here is one device."""
-        return math.prod(self.shape)
+        """The number of devices."""
+        return math.prod(self.shape) * self.chip.devices_per_chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,8 @@ def parse_topology(name: str) -> Topology:
     """
     chip_name, _, size = name.partition(":")
     chip = CHIPS.get(chip_name)
-    known = "a TPU slice (v5p:4x4x4, v6e:16x16, v5e:4x8) or a number of GPUs (h100:8, h200:64)"
+    tpus = ", ".join(f"{tpu}:{names[-1]}" for tpu, names in SLICES.items())
+    known = f"a TPU slice (such as {tpus}) or a number of GPUs (h100:8, h200:64)"
     if chip is None:
         raise ConfigError(f"--topology={name}: unknown chip {chip_name!r}; it must be {known}")
     if chip.kind == "gpu":

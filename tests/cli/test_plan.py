@@ -22,7 +22,7 @@ TINY = f"--config={ROOT / 'configs/pretrain/tiny.py'}"
         (["--topology=v5p:3x3x3"], ["v5p:3x3x3", "no such slice", "2x4x4", "16x16x24"]),
         (["--topology=v5p:8x4x4"], ["no such slice", "4x4x8"]),
         (["--topology=v6e:32x16"], ["no such slice", "16x16"]),
-        (["--topology=v5p-128"], ["unknown chip 'v5p-128'", "v5p:4x4x4"]),
+        (["--topology=v5p-128"], ["unknown chip 'v5p-128'", "v5p:16x16x24"]),
         (["--topology=v9:2x2"], ["unknown chip 'v9'", "h100:8"]),
         (["--topology=v5p:"], ["no such slice", "4x4x4"]),
         (["--topology=h100:0"], ["h100:0", "from 1"]),
@@ -50,6 +50,7 @@ def test_slices_that_exist_are_known() -> None:
         "v5p:4x4x8": 128,
         "v5p:8x8x8": 512,
         "v6e:16x16": 256,
+        "tpu7x:4x4x4": 128,
     }.items():
         assert parse_topology(name).num_devices == chips
     assert parse_topology("h200:12").num_devices == 12

@@ -70,6 +70,19 @@ def test_a_cube_uses_six_links() -> None:
     assert seconds_of("all-reduce", "v5p:4x4x4", cube) == pytest.approx(BYTES / 600e9)
 
 
+def test_the_two_devices_of_a_chip_share_its_links() -> None:
+    chips = [(0, 0, z) for z in range(4)]
+    # The other device of each chip is in a group of its own, which sends as much over these links.
+    assert seconds_of("all-gather", "tpu7x:4x4x4", chips) == pytest.approx(2 * BYTES / 200e9)
+    both = [chip for chip in chips for _ in range(2)]
+    assert seconds_of("all-gather", "tpu7x:4x4x4", both) == pytest.approx(BYTES / 200e9)
+    # Of the seven others, six are on other chips, 4/3 hops away on average.
+    assert seconds_of("all-to-all", "tpu7x:4x4x4", both) == pytest.approx(
+        2 * BYTES * 6 / 7 * 4 / 3 / 200e9
+    )
+    assert seconds_of("all-reduce", "tpu7x:4x4x4", both[:2]) == pytest.approx(BYTES / 600e9)
+
+
 def test_gpus_of_other_nodes_are_reached_over_the_network() -> None:
     assert seconds_of("all-to-all", "h100:8", [(i,) for i in range(8)]) == pytest.approx(
         BYTES / 450e9
