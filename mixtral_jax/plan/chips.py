@@ -9,6 +9,8 @@ import itertools
 from typing import Literal
 
 GIB = 2**30
+# What jax takes of a GPU's memory by default (https://docs.jax.dev/en/latest/gpu_memory_allocation).
+_GPU_MEMORY_FRACTION = 0.75
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,11 @@ class Chip:
     node_size: int = 1
     devices_per_chip: int = 1
     on_chip_bytes_per_second: float = 0.0
+
+    @property
+    def usable_bytes(self) -> int:
+        """The memory of a device that jax takes for itself, as a run finds it."""
+        return int(self.hbm_bytes * (_GPU_MEMORY_FRACTION if self.kind == "gpu" else 1))
 
 
 CHIPS = {

@@ -118,7 +118,7 @@ def trace_grouped(config: Config, target: Target) -> Any:
 
 
 def _make_training(config: Config, target: Target) -> Training:
-    return make_training(config, target.platform, target.topology.chip.hbm_bytes)
+    return make_training(config, target.platform, target.topology.chip.usable_bytes)
 
 
 def fit_mesh(config: Config, target: Target) -> Config:
