@@ -21,7 +21,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(
         f"[bold]{topology.name}[/]: {topology.num_devices} devices as {mesh}; {train.batch_size} "
         "sequences of "
-        f"{train.sequence_length:,} tokens per step\n"
+        f"{train.sequence_length:,} tokens per step, model.remat={step.config.model.remat}\n"
         f"{step.parameters.total:,} parameters, {step.parameters.active:,} active{part}"
     )
     if plan.target.is_estimate:

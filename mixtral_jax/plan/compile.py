@@ -72,6 +72,8 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
     choose_transport(config, target.topology.chip.kind)
     mesh = make_mesh(config.mesh, target.devices)
     training = _make_training(config, target)
+    remat = training.kernels.remat.name
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
     start = time.perf_counter()
     with _as_if_on(config, mesh):
         state = training.abstract_state()
