@@ -4,10 +4,11 @@ The attention and the experts have adapters: 240,123,904 parameters learn, and t
 bfloat16. A step has 8 rows of 8,192 tokens, one row per chip. Each chip holds one expert of each
 layer, with room for all rows that may be routed to it, so no row is ever dropped.
 
-This config was planned, but has never run on that hardware. `mixtral-jax plan` finds a peak of 17.0
-GiB per chip on v6e:2x4 (of 29.8 GiB) and on v5p:2x2x2 (of 95 GiB), and bounds of 7,200 and 4,900
-tokens/s per chip. The learning rate is that of mistral-finetune. Run this on every host, with your
-base model, your conversations, and a workdir that all hosts see:
+This config was planned, but has never run on that hardware. With --config.model.remat=full,
+`mixtral-jax plan` finds a peak of 17.0 GiB per chip on v6e:2x4 (of 29.8 GiB) and on v5p:2x2x2 (of
+95 GiB), and bounds of 7,200 and 4,900 tokens/s per chip. The learning rate is that of
+mistral-finetune. Run this on every host, with your base model, your conversations, and a workdir
+that all hosts see:
 
     python finetune_instruct.py --config=configs/instruct/mixtral_8x7b_lora.py \
         --config.finetune.base=BASE --config.data.path=CHATS --workdir=RUN

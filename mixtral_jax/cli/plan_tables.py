@@ -30,7 +30,7 @@ def print_plan(plan: Plan, console: Console) -> None:
             f"{topology.chip.name}: memory, "
             "traffic and collectives may differ"
         )
-    console.print(f"compiled in {step.seconds:.0f} s\n")
+    console.print(f"compiled in {step.seconds:.0f} s, with remat={step.config.model.remat}\n")
     _print_memory(plan, console)
     _print_roofline(plan, console)
     _print_collectives(plan, console)

@@ -81,6 +81,7 @@ class Plan:
             "batch_size": step.config.train.batch_size,
             "gradient_accumulation": step.config.train.gradient_accumulation,
             "sequence_length": step.config.train.sequence_length,
+            "remat": step.config.model.remat,
             "parameters": step.parameters.total,
             "active_parameters": step.parameters.active,
             "trained_parameters": step.trained.total,
