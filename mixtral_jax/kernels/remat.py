@@ -15,19 +15,16 @@ _MAX_USED_FRACTION = 0.8
 _FLOAT32_BYTES = 4
 
 
-def choose_fitting(config: Config, memory_bytes: int) -> tuple[RematName, int]:
-    """The policy that computes least again among those that fit, and the bytes that layers keep.
+def choose_fitting(config: Config, memory_bytes: int) -> RematName:
+    """The policy that computes least again among those that fit.
 
     Args:
         config: its mesh resolved.
         memory_bytes: of a device.
     """
     room = _MAX_USED_FRACTION * memory_bytes - _state_bytes(config) - _logits_bytes(config)
-    for policy in _POLICIES:
-        kept = kept_bytes(config, policy)
-        if kept <= room:
-            return policy, kept
-    return "full", kept_bytes(config, "full")
+    fitting = (policy for policy in _POLICIES if kept_bytes(config, policy) <= room)
+    return next(fitting, "full")
 
 
 def kept_bytes(config: Config, policy: RematName) -> int:
