@@ -165,6 +165,15 @@ def test_what_is_no_config_file_is_refused_by_name(tmp_path, name, content, erro
         ({"data__chat": {"format": "alpaca"}}, "data.chat.format=alpaca"),
         ({"data__chat": {"long_rows": "drop"}, "upcycle": {"method": "copy"}}, "long_rows=drop"),
         ({"finetune__base": "x", "data__text_field": "body"}, "data.text_field=body"),
+        ({"optimizer": {"name": "adafactor", "beta1": 0.8}}, "optimizer.beta1=0.8"),
+        ({"optimizer": {"name": "adafactor", "beta2": 0.99}}, "optimizer.beta2=0.99"),
+        ({"optimizer": {"name": "adafactor", "epsilon": 1e-6}}, "optimizer.epsilon=1e-06"),
+        (
+            {"optimizer": {"name": "adafactor", "first_moment_dtype": "float32"}},
+            "first_moment_dtype=float32",
+        ),
+        # The same one on every process.
+        ({"upcycle": {"method": "copy", "drop_fraction": 1, "noise_std": 1}}, "noise_std=1.0"),
     ],
 )
 def test_a_setting_that_another_makes_void_is_refused_by_name(changes, words) -> None:
@@ -179,6 +188,8 @@ def test_a_setting_that_another_makes_void_is_refused_by_name(changes, words) ->
         {"upcycle": {"method": "drop", "drop_fraction": 1}},
         {"finetune__lora": {"rank": 1, "alpha": 4, "targets": "attention"}},
         {"data__held_out_fraction": 0.1},
+        {"optimizer": {"name": "muon", "beta1": 0.8, "beta2": 0.99, "epsilon": 1e-6}},
+        {"optimizer": {"name": "muon", "first_moment_dtype": "float32"}},
         {"finetune": {}, "data__chat": {"format": "alpaca"}},
         {"finetune": {}, "data__text_field": "body"},  # Of the text that the base is made of.
     ],

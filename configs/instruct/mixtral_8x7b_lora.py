@@ -5,9 +5,9 @@ bfloat16. A step has 8 rows of 8,192 tokens, one row per chip. Each chip holds o
 layer, with room for all rows that may be routed to it, so no row is ever dropped.
 
 This config was planned, but has never run on that hardware. `mixtral-jax plan` finds a peak of 17.0
-GiB per chip on v6e:2x4 (of 29.8 GiB) and on v5p:2x2x2 (of 95 GiB), and bounds of 7,200 and 4,900
-tokens/s per chip. The learning rate is that of mistral-finetune. Run this on every host, with your
-base model, your conversations, and a workdir that all hosts see:
+GiB per chip on v6e:2x4 (of 29.8 GiB) and 42.9 on v5p:2x2x2 (of 95 GiB), and bounds of 7,200 and
+5,100 tokens/s per chip. The learning rate is that of mistral-finetune. Run this on every host, with
+your base model, your conversations, and a workdir that all hosts see:
 
     python finetune_instruct.py --config=configs/instruct/mixtral_8x7b_lora.py \
         --config.finetune.base=BASE --config.data.path=CHATS --workdir=RUN

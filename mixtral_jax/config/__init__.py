@@ -18,7 +18,7 @@ from mixtral_jax.config.dispatch import DispatchConfig, GroupedMatmulName, Trans
 from mixtral_jax.config.errors import ConfigError, require
 from mixtral_jax.config.files import SHIPPED, load_config, load_config_file, run_config_file
 from mixtral_jax.config.finetune import FinetuneConfig, LoRAConfig, PretrainConfig
-from mixtral_jax.config.mapping import build, changed_keys, set_key
+from mixtral_jax.config.mapping import RESUMABLE_KEYS, build, changed_keys, set_key
 from mixtral_jax.config.mesh import MeshConfig
 from mixtral_jax.config.model import AttentionName, ModelConfig, RematName
 from mixtral_jax.config.paths import find_path_problem, local_path, names_existing
@@ -44,6 +44,7 @@ from mixtral_jax.config.upcycle import UpcycleConfig
 __all__ = [
     "BLIND_CHOICES",
     "EVEN_CHOICES",
+    "RESUMABLE_KEYS",
     "SHIPPED",
     "AttentionName",
     "BalanceBiasConfig",

@@ -82,8 +82,12 @@ class Config:
                 yield f"finetune.lora.{name}", "finetune.lora.rank=0 trains the whole model"
         if self.upcycle:
             used = {"noise": "noise_std", "drop": "drop_fraction"}
-            for method in used.keys() - {self.upcycle.method}:
-                yield f"upcycle.{used[method]}", f"upcycle.method={self.upcycle.method}"
+            for method, name in used.items():
+                if method != self.upcycle.method:
+                    yield f"upcycle.{name}", f"upcycle.method={self.upcycle.method}"
+        if self.optimizer.name == "adafactor":
+            for name in ("beta1", "beta2", "epsilon", "first_moment_dtype"):
+                yield f"optimizer.{name}", "optimizer.name=adafactor has no use for it"
 
     def _check_choice(self) -> None:
         """Checks that the number of experts fits what the router chooses."""

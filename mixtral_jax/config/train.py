@@ -7,10 +7,6 @@ from mixtral_jax.config.errors import require
 
 # Each name is an implementation in training/optimizer.py.
 OptimizerName = Literal["adamw", "adafactor", "muon"]
-# The keys that an optimizer has no use for.
-_UNUSED_KEYS: dict[OptimizerName, tuple[str, ...]] = {
-    "adafactor": ("beta1", "beta2", "epsilon", "first_moment_dtype")
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,13 +57,6 @@ class OptimizerConfig:
             self.weight_decay >= 0,
             f"optimizer.weight_decay={self.weight_decay} must not be negative",
         )
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in _UNUSED_KEYS.get(self.name, ()):
-            require(
-                getattr(self, name) == defaults[name],
-                f"optimizer.{name}={getattr(self, name)} has no effect with "
-                f"optimizer.name={self.name}: leave it out, or choose another optimizer",
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

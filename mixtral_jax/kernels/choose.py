@@ -17,7 +17,7 @@ from mixtral_jax.config import (
     require,
 )
 from mixtral_jax.kernels import splash, tokamax
-from mixtral_jax.kernels.remat import choose_fitting
+from mixtral_jax.kernels.remat import choose_fitting, kept_bytes
 
 # XLA:GPU's ragged all-to-all crashes over more devices (openxla/xla issue 47283).
 MAX_RAGGED_GPUS = 32
@@ -140,6 +140,6 @@ def choose_remat(config: Config, memory_bytes: int | None) -> Choice[RematName]:
         return Choice(requested, "as asked")
     if memory_bytes is None:
         return Choice("full", "the memory of a device is not known")
-    name, kept = choose_fitting(config, memory_bytes)
-    gib = 2**30
+    name, gib = choose_fitting(config, memory_bytes), 2**30
+    kept = kept_bytes(config, name)
     return Choice(name, f"keeps up to {kept / gib:,.3g} of {memory_bytes / gib:,.3g} GiB a device")

@@ -15,8 +15,8 @@ _MAX_USED_FRACTION = 0.8
 _FLOAT32_BYTES = 4
 
 
-def choose_fitting(config: Config, memory_bytes: int) -> tuple[RematName, int]:
-    """The policy that computes least again among those that fit, and the bytes that layers keep.
+def choose_fitting(config: Config, memory_bytes: int) -> RematName:
+    """The policy that computes least again among those that fit.
 
     Args:
         config: its mesh resolved.
@@ -24,10 +24,9 @@ def choose_fitting(config: Config, memory_bytes: int) -> tuple[RematName, int]:
     """
     room = _MAX_USED_FRACTION * memory_bytes - _state_bytes(config) - _logits_bytes(config)
     for policy in _POLICIES:
-        kept = kept_bytes(config, policy)
-        if kept <= room:
-            return policy, kept
-    return "full", kept_bytes(config, "full")
+        if kept_bytes(config, policy) <= room:
+            return policy
+    return "full"
 
 
 def kept_bytes(config: Config, policy: RematName) -> int:
@@ -56,11 +55,15 @@ def kept_bytes(config: Config, policy: RematName) -> int:
 
 
 def _state_bytes(config: Config) -> int:
-    """Parameters, their gradients and two moments, all in float32; or frozen parameters alone."""
+    """Parameters, their gradients and two moments, all in float32; or frozen parameters alone.
+
+    Several micro-batches also have the sum of their gradients.
+    """
     model, finetune = config.model, config.finetune
     embeddings = 2 * model.vocab_size * model.hidden_size
     parameters = model.num_layers * _layer_parameters(config) + embeddings
-    bytes_per_parameter = 4 * _FLOAT32_BYTES
+    num_copies = 4 if config.train.gradient_accumulation == 1 else 5
+    bytes_per_parameter = num_copies * _FLOAT32_BYTES
     if finetune and finetune.lora.rank:
         frozen_dtype = finetune.frozen_dtype or model.param_dtype
         bytes_per_parameter = _FLOAT32_BYTES if frozen_dtype == "float32" else 2

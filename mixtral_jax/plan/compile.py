@@ -46,8 +46,9 @@ class StepMemory:
 class CompiledStep:
     """A step compiled for `mesh`, and what the compiler reports about it.
 
-    `config` has a number for every mesh axis. `traced` is the jaxpr of the step. `trained` counts
-    the parameters that are trained, and `seconds` is the time to trace and compile.
+    `config` has a number for every mesh axis, and a choice for `model.remat`. `traced` is the jaxpr
+    of the step. `trained` counts the parameters that are trained, and `seconds` is the time to
+    trace and compile.
     """
 
     config: Config
@@ -72,8 +73,8 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
     choose_transport(config, target.topology.chip.kind)
     mesh = make_mesh(config.mesh, target.devices)
     training = _make_training(config, target)
-    remat = training.kernels.remat.name
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+    model_config = dataclasses.replace(config.model, remat=training.kernels.remat.name)
+    config = dataclasses.replace(config, model=model_config)
     start = time.perf_counter()
     with _as_if_on(config, mesh):
         state = training.abstract_state()

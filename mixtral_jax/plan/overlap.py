@@ -41,9 +41,8 @@ def hidden_shares(
         hidden = 0.0
         for place in collective.places:
             # Every byte of a kind takes as long as any other.
-            once = seconds * place.bytes_per_device / max(1, collective.bytes_per_device)
-            once /= place.count
-            missing = once
+            sent_by_all = place.count * collective.bytes_per_device
+            missing = once = seconds * place.bytes_per_device / max(1, sent_by_all)
             for computation, instruction in _between(program, place):
                 key = (computation.name, instruction.name)
                 room = left.setdefault(key, clock.seconds(computation, instruction))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.checkpoint.formats.side_files import SIDE_FILES
-from mixtral_jax.config import Config, ConfigError, changed_keys, require
+from mixtral_jax.config import RESUMABLE_KEYS, Config, ConfigError, changed_keys, require
 from mixtral_jax.data.sources import find_weights
 from mixtral_jax.parallel.processes import Processes
 from mixtral_jax.whole_files import write_json
@@ -232,6 +232,5 @@ def check_saved(workdir: Path, config: Config, section: str = "") -> None:
     require(
         not changed,
         f"{workdir} holds a run of another config; changed: {', '.join(changed)}. Use another "
-        "--workdir, or change only train.num_steps, train.eval_every, train.log_every, mesh, "
-        "dispatch.transport, log, checkpoint, and where the data are",
+        f"--workdir, or change only {', '.join(RESUMABLE_KEYS)}",
     )

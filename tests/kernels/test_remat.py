@@ -3,7 +3,7 @@
 import pytest
 
 from mixtral_jax.kernels.choose import choose_remat
-from mixtral_jax.kernels.remat import kept_bytes
+from mixtral_jax.kernels.remat import choose_fitting, kept_bytes
 from tests.cases import small_config
 
 
@@ -30,6 +30,14 @@ def test_what_a_device_keeps_grows_with_its_tokens(policy):
     assert kept_bytes(halves, policy) == kept_bytes(one, policy)
     shared = small_config(train__batch_size=16, mesh__data=2, mesh__expert=1)
     assert kept_bytes(shared, policy) == kept_bytes(one, policy)
+
+
+def test_the_sum_of_gradients_over_micro_batches_takes_room_too():
+    one = small_config(train__batch_size=8)
+    two = small_config(train__batch_size=16, train__gradient_accumulation=2)
+    sizes = range(1_000_000, 10_000_000, 10_000)
+    least = next(size for size in sizes if choose_fitting(one, size) == "none")
+    assert choose_fitting(two, least) == "dots"
 
 
 def test_weights_that_are_gathered_are_kept_too():

@@ -52,3 +52,17 @@ def test_a_collective_that_is_fused_with_a_matmul_counts_once_and_is_hidden_by_i
     (gather,) = list_collectives(program, {"expert": 4})
     assert (gather.count, gather.bytes_per_device) == (1, 3 * 64 * 64 * 4)
     assert hidden_shares(program, [gather], [2.0], CHIP, routed_rows=0) == [pytest.approx(0.5)]
+
+
+def test_a_collective_that_never_runs_has_nothing_to_hide() -> None:
+    program = fused_gather()
+    (gather,) = list_collectives(program, {"expert": 4})
+    never = dataclasses.replace(
+        gather,
+        count=0,
+        bytes_per_device=0,
+        places=tuple(
+            dataclasses.replace(place, count=0, bytes_per_device=0) for place in gather.places
+        ),
+    )
+    assert hidden_shares(program, [never], [0.0], CHIP, routed_rows=0) == [0]

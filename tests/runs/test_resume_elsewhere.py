@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from mixtral_jax.config import ConfigError
+from mixtral_jax.config import RESUMABLE_KEYS, ConfigError
 from mixtral_jax.runs.ablation import check_saved_arms
 from mixtral_jax.runs.chat_data import open_chat
 from mixtral_jax.runs.resume import resume_or_init
@@ -175,6 +175,18 @@ def test_a_config_of_a_run_that_has_saved_nothing_binds_nobody(start, folder, tm
     run, _, _ = start(folder, data__held_out="validation")
     start(folder)
     assert check_saved(run.workdir, run.config) is None
+
+
+def test_a_run_may_keep_more_or_less_for_the_backward_pass_and_a_refusal_names_all_such_keys(
+    tmp_path,
+):
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    before = small_config(model__remat="full")
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(before)))
+    assert check_saved(tmp_path, small_config(model__remat="auto")) is None
+    with pytest.raises(ConfigError, match=r"changed: train\.seed") as error:
+        check_saved(tmp_path, small_config(train__seed=7))
+    assert all(key in str(error.value) for key in RESUMABLE_KEYS)
 
 
 @pytest.mark.parametrize("changed", [{"path": "b.txt"}, {"held_out": "c.txt"}])
