@@ -5,7 +5,7 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ DAMAGED = (EOFError, zlib.error, lzma.LZMAError)
 
 _XZ_END = b"YZ"
 _COMPARED_BYTES = 2**20
+# Enough to tell most files of one size apart.
+_START_BYTES = 4096
 
 
 def _open_by_arrow(codec: str, file: Path) -> Any:
@@ -78,6 +80,29 @@ def open_bytes(file: Path) -> io.BufferedReader:
     if not is_compressed(file):
         return file.open("rb")
     return io.BufferedReader(_OPENERS[file.suffix.lower()](file))
+
+
+def find_copies(files: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
+    """Each file with the same bytes as one before it, after that one.
+
+    Only files of the same size are opened, and read to the end if they begin alike.
+    """
+    by_size: dict[tuple[str, int], list[Path]] = {}
+    for file in files:
+        by_size.setdefault((file.suffix, file.stat().st_size), []).append(file)
+    for alike in (files for files in by_size.values() if len(files) > 1):
+        by_start: dict[bytes, list[Path]] = {}
+        for file in alike:
+            try:
+                with file.open("rb") as content:
+                    others = by_start.setdefault(content.read(_START_BYTES), [])
+            except OSError:
+                continue  # Whoever reads it says what is wrong.
+            first = next((other for other in others if have_same_content(other, file)), None)
+            if first is None:
+                others.append(file)
+            else:
+                yield first, file
 
 
 def have_same_content(one: Path, other: Path) -> bool:

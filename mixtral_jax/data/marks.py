@@ -14,23 +14,32 @@ _WEIGHTS = (
     *("weight", "loss_weight", "loss_scale", "loss_multiplier"),
     *("sample_weight", "example_weight"),
 )
-_SWITCHES = (
-    *("loss", "compute_loss", "calculate_loss", "include_in_loss"),
-    *("learn", "learnable", "train", "training", "trainable", "train_on_turn"),
-)
+_LEARNT = "loss train training trained trainable learn learned learnable supervised"
+_ASSENTS = "is should to use use_in use_for used_for has with compute calculate include_in"
 _NEGATIONS = "no not do_not dont never skip ignore exclude exclude_from without"
+_SWITCHES = (
+    *_LEARNT.split(),
+    *("train_on", "train_on_turn"),
+    *map("_".join, itertools.product(_ASSENTS.split(), _LEARNT.split())),
+)
 _REVERSED = (
-    *("masked", "is_masked", "mask_loss"),
-    *map("_".join, itertools.product(_NEGATIONS.split(), ("loss", "train", "training", "learn"))),
+    *("masked", "is_masked", "mask_loss", "no_grad"),
+    *("ignore", "ignored", "skip", "skipped", "exclude", "excluded"),
+    *map("_".join, itertools.product(_NEGATIONS.split(), _LEARNT.split())),
 )
 # Name -> whether it says "learn this" where it is true or 1.
 MARKS: dict[str, bool] = {
     **dict.fromkeys((*_WEIGHTS, *_SWITCHES), True),
     **dict.fromkeys(_REVERSED, False),
 }
+_MASKED = (
+    *("loss", "train", "training", "completion", "assistant"),
+    *("response", "answer", "output", "label"),
+)
 # Fields that hold a mark for each token.
 TOKEN_MARKS = (
-    *("mask", "masks", "loss_mask", "completion_mask", "assistant_mask", "assistant_masks"),
+    *("mask", "masks"),
+    *map("_".join, itertools.product(_MASKED, ("mask", "masks"))),
     *("weights", "loss_weights", "token_weights"),
 )
 # Fields that hold what is known of a row or a message, and so perhaps a mark.

@@ -13,7 +13,8 @@ _METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json
 _MAP_CACHE = re.compile(r"cache-.*\.arrow")
 # Formats in which a file without a byte is a file without rows, and no damaged one.
 _LINES = (".jsonl", ".ndjson", ".csv")
-_NUM_NAMES = 3
+# How many names a reason has: so many, or one for each suffix if there are more of these.
+_NUM_NAMES, _MAX_SUFFIXES = 3, 12
 
 # Why something is not read -> the files or folders.
 NotRead = dict[str, list[Path]]
@@ -24,10 +25,19 @@ def describe(not_read: Mapping[str, Sequence[Path]], root: Path) -> str:
     phrases = []
     for reason in sorted(not_read, key=lambda reason: (not reason.startswith("split "), reason)):
         names = sorted(path.relative_to(root).as_posix() for path in not_read[reason])
-        more = ", ..." if len(names) > _NUM_NAMES else ""
-        phrases.append(f"{reason}: {len(names):,} ({', '.join(names[:_NUM_NAMES])}{more})")
+        shown = _choose_names(names)
+        more = ", ..." if len(names) > len(shown) else ""
+        phrases.append(f"{reason}: {len(names):,} ({', '.join(shown)}{more})")
     # A name that is not UTF-8 could not be printed.
     return "; ".join(phrases).encode(errors="backslashreplace").decode()
+
+
+def _choose_names(names: Sequence[str]) -> list[str]:
+    """The first names, and the first of each suffix: data may lie behind many files of notes."""
+    firsts = {Path(name).suffix.lower(): name for name in reversed(names)}
+    chosen = sorted(firsts.values())[:_MAX_SUFFIXES]
+    others = [name for name in names if name not in chosen]
+    return sorted(chosen + others[: max(0, _NUM_NAMES - len(chosen))])
 
 
 def is_readable(file: Path, suffixes: Sequence[str]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mixtral_jax.config import DataConfig, names_existing, require
 from mixtral_jax.data.chat.stdlib_chat import make_conversations
-from mixtral_jax.data.compression import find_suffix
+from mixtral_jax.data.compression import find_copies, find_suffix
 from mixtral_jax.data.domains import find_category, find_root
 from mixtral_jax.data.folders import Listing, list_files
 from mixtral_jax.data.hub import HUB, load_hub
@@ -197,6 +197,15 @@ def describe_files(config: DataConfig) -> list[str]:
     if twice:
         more = ", ..." if len(twice) > 1 else ""
         lines["twice"] = f"files read more than once: {len(twice):,} ({twice[0]}{more})"
+    # The names of texts say what they are about, and licences are everywhere.
+    all_files = [Path(names[0]) for names in names_by_file.values()]
+    copies = list(find_copies([file for file in all_files if find_suffix(file) in READERS]))
+    if copies:
+        (first, copy), more = copies[0], ", ..." if len(copies) > 1 else ""
+        lines["copies"] = (
+            f"files that hold what another one holds, and are read too: {len(copies):,} ({copy} "
+            f"is {first}{more})"
+        )
     return list(lines.values())
 
 

@@ -50,7 +50,15 @@ def test_both_names_of_a_key_are_read(first, other, tmp_path):
     assert read(tmp_path, **{first: None, other: value}) == expected
     assert read(tmp_path, **{first: value, other: value}) == expected
     with pytest.raises(ConfigError, match=f"{first}=.* and {other}=.* contradict each other"):
-        read(tmp_path, **{first: value, other: 3})
+        read(tmp_path, **{first: value, other: 77})
+
+
+def test_layers_must_all_attend_to_the_whole_context(tmp_path):
+    full, window = "full_attention", "sliding_attention"
+    assert read(tmp_path, layer_types=[full, full]) == read(tmp_path)
+    for layers in ([full, window], [window], [full, 3], [[full]]):
+        with pytest.raises(ConfigError, match=r"config.json.* layer_types=\[.* must be 'full_att"):
+            read(tmp_path, layer_types=layers)
 
 
 ROPE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {

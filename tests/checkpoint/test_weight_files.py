@@ -86,6 +86,36 @@ def test_weights_that_are_not_read_are_told(folder):
     assert f"not read: {', '.join(sorted(others))}" in note
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tekken.json", "tokenizer.model.v7", "vocab.json", "merges.txt", "modeling_mixtral.py"),
+        *("preprocessor_config.json", "chat_template.j2", "future", "PARAMS.JSON", "a\tb"),
+    ],
+)
+def test_a_file_that_nothing_reads_is_told(name, folder):
+    write_good_folder(folder)
+    (folder / name).touch()
+    (note,) = open_weights(folder).notes
+    assert note.endswith(f"not read: {name if name.isprintable() else repr(name)}")
+
+
+def test_of_many_files_that_nothing_reads_weights_are_named_first_and_others_counted(folder):
+    write_good_folder(folder)
+    for name in ("z.bin", *(f"{i:02}.json" for i in range(25))):
+        (folder / name).touch()
+    (note,) = open_weights(folder).notes
+    assert "not read: z.bin, 00.json, " in note and note.endswith("18.json, and 6 more")
+
+
+def test_files_for_people_and_hidden_ones_are_not_told(folder):
+    write_good_folder(folder)
+    for name in ("README.md", "LICENSE", "license.txt", "Notice", "USE.md", "a.PNG", ".gitignore"):
+        (folder / name).touch()
+    (folder / "original").mkdir()
+    assert open_weights(folder).notes == ()
+
+
 def test_a_file_and_an_index_of_others_are_refused(folder):
     write_good_folder(folder)
     names = dict.fromkeys(load_file(folder / FILE), FILE)

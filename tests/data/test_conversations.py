@@ -237,3 +237,17 @@ def test_a_text_file_is_a_plain_text(template, tmp_path):
     (tmp_path / "f.txt").write_text("t")
     (chat,) = read_chats(str(tmp_path), template)
     assert chat.turns == read({"text": "t"}, template).turns
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "found"),
+    [
+        ("q", 3, "prompt is text, completion is a number"),
+        (["q"], "a", "prompt is a list, completion is text"),
+        (None, "a", "prompt is missing, completion is text"),
+    ],
+)
+def test_both_parts_of_a_pair_are_named_where_they_do_not_fit(prompt, completion, found):
+    row = RawRow({"prompt": prompt, "completion": completion}, "f.jsonl:1")
+    with pytest.raises(ChatException, match=found):
+        read_chat(row, ChatTemplate(train_tokenizer()))

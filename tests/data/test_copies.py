@@ -106,3 +106,21 @@ def test_a_hard_link_in_another_source_is_named_as_read_twice(tmp_path):
     path = f"{tmp_path / 'one'},{tmp_path / 'other'}"
     assert said(path) == f"files read more than once: 1 ({tmp_path}/one/a.txt)"
     assert said(tmp_path / "one", held_out=str(tmp_path / "other")).startswith("files read more")
+
+
+@pytest.mark.parametrize("copy", ["b.jsonl", "a copy.jsonl", "deep/a.jsonl"])
+def test_files_of_rows_with_the_same_bytes_are_read_and_named(tmp_path, copy):
+    (tmp_path / copy).parent.mkdir(exist_ok=True)
+    for name, text in ((copy, "a"), ("a.jsonl", "a"), ("z.jsonl", "z")):
+        (tmp_path / name).write_text(f'{{"text": "{text}"}}')
+    assert len(read(tmp_path)) == 3
+    first, second = sorted([tmp_path / "a.jsonl", tmp_path / copy])
+    assert said(tmp_path) == (
+        f"files that hold what another one holds, and are read too: 1 ({second} is {first})"
+    )
+
+
+def test_texts_with_the_same_bytes_are_documents_like_others(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("a licence")
+    assert said(tmp_path) == ""

@@ -227,6 +227,17 @@ def test_whatever_is_not_read_is_counted_by_kind_with_some_names(tmp_path):
     )
 
 
+def test_of_files_that_are_not_read_one_of_each_suffix_is_named(tmp_path):
+    write(tmp_path, "a.jsonl")
+    for name in ("1.md", "2.md", "3.md", "4.md", "b.jl", "c.jsonlines", "d.jsonl.bak", "e.zip"):
+        (tmp_path / name).touch()
+    expected = "other suffixes: 8 (1.md, b.jl, c.jsonlines, d.jsonl.bak, e.zip, ...)"
+    assert said(tmp_path).endswith(expected)
+    for i in range(30):
+        (tmp_path / f"f.{i:02}").touch()
+    assert said(tmp_path).endswith("f.06, ...)")
+
+
 def test_what_a_glob_matches_and_is_not_read_is_named_too(tmp_path):
     write(tmp_path, "a.jsonl", "inner/b.jsonl")
     (tmp_path / "notes.md").touch()

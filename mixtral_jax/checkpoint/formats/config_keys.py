@@ -33,7 +33,9 @@ class Key:
     also: tuple[str, ...] = ()
 
     def allows(self, value: Any) -> bool:
-        """Whether a value is as good as none."""
+        """Whether a value is as good as none; a list of strings, if each of them is."""
+        if value and isinstance(value, list) and all(isinstance(each, str) for each in value):
+            return all(map(self.allows, value))
         return not self.values or value in self.values
 
 
@@ -51,12 +53,14 @@ _OF_MIXTRAL = {
     "intermediate_size": _READ,
     "num_hidden_layers": _READ,
     "num_attention_heads": _READ,
-    "num_key_value_heads": _READ,
+    "num_key_value_heads": Key("read", also=("num_kv_heads",)),
     "head_dim": _READ,
-    "num_local_experts": Key("read", also=("num_experts",)),
-    "num_experts_per_tok": Key("read", also=("num_experts_per_token",)),
-    "hidden_act": _one_of("silu", "swish", also=("hidden_activation",)),
-    "rms_norm_eps": _READ,
+    "num_local_experts": Key("read", also=("num_experts", "n_routed_experts", "moe_num_experts")),
+    "num_experts_per_tok": Key(
+        "read", also=("num_experts_per_token", "moe_top_k", "moe_topk", "num_selected_experts")
+    ),
+    "hidden_act": _one_of("silu", "swish", also=("hidden_activation", "activation_function")),
+    "rms_norm_eps": Key("read", also=("layer_norm_eps", "layer_norm_epsilon", "norm_eps")),
     "initializer_range": _READ,
     "max_position_embeddings": _READ,
     "sliding_window": _READ,
@@ -114,14 +118,18 @@ _OF_RELATIVES = {
     "attention_chunk_size": _one_of(None),
     "attn_logit_softcapping": _one_of(None),
     "final_logit_softcapping": _one_of(None),
-    "partial_rotary_factor": _one_of(1.0),
+    "query_pre_attn_scalar": _one_of(None),
+    "attention_multiplier": _one_of(None),
+    "layer_types": _one_of("full_attention"),
+    "partial_rotary_factor": _one_of(1.0, also=("rotary_pct",)),
+    "position_embedding_type": _one_of("rope"),
     "rope_interleave": _one_of(False),
     "embedding_multiplier": _one_of(1.0),
     "residual_multiplier": _one_of(1.0),
     "logits_scaling": _one_of(1.0),
     "logit_scale": _one_of(1.0),
     "norm_topk_prob": _one_of(True),
-    "scoring_func": _one_of("softmax"),
+    "scoring_func": _one_of("softmax", also=("score_function", "moe_router_score_function")),
     "routed_scaling_factor": _one_of(1.0),
     "n_group": _one_of(1),
     "n_shared_experts": _one_of(0, also=("num_shared_experts",)),

@@ -26,7 +26,6 @@ from mixtral_jax.data.vocabulary import read_vocabulary
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _TOKENIZER_CONFIG, _SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 _ADDED_TOKENS, _TOKENIZER = "added_tokens.json", "tokenizer.json"
-_TEKKEN = "tekken.json"
 # Keys of generation_config.json that are read, or say who wrote it.
 _NOT_KEPT = (
     "eos_token_id",
@@ -81,7 +80,7 @@ class SideFileReader:
         if not self._pieces:
             self.notes += [
                 f"{name} is not kept, since there is no tokenizer.model: an export has no tokenizer"
-                for name in (_TOKENIZER, _ADDED_TOKENS, _TEKKEN)
+                for name in (_TOKENIZER, _ADDED_TOKENS)
                 if find_file(self._folder, name)
             ]
         self._check_pieces()

@@ -1,11 +1,12 @@
 """Finds the weights in other programs' folders: which files hold them, and which tensors they have.
 
-What looks like a folder of weights and is none, such as adapters alone, is named.
+What looks like a folder of weights and is none, such as adapters alone, is named. So are files that
+nothing here reads.
 """
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from mixtral_jax.checkpoint.files import safetensors, torch_pickle
@@ -21,6 +22,20 @@ _WEIGHTS = (".safetensors", *_OTHER_PICKLES)
 _PICKLE = re.compile(r"consolidated\.(\d\d)\.(pt|pth)")
 # Buffers that old releases of transformers saved. They follow from rope_theta.
 _LEFTOVER = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+# What is read beside weights and their indices: by this room, and by the reader of side files.
+_READ_BESIDE = frozenset(
+    (
+        *("config.json", "params.json", "generation_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+        *("added_tokens.json", "chat_template.json", "chat_template.jinja"),
+        *("tokenizer.model", "tokenizer.model.v1", "tokenizer.model.v2", "tokenizer.model.v3"),
+    )
+)
+# Files for people and for version control, which no program computes with.
+_FOR_PEOPLE = re.compile(
+    r"\..*|(README|LICEN[CS]E|NOTICE)\b.*|.*\.(md|pdf|png|jpe?g|svg|gif)", re.IGNORECASE
+)
+_MAX_NAMES = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +94,33 @@ def find_weights(folder: Path) -> WeightFiles:
         f"{folder} has {' and '.join(adapters)} beside the weights, and other programs add such "
         "adapters to them: merge them into the weights, or move them to another folder",
     )
-    used = {tensor.path.name for tensor in tensors.values()}
-    unread = sorted(
-        path.name for path in folder.iterdir() if path.suffix in _WEIGHTS and path.name not in used
-    )
-    notes = (f"{folder}: not read: {', '.join(unread)}",) if unread else ()
+    unread = _find_unread(folder, {tensor.path.name for tensor in tensors.values()})
+    notes = (f"{folder}: not read: {unread}",) if unread else ()
     kept = {name: t for name, t in tensors.items() if not _LEFTOVER.fullmatch(name)}
     return WeightFiles(kept, configs, notes)
+
+
+def _find_unread(folder: Path, used: Collection[str]) -> str:
+    """Names the files that nothing here reads, weights first; empty if there is none.
+
+    Args:
+        used: the names of the files with the weights.
+    """
+    unread = [
+        path.name
+        for path in folder.iterdir()
+        if not (
+            path.name in used
+            or path.name in _READ_BESIDE
+            or path.name.endswith(f".safetensors{_INDEX_SUFFIX}")
+            or _FOR_PEOPLE.fullmatch(path.name)
+            or path.is_dir()
+        )
+    ]
+    unread.sort(key=lambda name: (not name.endswith(_WEIGHTS), name))
+    named = [name if name.isprintable() else repr(name) for name in unread[:_MAX_NAMES]]
+    num_left = len(unread) - len(named)
+    return ", ".join([*named, *([f"and {num_left:,} more"] if num_left else [])])
 
 
 def _open_mistral(folder: Path, adapters: list[str]) -> dict[str, FileTensor]:

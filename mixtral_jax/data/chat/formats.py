@@ -157,12 +157,14 @@ def _read_prompt_completion(row: Row) -> list[Message]:
     prompt, completion = _transpose(row.get("prompt")), _transpose(row.get("completion"))
     if isinstance(prompt, str) and isinstance(completion, str):
         return read_messages(_make_pair(prompt, completion))
-    for field, items in (("prompt", prompt), ("completion", completion)):
-        if not _is_list(items):
-            raise InvalidRowException(
-                "prompt and completion must both be text, or both lists of messages",
-                found=f"{field} is {'missing' if items is None else name_type(items)}",
-            )
+    if not (_is_list(prompt) and _is_list(completion)):
+        first, second = (
+            "missing" if items is None else name_type(items) for items in (prompt, completion)
+        )
+        raise InvalidRowException(
+            "prompt and completion must both be text, or both lists of messages",
+            found=f"prompt is {first}, completion is {second}",
+        )
     messages = read_messages([*prompt, *completion])
     # Only the completion is trained on.
     given, completing = messages[: len(prompt)], messages[len(prompt) :]

@@ -13,7 +13,12 @@ from mixtral_jax.data.field_names import fold_name, is_filled
 from mixtral_jax.data.marks import TOKEN_MARKS
 
 _MEDIA = " ".join(
-    map("_".join, itertools.product(("image", "audio", "video"), ("url", "path", "file", "bytes")))
+    map(
+        "_".join,
+        itertools.product(
+            ("image", "img", "audio", "video"), ("url", "path", "file", "bytes", "base64")
+        ),
+    )
 )
 _NO_TOOLS = "tools are not supported by any template"
 # The rule that they break -> fields of rows, messages and chunks.
@@ -23,12 +28,13 @@ _REFUSED = {
         "functions function_call"
     ),
     "only text is read, not what is attached to it": (
-        f"image images audio audios video videos {_MEDIA} input_audio input_image pixel_values "
-        "media file_ids files attachments documents"
+        f"image images img imgs picture pictures audio audios video videos {_MEDIA} "
+        "input_audio input_image pixel_values media file_ids files attachments documents"
     ),
     "preference data are not supported, because all answers of a row are learnt": (
         "chosen rejected chosen_response rejected_response chosen_messages rejected_messages "
-        "preferred_output non_preferred_output kto_tag label"
+        "preferred_output non_preferred_output preference preferred is_preferred desirable "
+        "is_desirable kto_tag label"
     ),
     "no template has a place for reasoning beside an answer": (
         "reasoning reasoning_content reasoning_details thinking thoughts channel"
@@ -37,7 +43,8 @@ _REFUSED = {
         f"{' '.join(TOKEN_MARKS)} labels train_detail training_detail"
     ),
     "a system prompt must be in the field system or system_prompt": (
-        "system_message system_instruction system_instructions preamble"
+        "system_message system_msg system_text system_instruction system_instructions "
+        "instructions preamble"
     ),
     "an answer must be in its content": "refusal",
 }
