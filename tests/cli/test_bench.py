@@ -27,6 +27,7 @@ def clock_of(*seconds):
     return types.SimpleNamespace(perf_counter=lambda: next(ticks))
 
 
+@pytest.mark.runs
 def test_bench_prints_one_json_line_whose_figures_are_those_of_the_clock(
     monkeypatch, capsys, tmp_path
 ):
