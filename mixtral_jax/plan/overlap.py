@@ -7,7 +7,6 @@ one collective at a time. A collective that is one instruction is exposed.
 """
 
 import dataclasses
-from collections.abc import Iterator
 
 from mixtral_jax.plan.chips import Chip
 from mixtral_jax.plan.collectives import OPCODES, Collective, Place
@@ -54,7 +53,7 @@ def hidden_shares(
     return shares
 
 
-def _between(program: Program, place: Place) -> Iterator[tuple[Computation, Instruction]]:
+def _between(program: Program, place: Place) -> list[tuple[Computation, Instruction]]:
     """The instructions that run while a collective is under way; none if it is synchronous."""
     computation = program.computations[place.computation]
     start = computation.instructions[place.instruction]
@@ -62,23 +61,25 @@ def _between(program: Program, place: Place) -> Iterator[tuple[Computation, Inst
         # The collective may be inside an asynchronous call.
         caller = program.callers.get(computation.name)
         if caller is None:
-            return
+            return []
         computation, start = caller
         if start.opcode not in _STARTS and not start.name.startswith(_FUSED_START):
-            return
+            return []
+    is_fused = start.opcode == "fusion"
     fused_done = start.name.replace(_FUSED_START, _FUSED_DONE)
-    chain, is_after = {start.name}, False
+    chain, is_after, between = {start.name}, False, []
     for instruction in computation.instructions.values():
         if instruction.name == start.name:
             is_after = True
-        elif start.opcode == "fusion" and instruction.name == fused_done:
-            return
-        elif is_after and start.opcode != "fusion" and chain & set(instruction.operands):
+        elif is_fused and instruction.name == fused_done:
+            return between
+        elif is_after and not is_fused and chain & set(instruction.operands):
             if instruction.opcode.endswith("-done"):
-                return
+                return between
             chain.add(instruction.name)
         elif is_after:
-            yield computation, instruction
+            between.append((computation, instruction))
+    return []  # Without its end, nothing is known to hide it.
 
 
 @dataclasses.dataclass(frozen=True)

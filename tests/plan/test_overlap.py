@@ -1,11 +1,13 @@
 """What of each collective computation hides, counted by hand in a program with a schedule."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from mixtral_jax.plan.chips import CHIPS
 from mixtral_jax.plan.collectives import list_collectives
+from mixtral_jax.plan.hlo import parse_program
 from mixtral_jax.plan.overlap import hidden_shares
 from tests.plan.programs import fused_gather, overlapped
 
@@ -52,6 +54,13 @@ def test_a_collective_that_is_fused_with_a_matmul_counts_once_and_is_hidden_by_i
     (gather,) = list_collectives(program, {"expert": 4})
     assert (gather.count, gather.bytes_per_device) == (1, 3 * 64 * 64 * 4)
     assert hidden_shares(program, [gather], [2.0], CHIP, routed_rows=0) == [pytest.approx(0.5)]
+
+
+def test_a_collective_without_an_end_is_exposed() -> None:
+    text = (Path(__file__).parent / "hlo/fused_gather.txt").read_text()
+    program = parse_program(text.replace("async-collective-done.7", "fusion.7"))
+    (gather,) = list_collectives(program, {"expert": 4})
+    assert hidden_shares(program, [gather], [2.0], CHIP, routed_rows=0) == [0.0]
 
 
 def test_a_collective_that_never_runs_has_nothing_to_hide() -> None:
