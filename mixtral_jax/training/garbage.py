@@ -11,16 +11,16 @@ def collect_only_when_asked() -> Iterator[Callable[[], int]]:
 
     A collection in the middle of a step keeps the next one from the devices, and looks through all
     that jax and the data have made, in every process at another time. What exists at the beginning
-    is therefore frozen: no collection looks at it. Afterwards, everything is as it was.
+    is therefore frozen: no collection looks at it. Afterwards, collections find everything again,
+    and are on or off as they were.
     """
-    was_enabled, had_frozen = gc.isenabled(), gc.get_freeze_count() > 0
+    was_enabled = gc.isenabled()
     gc.disable()
     gc.collect()
     gc.freeze()
     try:
         yield gc.collect
     finally:
-        if not had_frozen:  # Python cannot thaw a part of what is frozen.
-            gc.unfreeze()
+        gc.unfreeze()
         if was_enabled:
             gc.enable()

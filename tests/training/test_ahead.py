@@ -197,6 +197,7 @@ def test_collecting_is_afterwards_as_it_was_before(is_enabled, error):
             assert not gc.isenabled() and gc.get_freeze_count() > before
             if error:
                 raise error
-        assert gc.isenabled() == is_enabled and gc.get_freeze_count() == before
+        # Some releases of Python freeze a few objects when they start.
+        assert gc.isenabled() == is_enabled and gc.get_freeze_count() <= before
     finally:
         (gc.enable if was_enabled else gc.disable)()
