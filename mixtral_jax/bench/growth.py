@@ -9,12 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixtral_jax.bench.step import count_cores, make_up_batch
+from mixtral_jax.bench.step import count_cores, make_own_training, make_up_batch
 from mixtral_jax.config import Config, MeshConfig
-from mixtral_jax.parallel.memory import device_memory
 from mixtral_jax.parallel.mesh import make_mesh, resolve_mesh
-from mixtral_jax.parallel.processes import Processes
-from mixtral_jax.training.assemble import make_training
 
 NUM_WARMUP_STEPS, NUM_MEASURED_STEPS = 1, 5
 # Above this power of its size, a cost is warned of.
@@ -84,8 +81,7 @@ def measure_cost(case: Case) -> Cost:
     config = dataclasses.replace(case.config, mesh=MeshConfig())
     config = resolve_mesh(config, case.num_devices)
     mesh = make_mesh(config.mesh, jax.devices()[: case.num_devices])
-    platform = mesh.devices.flat[0].platform
-    training = make_training(config, platform, device_memory(Processes()))
+    training = make_own_training(config, mesh)
     with jax.set_mesh(mesh):
         state, batch = training.init(), make_up_batch(config, mesh)
         step = training.train_step.lower(state, batch).compile()

@@ -45,7 +45,7 @@ def measure_step(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     ceiling = measure_ceiling(config, device)
     # Virtual CPU devices share the cores that one of them uses all of.
     ceiling *= 1 if count_cores(device) else mesh.size
-    training = make_training(config, device.platform, device_memory(Processes()))
+    training = make_own_training(config, mesh)
     with jax.set_mesh(mesh):
         state, batch = training.init(), make_up_batch(config, mesh)
         flops = count_flops(training, state.model())
@@ -71,6 +71,11 @@ def measure_step(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(step),
         "profile": parts.to_json(),
     }
+
+
+def make_own_training(config: Config, mesh: jax.sharding.Mesh) -> Training:
+    """Training as a run of one process assembles it on these devices."""
+    return make_training(config, mesh.devices.flat[0].platform, device_memory(Processes()))
 
 
 def compile_with_names(training: Training, state: TrainState, batch: Batch) -> jax.stages.Compiled:

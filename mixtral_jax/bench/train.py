@@ -16,14 +16,17 @@ import numpy as np
 
 from mixtral_jax.bench.alternate import alternate
 from mixtral_jax.bench.peer import import_peer, make_peer, require_one_device
-from mixtral_jax.bench.step import count_flops, make_up_batch, measure_ceiling
+from mixtral_jax.bench.step import (
+    count_flops,
+    make_own_training,
+    make_up_batch,
+    measure_ceiling,
+)
 from mixtral_jax.checkpoint.on_devices import load_model
 from mixtral_jax.checkpoint.weights import open_weights
 from mixtral_jax.config import Config, require
 from mixtral_jax.parallel.batch import Batch
-from mixtral_jax.parallel.memory import device_memory
-from mixtral_jax.parallel.processes import Processes
-from mixtral_jax.training.assemble import Training, make_training
+from mixtral_jax.training.assemble import Training
 
 ROUNDS = 6
 # Trains one step and returns the loss of the next token before it.
@@ -65,8 +68,7 @@ def measure_train(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     ).train()
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        platform = mesh.devices.flat[0].platform
-        training = make_training(config, platform, device_memory(Processes()))
+        training = make_own_training(config, mesh)
         batch = _make_batch(config, mesh)
         flops = count_flops(training, jax.eval_shape(training.make_model))
         programs = {

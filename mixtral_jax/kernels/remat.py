@@ -47,7 +47,7 @@ def kept_bytes(config: Config, policy: RematName) -> int:
         + 2 * heads // mesh.tensor
         + A * (2 * ratio * D + num_hidden * F / mesh.tensor),
     }[policy]
-    kept = kept_elements * _tokens_of_device(config)
+    kept = kept_elements * tokens_per_device(config)
     if policy == "none" and (mesh.fsdp > 1 or model.dtype != model.param_dtype):
         # Weights that were gathered, or cast to the compute dtype.
         kept += _layer_parameters(config)
@@ -72,7 +72,7 @@ def _state_bytes(config: Config) -> int:
 
 def _logits_bytes(config: Config) -> int:
     """The logits, and in float32 their softmax and its gradient."""
-    logits = _tokens_of_device(config) * config.model.vocab_size // config.mesh.tensor
+    logits = tokens_per_device(config) * config.model.vocab_size // config.mesh.tensor
     return logits * (_compute_bytes(config) + 2 * _FLOAT32_BYTES)
 
 
@@ -84,7 +84,7 @@ def _layer_parameters(config: Config) -> int:
     return model.hidden_size * (heads + 3 * experts * model.intermediate_size) // mesh.tensor
 
 
-def _tokens_of_device(config: Config) -> int:
+def tokens_per_device(config: Config) -> int:
     """Tokens of a micro-batch on a device."""
     mesh, train = config.mesh, config.train
     num_places = (mesh.data or 1) * mesh.fsdp * (mesh.expert or 1)

@@ -13,6 +13,7 @@ import numpy as np
 from mixtral_jax.config import Config, ConfigError
 from mixtral_jax.kernels.choose import choose_transport
 from mixtral_jax.kernels.loops import count_expected_trips
+from mixtral_jax.kernels.remat import tokens_per_device
 from mixtral_jax.model.transformer import ParameterCount, count_parameters
 from mixtral_jax.parallel.batch import Batch, batch_spec
 from mixtral_jax.parallel.compilation_cache import compilation_cache_options
@@ -153,14 +154,7 @@ def count_routed_rows(config: Config) -> int:
 
     This equals the number of rows that the device's own tokens send to experts.
     """
-    mesh, train = config.mesh, config.train
-    holders = (mesh.data or 1) * mesh.fsdp * (mesh.expert or 1)
-    return (
-        train.micro_batch_size
-        * train.sequence_length
-        // holders
-        * config.router.num_experts_per_token
-    )
+    return tokens_per_device(config) * config.router.num_experts_per_token
 
 
 @contextlib.contextmanager

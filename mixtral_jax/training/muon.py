@@ -17,7 +17,8 @@ import optax
 from mixtral_jax.parallel.rules import specs_to_whole_matrices
 from mixtral_jax.training.matrices import Matrix, matrix_of
 
-# Of x <- a x + b (x x^T) x + c (x x^T)^2 x, which moves singular values to between 0.7 and 1.2.
+# The factors a, b and c of x <- a x + b (x x^T) x + c (x x^T)^2 x. This step, repeated, moves
+# singular values to between 0.7 and 1.2.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NUM_ITERATIONS = 5
 # The root mean square of an update of AdamW, by experience.

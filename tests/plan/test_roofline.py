@@ -76,7 +76,7 @@ def test_the_two_devices_of_a_chip_share_its_links() -> None:
     assert seconds_of("all-gather", "tpu7x:4x4x4", chips) == pytest.approx(2 * BYTES / 200e9)
     both = [chip for chip in chips for _ in range(2)]
     assert seconds_of("all-gather", "tpu7x:4x4x4", both) == pytest.approx(BYTES / 200e9)
-    # Of the seven others, six are on other chips, 4/3 hops away on average.
+    # Each device has seven others. Six of them are on other chips, 4/3 hops away on average.
     assert seconds_of("all-to-all", "tpu7x:4x4x4", both) == pytest.approx(
         2 * BYTES * 6 / 7 * 4 / 3 / 200e9
     )
