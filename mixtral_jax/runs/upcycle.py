@@ -102,8 +102,11 @@ def _check_unused(base: Base, run: Run, named_keys: Sequence[str]) -> None:
         "leave it out",
     )
     if base.weights.tokenizer is not None:
-        said = f"data.tokenizer={run.config.data.tokenizer} is not used: the tokenizer is that of"
-        print_notes([f"{said} upcycle.base={base.folder}"], is_shown=run.is_writer)
+        note = (
+            f"data.tokenizer={run.config.data.tokenizer} is not used: the tokenizer is that of "
+            f"upcycle.base={base.folder}"
+        )
+        print_notes([note], is_shown=run.is_writer)
 
 
 def find_misfits(dense: ModelConfig, model: ModelConfig, settings: UpcycleConfig) -> list[str]:

@@ -78,7 +78,7 @@ def test_a_copy_that_changes_between_two_listings_is_read(tmp_path):
     [
         (["a.jsonl", "b.jsonl"], ["b.jsonl"]),
         (["a.txt", "b/a.txt", "c/d/e.txt"], ["b/a.txt", "c/d/e.txt"]),
-        (["train.jsonl", "test.jsonl"], []),  # Of two splits, one is read anyway.
+        (["train.jsonl", "test.jsonl"], []),  # Only the training split is read.
     ],
 )
 @pytest.mark.parametrize("pattern", ["", "**/*"])

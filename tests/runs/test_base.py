@@ -126,8 +126,8 @@ def test_keys_that_a_named_dense_model_makes_void_are_refused(
         return
     assert open_dense(run, keys) is base
     # A config file that names a tokenizer cannot leave it out.
-    said = f"data.tokenizer={run.config.data.tokenizer} is not used"
-    assert (said in capsys.readouterr().err) == has_tokenizer
+    note = f"data.tokenizer={run.config.data.tokenizer} is not used"
+    assert (note in capsys.readouterr().err) == has_tokenizer
 
 
 def test_a_disk_without_room_for_checkpoints_and_export_is_refused(tmp_path, monkeypatch):
